@@ -1,0 +1,5 @@
+"""The one exception that the command line turns into a message and a non-zero exit."""
+
+
+class A3Error(Exception):
+    """A mistake the user can mend: says which file, key or layer; found; expected; what to do."""

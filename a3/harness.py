@@ -1,0 +1,52 @@
+"""The task that lm-evaluation-harness runs on items made by a3.stages.text: all of it is local."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from a3.documents import read_text
+from a3.errors import A3Error
+
+
+def load_items(path: str, **_: Any) -> DatasetDict:
+    """Items of an items.jsonl as the test split; lm-eval calls it, with the task's metadata too.
+
+    Held in memory: no data set cache is written, and none can be stale.
+    Raises A3Error when the file is missing, empty, or a line is not an item.
+    """
+    lines = read_text(Path(path)).split("\n")
+    items = [item(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line]
+    return DatasetDict(test=Dataset.from_list(items))
+
+
+def item(line: str, where: str) -> dict[str, Any]:
+    """One line of items.jsonl: query, choices and gold (the place of the right choice)."""
+    try:
+        fields = json.loads(line)
+        if fields["choices"][fields["gold"]] and fields["query"]:
+            return {key: fields[key] for key in ("choices", "gold", "query")}
+    except (ValueError, LookupError, TypeError) as error:
+        raise A3Error(f"{where}: not an item ({error!r}). Build the items again.") from error
+    raise A3Error(f"{where}: query or right choice is empty. Build the items again.")
+
+
+def task_config(items_path: Path, name: str) -> dict[str, Any]:
+    """What `simple_evaluate(tasks=[...])` takes in place of a task's name; zero-shot."""
+    return {
+        "task": name,
+        "custom_dataset": load_items,
+        "dataset_kwargs": {"path": str(items_path)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "num_fewshot": 0,
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
+        ],
+        "metadata": {"version": 1},
+    }

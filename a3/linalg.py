@@ -1,0 +1,88 @@
+"""The numerics of every solution: Gram matrices, one small core, CR selection.
+
+Pure functions on float64 tensors; nothing here knows a model. Row-vector convention y = x W, and
+leading dimensions are batch dimensions (heads, groups). Why no d × d matrix is ever decomposed:
+R^½ W has h columns, so all that a solution needs of R and W is the h × h Gram matrix Wᵀ R W.
+"""
+
+import torch
+from torch import Tensor
+
+# Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
+NOISE = 1e-14
+
+
+def augment(R: Tensor, mean: Tensor) -> Tensor:
+    """Autocorrelation of [x, 1]: [[R, μᵀ], [μ, 1]], (d, d) and (d,) to (d + 1, d + 1).
+
+    With the bias as the last row of W, every formula holds exactly for layers with biases.
+    """
+    top = torch.cat((R, mean[:, None]), dim=1)
+    bottom = torch.cat((mean, mean.new_ones(1)))
+    return torch.cat((top, bottom[None]), dim=0)
+
+
+def gram(R: Tensor, W: Tensor) -> Tensor:
+    """Wᵀ R W for a batch of weights: R (d, d), W (..., d, h) to (..., h, h)."""
+    G = W.mT @ (R @ W)
+    return (G + G.mT) / 2
+
+
+def gram_diagonal(R: Tensor, W: Tensor) -> Tensor:
+    """Diagonal of Wᵀ R W, the squared column norms of R^½ W: (..., d, h) to (..., h)."""
+    return ((R @ W) * W).sum(-2)
+
+
+def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
+    """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
+
+    The columns are first scaled to unit length, so that a channel's scale costs no precision.
+    A singular G (fewer tokens than dimensions, a dead channel) is lifted at the level of its
+    rounding noise, so that C⁻¹ C = 1 and full rank returns the weights it was given.
+    """
+    scale = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(G / (scale[..., :, None] * scale[..., None, :]))
+    floor = values[..., -1:].clamp(min=0) * NOISE
+    # An all-zero G sees nothing: any basis is as good as any other, so take the identity.
+    values = torch.where(floor > 0, torch.maximum(values, floor), 1.0)
+    root = values.sqrt()
+    C = root[..., None] * vectors.mT * scale[..., None, :]
+    return C, vectors / root[..., None, :] / scale[..., None]
+
+
+def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r replacement of a product S W P, as an encoder and a decoder of W P.
+
+    Given G = Wᵀ Sᵀ S W and K = Σᵢ Pᵢ Pᵢᵀ (both (..., h, h)), returns E (..., h, r) and
+    D (..., r, h) that minimise Σᵢ ‖S W (1 − E D) Pᵢ‖²: W becomes W E and every Pᵢ becomes D Pᵢ.
+    This is the paper's R^-½ SVD_r(R^½ W P) (Theorems 2 and 3), and its joint SVD over the heads
+    of a group: with G = Cᵀ C, the left singular vectors U of S W [P₁ … P_g] are those of
+    C [P₁ … P_g], that is the eigenvectors of the h × h matrix C K Cᵀ; E = C⁻¹ U_r, D = U_rᵀ C.
+    Only C, which is h × h, is inverted; K may be singular.
+    """
+    C, inverse = gram_factor(G)
+    core = C @ K @ C.mT
+    U = torch.linalg.eigh((core + core.mT) / 2).eigenvectors.flip(-1)[..., :rank]
+    return inverse @ U, U.mT @ C
+
+
+def subspace_error(G: Tensor, K: Tensor, E: Tensor, D: Tensor) -> Tensor:
+    """Σᵢ ‖S W (1 − E D) Pᵢ‖² / Σᵢ ‖S W Pᵢ‖² of `shared_subspace`'s problem, shape (...)."""
+    residual = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) - E @ D
+    error = (residual * (G @ residual @ K)).sum((-1, -2))
+    return relative(error, (G * K).sum((-1, -2)))
+
+
+def relative(error: Tensor, total: Tensor) -> Tensor:
+    """error / total; 0 where there is nothing to lose."""
+    return torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+
+
+def keep_best(score: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` largest scores along the last dimension.
+
+    Ties go to the lower index, so that equal inputs always give equal choices.
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values

@@ -1,0 +1,1 @@
+"""What model families look like, and the compressed model that Hugging Face loads."""

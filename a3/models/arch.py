@@ -1,0 +1,125 @@
+"""What a dense model is: `Arch`, read from its config and safetensors, kept in arch.json."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from a3.errors import A3Error
+from a3.files import read_json
+from a3.models.checkpoint import Checkpoint
+from a3.models.families import FAMILIES, Family
+
+# Context length at which FLOPs per token are counted (the attention products depend on it).
+FLOPS_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One dense model: all that collect and approx need to know of its shape.
+
+    `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated);
+    `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
+    rotated dimensions of a head; `scaling` is the softmax scale, which compression keeps.
+    """
+
+    family: str
+    attention: str
+    mlp: str
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    rope_layout: str | None
+    rope_dims: int
+    scaling: float
+    tied_embeddings: bool
+    dtype: str
+    weights_sha256: str
+    size: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of arch.json."""
+        return asdict(self)
+
+    @property
+    def adapter(self) -> Family:
+        """The family's adapter: where its weights are."""
+        return FAMILIES[self.family]
+
+
+def describe(folder: Path) -> Arch:
+    """Read a dense Hugging Face folder (config.json and *.safetensors).
+
+    Raises A3Error for a family that is not known, weights that are missing, truncated or of
+    another shape than the config says.
+    """
+    family = FAMILIES.get(model_type(folder))
+    if family is None:
+        raise A3Error(
+            f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, which a3 does not "
+            f"know. Known families: {', '.join(sorted(FAMILIES))}."
+        )
+    fields = family.describe(AutoConfig.from_pretrained(folder))
+    checkpoint = Checkpoint(folder)
+    for name, shape in family.shapes(fields).items():
+        checkpoint.expect(name, shape)
+    dtype = checkpoint.dtype(family.name(0, "q"))
+    ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
+    return Arch(
+        **fields,
+        dtype=dtype,
+        weights_sha256=checkpoint.sha256(),
+        size=sizes(fields, ranks * fields["layers"], checkpoint.parameters(), dtype),
+    )
+
+
+def model_type(folder: Path) -> str:
+    """`model_type` of a Hugging Face folder; raises A3Error where there is no such config."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise A3Error(f"{folder / 'config.json'}: no model_type. Is this a Hugging Face model?")
+    return config["model_type"]
+
+
+def load_arch(folder: Path) -> Arch:
+    """`Arch` of a dense folder: its arch.json where the model stage left one, else read afresh."""
+    if not (folder / "arch.json").exists():
+        return describe(folder)
+    content = read_json(folder / "arch.json")
+    try:
+        return Arch(**content)
+    except TypeError as error:
+        raise A3Error(
+            f"{folder / 'arch.json'}: {error}. Delete it; it is made again from config.json."
+        ) from error
+
+
+def sizes(
+    fields: dict[str, Any], ranks: list[tuple[int, int, int]], parameters: int, dtype: str
+) -> dict[str, int]:
+    """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
+
+    `ranks` has (QK head size, OV head size, MLP size) per layer. A multiply-add counts as two
+    FLOPs; attention products are counted against FLOPS_CONTEXT keys; the LM head is included.
+    """
+    width = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
+    matrices = 3 if fields["mlp"] == "3-layer" else 2
+    linear = attention = cache = 0
+    for qk, ov, mlp in ranks:
+        linear += d * (H + G) * (qk + ov) + matrices * d * mlp
+        attention += H * (qk + ov) * FLOPS_CONTEXT
+        cache += G * (qk + ov) * width
+    return {
+        "parameters": parameters,
+        "kv_bytes_per_token": cache,
+        "flops_per_token": 2 * (linear + attention + d * fields["vocab_size"]),
+    }

@@ -1,0 +1,97 @@
+"""Lazy reading of a Hugging Face folder's safetensors, whole or sharded."""
+
+import hashlib
+import math
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from a3.errors import A3Error
+from a3.files import read_json, sha256
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Checkpoint:
+    """Tensors of one folder by name; a tensor is read from disk only when it is asked for.
+
+    Raises A3Error where the folder has no safetensors, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = {name: self._open(folder / name) for name in self._names()}
+        self._where = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
+
+    def _names(self) -> list[str]:
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            return sorted(set(read_json(index)["weight_map"].values()))
+        raise A3Error(
+            f"{self.folder}: no model.safetensors and no index of shards. a3 reads safetensors "
+            "only; pickled .bin weights have to be converted first."
+        )
+
+    @staticmethod
+    def _open(path: Path) -> safe_open:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise A3Error(
+                f"{path}: truncated or damaged ({error}). Fetch or build it again."
+            ) from error
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._where)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in."""
+        self.shape(name)
+        return self._files[self._where[name]].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it; raises A3Error where there is none."""
+        if name not in self._where:
+            raise A3Error(f"{self.folder}: no tensor {name!r} in its safetensors.")
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise A3Error unless tensor `name` exists and has this shape."""
+        if self.shape(name) != shape:
+            raise A3Error(
+                f"{self.folder}: tensor {name!r} is {self.shape(name)}, config.json says {shape}."
+            )
+
+    def dtype(self, name: str) -> str:
+        """Name of the tensor's dtype (float32, bfloat16 …); raises A3Error for quantised ones."""
+        found = self._files[self._where[name]].get_slice(name).get_dtype()
+        if found not in DTYPES:
+            raise A3Error(
+                f"{self.folder}: tensor {name!r} is {found}; a3 compresses "
+                f"{', '.join(DTYPES.values())} weights. Dequantise the model first."
+            )
+        return DTYPES[found]
+
+    def parameters(self) -> int:
+        """Number of stored floating-point values (a tied LM head is stored, and counted, once)."""
+        return sum(
+            math.prod(self.shape(name))
+            for name in self.names()
+            if self._files[self._where[name]].get_slice(name).get_dtype() in DTYPES
+        )
+
+    def sha256(self) -> str:
+        """Content hash of the weights: of the one file, or of the shards' hashes in order."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        hashes = [sha256(self.folder / name) for name in self._files]
+        return (
+            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        )

@@ -1,0 +1,211 @@
+"""Where runs leave their results, and reading them back: one `Run` is one row of a table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a3.errors import A3Error
+from a3.files import read_json
+
+# In the place of a mode: the part stays as it is. A row with nothing else is the dense model.
+DENSE = "dense"
+
+# Two results of one model stand in one table only when they agree on all of these.
+PERPLEXITY_PROTOCOL = (
+    "text_sha256",
+    "split",
+    "block_length",
+    "stride",
+    "bos",
+    "dtype",
+    "blocks",
+    "tokens_scored",
+)
+HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON file and its content; `record["size.dense"]` looks a nested key up."""
+
+    path: Path
+    data: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        """The value at a dotted key; raises A3Error that names the file and the key."""
+        value: Any = self.data
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise A3Error(
+                    f"{self.path}: expected the key {key}, found none. "
+                    "Delete the file and build it again."
+                )
+            value = value[part]
+        return value
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Read a JSON object; raises A3Error that names the file when it is missing or broken."""
+        data = read_json(path)
+        if not isinstance(data, dict):
+            raise A3Error(
+                f"{path}: expected a JSON object, found {type(data).__name__}. "
+                "Delete the file and build it again."
+            )
+        return cls(path, data)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Names one row: a model and how it was compressed; by default not at all."""
+
+    model: str
+    calibration: str = DENSE
+    qk: str = DENSE
+    ov: str = DENSE
+    mlp: str = DENSE
+    ratio: str = "0"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the model as it came."""
+        return {self.qk, self.ov, self.mlp} == {DENSE}
+
+    @property
+    def method(self) -> str:
+        """The modes of QK, OV and MLP as paths spell them."""
+        return DENSE if self.is_dense else f"{self.qk}+{self.ov}+{self.mlp}"
+
+    @property
+    def _tail(self) -> Path:
+        own = (DENSE,) if self.is_dense else (self.calibration, self.method, self.ratio)
+        return Path(self.model, *own)
+
+    def weights(self, results: Path) -> Path:
+        """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
+        if self.is_dense:
+            return results / "models" / self.model / "arch.json"
+        return results / "checkpoints" / self._tail / "approx.json"
+
+    def perplexity(self, results: Path, text: str) -> Path:
+        """The perplexity result on one text."""
+        return results / "eval" / self._tail / "ppl" / f"{text}.json"
+
+    def harness(self, results: Path, task: str) -> Path:
+        """The harness result on one task."""
+        return results / "eval" / self._tail / "harness" / f"{task}.json"
+
+    def rxx(self, results: Path, kind: str) -> Path:
+        """The statistics of one kind that the solutions read."""
+        return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with its files: weights (arch.json or approx.json) and one result per text and task."""
+
+    place: Place
+    weights: Record
+    perplexity: dict[str, Record]
+    harness: dict[str, Record]
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Parameters, KV bytes per token and FLOPs per token of this row's own weights."""
+        return self.weights["size" if self.place.is_dense else "size.compressed"]
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """The record of each kind of Rxx that the solutions read; none for the dense model."""
+        return {} if self.place.is_dense else self.weights["provenance.statistics"]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What approx.json says of each layer; none for the dense model."""
+        return [] if self.place.is_dense else self.weights["layers"]
+
+
+def timing(path: Path) -> Path:
+    """The seconds beside a result: X.json has X.timing.json, approx.json has timing.json."""
+    if path.name == "approx.json":
+        return path.with_name("timing.json")
+    return path.with_name(f"{path.stem}.timing.json")
+
+
+def read_runs(
+    results: Path,
+    experiments: Iterable[Mapping[str, str]],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+) -> list[tuple[Run, list[Run]]]:
+    """Read each model's dense run and its compressed runs, in the order of `experiments`.
+
+    Raises A3Error that names both files when a result was taken from other weights than the ones
+    that now lie beside it, or when two results of one model were taken by different protocols.
+    """
+    models: dict[str, dict[Place, None]] = {}
+    for experiment in experiments:
+        place = Place(**{key: str(value) for key, value in experiment.items()})
+        models.setdefault(place.model, {})
+        if not place.is_dense:
+            models[place.model][place] = None
+    groups = []
+    for model, places in models.items():
+        dense = _read_run(results, Place(model), perplexity, harness)
+        runs = [_read_run(results, place, perplexity, harness) for place in places]
+        for run in runs:
+            _same_base(dense, run)
+            for text in perplexity:
+                _same_protocol(dense.perplexity[text], run.perplexity[text], PERPLEXITY_PROTOCOL)
+            for task in harness:
+                _same_protocol(dense.harness[task], run.harness[task], HARNESS_PROTOCOL)
+        groups.append((dense, runs))
+    return groups
+
+
+def _read_run(
+    results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
+) -> Run:
+    """Read one row's files and hold each result to the weights it was taken from."""
+    run = Run(
+        place,
+        Record.read(place.weights(results)),
+        {text: Record.read(place.perplexity(results, text)) for text in perplexity},
+        {task: Record.read(place.harness(results, task)) for task in harness},
+    )
+    expected = run.weights["weights_sha256"]
+    for record in (*run.perplexity.values(), *run.harness.values()):
+        if record["checkpoint_sha256"] != expected:
+            raise A3Error(
+                f"{record.path}: checkpoint_sha256 is {record['checkpoint_sha256']}, but "
+                f"{run.weights.path} says weights_sha256 is {expected}: the result was taken from "
+                "other weights. Delete the result and build it again."
+            )
+    return run
+
+
+def _same_base(dense: Run, run: Run) -> None:
+    """Refuse a checkpoint that was made from other dense weights than the ones in its table."""
+    found, expected = run.weights["base.weights_sha256"], dense.weights["weights_sha256"]
+    if found != expected:
+        raise A3Error(
+            f"{run.weights.path}: base.weights_sha256 is {found}, but {dense.weights.path} says "
+            f"weights_sha256 is {expected}: the checkpoint was made from another model. "
+            "Delete the checkpoint's folder and build it again."
+        )
+
+
+def _same_protocol(dense: Record, other: Record, keys: Sequence[str]) -> None:
+    """Refuse two results whose protocols differ, naming both files and what differs."""
+    differences = [
+        f"{key} is {other[key]!r} here and {dense[key]!r} there"
+        for key in keys
+        if other[key] != dense[key]
+    ]
+    if differences:
+        raise A3Error(
+            f"{other.path} and {dense.path} were taken by different protocols: "
+            f"{'; '.join(differences)}. A table never mixes protocols: "
+            "delete the stale one and build it again."
+        )

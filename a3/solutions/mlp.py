@@ -1,0 +1,48 @@
+"""MLP: keep r of n intermediate channels (paper section 3.3)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from a3.linalg import keep_best, relative
+from a3.models.families import MLPWeights
+
+
+@dataclass(frozen=True)
+class MLPSolution:
+    """up and gate (d̂, r), down (r, d); channels (r,) kept, ascending.
+
+    `relative_error` is the dropped share of Σ_j ‖r_j‖² ‖w_j‖²: the functional error without the
+    cross terms between dropped channels, which the diagonal of R cannot tell.
+    """
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    channels: Tensor
+    relative_error: float
+
+
+def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
+    """Score ‖r_j‖² ‖w_j‖²: r_j the j-th column of R^½, w_j the j-th row of W_down.
+
+    ‖r_j‖² is R[j, j], so R is the diagonal (n,) of the down-projection input's autocorrelation.
+    """
+    return _keep_channels(weights, R, R * weights.down.square().sum(1), rank)
+
+
+def rxx(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
+    """Score ‖r_j‖² alone; R is the diagonal (n,)."""
+    return _keep_channels(weights, R, R, rank)
+
+
+def _keep_channels(weights: MLPWeights, R: Tensor, score: Tensor, rank: int) -> MLPSolution:
+    kept = keep_best(score, rank)
+    power = R * weights.down.square().sum(1)
+    return MLPSolution(
+        up=weights.up[:, kept],
+        gate=None if weights.gate is None else weights.gate[:, kept],
+        down=weights.down[kept],
+        channels=kept,
+        relative_error=relative(power.sum() - power[kept].sum(), power.sum()).clamp(min=0).item(),
+    )

@@ -1,0 +1,92 @@
+"""The registry of modes: what each needs, where it fits, and how a ratio becomes a rank."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from a3.errors import A3Error
+from a3.solutions import mlp, ov, qk
+
+ROPE = ("mha-rope", "gqa-rope")
+PARTS = ("qk", "ov", "mlp")
+# The name, in every place where a mode is named, for a part that stays as it is.
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One solution: its function, the statistic it reads, and the types of part it fits.
+
+    `kind` is None for a mode that looks at the weights alone.
+    """
+
+    solve: Callable[..., Any]
+    kind: str | None
+    fits: tuple[str, ...]
+
+
+MODES: dict[str, dict[str, Mode]] = {
+    "qk": {
+        "rxx-w-rxx": Mode(qk.rxx_w_rxx, "attn_input", ROPE),
+        "rxx-w-rxx-uniform": Mode(qk.rxx_w_rxx_uniform, "attn_input", ROPE),
+    },
+    "ov": {
+        "xkv": Mode(ov.xkv, "attn_input", ROPE),
+        "axkv": Mode(ov.axkv, "o_proj_blocks", ROPE),
+        "identity": Mode(ov.identity, None, ROPE),
+    },
+    "mlp": {
+        "rxx-w": Mode(mlp.rxx_w, "down_diagonal", ("2-layer", "3-layer")),
+        "rxx": Mode(mlp.rxx, "down_diagonal", ("2-layer", "3-layer")),
+    },
+}
+
+
+def find_mode(part: str, name: str) -> Mode:
+    """The mode of a part; raises A3Error, listing those that exist, for a name not known."""
+    if name not in MODES[part]:
+        raise A3Error(
+            f"{part} mode {name!r} is not known. Modes of {part}: "
+            f"{', '.join(MODES[part])}, or {DENSE} to leave it as it is."
+        )
+    return MODES[part][name]
+
+
+def check_fit(part: str, name: str, kind_of_part: str) -> None:
+    """Raise A3Error where the mode does not fit the attention or MLP type, naming those that do."""
+    if kind_of_part not in find_mode(part, name).fits:
+        fitting = [other for other, mode in MODES[part].items() if kind_of_part in mode.fits]
+        raise A3Error(
+            f"{part} mode {name!r} does not fit {kind_of_part}. Modes that do: "
+            f"{', '.join(fitting) or 'none'}, or {DENSE}."
+        )
+
+
+def kinds_needed(modes: dict[str, str]) -> list[str]:
+    """Statistics that the given modes ({"qk": name, …}) read, sorted."""
+    chosen = [find_mode(part, name) for part, name in modes.items() if name != DENSE]
+    return sorted({mode.kind for mode in chosen if mode.kind})
+
+
+def parse_ratio(text: str) -> Decimal:
+    """A compression ratio from text, exactly; raises A3Error outside [0, 1)."""
+    try:
+        ratio = Decimal(text)
+    except InvalidOperation:
+        raise A3Error(f"ratio {text!r} is not a number; expected one in [0, 1).") from None
+    if not 0 <= ratio < 1:
+        raise A3Error(f"ratio is {text}; expected 0 (keep all) up to, but not including, 1.")
+    return ratio
+
+
+def rank_of(size: int, ratio: Decimal, multiple: int = 1) -> int:
+    """(1 - ratio) · size to the nearest multiple (of 2 for RoPE pairs), ties up.
+
+    Raises A3Error where nothing would be left.
+    """
+    rank = int((1 - ratio) * size / multiple + Decimal("0.5")) * multiple
+    if rank < multiple:
+        what = "RoPE pair" if multiple == 2 else "dimension"
+        raise A3Error(f"ratio {ratio} of {size} leaves no {what}. Take a smaller ratio.")
+    return rank

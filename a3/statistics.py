@@ -1,0 +1,144 @@
+"""The Rxx container: accumulate, merge, save, load. Knows no model, only named sites and layers.
+
+A kind is one statistic of one site of every layer and one file. Files hold plain float64 sums
+(Σ xᵀx and Σ x), so that two files merge by addition; dividing by `tokens` gives R and μ.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from a3.errors import A3Error
+from a3.files import whole_file
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which site's input is looked at, and which part of Σ xᵀx is kept.
+
+    `form` is full (width × width), blocks (one h × h block a head) or diagonal (width).
+    """
+
+    site: str
+    form: str
+
+
+KINDS = {
+    "attn_input": Kind("attn_input", "full"),
+    "o_proj_blocks": Kind("o_proj_input", "blocks"),
+    "down_diagonal": Kind("down_input", "diagonal"),
+}
+
+
+def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
+    """The kept part of Σ xᵀx over tokens: x (tokens, width) float64; `heads` is for blocks."""
+    if form == "full":
+        return x.T @ x
+    if form == "blocks":
+        per_head = x.unflatten(1, (heads, -1)).movedim(1, 0)
+        return per_head.mT @ per_head
+    return x.square().sum(0)
+
+
+class Accumulator:
+    """Sums of one kind over all layers; float64 throughout, one product per block of tokens."""
+
+    def __init__(self, kind: str, heads: int) -> None:
+        self.kind = kind
+        self.heads = heads
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """Add a block's tokens: x (tokens, width), float64."""
+        sums = {"rxx": outer_sum(x, KINDS[self.kind].form, self.heads), "sum": x.sum(0)}
+        for name, value in sums.items():
+            key = f"layers.{layer}.{name}"
+            if key in self.tensors:
+                self.tensors[key] += value.to(self.tensors[key].device)
+            else:
+                self.tensors[key] = value
+
+    def save(self, path: Path, record: dict[str, Any]) -> None:
+        """Write whole or not at all; `record` (tokens, hashes, settings) becomes the metadata.
+
+        Raises A3Error, naming the layer, where a sum is not finite.
+        """
+        for key, value in self.tensors.items():
+            require_finite(path, key, value)
+        # One metadata key only: safetensors writes several in random order.
+        metadata = {"a3": json.dumps({"kind": self.kind, **record}, sort_keys=True)}
+        tensors = {key: value.cpu().contiguous() for key, value in self.tensors.items()}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+
+def require_finite(path: Path, key: str, value: Tensor) -> None:
+    """Raise A3Error where `value` holds NaN or Inf."""
+    if not torch.isfinite(value).all():
+        raise A3Error(
+            f"{path}: tensor {key!r} holds NaN or Inf; expected finite sums. The model overflowed "
+            "on the calibration text (try --dtype float32), or the file is damaged: collect again."
+        )
+
+
+class Rxx:
+    """One statistics file: `R` and `mean` per layer, divided by the token count, float64.
+
+    Raises A3Error for a damaged file, another kind than asked for, another model's statistics,
+    and NaN or Inf.
+    """
+
+    def __init__(self, path: Path, kind: str, weights_sha256: str) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            self.record = json.loads(self._file.metadata()["a3"])
+        except FileNotFoundError:
+            raise A3Error(f"{path}: no such file. Collect {kind!r} first (a3 collect).") from None
+        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+            raise A3Error(
+                f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
+            ) from error
+        expected = {"kind": kind, "weights_sha256": weights_sha256}
+        for key, value in expected.items():
+            if self.record.get(key) != value:
+                raise A3Error(
+                    f"{path}: {key} is {self.record.get(key)!r}, expected {value!r}. These "
+                    "statistics were made from another model or are of another kind: collect "
+                    "again for this model."
+                )
+        if not isinstance(self.record.get("tokens"), int) or self.record["tokens"] < 1:
+            raise A3Error(f"{path}: tokens is {self.record.get('tokens')!r}, expected 1 or more.")
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens summed."""
+        return self.record["tokens"]
+
+    def _read(self, layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        key = f"layers.{layer}.{name}"
+        try:
+            value = self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise A3Error(f"{self.path}: no tensor {key!r} ({error}). Collect again.") from error
+        if tuple(value.shape) != shape or value.dtype != torch.float64:
+            raise A3Error(
+                f"{self.path}: tensor {key!r} is {value.dtype} {tuple(value.shape)}, expected "
+                f"float64 {shape}. Collect again."
+            )
+        require_finite(self.path, key, value)
+        return value / self.tokens
+
+    def R(self, layer: int, *shape: int) -> Tensor:  # noqa: N802
+        """Autocorrelation E[xᵀx] of one layer (or its blocks or diagonal), of the given shape."""
+        return self._read(layer, "rxx", shape)
+
+    def mean(self, layer: int, width: int) -> Tensor:
+        """E[x] of one layer, (width,)."""
+        return self._read(layer, "sum", (width,))

@@ -1,0 +1,65 @@
+"""A tiny random Llama with a working tokenizer, saved as a Hugging Face folder in milliseconds."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 300
+LINES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "A river is a natural flowing watercourse that moves towards an ocean or a lake.",
+    "In 1969 the first people walked on the Moon; about 600 million viewers watched them.",
+]
+
+
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Train and save a byte-level BPE of 300 entries with <s> (0), </s> (1) in `folder`.
+
+    Any text can be tokenised and decoded back.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=1,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
+    """Save a random float32 LlamaForCausalLM and its tokenizer in `folder`; returns `folder`.
+
+    Hidden 64, 2 layers, 4 heads, 2 key/value heads, intermediate 96, vocabulary 300; any of them
+    can be replaced through `config`. Weights have a spread of 0.1, so that activations, and hence
+    perplexities, differ visibly between tokens.
+    """
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**values | config)).float()
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
