@@ -1,12 +1,13 @@
-"""The registry of modes: what each needs, where it fits, and how a ratio becomes a rank."""
+"""The registry of modes: what each reads, where it fits, and how a ratio becomes a rank.
 
-from collections.abc import Callable
+The mode `rxx-w` of part `mlp` is the function `rxx_w` of `a3.solutions.mlp`. Only names stand
+here, so that the workflow and the command line read this table without importing torch.
+"""
+
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 from a3.errors import A3Error
-from a3.solutions import mlp, ov, qk
 
 ROPE = ("mha-rope", "gqa-rope")
 PARTS = ("qk", "ov", "mlp")
@@ -16,29 +17,25 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Mode:
-    """One solution: its function, the statistic it reads, and the types of part it fits.
+    """The statistic that a solution reads (None: the weights alone) and the types it fits."""
 
-    `kind` is None for a mode that looks at the weights alone.
-    """
-
-    solve: Callable[..., Any]
     kind: str | None
     fits: tuple[str, ...]
 
 
 MODES: dict[str, dict[str, Mode]] = {
     "qk": {
-        "rxx-w-rxx": Mode(qk.rxx_w_rxx, "attn_input", ROPE),
-        "rxx-w-rxx-uniform": Mode(qk.rxx_w_rxx_uniform, "attn_input", ROPE),
+        "rxx-w-rxx": Mode("attn_input", ROPE),
+        "rxx-w-rxx-uniform": Mode("attn_input", ROPE),
     },
     "ov": {
-        "xkv": Mode(ov.xkv, "attn_input", ROPE),
-        "axkv": Mode(ov.axkv, "o_proj_blocks", ROPE),
-        "identity": Mode(ov.identity, None, ROPE),
+        "xkv": Mode("attn_input", ROPE),
+        "axkv": Mode("o_proj_blocks", ROPE),
+        "identity": Mode(None, ROPE),
     },
     "mlp": {
-        "rxx-w": Mode(mlp.rxx_w, "down_diagonal", ("2-layer", "3-layer")),
-        "rxx": Mode(mlp.rxx, "down_diagonal", ("2-layer", "3-layer")),
+        "rxx-w": Mode("down_diagonal", ("2-layer", "3-layer")),
+        "rxx": Mode("down_diagonal", ("2-layer", "3-layer")),
     },
 }
 

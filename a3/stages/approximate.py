@@ -19,8 +19,11 @@ from a3.linalg import augment
 from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
-from a3.solutions.modes import DENSE, MODES, PARTS, check_fit, kinds_needed, rank_of
+from a3.solutions import mlp, ov, qk
+from a3.solutions.modes import DENSE, PARTS, check_fit, find_mode, kinds_needed, rank_of
 from a3.statistics import Rxx
+
+SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,18 @@ class Plan:
     modes: dict[str, str]
     ratio: Decimal
 
+    def kinds(self) -> list[str]:
+        """Statistics that the modes read."""
+        return kinds_needed(self.modes)
+
+    def check(self, model_folder: Path) -> None:
+        """Raise A3Error where a mode does not fit the model or nothing would be left of a part."""
+        self.ranks(load_arch(model_folder))
+
     def ranks(self, arch: Arch) -> dict[str, int]:
         """Rank of each compressed part; raises A3Error where a mode does not fit the model."""
+        if set(self.modes.values()) == {DENSE}:
+            raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         size = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
         multiple = {"qk": 2 if arch.rope_layout else 1, "ov": 1, "mlp": 1}
         ranks = {}
@@ -52,9 +65,7 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
     """
     arch = load_arch(model_folder)
     ranks = plan.ranks(arch)
-    if not ranks:
-        raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
-    kinds = kinds_needed(plan.modes)
+    kinds = plan.kinds()
     statistics = {
         kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256) for kind in kinds
     }
@@ -114,8 +125,10 @@ class LayerSolver:
         seconds: dict[str, float] = {}
         for part, rank in self.ranks.items():
             start = time.perf_counter()
-            mode = MODES[part][self.modes[part]]
-            solution = mode.solve(self.weights(part, layer), self.rxx(mode.kind, layer), rank)
+            name = self.modes[part]
+            solve = getattr(SOLUTIONS[part], name.replace("-", "_"))
+            R = self.rxx(find_mode(part, name).kind, layer)
+            solution = solve(self.weights(part, layer), R, rank)
             tensors |= self.pack(part, layer, solution)
             report[part] = {"rank": rank, "relative_error": solution.relative_error}
             if part == "qk":

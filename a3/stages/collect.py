@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_json
 from a3.models.arch import Arch, load_arch
 from a3.provenance import provenance
-from a3.stages.text import load_documents, token_blocks
 from a3.statistics import KINDS, Accumulator
 
 

@@ -64,7 +64,6 @@ def convert_gguf(path: Path, folder: Path) -> None:
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": path.parent,
         "gguf_file": path.name,
-        "local_files_only": True,
     }
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     # The weights are no longer quantized, and must not be saved as if they were.
@@ -72,6 +71,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
+    # safetensors makes files that only their owner can read.
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 

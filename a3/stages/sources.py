@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import httpx2
-from datasets import Dataset, load_dataset_builder
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -27,6 +27,7 @@ from a3 import files
 from a3.errors import A3Error
 
 KINDS = ("wheel", "hub", "path")
+TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 # Folders hold other formats of the same weights; consolidated files repeat the shards.
 NOT_MODEL_FILES = ["*/*", "consolidated*"]
@@ -153,42 +154,68 @@ def hub_model(repo: str, revision: str) -> Path:
     return Path(folder)
 
 
-def hub_commit(repo: str, revision: str, repo_type: str) -> str:
-    """The commit that a branch or tag stands for, from the hub or else from its cache."""
-    resolved = hub_call(
-        repo,
-        revision,
-        lambda: HfApi().resolve_revision(repo, repo_type=repo_type, revision=revision),
-    )
-    return resolved.resolved
-
-
-def hub_rows(source: dict[str, Any]) -> Dataset:
+def hub_rows(source: dict[str, Any], cache: str) -> Dataset:
     """The rows of one split of a hub data set, at exactly the revision asked for.
 
-    `files` (names or globs in the repository) keeps `datasets` from downloading the others: it
-    downloads all splits of a configuration. Raises A3Error as `hub_call` does, and for a
-    configuration or split that does not exist.
+    Either of a configuration, all splits of which are downloaded, or of `files`: names or globs in
+    the repository, which alone are downloaded. `cache` is where the rows of `files` are unpacked.
+    Raises A3Error as `hub_call` does, and for a configuration, split or file that is not there.
     """
-    repo, revision, split = source["hub"], source["revision"], source.get("split", "train")
-    commit = hub_commit(repo, revision, "dataset")
-    chosen = {split.split("[")[0]: source["files"]} if "files" in source else None
+    if "files" in source and "config" in source:
+        raise A3Error(f"source {source}: found config and files, expected one. Keep one.")
+    rows = file_rows if "files" in source else configuration_rows
+    return hub_call(source["hub"], source["revision"], lambda: rows(source, cache))
 
-    def prepare() -> Dataset:
-        # The prefix keeps `datasets` from taking a local folder of the same name.
-        builder = load_dataset_builder(
-            f"hf://datasets/{repo}", source.get("config"), data_files=chosen, revision=commit
+
+def file_rows(source: dict[str, Any], cache: str) -> Dataset:
+    """Rows of the named files of a hub data set; they stay in the hub's cache for offline use."""
+    repo, revision = source["hub"], source["revision"]
+    names = [source["files"]] if isinstance(source["files"], str) else source["files"]
+    folder = Path(
+        snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=names)
+    )
+    # Not the folder as a data set: other files of it may be cached there too.
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    inside = {path: path.relative_to(folder).as_posix() for path in paths}
+    chosen = [path for path in paths if any(fnmatchcase(inside[path], name) for name in names)]
+    if not chosen:
+        raise A3Error(f"hub: {repo}, revision: {revision}: no file matches {names}. Correct files.")
+    return table_rows(chosen, source.get("split", "train"), cache)
+
+
+def table_rows(paths: list[Path], split: str, cache: str) -> Dataset:
+    """Rows of .parquet, .json, .jsonl or .csv files, plain or packed, as one split.
+
+    `split` may be a slice such as train[:1000]; `cache` is a folder for the rows.
+    Raises A3Error when a file is missing, damaged, or of another kind.
+    """
+    reader = next((TABLES[suffix] for suffix in paths[0].suffixes if suffix in TABLES), None)
+    if reader is None or not all(path.is_file() for path in paths):
+        raise A3Error(
+            f"{paths[0]}: no such file, or not one of {', '.join(TABLES)}. Correct path or files."
         )
-        # Where the hub is out of reach, `datasets` takes whatever revision it cached last.
-        if builder.hash != commit:
-            raise A3Error(
-                f"hub: {repo}, revision: {revision}: the hub cannot be reached, and the cache "
-                f"holds commit {builder.hash}, not {commit}. Load it once with a network."
-            )
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+    chosen = {split.split("[")[0]: [str(path) for path in paths]}
+    try:
+        return load_dataset(reader, data_files=chosen, split=split, cache_dir=cache)
+    except (DatasetsError, ValueError, OSError) as error:
+        cause = first_line(error.__cause__ or error)
+        raise A3Error(f"{paths[0]}: cannot be read ({cause}). Correct the file.") from error
 
-    return hub_call(repo, revision, prepare)
+
+def configuration_rows(source: dict[str, Any], _: str) -> Dataset:
+    """Rows of a configuration of a hub data set; they stay in `datasets`' cache for offline use."""
+    repo, revision = source["hub"], source["revision"]
+    commit = HfApi().resolve_revision(repo, repo_type="dataset", revision=revision).resolved
+    # The prefix keeps `datasets` from taking a local folder of the same name.
+    builder = load_dataset_builder(f"hf://datasets/{repo}", source.get("config"), revision=commit)
+    # Where the hub is out of reach, `datasets` takes whatever revision it cached last.
+    if builder.hash != commit:
+        raise A3Error(
+            f"hub: {repo}, revision: {revision}: the hub cannot be reached, and the cache holds "
+            f"commit {builder.hash}, not {commit}. Load it once with a network."
+        )
+    builder.download_and_prepare()
+    return builder.as_dataset(split=source.get("split", "train"))
 
 
 def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
@@ -201,7 +228,12 @@ def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
             f"{where}: gated. Accept its terms on its hub page, then `hf auth login` or set "
             f"HF_TOKEN."
         ) from error
-    except (RepositoryNotFoundError, DatasetNotFoundError) as error:
+    except DatasetNotFoundError as error:
+        raise A3Error(
+            f"{where}: {first_line(error)} Correct the name or revision; for a private one "
+            f"`hf auth login` or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
         raise A3Error(
             f"{where}: no such repository, or a private one. Correct the name (owner/name); for a "
             f"private one `hf auth login` or set HF_TOKEN."
@@ -218,7 +250,8 @@ def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
     except HFValidationError as error:
         raise A3Error(f"{where}: not a repository name ({error}). Write owner/name.") from error
     except (ValueError, DatasetsError) as error:
-        raise A3Error(f"{where}: {str(error).strip()}. Correct config, split or files.") from error
+        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise A3Error(f"{where}: {str(error).strip()}{cause}. Correct the source.") from error
     except (OSError, httpx2.HTTPError) as error:
         if files.is_disk_error(error):
             raise A3Error(f"{where}: the disk of HF_HOME is full. Free some space.") from error

@@ -1,0 +1,39 @@
+# Every target sets up what it needs. Needs Python 3.11 or newer with pip and venv.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+READY := .venv/.ready
+LINT := .venv-lint/.ready
+
+.PHONY: run full test lint clean
+
+run: $(READY)  ## the default run: a real model, ends with a table and a report
+	snakemake
+	a3 show results/tables/default
+
+full: $(READY)  ## the same with the large sizes
+	snakemake --configfile config/config.yaml config/full.yaml
+	a3 show results/tables/full
+
+test: $(READY) lint  ## the whole test suite
+	python -m pytest
+
+lint: $(READY) $(LINT)
+	ruff check
+	ruff format --check
+	.venv-lint/bin/snakefmt --check --compact-diff Snakefile workflow
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "a3 needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.lock
+	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# snakefmt wants other versions of its libraries than snakemake has.
+$(LINT): Makefile
+	$(PYTHON) -m venv .venv-lint
+	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lint

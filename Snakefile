@@ -1,0 +1,24 @@
+"""a3: from a model's name to a checked table. Plain `snakemake` builds the report."""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/model.smk"
+include: "workflow/rules/text.smk"
+include: "workflow/rules/collect.smk"
+include: "workflow/rules/approx.smk"
+include: "workflow/rules/eval.smk"
+include: "workflow/rules/tables.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{TABLE}/report.html",
+        f"{TABLE}/results.md",

