@@ -1,5 +1,6 @@
 # Every target sets up what it needs. Needs Python 3.11 or newer with pip and venv.
 PYTHON ?= python3
+export SNAKEMAKE_PROFILE ?= workflow/profiles/default
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready

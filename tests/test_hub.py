@@ -150,4 +150,7 @@ def test_chosen_files_of_a_data_set_then_offline(hub, run):
     source = {"hub": "who/web", "revision": "main", "files": "en/b*", "split": "train[:1]"}
     assert run(("text", source)) == ["['late one']"]
     assert not any("en/a.jsonl" in request for request in hub.requests)
+    whole, again = run(("text", source | {"files": "en/*", "split": "train"}), ("text", source))
+    assert whole == "['early one', 'early two', 'late one']"
+    assert again == "['late one']"
     assert run(("text", source), HF_HUB_OFFLINE="1") == ["['late one']"]

@@ -5,6 +5,7 @@ import random
 import re
 import time
 import zipfile
+from types import SimpleNamespace
 
 import lm_eval
 import pandas
@@ -35,20 +36,8 @@ Short
 </doc>
 """
 WORDS = [
-    "river",
-    "stone",
-    "cloud",
-    "field",
-    "horse",
-    "lamp",
-    "music",
-    "night",
-    "ocean",
-    "paper",
-    "queen",
-    "road",
-    "silver",
-    "table",
+    *("river", "stone", "cloud", "field", "horse", "lamp", "music"),
+    *("night", "ocean", "paper", "queen", "road", "silver", "table"),
 ]
 
 
@@ -114,7 +103,7 @@ def test_formats_of_local_files(tmp_path):
     assert read("c.parquet") == expected
     assert read("d.txt") == [Document("d", "first\nsecond\n")]
     assert read("d.txt", format="lines") == [Document("", "first"), Document("", "second")]
-    assert read("") == read("d.txt")
+    assert read("", format="text") == read("d.txt")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +318,23 @@ def test_only_as_much_text_is_tokenised_as_needed(tokenizer, some):
     assert sum(characters) < 10_000 < sum(len(document.text) for document in some * 50)
 
 
+@pytest.mark.parametrize("width", [6, 40])
+def test_the_end_of_a_text_cut_short_is_not_used(some, width):
+    class Unsettled:
+        """A token every `width` characters; the last three would change if the text went on."""
+
+        bos_token_id = 0
+
+        def __call__(self, text, **_):
+            ids = [sum(text[i : i + width].encode()) for i in range(0, len(text), width)]
+            return {"input_ids": [*ids[:-3], -1, -1, -1]}
+
+    few = token_blocks(some, Unsettled(), 16, 64, None, False)
+    every = token_blocks(some, Unsettled(), 16, 10**6, None, False)
+    assert few.shape == (4, 16)
+    assert torch.equal(few, every[:4])
+
+
 def test_the_seed_permutes_documents(tokenizer, some):
     first, again, other, plain = (
         token_blocks(some, tokenizer, 32, 320, seed, False) for seed in (0, 0, 1, None)
@@ -352,10 +358,9 @@ def test_a_short_text_is_refused(tokenizer):
         token_blocks([Document("", "ab")], tokenizer, 32, 31, None, False)
 
 
-def test_no_bos_is_an_error(tokenizer, some, monkeypatch):
-    monkeypatch.setattr(tokenizer, "bos_token", None)
+def test_no_bos_is_an_error(some):
     with pytest.raises(A3Error, match="no BOS token"):
-        token_blocks(some, tokenizer, 32, 320, None, True)
+        token_blocks(some, SimpleNamespace(bos_token_id=None), 32, 320, None, True)
 
 
 # --- catalogue ------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""The paper's solutions as the paper writes them: dense, slow, float64. What ours are held to.
+
+Square roots and SVDs of d × d matrices, one head or group at a time; nothing is shared with a3.
+"""
+
+import torch
+
+
+def root(R):
+    """R^½ and its pseudo-inverse, by eigendecomposition."""
+    values, vectors = torch.linalg.eigh((R + R.T) / 2)
+    values = values.clamp(min=0).sqrt()
+    inverse = torch.where(values > values.max() * 1e-9, 1 / values, 0.0)
+    return vectors @ torch.diag(values) @ vectors.T, vectors @ torch.diag(inverse) @ vectors.T
+
+
+def fused_low_rank(R, W, P, rank):
+    """R^-½ SVD_r(R^½ W [P₁ … P_g]), as a d × d list, and the objective's value."""
+    half, inverse = root(R)
+    target = half @ W @ torch.cat(list(P), dim=1)
+    U, S, V = torch.linalg.svd(target, full_matrices=False)
+    best = inverse @ (U[:, :rank] * S[:rank]) @ V[:rank]
+    return list(best.split(P.shape[-1], dim=1)), S[rank:].square().sum()
+
+
+def objective(R, targets, found):
+    """Σᵢ ‖R^½ (targetᵢ − foundᵢ)‖²."""
+    half, _ = root(R)
+    return sum((half @ (t - f)).square().sum() for t, f in zip(targets, found, strict=True))
+
+
+def rope_pairs(Rq, Rk, Wq, Wk, rank, uniform=False):
+    """Kept pairs of each group: Wq (G, g, d, h), Wk (G, d, h); halves layout."""
+    half_q, half_k = root(Rq)[0], root(Rk)[0]
+    pairs = Wk.shape[-1] // 2
+    scores = torch.zeros(len(Wk), pairs, dtype=torch.float64)
+    for group in range(len(Wk)):
+        for head in range(Wq.shape[1]):
+            for f in range(pairs):
+                for j in (f, f + pairs):
+                    left = (half_q @ Wq[group, head, :, j]).square().sum()
+                    scores[group, f] += left * (half_k @ Wk[group, :, j]).square().sum()
+    if uniform:
+        scores = scores.sum(0, keepdim=True).expand_as(scores)
+    return [sorted(row.argsort(descending=True)[: rank // 2].tolist()) for row in scores]
+
+
+def mlp_channels(R, down, rank, weights=True):
+    """Kept channels from the full n × n autocorrelation."""
+    score = root(R)[0].square().sum(0)
+    if weights:
+        score = score * down.square().sum(1)
+    return sorted(score.argsort(descending=True)[:rank].tolist())

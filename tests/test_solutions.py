@@ -1,0 +1,157 @@
+"""Every solution against the slow dense reference, on friendly and unfriendly statistics."""
+
+import pytest
+import reference
+import torch
+
+from a3.linalg import augment, gram_factor, keep_best, shared_subspace, subspace_error
+from a3.models.families import AttentionWeights, MLPWeights
+from a3.solutions import mlp, ov, qk
+
+D, H, G, h, N = 24, 6, 3, 8, 40
+TOLERANCE = 1e-9  # of the objective of the zero solution (method.md)
+
+
+def inputs(kind, width, seed=0):
+    """Autocorrelation of tokens with a mean: full rank, ill conditioned, or of 10 tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    count = 10 if kind == "singular" else 400
+    x = torch.randn(count, width, dtype=torch.float64, generator=draw) + 0.5
+    if kind == "ill-conditioned":
+        x = x * torch.logspace(0, -6, width, dtype=torch.float64)
+    if kind == "dead-channel":
+        x[:, 3] = 0
+    return x.T @ x / count, x.mean(0)
+
+
+def attention(width=D, seed=1):
+    draw = torch.Generator().manual_seed(seed)
+    shape = {"q": (H, width, h), "k": (G, width, h), "v": (G, width, h), "o": (H, h, D)}
+    return AttentionWeights(
+        **{
+            name: torch.randn(*size, dtype=torch.float64, generator=draw)
+            for name, size in shape.items()
+        }
+    )
+
+
+KINDS = ("random", "ill-conditioned", "singular", "dead-channel")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 3, 5, h])
+@pytest.mark.parametrize("mode", ["xkv", "identity", "biased xkv"])
+def test_ov_is_as_good_as_the_joint_svd(kind, rank, mode):
+    R, mean = inputs(kind, D)
+    if mode == "biased xkv":
+        R = augment(R, mean)
+    weights = attention(len(R))
+    if mode == "identity":
+        R = torch.eye(len(R), dtype=torch.float64)
+    found = (ov.identity if mode == "identity" else ov.xkv)(weights, R, rank)
+    assert found.v.shape == (G, len(R), rank)
+    assert found.o.shape == (H, rank, D)
+    lost = whole = 0.0
+    for group in range(G):
+        P = weights.grouped(weights.o)[group]
+        targets = [weights.v[group] @ W for W in P]
+        solution = [found.v[group] @ W for W in weights.grouped(found.o)[group]]
+        zero = reference.objective(R, targets, [0 * t for t in targets])
+        best, _ = reference.fused_low_rank(R, weights.v[group], P, rank)
+        ours = reference.objective(R, targets, solution)
+        assert ours <= reference.objective(R, targets, best) + TOLERANCE * zero
+        lost, whole = lost + ours, whole + zero
+    assert found.relative_error == pytest.approx((lost / whole).item(), rel=1e-6, abs=1e-9)
+    if rank == h:
+        torch.testing.assert_close(
+            found.v[0] @ found.o[0], weights.v[0] @ weights.o[0], rtol=0, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axkv_of_mha_is_the_svd_of_each_head_with_its_own_statistics(kind):
+    weights = attention()
+    weights = AttentionWeights(
+        q=weights.q, k=weights.k, v=weights.q.flip(0).contiguous(), o=weights.o
+    )
+    weights = AttentionWeights(q=weights.q, k=weights.q, v=weights.v, o=weights.o)  # H groups
+    attended = torch.stack([inputs(kind, D, seed)[0] for seed in range(H)])
+    blocks = weights.v.mT @ attended @ weights.v
+    found = ov.axkv(weights, blocks, 3)
+    for head in range(H):
+        target = [weights.v[head] @ weights.o[head]]
+        best, _ = reference.fused_low_rank(
+            attended[head], weights.v[head], weights.o[head][None], 3
+        )
+        ours = reference.objective(attended[head], target, [found.v[head] @ found.o[head]])
+        zero = reference.objective(attended[head], target, [0 * target[0]])
+        assert ours <= reference.objective(attended[head], target, best) + TOLERANCE * zero
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [2, 6, h])
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_qk_keeps_the_pairs_of_the_paper(kind, rank, uniform, biased):
+    R, mean = inputs(kind, D)
+    R = augment(R, mean) if biased else R
+    weights = attention(len(R))
+    found = (qk.rxx_w_rxx_uniform if uniform else qk.rxx_w_rxx)(weights, R, rank)
+    Wq = weights.grouped(weights.q)
+    pairs = reference.rope_pairs(R, R, Wq, weights.k, rank, uniform)
+    assert found.pairs.tolist() == pairs
+    lost = whole = 0.0
+    half = reference.root(R)[0]
+    for head in range(H):
+        group = head // (H // G)
+        columns = pairs[group] + [f + h // 2 for f in pairs[group]]
+        torch.testing.assert_close(found.q[head], weights.q[head][:, columns], rtol=0, atol=0)
+        torch.testing.assert_close(found.k[group], weights.k[group][:, columns], rtol=0, atol=0)
+        dense = half @ weights.q[head] @ weights.k[group].T @ half
+        small = half @ found.q[head] @ found.k[group].T @ half
+        lost, whole = lost + (dense - small).square().sum(), whole + dense.square().sum()
+    assert found.relative_error == pytest.approx((lost / whole).item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 17, N])
+@pytest.mark.parametrize("gated", [True, False])
+def test_mlp_keeps_the_channels_of_the_paper(kind, rank, gated):
+    R, _ = inputs(kind, N)
+    draw = torch.Generator().manual_seed(2)
+    up, gate, down = (torch.randn(D, N, dtype=torch.float64, generator=draw) for _ in range(3))
+    weights = MLPWeights(up=up, gate=gate if gated else None, down=down.T.contiguous())
+    for solve, uses_weights in ((mlp.rxx_w, True), (mlp.rxx, False)):
+        found = solve(weights, R.diagonal(), rank)
+        kept = reference.mlp_channels(R, weights.down, rank, uses_weights)
+        assert found.channels.tolist() == kept
+        torch.testing.assert_close(found.up, up[:, kept], rtol=0, atol=0)
+        torch.testing.assert_close(found.down, weights.down[kept], rtol=0, atol=0)
+        assert (found.gate is not None) == gated
+        assert 0 <= found.relative_error <= 1
+        if rank == N:
+            assert found.relative_error == pytest.approx(0, abs=1e-12)
+
+
+def test_a_channels_scale_costs_no_precision():
+    """W D and D⁻¹ P give one and the same product, however wild the diagonal D."""
+    draw = torch.Generator().manual_seed(3)
+    G1 = torch.randn(h, h, dtype=torch.float64, generator=draw)
+    K1 = torch.randn(h, h, dtype=torch.float64, generator=draw)
+    G1, K1 = G1 @ G1.T, K1 @ K1.T
+    scale = torch.logspace(-8, 8, h, dtype=torch.float64)
+    E, D1 = shared_subspace(G1, K1, 3)
+    G2, K2 = G1 * scale[:, None] * scale, K1 / scale[:, None] / scale
+    E2, D2 = shared_subspace(G2, K2, 3)
+    assert subspace_error(G2, K2, E2, D2).item() == pytest.approx(
+        subspace_error(G1, K1, E, D1).item(), rel=1e-8
+    )
+
+
+def test_factor_of_nothing_is_invertible():
+    C, inverse = gram_factor(torch.zeros(2, h, h, dtype=torch.float64))
+    torch.testing.assert_close(C @ inverse, torch.eye(h).double().expand(2, -1, -1))
+
+
+def test_ties_go_to_the_lower_index():
+    assert keep_best(torch.tensor([1.0, 2, 1, 2, 1]), 3).tolist() == [0, 1, 3]
