@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, and their content hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from a3.errors import A3Error
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -67,10 +71,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether `error` says that the disk is full; safetensors reports it in its own exception."""
-    return (isinstance(error, OSError) and error.errno in (28, 122)) or (
-        type(error).__name__ == "SafetensorError" and "No space left" in str(error)
-    )
+    """Whether `error` says that the disk is full or a quota is used up.
+
+    safetensors reports it in an exception of its own, with the code in its text.
+    """
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    code = re.search(r"code: (\d+)", str(error)) if "Safetensor" in type(error).__name__ else None
+    return code is not None and int(code[1]) in DISK_ERRORS
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,70 @@
+"""The command line, as a user types it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama
+
+import a3  # noqa: F401  (the user's first line)
+from a3.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = ["compress", "collect", "approx", "eval ppl", "eval harness", "model", "text", "show"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_fast_and_does_not_import_torch(command):
+    code = (
+        "import sys; from a3.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "-h"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: a3" in done.stdout
+    assert time.perf_counter() - start < 5
+
+
+def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_llama(tmp_path / "dense")
+    (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "text.txt").write_text("A river moves towards an ocean, or a lake. " * 99)
+    out, text = tmp_path / "small", str(tmp_path / "text.txt")
+    blocks = ["--tokens", "512", "--block-length", "64"]
+    command = ["compress", str(tmp_path / "dense"), "--ratio", "0.25", "-o", str(out)]
+    assert main([*command, "--text", text, *blocks, "--seed", "1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "small", "text.txt"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    ids = tokenizer("A river", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+    result = tmp_path / "ppl.json"
+    assert main(["eval", "ppl", str(out), "--text", text, *blocks, "-o", str(result)]) == 0
+    record = json.loads(result.read_text())
+    assert record["tokens_scored"] == record["blocks"] * 63
+    assert record["perplexity"] > 1
+    # A second run into the same folder is refused before any work.
+    assert main([*command, "--text", text, *blocks]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_readme_names_only_commands_that_exist():
+    """Other tests run them; here each `a3 …` line of the README has to parse."""
+    from a3.cli import parser
+
+    lines = re.findall(r"^ {4}(a3 .*)$", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        words = line.split("#")[0].split()
+        assert parser().parse_args(words[1:])

@@ -1,0 +1,243 @@
+"""The compressed model end to end on tiny Llamas: identity, emulation, cache, saving."""
+
+import json
+import random
+from decimal import Decimal
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from a3.models.arch import load_arch
+from a3.models.checkpoint import Checkpoint
+from a3.stages.approximate import Plan, approximate
+from a3.stages.collect import collect
+
+MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
+SHAPES = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "wide-heads": {"head_dim": 24},
+    "tied": {"tie_word_embeddings": True},
+}
+# Characters at random: statistics of full rank, so that the solution is unique.
+TEXT = "".join(random.Random(0).choices("".join(map(chr, range(32, 500))), k=3000))
+SETTINGS = {
+    "tokens": 2048, "block_length": 64, "seed": 0, "bos": True, "dtype": "float32", "device": "cpu",
+}  # fmt: skip
+ALL_KINDS = ("attn_input", "o_proj_blocks", "down_diagonal")
+
+
+def redraw(folder, seed=0):
+    """Give biases a spread of 0.5 and norm gains a spread around 1: fresh ones hide mistakes."""
+    torch.manual_seed(seed)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, value in sorted(tensors.items()):
+        if name.endswith("bias"):
+            tensors[name] = torch.randn_like(value) * 0.5
+        elif "norm" in name:
+            tensors[name] = 1 + 0.3 * torch.randn_like(value)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def dense(request, tmp_path_factory):
+    """A dense folder with its statistics in `rxx`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_llama(folder / "dense", **SHAPES[request.param])
+    redraw(folder / "dense")
+    (folder / "text.txt").write_text(TEXT)
+    outputs = {kind: folder / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
+    collect(folder / "dense", folder / "text.txt", outputs, **SETTINGS)
+    return folder
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def tokens(folder, count=48, batch=2):
+    torch.manual_seed(5)
+    return torch.randint(2, 300, (batch, count))
+
+
+@torch.inference_mode()
+def logits(model, ids):
+    return model(ids).logits
+
+
+def compress(dense, out, ratio, **modes):
+    approximate(dense / "dense", dense / "rxx", Plan(MODES | modes, Decimal(ratio)), out)
+    return load(out)
+
+
+def test_ratio_zero_reproduces_the_dense_logits(dense, tmp_path):
+    small = compress(dense, tmp_path / "small", "0")
+    ids = tokens(dense)
+    expected = logits(load(dense / "dense"), ids)
+    torch.testing.assert_close(logits(small, ids), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("ratio", ["0.25", "0.5"])
+@pytest.mark.parametrize("parts", [("qk",), ("ov",), ("mlp",), ("qk", "ov", "mlp")])
+def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, ratio, parts):
+    modes = {part: MODES[part] if part in parts else "dense" for part in MODES}
+    small = compress(dense, tmp_path / "small", ratio, **modes)
+    emulated = load(dense / "dense")
+    emulate(emulated, dense, ratio, parts)
+    ids = tokens(dense)
+    expected = logits(emulated, ids)
+    assert (expected - logits(load(dense / "dense"), ids)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(small, ids), expected, rtol=0, atol=1e-4)
+
+
+def emulate(model, dense, ratio, parts):
+    """Put the reference's solution, in the original shapes, into a dense model."""
+    arch = load_arch(dense / "dense")
+    rxx = load_file(dense / "rxx" / "attn_input.safetensors")
+    down = load_file(dense / "rxx" / "down_diagonal.safetensors")
+    count = SETTINGS["tokens"]
+    keep = 1 - float(ratio)
+    for i, layer in enumerate(model.model.layers):
+        R, mean = rxx[f"layers.{i}.rxx"] / count, rxx[f"layers.{i}.sum"] / count
+        if arch.qkv_bias:
+            R = torch.cat(
+                (torch.cat((R, mean[:, None]), 1), torch.cat((mean, mean.new_ones(1)))[None])
+            )
+        if "qk" in parts:
+            zero_pairs(layer.self_attn, arch, R, 2 * round(keep * arch.head_dim / 2))
+        if "ov" in parts:
+            project_values(layer.self_attn, arch, R, round(keep * arch.head_dim))
+        if "mlp" in parts:
+            score = down[f"layers.{i}.rxx"] * layer.mlp.down_proj.weight.square().sum(0)
+            dropped = score.argsort()[
+                : arch.intermediate_size - round(keep * arch.intermediate_size)
+            ]
+            layer.mlp.down_proj.weight.data[:, dropped] = 0
+
+
+def rows(linear):
+    """x̂ Ŵ form: (d̂, out)."""
+    W = linear.weight.data.T
+    return W if linear.bias is None else torch.cat((W, linear.bias.data[None]))
+
+
+def zero_pairs(attention, arch, R, rank):
+    h, groups = arch.head_dim, arch.kv_heads
+    Wq = rows(attention.q_proj).unflatten(1, (groups, -1, h)).permute(1, 2, 0, 3)
+    Wk = rows(attention.k_proj).unflatten(1, (groups, h)).movedim(1, 0)
+    kept = reference.rope_pairs(R, R, Wq, Wk, rank)
+    for linear in (attention.q_proj, attention.k_proj):
+        per_group = linear.weight.data.view(groups, -1, h, arch.hidden_size)
+        bias = None if linear.bias is None else linear.bias.data.view(groups, -1, h)
+        for group in range(groups):
+            dropped = [f for f in range(h // 2) if f not in kept[group]]
+            columns = dropped + [f + h // 2 for f in dropped]
+            per_group[group][:, columns] = 0
+            if bias is not None:
+                bias[group][:, columns] = 0
+
+
+def project_values(attention, arch, R, rank):
+    """W_v becomes P W_v with P = R^-½ U_r U_rᵀ R^½, the paper's joint solution, d × d."""
+    h, groups = arch.head_dim, arch.kv_heads
+    half, inverse = reference.root(R)
+    Wv = rows(attention.v_proj).unflatten(1, (groups, h)).movedim(1, 0)
+    Wo = attention.o_proj.weight.data.T.unflatten(0, (groups, -1, h))
+    new = torch.empty_like(Wv)
+    for group in range(groups):
+        target = half @ Wv[group] @ torch.cat(list(Wo[group]), dim=1)
+        U = torch.linalg.svd(target, full_matrices=False)[0][:, :rank]
+        new[group] = inverse @ U @ U.T @ half @ Wv[group]
+    new = new.movedim(0, 1).flatten(1)
+    if attention.v_proj.bias is not None:
+        attention.v_proj.bias.data.copy_(new[-1])
+        new = new[:-1]
+    attention.v_proj.weight.data.copy_(new.T)
+
+
+def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
+    small = compress(dense, tmp_path / "small", "0.4")
+    record = json.loads((tmp_path / "small" / "approx.json").read_text())
+    arch = load_arch(dense / "dense")
+    for kind, model in (("dense", load(dense / "dense").float()), ("compressed", small.float())):
+        said = record["size"][kind]
+        assert sum(p.numel() for p in model.parameters()) == said["parameters"]
+        ids = tokens(dense, count=7, batch=1)
+        cache = model(ids).past_key_values
+        live = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert live == 7 * said["kv_bytes_per_token"]
+    assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]
+    shape = Checkpoint(tmp_path / "small").shape
+    rank = record["layers"][0]["qk"]["rank"]
+    assert shape("model.layers.0.self_attn.k_proj.weight") == (arch.kv_heads * rank, 64)
+    assert shape("model.layers.0.mlp.down_proj.weight") == (64, record["layers"][0]["mlp"]["rank"])
+
+
+def test_generate_with_cache_equals_without(dense, tmp_path):
+    small = compress(dense, tmp_path / "small", "0.25")
+    ids = tokens(dense, count=9)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    torch.testing.assert_close(
+        small.generate(ids, use_cache=True, **options),
+        small.generate(ids, use_cache=False, **options),
+    )
+
+
+def test_eager_equals_sdpa_and_left_padding_changes_nothing(dense, tmp_path):
+    small = compress(dense, tmp_path / "small", "0.25")
+    ids = tokens(dense, count=20, batch=1)
+    expected = logits(small, ids)
+    eager = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", dtype=torch.float64, attn_implementation="eager"
+    )
+    # Eager attention takes its softmax in float32.
+    torch.testing.assert_close(logits(eager, ids), expected, rtol=0, atol=1e-5)
+    padded = torch.cat((torch.ones(1, 5, dtype=torch.long), ids), dim=1)
+    mask = torch.cat((torch.zeros(1, 5), torch.ones(1, 20)), dim=1).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = small(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(found, expected)
+
+
+def test_save_pretrained_round_trips(dense, tmp_path):
+    small = compress(dense, tmp_path / "small", "0.4")
+    small.float().save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    ids = tokens(dense)
+    torch.testing.assert_close(logits(again, ids), logits(load(tmp_path / "small"), ids))
+    assert AutoTokenizer.from_pretrained(tmp_path / "small")("dog").input_ids
+    assert again.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "mode"),
+    [("qk", "rxx-w-rxx-uniform"), ("ov", "axkv"), ("ov", "identity"), ("mlp", "rxx")],
+)
+def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode):
+    ids = tokens(dense)
+    only = dict.fromkeys(MODES, "dense") | {part: mode}
+    full = compress(dense, tmp_path / "full", "0", **only)
+    torch.testing.assert_close(
+        logits(full, ids), logits(load(dense / "dense"), ids), rtol=0, atol=2e-5
+    )
+    assert torch.isfinite(logits(compress(dense, tmp_path / "small", "0.5", **only), ids)).all()
+
+
+def test_bfloat16_weights_stay_bfloat16(tmp_path):
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    tiny_llama(dense)
+    AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(dense)
+    (tmp_path / "text.txt").write_text(TEXT)
+    outputs = {kind: tmp_path / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
+    collect(dense, tmp_path / "text.txt", outputs, **SETTINGS)
+    approximate(dense, tmp_path / "rxx", Plan(MODES, Decimal("0.2")), small)
+    assert load_arch(dense).dtype == "bfloat16"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert Checkpoint(small).dtype(name) == "bfloat16"

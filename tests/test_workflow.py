@@ -1,0 +1,238 @@
+"""Only stale stages are recomputed: tests that run Snakemake for real, on a tiny model."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+experiments: experiments.tsv
+models:
+  tiny: {source: {path: tiny}}
+texts:
+  learn: {source: {path: learn.txt}, format: text}
+  score: {source: {path: score.jsonl}, exclude: [learn], split: {test: 0.5, harness: 0.5}}
+calibrations:
+  short: {text: learn, tokens: 512, block_length: 64}
+perplexity:
+  score: {text: score, tokens: 256, block_length: 64}
+harness:
+  titles: {text: score, items: 4}
+evaluate:
+  perplexity: [score]
+  harness: [titles]
+"""
+HEADER = "model\tcalibration\tqk\tov\tmlp\tratio\n"
+ROW = "tiny\tshort\trxx-w-rxx\txkv\trxx-w\t{}\n"
+DOWNSTREAM = {"tables", "figures", "report"}
+WORDS = [
+    "river",
+    "dog",
+    "moon",
+    "lake",
+    "fox",
+    "ocean",
+    "people",
+    "water",
+    "quick",
+    "brown",
+    "lazy",
+    "jump",
+    "move",
+    "watch",
+    "first",
+]
+
+
+class Project:
+    """A folder with the project's code, copied, and a tiny configuration."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("a3", "workflow", "Snakefile", "environment.yaml"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+            copy(ROOT / name, folder / name)
+        (folder / "config").mkdir()
+        (folder / "config" / "config.yaml").write_text(CONFIG)
+        (folder / "experiments.tsv").write_text(HEADER + ROW.format("0.25"))
+        tiny_llama(folder / "tiny")
+        (folder / "learn.txt").write_text("A river moves towards an ocean or a lake. " * 60)
+        (folder / "score.jsonl").write_text("".join(self.documents()))
+
+    @staticmethod
+    def documents():
+        for i in range(60):
+            words = [WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(40)]
+            yield f'{{"title": "Title {WORDS[i % 11]} {i}", "text": "{" ".join(words)}"}}\n'
+
+    def snakemake(self, *arguments, status=0):
+        """Run Snakemake; returns (rules that ran or would run, its output)."""
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "snakemake",
+                "--profile",
+                "workflow/profiles/default",
+                *arguments,
+            ],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == status, output
+        return sorted(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)), output
+
+    def edit(self, name, old, new):
+        path = self.folder / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    def files(self):
+        """Content of every artifact, by its path."""
+        return {
+            path: path.read_bytes()
+            for path in sorted((self.folder / "results").rglob("*"))
+            if path.is_file() and "logs" not in path.parts
+        }
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The project after one whole run; later tests build on what earlier ones left."""
+    made = Project(tmp_path_factory.mktemp("project"))
+    rules, _ = made.snakemake()
+    assert rules.count("collect_together") == 1
+    assert rules.count("eval_ppl") == 2  # dense and compressed
+    return made
+
+
+@pytest.fixture
+def settled(project):
+    """The project with everything up to date."""
+    project.snakemake()
+    return project
+
+
+def test_nothing_touched_nothing_runs(settled):
+    rules, output = settled.snakemake()
+    assert rules == []
+    assert "Nothing to be done" in output
+
+
+def test_outputs_are_there(settled):
+    table = settled.folder / "results" / "tables" / "default"
+    assert (table / "report.html").stat().st_size > 10_000
+    lines = (table / "results.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("tiny,dense")
+
+
+def test_two_runs_give_the_same_bytes(settled):
+    before = settled.files()
+    shutil.rmtree(settled.folder / "results")
+    settled.snakemake()
+    after = settled.files()
+    timed = [path for path in before if "timing" in path.name or path.name == "seconds.csv"]
+    timed.append(settled.folder / "results" / "tables" / "default" / "report.html")
+    assert before.keys() == after.keys()
+    different = [path for path in before if before[path] != after[path] and path not in timed]
+    assert different == []
+
+
+def test_a_new_ratio_runs_its_own_chain_only(settled):
+    with (settled.folder / "experiments.tsv").open("a") as table:
+        table.write(ROW.format("0.5"))
+    rules, _ = settled.snakemake()
+    assert set(rules) - {"all"} == {"approx", "eval_ppl", "eval_harness"} | DOWNSTREAM
+    assert rules.count("approx") == 1
+
+
+def test_a_change_of_the_perplexity_code(settled):
+    settled.edit("a3/stages/perplexity.py", "    losses = []", "    losses: list = []")
+    rules, output = settled.snakemake("-n")
+    assert set(rules) - {"all"} == {"eval_ppl"} | DOWNSTREAM
+    assert "Params have changed" in output
+    settled.snakemake()
+
+
+def test_a_change_of_the_qk_solver(settled):
+    settled.edit("a3/solutions/qk.py", "rank // 2)", "int(rank / 2))")
+    rules, _ = settled.snakemake("-n")
+    assert set(rules) - {"all"} == {"approx", "eval_ppl", "eval_harness"} | DOWNSTREAM
+    settled.edit("a3/solutions/qk.py", "int(rank / 2))", "rank // 2)")
+    assert settled.snakemake()[0] == []
+
+
+def test_a_change_of_the_calibration(settled):
+    settled.edit("config/config.yaml", "tokens: 512", "tokens: 1024")
+    rules, _ = settled.snakemake("-n")
+    kinds = {"collect_together", "approx", "eval_ppl", "eval_harness"}
+    assert set(rules) - {"all"} == kinds | DOWNSTREAM
+    settled.edit("config/config.yaml", "tokens: 1024", "tokens: 512")
+
+
+@pytest.mark.parametrize("name", ["rxx/tiny/short/attn_input.safetensors", "model.safetensors"])
+def test_a_removed_file_is_built_alone(settled, name):
+    path = next(path for path in settled.files() if str(path).endswith(name))
+    if "rxx" not in name:
+        path = settled.folder / "results/checkpoints/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25" / name
+    content = path.read_bytes()
+    path.unlink()
+    rules, _ = settled.snakemake(str(path.relative_to(settled.folder)))
+    assert rules == ["collect"] if "rxx" in name else rules == ["approx"]
+    assert path.read_bytes() == content
+    assert settled.snakemake()[0] == []
+
+
+def test_a_new_kind_is_collected_alone(settled):
+    with (settled.folder / "experiments.tsv").open("a") as table:
+        table.write("tiny\tshort\tdense\taxkv\tdense\t0.25\n")
+    rules, output = settled.snakemake("-n")
+    assert rules.count("collect") == 1
+    assert "collect_together" not in rules
+    assert "o_proj_blocks" in output
+
+
+def test_one_file_by_its_path_builds_only_that(settled):
+    target = "results/checkpoints/tiny/short/dense+identity+dense/0.5/approx.json"
+    rules, _ = settled.snakemake(target)
+    assert rules == ["approx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        ("config/config.yaml", "calibrations:", "calibration:", "Did you mean 'calibrations'"),
+        ("config/config.yaml", "tokens: 512", "tokens: many", "calibrations.short.tokens"),
+        ("config/config.yaml", "exclude: [learn]", "exclude: []", "texts.score.exclude"),
+        ("config/config.yaml", "text: learn", "text: lerne", "'lerne'"),
+        ("experiments.tsv", "xkv", "xvk", "'xvk'"),
+        ("experiments.tsv", "0.25", "1.25", "ratio is 1.25"),
+        ("experiments.tsv", "tiny", "huge", "'huge'"),
+        ("experiments.tsv", "ratio", "ration", "columns are"),
+    ],
+)
+def test_wrong_configuration_is_named(settled, name, old, new, says):
+    before = (settled.folder / name).read_text()
+    settled.edit(name, old, new)
+    _, output = settled.snakemake("-n", status=1)
+    (settled.folder / name).write_text(before)
+    assert says in output
+    assert "Traceback" not in output
+
+
+def test_lint_finds_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Congratulations" in done.stdout + done.stderr

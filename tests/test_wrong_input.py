@@ -1,0 +1,284 @@
+"""Each mistake ends with a non-zero status, one clear message, and no half-written file."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
+from transformers import MambaConfig
+
+from a3.cli import main
+from a3.config import check_row
+from a3.errors import A3Error
+from a3.solutions.modes import check_fit
+
+BLOCK = ["--tokens", "256", "--block-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A dense folder, text, and statistics of it."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_llama(folder / "dense")
+    (folder / "text.txt").write_text("Dogs bark at the river, and the Moon looks on. " * 60)
+    kinds = [str(folder / "rxx" / f"{k}.safetensors") for k in ("attn_input", "down_diagonal")]
+    status = main(
+        ["collect", str(folder / "dense"), "--text", str(folder / "text.txt"), *BLOCK, "-o", *kinds]
+    )
+    assert status == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """The message of a command that fails as it should: status 1, one line."""
+    assert main([str(argument) for argument in arguments]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a3: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def approx(work, out, *options):
+    return ["approx", work / "dense", "--rxx", work / "rxx", "-o", out, *options]
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_mode_that_is_not_known_lists_those_that_are(work, tmp_path, capsys):
+    message = fails(capsys, *approx(work, tmp_path / "o", "--ratio", "0.2", "--qk", "svd"))
+    assert "'svd'" in message
+    assert "rxx-w-rxx" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mode_that_does_not_fit_says_which_do():
+    with pytest.raises(A3Error, match=r"does not fit gqa.*Modes that do"):
+        check_fit("qk", "rxx-w-rxx", "gqa")
+
+
+@pytest.mark.parametrize("ratio", ["1", "-0.1", "1.5", "much", "nan"])
+def test_a_ratio_outside_its_range(work, tmp_path, capsys, ratio):
+    message = fails(capsys, *approx(work, tmp_path / "o", f"--ratio={ratio}"))
+    assert ratio in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_leaves_no_rope_pair(work, tmp_path, capsys):
+    message = fails(capsys, *approx(work, tmp_path / "o", "--ratio", "0.97"))
+    assert "leaves no RoPE pair" in message
+
+
+def test_nothing_to_do(work, tmp_path, capsys):
+    options = ["--ratio", "0.2", "--qk", "dense", "--ov", "dense", "--mlp", "dense"]
+    assert "nothing to do" in fails(capsys, *approx(work, tmp_path / "o", *options))
+
+
+@pytest.mark.parametrize("command", ["collect", "ppl"])
+def test_a_text_too_short_for_one_block(work, tmp_path, capsys, command):
+    (tmp_path / "short.txt").write_text("Dogs bark.")
+    out = tmp_path / "attn_input.safetensors"
+    head = ["collect"] if command == "collect" else ["eval", "ppl"]
+    message = fails(
+        capsys, *head, work / "dense", "--text", tmp_path / "short.txt", *BLOCK, "-o", out
+    )
+    assert "too short for one block" in message
+    assert not out.exists()
+
+
+def test_an_unknown_statistic_lists_those_known(work, tmp_path, capsys):
+    out = tmp_path / "nonsense.safetensors"
+    message = fails(capsys, "collect", work / "dense", "--text", work / "text.txt", "-o", out)
+    assert "attn_input" in message
+
+
+def test_an_unknown_family_lists_those_known(work, tmp_path, capsys):
+    MambaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
+    message = fails(
+        capsys, "collect", tmp_path / "mamba", "--text", work / "text.txt", *BLOCK,
+        "-o", tmp_path / "attn_input.safetensors",
+    )  # fmt: skip
+    assert "'mamba'" in message
+    assert "llama" in message
+
+
+def test_no_such_model_folder(work, tmp_path, capsys):
+    message = fails(capsys, "eval", "ppl", tmp_path / "no", "--text", work / "text.txt", "-o", "x")
+    assert "no such folder" in message
+
+
+def damaged(work, tmp_path, damage):
+    """A copy of the dense folder whose weights were changed by `damage(path)`."""
+    tiny_llama(tmp_path / "dense")
+    damage(tmp_path / "dense" / "model.safetensors")
+    return tmp_path / "dense"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_header(path):
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+def lose_a_tensor(path):
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def reshape_a_tensor(path):
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [truncate, spoil_header, lose_a_tensor, reshape_a_tensor])
+def test_damaged_weights_are_named(work, tmp_path, capsys, damage):
+    dense = damaged(work, tmp_path, damage)
+    message = fails(
+        capsys, "collect", dense, "--text", work / "text.txt", *BLOCK,
+        "-o", tmp_path / "rxx" / "attn_input.safetensors",
+    )  # fmt: skip
+    assert str(dense) in message
+    assert not (tmp_path / "rxx").exists()
+
+
+def test_weights_with_nan_name_the_layer(work, tmp_path, capsys):
+    def poison(path):
+        tensors = load_file(path)
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+
+    dense = damaged(work, tmp_path, poison)
+    out = tmp_path / "rxx" / "attn_input.safetensors"
+    collected = ["collect", dense, "--text", work / "text.txt", *BLOCK, "-o", out]
+    # Layer 1's own input is still finite; its output is not, so layer 0's statistics are fine.
+    assert main([str(argument) for argument in collected]) == 0
+    options = ["--ratio", "0.2", "--ov", "dense", "--mlp", "dense", "-o", tmp_path / "o"]
+    message = fails(capsys, "approx", dense, "--rxx", tmp_path / "rxx", *options)
+    assert "layer 1, k" in message
+    assert not (tmp_path / "o").exists()
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rxx_that_is_not_finite(work, tmp_path, capsys, value):
+    copy_rxx(work, tmp_path, spoil=value)
+    message = fails(
+        capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
+    )
+    assert "layers.1.rxx" in message
+    assert "NaN or Inf" in message
+    assert not (tmp_path / "o").exists()
+    assert not leftovers(tmp_path)
+
+
+def copy_rxx(work, target, spoil=None, **record):
+    """Copy the statistics with one value replaced or other metadata."""
+    for path in (work / "rxx").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = json.loads(file.metadata()["a3"]) | record
+        tensors = load_file(path)
+        if spoil is not None and path.stem == "attn_input":
+            tensors["layers.1.rxx"][2, 3] = spoil
+        save_file(tensors, target / path.name, {"a3": json.dumps(metadata)})
+
+
+def test_rxx_of_another_model(work, tmp_path, capsys):
+    tiny_llama(tmp_path / "other", seed=1)
+    message = fails(
+        capsys, "approx", tmp_path / "other", "--rxx", work / "rxx", "--ratio", "0.2",
+        "-o", tmp_path / "o",
+    )  # fmt: skip
+    assert "another model" in message
+
+
+@pytest.mark.parametrize("damage", [truncate, spoil_header])
+def test_damaged_rxx(work, tmp_path, capsys, damage):
+    copy_rxx(work, tmp_path)
+    damage(tmp_path / "attn_input.safetensors")
+    message = fails(
+        capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
+    )
+    assert "attn_input.safetensors" in message
+
+
+def test_missing_rxx_says_what_to_collect(work, tmp_path, capsys):
+    message = fails(
+        capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
+    )
+    assert "a3 collect" in message
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.parametrize("command", ["collect", "approx"])
+def test_a_full_disk_leaves_nothing(work, tmp_path, command):
+    """A limit on the size of files stands for a full disk: the same path, another errno."""
+    out = tmp_path / "out" / "attn_input.safetensors"
+    arguments = {
+        "collect": ["collect", work / "dense", "--text", work / "text.txt", *BLOCK, "-o", out],
+        "approx": approx(work, tmp_path / "out" / "small", "--ratio", "0.2"),
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "a3", *map(str, arguments)],
+        capture_output=True, text=True, preexec_fn=limit_files,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(work, tmp_path, sign):
+    (tmp_path / "long.txt").write_text((work / "text.txt").read_text() * 400)
+    out = tmp_path / "out" / "attn_input.safetensors"
+    arguments = ["collect", work / "dense", "--text", tmp_path / "long.txt"]
+    arguments += ["--tokens", "400000", "--block-length", "128", "-o", out]
+    with subprocess.Popen(
+        [sys.executable, "-m", "a3", *map(str, arguments)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        process.stdout.readline()  # what it will cost
+        time.sleep(2)
+        process.send_signal(sign)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert b"Traceback" not in errors
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_text_of_calibration_is_not_scored_unnoticed():
+    config = {
+        "models": {"m": {}},
+        "calibrations": {"c": {"text": "seen"}},
+        "texts": {"seen": {}, "other": {}},
+        "perplexity": {"p": {"text": "other"}},
+        "harness": {},
+        "evaluate": {"perplexity": ["p"], "harness": []},
+    }
+    row = {"model": "m", "calibration": "c", "qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
+    with pytest.raises(A3Error, match=r"texts\.other\.exclude"):
+        check_row(row | {"ratio": "0.1"}, config, "row 1")
+    config["texts"]["other"] = {"exclude": ["seen"]}
+    check_row(row | {"ratio": "0.1"}, config, "row 1")
+
+
+def test_statistics_in_two_files_are_the_sum(work):
+    """Files hold sums: this is what makes merging shards an addition."""
+    tensors = load_file(work / "rxx" / "attn_input.safetensors")
+    assert all(value.dtype == torch.float64 for value in tensors.values())
