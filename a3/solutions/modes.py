@@ -72,7 +72,7 @@ def parse_ratio(text: str) -> Decimal:
         ratio = Decimal(text)
     except InvalidOperation:
         raise A3Error(f"ratio {text!r} is not a number; expected one in [0, 1).") from None
-    if not 0 <= ratio < 1:
+    if not (ratio.is_finite() and 0 <= ratio < 1):
         raise A3Error(f"ratio is {text}; expected 0 (keep all) up to, but not including, 1.")
     return ratio
 

@@ -1,6 +1,8 @@
 """What all rules share: the checked configuration, names of files, and the code's fingerprints."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -10,6 +12,9 @@ from a3.errors import A3Error
 from a3.provenance import fingerprint
 from a3.results import Place
 from a3.solutions.modes import DENSE, PARTS, kinds_needed
+
+# Rules call the `a3` of the environment that runs Snakemake, activated or not.
+os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
 
