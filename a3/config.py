@@ -5,6 +5,8 @@ Read by the Snakefile at every start, so nothing heavy is imported here.
 
 import csv
 import difflib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,9 @@ def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:
     entries = [*config["models"].values(), *config["texts"].values()]
     wheels = [entry["source"]["wheel"] for entry in entries if "wheel" in entry["source"]]
     return {f"{wheel['name']}-{wheel['version']}.whl": wheel for wheel in wheels}
+
+
+def prefer_own_scripts() -> None:
+    """Let rules find the `a3` of the environment that runs Snakemake, activated or not."""
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))

@@ -6,40 +6,26 @@ there is nothing yet or everything is stale. Where some are there and some are m
 is, so that a new or removed kind is built alone.
 """
 
-KINDS = kinds_of(ROWS)
-RXX = f"{RESULTS}/rxx/{{model}}/{{calibration}}"
 COLLECT = (
     "a3 collect {params.model:q} --text {input.text:q} {params.settings:q}"
     " --threads {params.threads} --device {params.device} -o {output.rxx:q} &> {log:q}"
 )
 
 
-def some_are_missing():
-    """Whether, for some model and calibration, one kind is there and another one is not."""
-    for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
-        folder = Path(RXX.format(model=model, calibration=calibration))
-        there = {kind for kind in KINDS if (folder / f"{kind}.safetensors").exists()}
-        if there and there != set(KINDS):
-            return True
-    return False
-
-
-if some_are_missing():
-
-    ruleorder: collect > collect_together
-
-else:
-
-    ruleorder: collect_together > collect
-
-
 rule collect:
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
-        text=lambda wildcards: calibration_text(wildcards),
+        text=calibration_text,
     output:
         rxx=[f"{RXX}/{{kind}}.safetensors"],
         timing=[f"{RXX}/{{kind}}.timing.json"],
+    log:
+        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.log",
+    benchmark:
+        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.benchmark.tsv"
+    conda:
+        "../../environment.yaml"
+    threads: C["threads"]["collect"]
     params:
         model=subpath(input.arch, parent=True),
         settings=settings(
@@ -48,28 +34,25 @@ rule collect:
         threads=C["threads"]["collect"],
         device=C["device"],
         code=fingerprint("a3.stages.collect"),
-    threads: C["threads"]["collect"]
-    log:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.log",
-    benchmark:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.benchmark.tsv"
-    conda:
-        "../../environment.yaml"
     shell:
         COLLECT
 
 
-use rule collect as collect_together with:
-    output:
-        rxx=[f"{RXX}/{kind}.safetensors" for kind in KINDS],
-        timing=[f"{RXX}/{kind}.timing.json" for kind in KINDS],
-    log:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/together.log",
-    benchmark:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/together.benchmark.tsv"
+if len(KINDS) > 1:
 
+    use rule collect as collect_together with:
+        output:
+            rxx=[f"{RXX}/{kind}.safetensors" for kind in KINDS],
+            timing=[f"{RXX}/{kind}.timing.json" for kind in KINDS],
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}/together.log",
+        benchmark:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}/together.benchmark.tsv"
 
-def calibration_text(wildcards):
-    """Documents that a calibration reads."""
-    text = entry("calibrations", wildcards.calibration)["text"]
-    return f"{RESULTS}/texts/{text}/docs.jsonl"
+    if some_are_missing():
+
+        ruleorder: collect > collect_together
+
+    else:
+
+        ruleorder: collect_together > collect

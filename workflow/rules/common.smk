@@ -1,20 +1,24 @@
 """What all rules share: the checked configuration, names of files, and the code's fingerprints."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.config import complete, kinds_of, load_yaml, read_experiments, wheels_of
+from a3.config import (
+    complete,
+    kinds_of,
+    load_yaml,
+    prefer_own_scripts,
+    read_experiments,
+    wheels_of,
+)
 from a3.errors import A3Error
 from a3.provenance import fingerprint
 from a3.results import Place
 from a3.solutions.modes import DENSE, PARTS, kinds_needed
 
-# Rules call the `a3` of the environment that runs Snakemake, activated or not.
-os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+prefer_own_scripts()
 
 SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
 
@@ -27,11 +31,23 @@ except A3Error as error:
 RESULTS = C["results"]
 TABLE = f"{RESULTS}/tables/{C['table']}"
 LOGS = f"{RESULTS}/logs"
+RXX = f"{RESULTS}/rxx/{{model}}/{{calibration}}"
+RUN = "{model}/{calibration}/{qk}+{ov}+{mlp}/{ratio}"
+CHECKPOINT = f"{RESULTS}/checkpoints/{RUN}"
+KINDS = kinds_of(ROWS)
 WHEELS = wheels_of(C)
 # Every row of the table, each model's dense row included.
-PLACES = list(
-    dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row)))
-)
+PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))
+# Every file that the table is made of.
+EVALUATED = [
+    str(path)
+    for place in PLACES
+    for path in (
+        place.weights(Path(RESULTS)),
+        *(place.perplexity(Path(RESULTS), name) for name in C["evaluate"]["perplexity"]),
+        *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
+    )
+]
 
 
 wildcard_constraints:
@@ -43,6 +59,9 @@ wildcard_constraints:
     ov=r"[\w-]+",
     mlp=r"[\w-]+",
     ratio=r"[\d.]+",
+    task=r"[\w.-]+",
+    # The dense model, or calibration/modes/ratio of a compressed one.
+    run=f"{DENSE}|[^/]+/[^/]+/[^/]+",
 
 
 def entry(section, name):
@@ -86,3 +105,58 @@ def settings(section, key, names):
         return words
 
     return options
+
+
+def some_are_missing():
+    """Whether, for some model and calibration, one kind is there and another one is not."""
+    for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
+        folder = Path(RXX.format(model=model, calibration=calibration))
+        there = {kind for kind in KINDS if (folder / f"{kind}.safetensors").exists()}
+        if there and there != set(KINDS):
+            return True
+    return False
+
+
+def calibration_text(wildcards):
+    """Documents that a calibration reads."""
+    text = entry("calibrations", wildcards.calibration)["text"]
+    return f"{RESULTS}/texts/{text}/docs.jsonl"
+
+
+def rxx_needed(wildcards):
+    """The statistics that the modes read."""
+    try:
+        kinds = kinds_needed({part: wildcards[part] for part in PARTS})
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+    folder = RXX.format(model=wildcards.model, calibration=wildcards.calibration)
+    return [f"{folder}/{kind}.safetensors" for kind in kinds]
+
+
+def model_files(wildcards):
+    """The files that say a model folder is there; the first lies in the folder itself."""
+    if wildcards.run == DENSE:
+        return [
+            f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
+        ]
+    folder = f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}"
+    return [f"{folder}/{name}" for name in ("model.safetensors", "config.json", "approx.json")]
+
+
+def scored_text(wildcards):
+    """The part of a text that a perplexity entry scores."""
+    chosen = entry("perplexity", wildcards.text)
+    return f"{RESULTS}/texts/{chosen['text']}/{chosen['split']}.jsonl"
+
+
+def task_items(wildcards):
+    """The items of a local task; nothing for one of lm-eval's own."""
+    local = "text" in entry("harness", wildcards.task)
+    return [f"{RESULTS}/items/{wildcards.task}/items.jsonl"] if local else []
+
+
+def task_options(wildcards, input):
+    """Which task, and where its items are."""
+    if input.local:
+        return ["--task", wildcards.task, "--items", *input.local]
+    return ["--task", entry("harness", wildcards.task)["task"]]

@@ -6,14 +6,14 @@ rule text:
         sources("texts", "text"),
     output:
         f"{RESULTS}/texts/{{text}}/docs.jsonl",
-    params:
-        spec=spec("texts", "text"),
-        wheels=f"{RESULTS}/wheels",
-        code=fingerprint("a3.stages.text"),
     log:
         f"{LOGS}/texts/{{text}}.log",
     conda:
         "../../environment.yaml"
+    params:
+        spec=spec("texts", "text"),
+        wheels=f"{RESULTS}/wheels",
+        code=fingerprint("a3.stages.text"),
     shell:
         "a3 text {params.spec:q} --wheels {params.wheels:q} -o {output:q} &> {log:q}"
 
@@ -29,14 +29,14 @@ rule split:
     output:
         expand(f"{RESULTS}/texts/{{{{text}}}}/{{split}}.jsonl", split=("dev", "test", "harness")),
         f"{RESULTS}/texts/{{text}}/split.json",
-    params:
-        shares=lambda wildcards: json.dumps(entry("texts", wildcards.text).get("split", {})),
-        out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.text"),
     log:
         f"{LOGS}/texts/{{text}}.split.log",
     conda:
         "../../environment.yaml"
+    params:
+        shares=lambda wildcards: json.dumps(entry("texts", wildcards.text).get("split", {})),
+        out=subpath(output[0], parent=True),
+        code=fingerprint("a3.stages.text"),
     shell:
         "a3 split {input.docs:q} --exclude {input.exclude:q} --shares {params.shares:q}"
         " -o {params.out:q} &> {log:q}"
@@ -47,13 +47,13 @@ rule items:
         lambda wildcards: f"{RESULTS}/texts/{entry('harness', wildcards.task)['text']}/harness.jsonl",
     output:
         f"{RESULTS}/items/{{task}}/items.jsonl",
-    params:
-        settings=settings("harness", "task", ("items", "seed")),
-        out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.text"),
     log:
         f"{LOGS}/items/{{task}}.log",
     conda:
         "../../environment.yaml"
+    params:
+        settings=settings("harness", "task", ("items", "seed")),
+        out=subpath(output[0], parent=True),
+        code=fingerprint("a3.stages.text"),
     shell:
         "a3 items {input:q} {params.settings:q} -o {params.out:q} &> {log:q}"
