@@ -39,6 +39,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def widen(x: Tensor, width: int) -> Tensor:
+    """Fill the last dimension with zeros up to `width`; they change no score and no output."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
 class A3Attention(nn.Module):
     """Attention with separate QK and OV head sizes and, per group, the kept RoPE pairs.
 
@@ -90,10 +95,14 @@ class A3Attention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
+        if length > 1:
+            # The fused kernels want one head size; without it a prompt takes half as long again.
+            q, k, v = (widen(x, max(self.qk_rank, self.ov_rank)) for x in (q, k, v))
         out, probabilities = attend(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(out.reshape(batch, length, -1)), probabilities
+        out = out[..., : self.ov_rank].reshape(batch, length, -1)
+        return self.o_proj(out), probabilities
 
 
 class A3LlamaForCausalLM(LlamaForCausalLM):
