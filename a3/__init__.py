@@ -12,26 +12,20 @@ import wrapt
 
 
 class LazyConfig:
-    """Stands for the compressed models' configuration until transformers first asks for one.
+    """Stands for the compressed models' configurations, which transformers asks for by "a3".
 
     The real classes derive from the families', and at the moment when transformers registers
     configurations most of its own modules are still half imported.
     """
 
-    model_type = "a3-llama"
-
-    @staticmethod
-    def _real() -> Any:
-        return import_module("a3.models.compressed").A3LlamaConfig
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """An instance of the real class."""
-        return cls._real()(*args, **kwargs)
+    model_type = "a3"
 
     @classmethod
-    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        """`PreTrainedConfig.from_dict` of the real class."""
-        return cls._real().from_dict(*args, **kwargs)
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """`PreTrainedConfig.from_dict` of the class for the family that the dictionary names."""
+        family = config_dict["a3"]["family"]
+        config, _ = import_module("a3.models.compressed").classes(family)
+        return config.from_dict(config_dict, **kwargs)
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")

@@ -77,7 +77,9 @@ def is_disk_error(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
-    code = re.search(r"os error (\d+)", str(error)) if "Safetensor" in type(error).__name__ else None
+    code = (
+        re.search(r"os error (\d+)", str(error)) if "Safetensor" in type(error).__name__ else None
+    )
     return code is not None and int(code[1]) in DISK_ERRORS
 
 

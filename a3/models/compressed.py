@@ -1,36 +1,26 @@
 """The compressed model that Hugging Face loads: its tensors really are smaller.
 
-`import a3` makes `AutoModelForCausalLM.from_pretrained(folder)` know it. Per layer the heads of QK
+A compressed folder has model_type "a3" and, under `a3` in its config, the family it was made of and
+the ranks of every layer. Its classes derive from the family's own: attention is replaced by
+`A3Attention`, the MLP's projections are resized, everything else is transformers' code. Heads of QK
 and OV have their own sizes, so the KV cache holds r_qk + r_ov numbers a key/value head.
 """
 
-import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaForCausalLM,
-    LlamaMLP,
-    eager_attention_forward,
-)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
-
-class A3LlamaConfig(LlamaConfig):
-    """A Llama whose layers have their own ranks.
-
-    `a3` holds: `scaling`, the dense model's softmax scale; `qk_ranks`, `ov_ranks`, `mlp_ranks`,
-    one number a layer. head_dim stays the dense one, because RoPE's frequencies derive from it.
-    """
-
-    model_type = "a3-llama"
-    base_model_tp_plan = None
-    a3: dict[str, Any] | None = None
+from a3 import LazyConfig
+from a3.models.families import FAMILIES
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -51,22 +41,23 @@ class A3Attention(nn.Module):
     frequencies in bfloat16 would be off by radians at position 2048.
     """
 
-    def __init__(self, config: A3LlamaConfig, layer_idx: int) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
+        a3 = config.a3
         self.config = config
         self.layer_idx = layer_idx
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.num_key_value_groups = self.heads // self.groups
-        self.qk_rank = config.a3["qk_ranks"][layer_idx]
-        self.ov_rank = config.a3["ov_ranks"][layer_idx]
-        self.scaling = config.a3["scaling"]
+        self.groups = a3["kv_heads"]
+        self.num_key_value_groups = a3["heads"] // a3["kv_heads"]
+        self.qk_rank = a3["qk_ranks"][layer_idx]
+        self.ov_rank = a3["ov_ranks"][layer_idx]
+        self.scaling = a3["scaling"]
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        d, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(d, self.heads * self.qk_rank, bias=bias)
-        self.k_proj = nn.Linear(d, self.groups * self.qk_rank, bias=bias)
-        self.v_proj = nn.Linear(d, self.groups * self.ov_rank, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.ov_rank, d, bias=bias)
+        d, bias = config.hidden_size, a3["qkv_bias"]
+        self.q_proj = nn.Linear(d, a3["heads"] * self.qk_rank, bias=bias)
+        self.k_proj = nn.Linear(d, a3["kv_heads"] * self.qk_rank, bias=bias)
+        self.v_proj = nn.Linear(d, a3["kv_heads"] * self.ov_rank, bias=bias)
+        self.o_proj = nn.Linear(a3["heads"] * self.ov_rank, d, bias=a3["o_bias"])
         pairs = torch.arange(self.qk_rank // 2).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
 
@@ -105,22 +96,52 @@ class A3Attention(nn.Module):
         return self.o_proj(out), probabilities
 
 
-class A3LlamaForCausalLM(LlamaForCausalLM):
-    """Llama with `A3Attention` and one MLP size per layer; otherwise transformers' own code."""
+class Compressed:
+    """Mixed into a family's ForCausalLM: gives every layer its own sizes."""
 
-    config_class = A3LlamaConfig
-    # Its kernels want one head size for q, k and v.
+    # Flash attention's kernels want one head size for q, k and v.
     _supports_flash_attn = False
 
-    def __init__(self, config: A3LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        for index, layer in enumerate(self.model.layers):
-            layer.self_attn = A3Attention(config, index)
-            sized = copy.copy(config)
-            sized.intermediate_size = config.a3["mlp_ranks"][index]
-            layer.mlp = LlamaMLP(sized)
+        family = FAMILIES[config.a3["family"]]
+        for index, rank in enumerate(config.a3["mlp_ranks"]):
+            self.set_submodule(family.attention_module(index), A3Attention(config, index))
+            for part in ("up", "gate", "down"):
+                name = f"{self.base_model_prefix}.{family.module(index, part)}"
+                linear = self.get_submodule(name)
+                sizes = (
+                    (linear.in_features, rank) if part != "down" else (rank, linear.out_features)
+                )
+                self.set_submodule(name, nn.Linear(*sizes, bias=linear.bias is not None))
         self.post_init()
 
 
-AutoConfig.register(A3LlamaConfig.model_type, A3LlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(A3LlamaConfig, A3LlamaForCausalLM)
+@cache
+def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
+
+    The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
+    scale; qkv_bias, o_bias; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a layer. head_dim stays
+    the dense one, because RoPE's frequencies derive from it.
+    """
+    dense_config = CONFIG_MAPPING[family]
+    dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    config = type(
+        f"A3{dense_config.__name__}",
+        (dense_config,),
+        {
+            "__annotations__": {"a3": dict[str, Any] | None},
+            "__module__": __name__,
+            "a3": None,
+            "model_type": LazyConfig.model_type,
+            "base_model_tp_plan": None,
+        },
+    )
+    model = type(
+        f"A3{dense_model.__name__}",
+        (Compressed, dense_model),
+        {"__module__": __name__, "config_class": config},
+    )
+    AutoModelForCausalLM.register(config, model)
+    return config, model

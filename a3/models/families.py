@@ -62,6 +62,10 @@ class Family:
         """Module of one projection, relative to the trunk (`model.base_model`)."""
         return f"layers.{layer}.{self.parts[part]}"
 
+    def attention_module(self, layer: int) -> str:
+        """The attention module of a layer, which the compressed model replaces."""
+        return f"model.layers.{layer}.self_attn"
+
     def name(self, layer: int, part: str, field: str = "weight") -> str:
         """Tensor of one projection in the checkpoint."""
         return f"model.{self.module(layer, part)}.{field}"

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from a3 import LazyConfig
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json
 from a3.linalg import augment
@@ -172,7 +173,7 @@ class LayerSolver:
         dtype = getattr(torch, arch.dtype)
         tensors = {name: W.to(dtype).contiguous() for name, W in tensors.items()}
         if part == "qk":
-            tensors[f"model.layers.{layer}.self_attn.rope_pairs"] = solution.pairs.contiguous()
+            tensors[pairs_name(arch, layer)] = solution.pairs.contiguous()
         return tensors
 
 
@@ -198,13 +199,18 @@ def write_checkpoint(
     if "qk" not in ranks:
         every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
         for layer in range(arch.layers):
-            tensors[f"model.layers.{layer}.self_attn.rope_pairs"] = every_pair.clone()
+            tensors[pairs_name(arch, layer)] = every_pair.clone()
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
     config = read_json(dense / "config.json")
-    config["model_type"] = f"a3-{arch.family}"
-    config["architectures"] = ["A3LlamaForCausalLM"]
+    config["model_type"] = LazyConfig.model_type
+    config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
     config["a3"] = {
+        "family": arch.family,
+        "heads": arch.heads,
+        "kv_heads": arch.kv_heads,
         "scaling": arch.scaling,
+        "qkv_bias": arch.qkv_bias,
+        "o_bias": arch.o_bias,
         "qk_ranks": [qk] * arch.layers,
         "ov_ranks": [ov] * arch.layers,
         "mlp_ranks": [mlp] * arch.layers,
@@ -213,6 +219,11 @@ def write_checkpoint(
     for path in sorted(dense.iterdir()):
         if path.name not in ("config.json", "arch.json") and travels(path):
             shutil.copyfile(path, folder / path.name)
+
+
+def pairs_name(arch: Arch, layer: int) -> str:
+    """Tensor of the kept RoPE pairs of one layer."""
+    return f"{arch.adapter.attention_module(layer)}.rope_pairs"
 
 
 def travels(path: Path) -> bool:
