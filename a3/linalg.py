@@ -68,10 +68,9 @@ def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def subspace_error(G: Tensor, K: Tensor, E: Tensor, D: Tensor) -> Tensor:
-    """Σᵢ ‖S W (1 − E D) Pᵢ‖² / Σᵢ ‖S W Pᵢ‖² of `shared_subspace`'s problem, shape (...)."""
+    """Σᵢ ‖S W (1 − E D) Pᵢ‖² / Σᵢ ‖S W Pᵢ‖² of `shared_subspace`'s problem, over all batches."""
     residual = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) - E @ D
-    error = (residual * (G @ residual @ K)).sum((-1, -2))
-    return relative(error, (G * K).sum((-1, -2)))
+    return relative((residual * (G @ residual @ K)).sum(), (G * K).sum())
 
 
 def relative(error: Tensor, total: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401  (the user's first line)
-from a3.cli import main
+from a3.cli import main, parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = ["compress", "collect", "approx", "eval ppl", "eval harness", "model", "text", "show"]
@@ -33,9 +34,7 @@ def test_help_is_fast_and_does_not_import_torch(command):
     assert time.perf_counter() - start < 5
 
 
-def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys, monkeypatch):
     tiny_llama(tmp_path / "dense")
     (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "text.txt").write_text("A river moves towards an ocean, or a lake. " * 99)
@@ -49,6 +48,10 @@ def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys):
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     ids = tokenizer("A river", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(snippet, {})
+    assert capsys.readouterr().out.splitlines()[-1]
     result = tmp_path / "ppl.json"
     assert main(["eval", "ppl", str(out), "--text", text, *blocks, "-o", str(result)]) == 0
     record = json.loads(result.read_text())
@@ -61,8 +64,6 @@ def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys):
 
 def test_the_readme_names_only_commands_that_exist():
     """Other tests run them; here each `a3 …` line of the README has to parse."""
-    from a3.cli import parser
-
     lines = re.findall(r"^ {4}(a3 .*)$", README, re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:

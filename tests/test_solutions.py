@@ -89,6 +89,37 @@ def test_axkv_of_mha_is_the_svd_of_each_head_with_its_own_statistics(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [1, 5, h])
+@pytest.mark.parametrize("mode", ["qk", "q_only", "k_only", "identity", "biased qk"])
+def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
+    R, mean = inputs(kind, D)
+    R = augment(R, mean) if mode == "biased qk" else R
+    one = torch.eye(len(R), dtype=torch.float64)
+    Rq = one if mode in ("k_only", "identity") else R
+    Rk = one if mode in ("q_only", "identity") else R
+    weights = attention(len(R))
+    found = getattr(qk, mode.removeprefix("biased "))(weights, R, rank)
+    assert found.q.shape == (H, len(R), rank)
+    assert found.k.shape == (G, len(R), rank)
+    half_q = reference.root(Rq)[0]
+    lost = whole = 0.0
+    for group in range(G):
+        P = torch.stack([q.T @ half_q for q in weights.grouped(weights.q)[group]])
+        targets = [weights.k[group] @ W for W in P]
+        solution = [found.k[group] @ q.T @ half_q for q in weights.grouped(found.q)[group]]
+        zero = reference.objective(Rk, targets, [0 * t for t in targets])
+        best, _ = reference.fused_low_rank(Rk, weights.k[group], P, rank)
+        ours = reference.objective(Rk, targets, solution)
+        assert ours <= reference.objective(Rk, targets, best) + TOLERANCE * zero
+        lost, whole = lost + ours, whole + zero
+    assert found.relative_error == pytest.approx((lost / whole).item(), rel=1e-6, abs=1e-9)
+    if rank == h:
+        torch.testing.assert_close(
+            found.q[0] @ found.k[0].T, weights.q[0] @ weights.k[0].T, rtol=0, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [2, 6, h])
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("biased", [False, True])

@@ -10,6 +10,7 @@ from decimal import Decimal, InvalidOperation
 from a3.errors import A3Error
 
 ROPE = ("mha-rope", "gqa-rope")
+NOPE = ("mha", "gqa")
 PARTS = ("qk", "ov", "mlp")
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
@@ -25,13 +26,17 @@ class Mode:
 
 MODES: dict[str, dict[str, Mode]] = {
     "qk": {
+        "qk": Mode("attn_input", NOPE),
+        "q-only": Mode("attn_input", NOPE),
+        "k-only": Mode("attn_input", NOPE),
+        "identity": Mode(None, NOPE),
         "rxx-w-rxx": Mode("attn_input", ROPE),
         "rxx-w-rxx-uniform": Mode("attn_input", ROPE),
     },
     "ov": {
-        "xkv": Mode("attn_input", ROPE),
-        "axkv": Mode("o_proj_blocks", ROPE),
-        "identity": Mode(None, ROPE),
+        "xkv": Mode("attn_input", NOPE + ROPE),
+        "axkv": Mode("o_proj_blocks", NOPE + ROPE),
+        "identity": Mode(None, NOPE + ROPE),
     },
     "mlp": {
         "rxx-w": Mode("down_diagonal", ("2-layer", "3-layer")),

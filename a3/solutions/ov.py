@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from a3.linalg import gram, shared_subspace, subspace_error
@@ -42,10 +41,8 @@ def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:
     o = weights.grouped(weights.o)
     K = (o @ o.mT).sum(1)
     E, D = shared_subspace(G, K, rank)
-    lost = subspace_error(G, K, E, D)
-    total = (G * K).sum((-1, -2))
     return OVSolution(
         v=weights.v @ E,
         o=(D[:, None] @ o).flatten(0, 1),
-        relative_error=(torch.dot(lost, total) / total.sum().clamp(min=1e-300)).item(),
+        relative_error=subspace_error(G, K, E, D).item(),
     )

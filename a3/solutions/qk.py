@@ -1,25 +1,65 @@
-"""QK: a smaller head for the attention scores q·k (paper section 3.1; RoPE: section 3.4)."""
+"""QK: a smaller head for the attention scores q·k.
+
+Without RoPE a head's scores are one low-rank matrix W_q W_kᵀ (paper section 3.1); with RoPE only
+whole pairs of dimensions can go (section 3.4).
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from a3.linalg import gram, keep_best, relative
+from a3.linalg import gram, keep_best, relative, shared_subspace, subspace_error
 from a3.models.families import AttentionWeights
 
 
 @dataclass(frozen=True)
 class QKSolution:
-    """q (H, d̂, r), k (G, d̂, r); pairs (G, r / 2): kept RoPE pairs of each group, ascending.
+    """q (H, d̂, r), k (G, d̂, r); pairs (G, r / 2): kept RoPE pairs, ascending; None without RoPE.
 
-    `relative_error` is the share of Σᵢ ‖R^½ W_q,i W_kᵀ R^½‖² that is lost.
+    `relative_error` is the share of Σᵢ ‖R_q^½ W_q,i W_kᵀ R_k^½‖² that is lost, with the R's of the
+    mode.
     """
 
     q: Tensor
     k: Tensor
-    pairs: Tensor
+    pairs: Tensor | None
     relative_error: float
+
+
+def qk(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+    """Without RoPE: R_q^-½ SVD_r(R_q^½ W_q W_kᵀ R_k^½) R_k^-½, with R (d̂ × d̂) on both sides.
+
+    The query heads of a group share the key factor: one joint SVD of their stacked matrices.
+    """
+    return _share_keys(weights, gram(R, weights.q), gram(R, weights.k), rank)
+
+
+def q_only(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+    """As `qk` with R_k = 1."""
+    return _share_keys(weights, gram(R, weights.q), weights.k.mT @ weights.k, rank)
+
+
+def k_only(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+    """As `qk` with R_q = 1."""
+    return _share_keys(weights, weights.q.mT @ weights.q, gram(R, weights.k), rank)
+
+
+def identity(weights: AttentionWeights, R: None, rank: int) -> QKSolution:
+    """As `qk` with both R = 1: looks at the weights alone (CLOVER)."""
+    return _share_keys(weights, weights.q.mT @ weights.q, weights.k.mT @ weights.k, rank)
+
+
+def _share_keys(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
+    """Gq (H, h, h) and Gk (G, h, h) are the Gram matrices of queries and keys."""
+    K = weights.grouped(Gq).sum(1)
+    E, D = shared_subspace(Gk, K, rank)
+    return QKSolution(
+        q=(weights.grouped(weights.q) @ D.mT[:, None]).flatten(0, 1),
+        k=weights.k @ E,
+        pairs=None,
+        relative_error=subspace_error(Gk, K, E, D).item(),
+    )
 
 
 def rxx_w_rxx(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
