@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 300
 LINES = [
@@ -37,29 +37,36 @@ def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
-    """Save a random float32 LlamaForCausalLM and its tokenizer in `folder`; returns `folder`.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_model(folder: Path, model_type: str, seed: int = 0, **config) -> Path:
+    """Save a random float32 model of a family and its tokenizer in `folder`; returns `folder`.
 
     Hidden 64, 2 layers, 4 heads, 2 key/value heads, intermediate 96, vocabulary 300; any of them
     can be replaced through `config`. Weights have a spread of 0.1, so that activations, and hence
     perplexities, differ visibly between tokens.
     """
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        "initializer_range": 0.1,
-        "tie_word_embeddings": False,
-    }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**values | config)).float()
-    model.save_pretrained(folder)
+    values = AutoConfig.for_model(model_type, **SIZES | config)
+    AutoModelForCausalLM.from_config(values).float().save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder
+
+
+def tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
+    """As `tiny_model`, of the Llama family."""
+    return tiny_model(folder, "llama", seed, **config)

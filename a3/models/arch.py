@@ -21,7 +21,8 @@ class Arch:
 
     `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated);
     `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
-    rotated dimensions of a head; `scaling` is the softmax scale, which compression keeps.
+    rotated dimensions of a head; `nope_layers` are layers without RoPE in a model that has it
+    elsewhere; `scaling` is the softmax scale, which compression keeps.
     """
 
     family: str
@@ -37,8 +38,10 @@ class Arch:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     rope_layout: str | None
     rope_dims: int
+    nope_layers: list[int]
     scaling: float
     tied_embeddings: bool
     dtype: str
@@ -48,6 +51,10 @@ class Arch:
     def to_json(self) -> dict[str, Any]:
         """The content of arch.json."""
         return asdict(self)
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether q and k of this layer are rotated."""
+        return self.rope_layout is not None and layer not in self.nope_layers
 
     @property
     def adapter(self) -> Family:

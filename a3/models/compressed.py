@@ -8,6 +8,7 @@ and OV have their own sizes, so the KV cache holds r_qk + r_ov numbers a key/val
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from a3 import LazyConfig
-from a3.models.families import FAMILIES
+from a3.models.families import FAMILIES, Family
+
+# What attention functions call an option, and the attribute of the family's module that holds it.
+OPTIONS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,10 +41,11 @@ class A3Attention(nn.Module):
     """Attention with separate QK and OV head sizes and, per group, the kept RoPE pairs.
 
     Pair indices are kept as integers and the family's own float32 cos/sin are gathered: inverse
-    frequencies in bfloat16 would be off by radians at position 2048.
+    frequencies in bfloat16 would be off by radians at position 2048. `dense` is the family's module
+    in whose place this stands: norms of q and k, windows and caps of the scores are taken from it.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
         super().__init__()
         a3 = config.a3
         self.config = config
@@ -52,13 +56,23 @@ class A3Attention(nn.Module):
         self.ov_rank = a3["ov_ranks"][layer_idx]
         self.scaling = a3["scaling"]
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = dense.is_causal
+        self.options = {
+            option: getattr(dense, attribute)
+            for option, attribute in OPTIONS.items()
+            if hasattr(dense, attribute)
+        }
+        self.eager = import_module(type(dense).__module__).eager_attention_forward
         d, bias = config.hidden_size, a3["qkv_bias"]
         self.q_proj = nn.Linear(d, a3["heads"] * self.qk_rank, bias=bias)
         self.k_proj = nn.Linear(d, a3["kv_heads"] * self.qk_rank, bias=bias)
         self.v_proj = nn.Linear(d, a3["kv_heads"] * self.ov_rank, bias=bias)
         self.o_proj = nn.Linear(a3["heads"] * self.ov_rank, d, bias=a3["o_bias"])
-        pairs = torch.arange(self.qk_rank // 2).expand(self.groups, -1).contiguous()
+        self.q_norm = getattr(dense, "q_norm", None)
+        self.k_norm = getattr(dense, "k_norm", None)
+        pairs = None
+        if layer_idx not in a3["nope_layers"]:
+            pairs = torch.arange(self.qk_rank // 2).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
 
     def forward(
@@ -71,29 +85,40 @@ class A3Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, L, d); position_embeddings: the family's own cos and sin (B, L, h)."""
         batch, length, _ = hidden_states.shape
-        split = (batch, length, self.groups, -1)
-        # (B, L, G, r / 2) to (B, G, L, r / 2)
-        cos, sin = (table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings)
-
-        q = self.q_proj(hidden_states).view(*split, self.qk_rank).permute(0, 2, 3, 1, 4)
-        q = rotate(q, cos[:, :, None], sin[:, :, None]).flatten(1, 2)
-        k = rotate(self.k_proj(hidden_states).view(split).transpose(1, 2), cos, sin)
-        v = self.v_proj(hidden_states).view(split).transpose(1, 2)
+        q, k = self.queries_and_keys(hidden_states, position_embeddings)
+        v = self.v_proj(hidden_states).view(batch, length, self.groups, -1).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation, self.eager
         )
         dropout = self.attention_dropout if self.training else 0.0
         if length > 1:
             # The fused kernels want one head size; without it a prompt takes half as long again.
             q, k, v = (widen(x, max(self.qk_rank, self.ov_rank)) for x in (q, k, v))
-        out, probabilities = attend(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        options = {"dropout": dropout, "scaling": self.scaling, **self.options, **kwargs}
+        out, probabilities = attend(self, q, k, v, attention_mask, **options)
         out = out[..., : self.ov_rank].reshape(batch, length, -1)
         return self.o_proj(out), probabilities
+
+    def queries_and_keys(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, L, d) to q (B, H, L, r) and k (B, G, L, r), normed and rotated as by the family."""
+        split = (*x.shape[:2], self.groups, -1)
+        q = self.q_proj(x).view(*split, self.qk_rank)
+        k = self.k_proj(x).view(split)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.permute(0, 2, 3, 1, 4), k.transpose(1, 2)
+        if self.rope_pairs is not None:
+            # (B, L, G, r / 2) to (B, G, L, r / 2)
+            cos, sin = (
+                table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings
+            )
+            q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos, sin)
+        return q.flatten(1, 2), k
 
 
 class Compressed:
@@ -106,15 +131,23 @@ class Compressed:
         super().__init__(config)
         family = FAMILIES[config.a3["family"]]
         for index, rank in enumerate(config.a3["mlp_ranks"]):
-            self.set_submodule(family.attention_module(index), A3Attention(config, index))
+            name = family.attention_module(index)
+            self.set_submodule(name, A3Attention(config, index, self.get_submodule(name)))
             for part in ("up", "gate", "down"):
-                name = f"{self.base_model_prefix}.{family.module(index, part)}"
-                linear = self.get_submodule(name)
-                sizes = (
-                    (linear.in_features, rank) if part != "down" else (rank, linear.out_features)
-                )
-                self.set_submodule(name, nn.Linear(*sizes, bias=linear.bias is not None))
+                if part in family.parts:
+                    self.resize(family, index, part, rank)
         self.post_init()
+
+    def resize(self, family: Family, layer: int, part: str, rank: int) -> None:
+        """Replace one projection of the MLP by one of `rank` channels."""
+        name = family.name(layer, part).removesuffix(".weight")
+        linear = self.get_submodule(name)
+        size = {"in_features": linear.in_features, "out_features": linear.out_features}
+        if part == "down":
+            size["in_features"] = rank
+        else:
+            size["out_features"] = rank * len(family.fused(part))
+        self.set_submodule(name, nn.Linear(**size, bias=linear.bias is not None))
 
 
 @cache
@@ -122,8 +155,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a layer. head_dim stays
-    the dense one, because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias; nope_layers; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a layer.
+    head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

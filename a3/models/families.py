@@ -1,8 +1,9 @@
 """Families as data plus a narrow adapter: where q, k, v, o and the MLP are, and their biases.
 
-A new family is one subclass here; it inherits the whole adapter test suite. All weights leave an
-adapter in the row-vector convention of the paper (y = x W), float64, one slice a head; where the
-family has biases, W has the bias as one more row, which makes every formula exact (`augment`).
+A new family is one subclass here and one row in FAMILIES; it inherits the whole adapter test suite.
+All weights leave an adapter in the row-vector convention of the paper (y = x W), float64, one slice
+a head; where the family has biases, W has the bias as one more row, which makes every formula exact
+(`augment`).
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from a3.errors import A3Error
 from a3.models.checkpoint import Checkpoint
 
 
@@ -44,19 +46,74 @@ class MLPWeights:
 class Family:
     """Llama: separate q, k, v, o, gate, up, down projections; RoPE in halves."""
 
-    model_type = "llama"
-    rope_layout: str | None = "halves"
+    rope_layout: ClassVar[str | None] = "halves"
+    qk_norm: ClassVar[bool] = False
+    attention_name: ClassVar[str] = "self_attn"
+    # Parts that share a module are fused in it, in this order.
     parts: ClassVar[dict[str, str]] = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
         "v": "self_attn.v_proj",
         "o": "self_attn.o_proj",
-        "up": "mlp.up_proj",
         "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
     # The projection whose input is each of the three autocorrelations' x.
     sites: ClassVar[dict[str, str]] = {"attn_input": "q", "o_proj_input": "o", "down_input": "down"}
+
+    # --- what the config says ---
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """Which projections have biases."""
+        attention = config.attention_bias
+        return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": config.mlp_bias}
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """The softmax scale."""
+        return head_dim**-0.5
+
+    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Layers without RoPE in a model that has it elsewhere."""
+        return []
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise A3Error for a variant that this adapter would get wrong."""
+        partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+        if partial != 1.0:
+            raise A3Error(
+                f"config.json: partial_rotary_factor is {partial}; a3 compresses heads that are "
+                "rotated whole (1.0). This model is not supported."
+            )
+
+    def describe(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The fields of `Arch` that the config decides; raises A3Error as `check` does."""
+        self.check(config)
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        grouped = "gqa" if kv_heads < heads else "mha"
+        return {
+            "family": config.model_type,
+            "attention": f"{grouped}-rope" if self.rope_layout else grouped,
+            "mlp": "3-layer" if "gate" in self.parts else "2-layer",
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            **self.biases(config),
+            "qk_norm": self.qk_norm,
+            "rope_layout": self.rope_layout,
+            "rope_dims": head_dim if self.rope_layout else 0,
+            "nope_layers": self.nope_layers(config),
+            "scaling": self.scaling(config, head_dim),
+            "tied_embeddings": config.tie_word_embeddings,
+        }
+
+    # --- names ---
 
     def module(self, layer: int, part: str) -> str:
         """Module of one projection, relative to the trunk (`model.base_model`)."""
@@ -64,92 +121,184 @@ class Family:
 
     def attention_module(self, layer: int) -> str:
         """The attention module of a layer, which the compressed model replaces."""
-        return f"model.layers.{layer}.self_attn"
+        return f"model.layers.{layer}.{self.attention_name}"
 
     def name(self, layer: int, part: str, field: str = "weight") -> str:
-        """Tensor of one projection in the checkpoint."""
+        """Tensor of one projection in the dense checkpoint."""
         return f"model.{self.module(layer, part)}.{field}"
 
-    def describe(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The fields of `Arch` that the config decides."""
-        grouped = config.num_key_value_heads < config.num_attention_heads
-        return {
-            "family": self.model_type,
-            "attention": "gqa-rope" if grouped else "mha-rope",
-            "mlp": "3-layer",
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "qkv_bias": config.attention_bias,
-            "o_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias,
-            "rope_layout": self.rope_layout,
-            "rope_dims": config.head_dim,
-            "scaling": config.head_dim**-0.5,
-            "tied_embeddings": config.tie_word_embeddings,
-        }
+    def packed_name(self, layer: int, part: str, field: str = "weight") -> str:
+        """Tensor of one projection in the compressed checkpoint: attention is never fused there."""
+        if part in "qkvo":
+            return f"{self.attention_module(layer)}.{part}_proj.{field}"
+        return self.name(layer, part, field)
+
+    def fused(self, part: str) -> list[str]:
+        """Parts that lie in the same tensor as `part`, itself included, in order."""
+        return [other for other in self.parts if self.parts[other] == self.parts[part]]
+
+    def width(self, part: str, fields: dict[str, Any]) -> int:
+        """Output size of a projection of the dense model."""
+        if part in "qkv":
+            return fields["heads" if part == "q" else "kv_heads"] * fields["head_dim"]
+        return fields["hidden_size"] if part in ("o", "down") else fields["intermediate_size"]
+
+    def has_bias(self, part: str, fields: dict[str, Any]) -> bool:
+        """Whether a projection of the dense model has a bias."""
+        return fields[{"o": "o_bias"}.get(part, "qkv_bias" if part in "qkv" else "mlp_bias")]
 
     def shapes(self, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that compression replaces, of the dense model."""
-        d, n = fields["hidden_size"], fields["intermediate_size"]
-        wide, narrow = (fields[key] * fields["head_dim"] for key in ("heads", "kv_heads"))
-        weights = {"q": (wide, d), "k": (narrow, d), "v": (narrow, d), "o": (d, wide)}
-        weights |= {"up": (n, d), "gate": (n, d), "down": (d, n)}
-        biased = {part: fields["qkv_bias"] for part in "qkv"} | {"o": fields["o_bias"]}
-        biased |= {part: fields["mlp_bias"] for part in ("up", "gate", "down")}
+        inputs = {"o": fields["heads"] * fields["head_dim"], "down": fields["intermediate_size"]}
         expected: dict[str, tuple[int, ...]] = {}
         for layer in range(fields["layers"]):
-            for part, shape in weights.items():
-                expected[self.name(layer, part)] = shape
-                if biased[part]:
-                    expected[self.name(layer, part, "bias")] = shape[:1]
+            for part in self.parts:
+                rows = sum(self.width(other, fields) for other in self.fused(part))
+                columns = inputs.get(part, fields["hidden_size"])
+                expected[self.name(layer, part)] = (rows, columns)
+                if self.has_bias(part, fields):
+                    expected[self.name(layer, part, "bias")] = (rows,)
         return expected
 
-    def _rows(self, checkpoint: Checkpoint, layer: int, part: str, bias: bool) -> Tensor:
-        """One projection as x W, (d̂, out), with the bias as the last row."""
-        W = checkpoint.tensor(self.name(layer, part)).double().T
-        if bias:
-            b = checkpoint.tensor(self.name(layer, part, "bias")).double()
+    # --- weights ---
+
+    def _rows(
+        self, checkpoint: Checkpoint, layer: int, part: str, fields: dict[str, Any]
+    ) -> Tensor:
+        """One projection as x W, (d̂, out), with the bias as the last row (o and down: without)."""
+        together = self.fused(part)
+        start = sum(self.width(other, fields) for other in together[: together.index(part)])
+        rows = slice(start, start + self.width(part, fields))
+        W = checkpoint.tensor(self.name(layer, part))[rows].double().T
+        if part not in ("o", "down") and self.has_bias(part, fields):
+            b = checkpoint.tensor(self.name(layer, part, "bias"))[rows].double()
             W = torch.cat((W, b[None]))
         return W
 
-    def attention(self, checkpoint: Checkpoint, layer: int, fields: Any) -> AttentionWeights:
-        """Read one layer's attention weights; `fields` is the model's `Arch`."""
+    def attention(
+        self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
+    ) -> AttentionWeights:
+        """Read one layer's attention weights; `fields` are those of `Arch`."""
 
         def heads(part: str) -> Tensor:
-            W = self._rows(checkpoint, layer, part, fields.qkv_bias)
-            return W.unflatten(1, (-1, fields.head_dim)).movedim(1, 0)
+            W = self._rows(checkpoint, layer, part, fields)
+            return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
 
-        o = self._rows(checkpoint, layer, "o", False).unflatten(0, (fields.heads, -1))
+        o = self._rows(checkpoint, layer, "o", fields).unflatten(0, (fields["heads"], -1))
         return AttentionWeights(q=heads("q"), k=heads("k"), v=heads("v"), o=o)
 
-    def mlp(self, checkpoint: Checkpoint, layer: int, fields: Any) -> MLPWeights:
-        """Read one layer's MLP weights; `fields` is the model's `Arch`."""
-        gated = fields.mlp == "3-layer"
+    def mlp(self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]) -> MLPWeights:
+        """Read one layer's MLP weights; `fields` are those of `Arch`."""
         return MLPWeights(
-            up=self._rows(checkpoint, layer, "up", fields.mlp_bias),
-            gate=self._rows(checkpoint, layer, "gate", fields.mlp_bias) if gated else None,
-            down=self._rows(checkpoint, layer, "down", False),
+            up=self._rows(checkpoint, layer, "up", fields),
+            gate=self._rows(checkpoint, layer, "gate", fields) if "gate" in self.parts else None,
+            down=self._rows(checkpoint, layer, "down", fields),
         )
 
-    def pack(self, layer: int, part: str, W: Tensor, bias: bool) -> dict[str, Tensor]:
-        """Checkpoint tensors of one compressed projection.
+    def pack(
+        self, layer: int, solved: dict[str, Tensor], fields: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Checkpoint tensors of compressed projections, float64.
 
-        W is (H, d̂, r) for q, k, v, (H, r, d) for o, and (d̂, r) or (r, d) for the MLP.
+        `solved` has W by part: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for the
+        MLP. Biases of o and down are not in it: they are the dense ones.
         """
-        if part in "qkv":
-            W = W.movedim(0, 1).flatten(1)
-        elif part == "o":
-            W = W.flatten(0, 1)
-        tensors = {}
-        if bias:
-            W, tensors[self.name(layer, part, "bias")] = W[:-1], W[-1]
-        tensors[self.name(layer, part)] = W.T
-        return tensors
+        tensors: dict[str, list[Tensor]] = {}
+        for part in sorted(solved, key=list(self.parts).index):
+            W = solved[part]
+            if part in "qkv":
+                W = W.movedim(0, 1).flatten(1)
+            elif part == "o":
+                W = W.flatten(0, 1)
+            if part not in ("o", "down") and self.has_bias(part, fields):
+                W, b = W[:-1], W[-1]
+                tensors.setdefault(self.packed_name(layer, part, "bias"), []).append(b)
+            tensors.setdefault(self.packed_name(layer, part), []).append(W.T)
+        return {name: torch.cat(pieces) for name, pieces in tensors.items()}
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Family(),)}
+class Mistral(Family):
+    """Llama without biases; also Ministral, whose layers differ in their sliding windows."""
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """None."""
+        return {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
+
+
+class Qwen2(Family):
+    """Biases in q, k and v only."""
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """q, k and v."""
+        return {"qkv_bias": True, "o_bias": False, "mlp_bias": False}
+
+
+class AttentionBiased(Family):
+    """`attention_bias` for q, k, v and o; the MLP has none."""
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """By the config."""
+        bias = config.attention_bias
+        return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": False}
+
+
+class Qwen3(AttentionBiased):
+    """RMS norm of each head of q and k before RoPE."""
+
+    qk_norm = True
+
+
+class Olmo(AttentionBiased):
+    """OLMo 1; its option to clip q, k and v makes neither scores nor values linear."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse clip_qkv."""
+        super().check(config)
+        if config.clip_qkv is not None:
+            raise A3Error(
+                f"config.json: clip_qkv is {config.clip_qkv}; clipped values are not linear in the "
+                "weights, so no low-rank solution applies. This model is not supported."
+            )
+
+
+class Gemma2(AttentionBiased):
+    """A softmax scale of its own, and scores that are capped after scaling."""
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """query_pre_attn_scalar^-½."""
+        return config.query_pre_attn_scalar**-0.5
+
+
+class SmolLM3(Family):
+    """Llama with some layers that have no RoPE."""
+
+    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Where no_rope_layers is 0."""
+        return [layer for layer, rope in enumerate(config.no_rope_layers) if not rope]
+
+
+class Phi3(Mistral):
+    """q, k and v in one matrix, gate and up in another."""
+
+    parts: ClassVar[dict[str, str]] = {
+        "q": "self_attn.qkv_proj",
+        "k": "self_attn.qkv_proj",
+        "v": "self_attn.qkv_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_up_proj",
+        "up": "mlp.gate_up_proj",
+        "down": "mlp.down_proj",
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma2": Gemma2(),
+    "llama": Family(),
+    "ministral": Mistral(),
+    "mistral": Mistral(),
+    "olmo": Olmo(),
+    "phi3": Phi3(),
+    "qwen2": Qwen2(),
+    "qwen3": Qwen3(),
+    "smollm3": SmolLM3(),
+}

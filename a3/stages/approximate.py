@@ -25,6 +25,8 @@ from a3.solutions.modes import DENSE, PARTS, check_fit, find_mode, kinds_needed,
 from a3.statistics import Rxx
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
+# The projections that a solution of each part replaces.
+PROJECTIONS = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("up", "gate", "down")}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Plan:
         ranks = {}
         for part, name in self.modes.items():
             if name != DENSE:
+                if part == "qk" and arch.qk_norm:
+                    raise A3Error(
+                        f"qk mode {name!r} does not fit {arch.family}: its queries and keys are "
+                        f"normed, so scores are not linear in the weights. Use {DENSE}."
+                    )
                 check_fit(part, name, arch.mlp if part == "mlp" else arch.attention)
                 ranks[part] = rank_of(size[part], self.ratio, multiple[part])
         return ranks
@@ -78,7 +85,7 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         tensors |= solved
         layers.append(report)
         seconds.append(took)
-    copy_rest(solver.checkpoint, tensors)
+    copy_rest(solver.checkpoint, arch, tensors)
     with whole_folder(out) as folder:
         write_checkpoint(model_folder, folder, arch, ranks, tensors)
         checkpoint = Checkpoint(folder)
@@ -118,29 +125,45 @@ class LayerSolver:
         self.statistics = statistics
         self.modes = modes
         self.ranks = ranks
+        self.fields = arch.to_json()
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
         """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        for part, rank in self.ranks.items():
+        for part, names in PROJECTIONS.items():
             start = time.perf_counter()
-            name = self.modes[part]
+            if part not in self.ranks:
+                # Attention is not fused in the compressed model: split it also where it is kept.
+                if len(self.arch.adapter.fused("q")) > 1 and part != "mlp":
+                    tensors |= self.pack(layer, self.weights(part, layer), names)
+                continue
+            name = self.layer_mode(part, layer)
             solve = getattr(SOLUTIONS[part], name.replace("-", "_"))
             R = self.rxx(find_mode(part, name).kind, layer)
-            solution = solve(self.weights(part, layer), R, rank)
-            tensors |= self.pack(part, layer, solution)
-            report[part] = {"rank": rank, "relative_error": solution.relative_error}
-            if part == "qk":
+            solution = solve(self.weights(part, layer), R, self.ranks[part])
+            tensors |= self.pack(layer, solution, names)
+            report[part] = {
+                "mode": name,
+                "rank": self.ranks[part],
+                "relative_error": solution.relative_error,
+            }
+            if part == "qk" and solution.pairs is not None:
                 report[part]["rope_pairs"] = solution.pairs.tolist()
+                tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
             seconds[part] = time.perf_counter() - start
         return tensors, report, seconds
+
+    def layer_mode(self, part: str, layer: int) -> str:
+        """The mode for one layer: `qk` for the scores of a layer without RoPE among those with."""
+        nope = part == "qk" and layer in self.arch.nope_layers
+        return "qk" if nope else self.modes[part]
 
     def weights(self, part: str, layer: int) -> Any:
         """Dense weights of a part, float64; raises A3Error where they are not finite."""
         read = self.arch.adapter.mlp if part == "mlp" else self.arch.adapter.attention
-        weights = read(self.checkpoint, layer, self.arch)
+        weights = read(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
             if W is not None and not torch.isfinite(W).all():
                 raise A3Error(
@@ -161,20 +184,13 @@ class LayerSolver:
         R = statistics.R(layer, arch.hidden_size, arch.hidden_size)
         return augment(R, statistics.mean(layer, arch.hidden_size)) if arch.qkv_bias else R
 
-    def pack(self, part: str, layer: int, solution: Any) -> dict[str, Tensor]:
+    def pack(self, layer: int, solution: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Checkpoint tensors of a solution, in the model's dtype (o and down biases are copied)."""
-        arch, tensors = self.arch, {}
-        biased = {"q": arch.qkv_bias, "k": arch.qkv_bias, "v": arch.qkv_bias}
-        biased |= {"up": arch.mlp_bias, "gate": arch.mlp_bias}
-        for name in {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("up", "gate", "down")}[part]:
-            W = getattr(solution, name)
-            if W is not None:
-                tensors |= arch.adapter.pack(layer, name, W, biased.get(name, False))
-        dtype = getattr(torch, arch.dtype)
-        tensors = {name: W.to(dtype).contiguous() for name, W in tensors.items()}
-        if part == "qk":
-            tensors[pairs_name(arch, layer)] = solution.pairs.contiguous()
-        return tensors
+        solved = {name: getattr(solution, name) for name in names}
+        solved = {name: W for name, W in solved.items() if W is not None}
+        dtype = getattr(torch, self.arch.dtype)
+        packed = self.arch.adapter.pack(layer, solved, self.fields)
+        return {name: W.to(dtype).contiguous() for name, W in packed.items()}
 
 
 def full_ranks(arch: Arch, ranks: dict[str, int]) -> tuple[int, int, int]:
@@ -184,11 +200,23 @@ def full_ranks(arch: Arch, ranks: dict[str, int]) -> tuple[int, int, int]:
     return qk, ov, mlp
 
 
-def copy_rest(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Add every tensor of the dense model that no solution replaced (embeddings, norms …)."""
+def copy_rest(checkpoint: Checkpoint, arch: Arch, tensors: dict[str, Tensor]) -> None:
+    """Add what no solution replaced: embeddings, norms, parts that stay, the biases of o and down.
+
+    Attention gets the compressed model's names; fused q, k, v are in `tensors` already.
+    """
+    adapter = arch.adapter
+    renamed = {}
+    for layer in range(arch.layers):
+        for part in "qkvo":
+            for field in ("weight", "bias"):
+                fused = len(adapter.fused(part)) > 1
+                name = adapter.packed_name(layer, part, field)
+                renamed[adapter.name(layer, part, field)] = None if fused else name
     for name in checkpoint.names():
-        if name not in tensors:
-            tensors[name] = checkpoint.tensor(name)
+        new = renamed.get(name, name)
+        if new is not None and new not in tensors:
+            tensors[new] = checkpoint.tensor(name)
 
 
 def write_checkpoint(
@@ -199,7 +227,8 @@ def write_checkpoint(
     if "qk" not in ranks:
         every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
         for layer in range(arch.layers):
-            tensors[pairs_name(arch, layer)] = every_pair.clone()
+            if arch.has_rope(layer):
+                tensors[pairs_name(arch, layer)] = every_pair.clone()
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
     config = read_json(dense / "config.json")
     config["model_type"] = LazyConfig.model_type
@@ -211,6 +240,7 @@ def write_checkpoint(
         "scaling": arch.scaling,
         "qkv_bias": arch.qkv_bias,
         "o_bias": arch.o_bias,
+        "nope_layers": arch.nope_layers,
         "qk_ranks": [qk] * arch.layers,
         "ov_ranks": [ov] * arch.layers,
         "mlp_ranks": [mlp] * arch.layers,
