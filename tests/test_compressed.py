@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from a3.errors import A3Error
 from a3.models.arch import load_arch
@@ -20,6 +21,7 @@ from a3.stages.collect import collect
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 # Every family, and the variants of attention and biases that one family can have.
 BIASED = {"attention_bias": True}
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -27,10 +29,16 @@ MODELS = {
     "llama-biased": ("llama", BIASED | {"mlp_bias": True}),
     "llama-wide-heads": ("llama", {"head_dim": 24}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "bloom": ("bloom", {}),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
+    "gpt2": ("gpt2", {"n_inner": 96}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
+    "gpt_bigcode-mha": ("gpt_bigcode", {"n_inner": 96, "multi_query": False}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "olmo": ("olmo", BIASED),
+    "opt": ("opt", OPT),
+    "opt-post-norm": ("opt", OPT | {"do_layer_norm_before": False}),
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", BIASED | {"head_dim": 16}),
@@ -41,6 +49,7 @@ TEXT = "".join(random.Random(0).choices("".join(map(chr, range(32, 500))), k=300
 SETTINGS = {
     "tokens": 2048, "block_length": 64, "seed": 0, "bos": True, "dtype": "float32", "device": "cpu",
 }  # fmt: skip
+FUSED = ("qkv_proj", "c_attn", "query_key_value")
 ALL_KINDS = ("attn_input", "o_proj_blocks", "down_diagonal")
 
 
@@ -52,7 +61,7 @@ def redraw(folder, seed=0):
     for name, value in sorted(tensors.items()):
         if name.endswith("bias"):
             tensors[name] = torch.randn_like(value) * 0.5
-        elif "norm" in name:
+        elif "norm" in name or "ln_" in name:
             tensors[name] = 1 + 0.3 * torch.randn_like(value)
     save_file(tensors, path, {"format": "pt"})
 
@@ -84,10 +93,16 @@ def logits(model, ids):
     return model(ids).logits
 
 
+def modes_of(arch):
+    """The paper's modes for a model."""
+    return MODES if arch.rope_layout else MODES | {"qk": "qk"}
+
+
 def compress(dense, out, ratio, **modes):
     """Compress by the paper's modes, or those given; scores of normed queries stay dense."""
-    modes = MODES | modes
-    if load_arch(dense / "dense").qk_norm:
+    arch = load_arch(dense / "dense")
+    modes = modes_of(arch) | modes
+    if arch.qk_norm:
         modes["qk"] = "dense"
     approximate(dense / "dense", dense / "rxx", Plan(modes, Decimal(ratio)), out)
     return load(out)
@@ -103,8 +118,9 @@ def test_ratio_zero_reproduces_the_dense_logits(dense, tmp_path):
 @pytest.mark.parametrize("ratio", ["0.25", "0.5"])
 @pytest.mark.parametrize("parts", [("qk",), ("ov",), ("mlp",), ("qk", "ov", "mlp")])
 def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, ratio, parts):
-    modes = {part: MODES[part] if part in parts else "dense" for part in MODES}
-    if load_arch(dense / "dense").qk_norm and "qk" in parts:
+    arch = load_arch(dense / "dense")
+    modes = {part: mode if part in parts else "dense" for part, mode in modes_of(arch).items()}
+    if arch.qk_norm and "qk" in parts:
         plan = Plan(modes, Decimal(ratio))
         with pytest.raises(A3Error, match="normed"):
             approximate(dense / "dense", dense / "rxx", plan, tmp_path / "small")
@@ -125,42 +141,56 @@ def emulate(model, dense, ratio, parts):
     down = load_file(dense / "rxx" / "down_diagonal.safetensors")
     count = SETTINGS["tokens"]
     keep = 1 - float(ratio)
-    for i, layer in enumerate(model.model.layers):
+    step = 2 if arch.rope_layout else 1
+    rank = step * round(keep * arch.head_dim / step)
+    for i in range(arch.layers):
         R, mean = rxx[f"layers.{i}.rxx"] / count, rxx[f"layers.{i}.sum"] / count
         if arch.qkv_bias:
             row = torch.cat((mean, mean.new_ones(1)))
             R = torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))
-        heads = split_heads(layer.self_attn, arch)
+        attention = model.get_submodule(arch.adapter.attention_module(i))
+        heads = split_heads(attention, arch)
         if "qk" in parts and arch.has_rope(i):
-            zero_pairs(heads, arch, R, 2 * round(keep * arch.head_dim / 2))
+            zero_pairs(heads, arch, R, rank)
         elif "qk" in parts:
             half = reference.root(R)[0]
             partners = (rows(*heads["q"]).mT @ half).unflatten(0, (arch.kv_heads, -1))
-            project(heads["k"], partners, R, 2 * round(keep * arch.head_dim / 2))
+            project(heads["k"], partners, R, rank)
         if "ov" in parts:
-            o = layer.self_attn.o_proj.weight.data.T
-            project(heads["v"], o.unflatten(0, (arch.kv_heads, -1, arch.head_dim)), R,
-                    round(keep * arch.head_dim))  # fmt: skip
+            o = output(model.base_model.get_submodule(arch.adapter.module(i, "o")))
+            partners = o.unflatten(0, (arch.kv_heads, -1, arch.head_dim))
+            project(heads["v"], partners, R, round(keep * arch.head_dim))
         if "mlp" in parts:
-            score = down[f"layers.{i}.rxx"] * layer.mlp.down_proj.weight.square().sum(0)
+            linear = model.base_model.get_submodule(arch.adapter.module(i, "down"))
+            score = down[f"layers.{i}.rxx"] * output(linear).square().sum(1)
             kept = score.argsort(descending=True)[: round(keep * len(score))]
             mask = torch.zeros_like(score).index_fill(0, kept, 1)
-            layer.mlp.down_proj.weight.data *= mask
+            output(linear).mul_(mask[:, None])
+
+
+def output(linear):
+    """The weight of a projection as x W, a view."""
+    return linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.T
 
 
 def split_heads(attention, arch):
     """Views of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
-    h, sizes = arch.head_dim, {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}
-    views = {}
-    start = 0
-    for part, count in sizes.items():
-        fused = hasattr(attention, "qkv_proj")
-        linear = attention.qkv_proj if fused else getattr(attention, f"{part}_proj")
-        found = slice(start, start + count * h) if fused else slice(None)
-        start += count * h
-        bias = None if linear.bias is None else linear.bias.data[found].view(count, h)
-        views[part] = (linear.weight.data[found].view(count, h, -1), bias)
-    return views
+    h, counts = arch.head_dim, (arch.heads, arch.kv_heads, arch.kv_heads)
+    fused = next((m for m in map(attention.__dict__["_modules"].get, FUSED) if m), None)
+    if fused is None:
+        linears = [getattr(attention, f"{part}_proj") for part in "qkv"]
+        weights, biases = [m.weight.data for m in linears], [m.bias for m in linears]
+    elif arch.family == "bloom" or (arch.family == "gpt_bigcode" and arch.kv_heads == arch.heads):
+        weights = fused.weight.data.view(arch.heads, 3, h, -1).unbind(1)
+        biases = fused.bias.data.view(arch.heads, 3, h).unbind(1)
+    else:
+        sizes = [count * h for count in counts]
+        weights = output(fused).T.split(sizes)
+        biases = [None] * 3 if fused.bias is None else fused.bias.data.split(sizes)
+    shaped = [w if w.ndim == 3 else w.unflatten(0, (-1, h)) for w in weights]
+    flat = [b if b is None else b.detach() for b in biases]
+    split = [b if b is None or b.ndim == 2 else b.unflatten(0, (-1, h)) for b in flat]
+    return dict(zip("qkv", zip(shaped, split, strict=True), strict=True))
 
 
 def rows(weight, bias):
@@ -210,9 +240,10 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         assert live == 7 * said["kv_bytes_per_token"]
     assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]
     shape = Checkpoint(tmp_path / "small").shape
-    rank = record["layers"][0]["ov"]["rank"]
-    assert shape("model.layers.0.self_attn.v_proj.weight") == (arch.kv_heads * rank, 64)
-    assert shape("model.layers.0.mlp.down_proj.weight") == (64, record["layers"][0]["mlp"]["rank"])
+    ranks = {part: record["layers"][0][part]["rank"] for part in ("ov", "mlp")}
+    name = arch.adapter.packed_name(0, "v")
+    assert shape(name) == (arch.kv_heads * ranks["ov"], 64)
+    assert ranks["mlp"] in shape(arch.adapter.name(0, "down"))
 
 
 def test_generate_with_cache_equals_without(dense, tmp_path):
@@ -257,8 +288,9 @@ def test_save_pretrained_round_trips(dense, tmp_path):
     [("qk", "rxx-w-rxx-uniform"), ("ov", "axkv"), ("ov", "identity"), ("mlp", "rxx")],
 )
 def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode):
-    if load_arch(dense / "dense").qk_norm and part == "qk":
-        pytest.skip("scores of normed queries are not compressed")
+    arch = load_arch(dense / "dense")
+    if part == "qk" and (arch.qk_norm or not arch.rope_layout):
+        pytest.skip("the mode does not fit this model")
     ids = tokens(dense)
     only = dict.fromkeys(MODES, "dense") | {part: mode}
     full = compress(dense, tmp_path / "full", "0", **only)

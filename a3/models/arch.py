@@ -75,7 +75,7 @@ def describe(folder: Path) -> Arch:
             f"know. Known families: {', '.join(sorted(FAMILIES))}."
         )
     fields = family.describe(AutoConfig.from_pretrained(folder))
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, family.prefix)
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
     dtype = checkpoint.dtype(family.name(0, "q"))

@@ -17,13 +17,20 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 class Checkpoint:
     """Tensors of one folder by name; a tensor is read from disk only when it is asked for.
 
+    Checkpoints saved from a bare trunk lack its name; with `prefix` they get it ("transformer").
     Raises A3Error where the folder has no safetensors, or a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
         self._files = {name: self._open(folder / name) for name in self._names()}
-        self._where = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
+        stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
+        bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
+        # Name to (file, key in the file).
+        self._where = {
+            f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key: (file, key)
+            for key, file in stored.items()
+        }
 
     def _names(self) -> list[str]:
         if (self.folder / "model.safetensors").exists():
@@ -52,13 +59,15 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
         self.shape(name)
-        return self._files[self._where[name]].get_tensor(name)
+        file, key = self._where[name]
+        return self._files[file].get_tensor(key)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; raises A3Error where there is none."""
         if name not in self._where:
             raise A3Error(f"{self.folder}: no tensor {name!r} in its safetensors.")
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+        file, key = self._where[name]
+        return tuple(self._files[file].get_slice(key).get_shape())
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise A3Error unless tensor `name` exists and has this shape."""
@@ -69,7 +78,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> str:
         """Name of the tensor's dtype (float32, bfloat16 …); raises A3Error for quantised ones."""
-        found = self._files[self._where[name]].get_slice(name).get_dtype()
+        found = self._stored_dtype(name)
         if found not in DTYPES:
             raise A3Error(
                 f"{self.folder}: tensor {name!r} is {found}; a3 compresses "
@@ -82,8 +91,12 @@ class Checkpoint:
         return sum(
             math.prod(self.shape(name))
             for name in self.names()
-            if self._files[self._where[name]].get_slice(name).get_dtype() in DTYPES
+            if self._stored_dtype(name) in DTYPES
         )
+
+    def _stored_dtype(self, name: str) -> str:
+        file, key = self._where[name]
+        return self._files[file].get_slice(key).get_dtype()
 
     def sha256(self) -> str:
         """Content hash of the weights: of the one file, or of the shards' hashes in order."""

@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from a3 import LazyConfig
 from a3.models.families import FAMILIES, Family
@@ -55,14 +57,16 @@ class A3Attention(nn.Module):
         self.qk_rank = a3["qk_ranks"][layer_idx]
         self.ov_rank = a3["ov_ranks"][layer_idx]
         self.scaling = a3["scaling"]
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = dense.is_causal
+        self.attention_dropout = dropout_of(dense)
+        self.is_causal = True
         self.options = {
             option: getattr(dense, attribute)
             for option, attribute in OPTIONS.items()
             if hasattr(dense, attribute)
         }
-        self.eager = import_module(type(dense).__module__).eager_attention_forward
+        # The family's own eager attention caps scores where the family does.
+        family = import_module(type(dense).__module__)
+        self.eager = getattr(family, "eager_attention_forward", eager_attention_forward)
         d, bias = config.hidden_size, a3["qkv_bias"]
         self.q_proj = nn.Linear(d, a3["heads"] * self.qk_rank, bias=bias)
         self.k_proj = nn.Linear(d, a3["kv_heads"] * self.qk_rank, bias=bias)
@@ -70,21 +74,27 @@ class A3Attention(nn.Module):
         self.o_proj = nn.Linear(a3["heads"] * self.ov_rank, d, bias=a3["o_bias"])
         self.q_norm = getattr(dense, "q_norm", None)
         self.k_norm = getattr(dense, "k_norm", None)
+        self.resid_dropout = getattr(dense, "resid_dropout", nn.Identity())
         pairs = None
-        if layer_idx not in a3["nope_layers"]:
+        if a3["rope"] and layer_idx not in a3["nope_layers"]:
             pairs = torch.arange(self.qk_rank // 2).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
 
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, L, d); position_embeddings: the family's own cos and sin (B, L, h)."""
+        """hidden_states (B, L, d); position_embeddings: the family's own cos and sin (B, L, h).
+
+        Some families call the cache `layer_past`. The mask may carry ALiBi's bias.
+        """
         batch, length, _ = hidden_states.shape
+        past_key_values = past_key_values if layer_past is None else layer_past
         q, k = self.queries_and_keys(hidden_states, position_embeddings)
         v = self.v_proj(hidden_states).view(batch, length, self.groups, -1).transpose(1, 2)
         if past_key_values is not None:
@@ -100,7 +110,7 @@ class A3Attention(nn.Module):
         options = {"dropout": dropout, "scaling": self.scaling, **self.options, **kwargs}
         out, probabilities = attend(self, q, k, v, attention_mask, **options)
         out = out[..., : self.ov_rank].reshape(batch, length, -1)
-        return self.o_proj(out), probabilities
+        return self.resid_dropout(self.o_proj(out)), probabilities
 
     def queries_and_keys(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -121,6 +131,35 @@ class A3Attention(nn.Module):
         return q.flatten(1, 2), k
 
 
+class BloomAttention(A3Attention):
+    """BLOOM hands over ALiBi beside the mask, and wants the residual added."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+        super().__init__(config, layer_idx, dense)
+        self.resid_dropout = nn.Dropout(dense.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        alibi: Tensor,
+        attention_mask: Tensor | None,
+        layer_past: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states, residual (B, L, d); alibi (B · H, 1, K); attention_mask (B, 1, L, K)."""
+        bias = alibi.unflatten(0, (hidden_states.shape[0], -1))
+        mask = bias if attention_mask is None else bias + attention_mask
+        out, probabilities = super().forward(
+            hidden_states, attention_mask=mask, layer_past=layer_past
+        )
+        return out + residual, probabilities
+
+
+# Families whose layers call their attention in a way of their own.
+ATTENTION = {"bloom": BloomAttention}
+
+
 class Compressed:
     """Mixed into a family's ForCausalLM: gives every layer its own sizes."""
 
@@ -132,7 +171,9 @@ class Compressed:
         family = FAMILIES[config.a3["family"]]
         for index, rank in enumerate(config.a3["mlp_ranks"]):
             name = family.attention_module(index)
-            self.set_submodule(name, A3Attention(config, index, self.get_submodule(name)))
+            dense = self.get_submodule(name)
+            attention = ATTENTION.get(config.a3["family"], A3Attention)
+            self.set_submodule(name, attention(config, index, dense))
             for part in ("up", "gate", "down"):
                 if part in family.parts:
                     self.resize(family, index, part, rank)
@@ -142,12 +183,19 @@ class Compressed:
         """Replace one projection of the MLP by one of `rank` channels."""
         name = family.name(layer, part).removesuffix(".weight")
         linear = self.get_submodule(name)
-        size = {"in_features": linear.in_features, "out_features": linear.out_features}
-        if part == "down":
-            size["in_features"] = rank
+        inputs, outputs = family.sizes(part, rank, self.config.hidden_size)
+        if isinstance(linear, Conv1D):
+            resized: nn.Module = Conv1D(outputs, inputs)
         else:
-            size["out_features"] = rank * len(family.fused(part))
-        self.set_submodule(name, nn.Linear(**size, bias=linear.bias is not None))
+            resized = nn.Linear(inputs, outputs, bias=linear.bias is not None)
+        self.set_submodule(name, resized)
+
+
+def dropout_of(attention: nn.Module) -> float:
+    """Dropout of the attention probabilities, by whichever name a family has for it."""
+    names = ("attention_dropout", "attn_dropout", "dropout")
+    found = next(getattr(attention, name) for name in names if hasattr(attention, name))
+    return found.p if isinstance(found, nn.Dropout) else found
 
 
 @cache
@@ -155,8 +203,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; nope_layers; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a layer.
-    head_dim stays the dense one, because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias; rope, nope_layers; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a
+    layer. head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

@@ -48,7 +48,11 @@ class Family:
 
     rope_layout: ClassVar[str | None] = "halves"
     qk_norm: ClassVar[bool] = False
+    prefix: ClassVar[str] = "model"
+    layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"
+    # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
+    transposed: ClassVar[bool] = False
     # Parts that share a module are fused in it, in this order.
     parts: ClassVar[dict[str, str]] = {
         "q": "self_attn.q_proj",
@@ -63,6 +67,18 @@ class Family:
     sites: ClassVar[dict[str, str]] = {"attn_input": "q", "o_proj_input": "o", "down_input": "down"}
 
     # --- what the config says ---
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """Number of key/value heads."""
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Number of channels of the MLP."""
+        return config.intermediate_size
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """Whether fused q, k, v alternate head by head instead of standing one after the other."""
+        return False
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
         """Which projections have biases."""
@@ -90,7 +106,7 @@ class Family:
         """The fields of `Arch` that the config decides; raises A3Error as `check` does."""
         self.check(config)
         heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_heads = self.kv_heads(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         grouped = "gqa" if kv_heads < heads else "mha"
         return {
@@ -102,7 +118,7 @@ class Family:
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": self.intermediate_size(config),
             "vocab_size": config.vocab_size,
             **self.biases(config),
             "qk_norm": self.qk_norm,
@@ -117,15 +133,15 @@ class Family:
 
     def module(self, layer: int, part: str) -> str:
         """Module of one projection, relative to the trunk (`model.base_model`)."""
-        return f"layers.{layer}.{self.parts[part]}"
+        return f"{self.layer_path}.{layer}.{self.parts[part]}"
 
     def attention_module(self, layer: int) -> str:
         """The attention module of a layer, which the compressed model replaces."""
-        return f"model.layers.{layer}.{self.attention_name}"
+        return f"{self.prefix}.{self.layer_path}.{layer}.{self.attention_name}"
 
     def name(self, layer: int, part: str, field: str = "weight") -> str:
         """Tensor of one projection in the dense checkpoint."""
-        return f"model.{self.module(layer, part)}.{field}"
+        return f"{self.prefix}.{self.module(layer, part)}.{field}"
 
     def packed_name(self, layer: int, part: str, field: str = "weight") -> str:
         """Tensor of one projection in the compressed checkpoint: attention is never fused there."""
@@ -137,11 +153,22 @@ class Family:
         """Parts that lie in the same tensor as `part`, itself included, in order."""
         return [other for other in self.parts if self.parts[other] == self.parts[part]]
 
+    @property
+    def repacked(self) -> bool:
+        """Whether q, k, v and o are stored otherwise than in the compressed model."""
+        return self.transposed or len(self.fused("q")) > 1
+
     def width(self, part: str, fields: dict[str, Any]) -> int:
         """Output size of a projection of the dense model."""
         if part in "qkv":
             return fields["heads" if part == "q" else "kv_heads"] * fields["head_dim"]
         return fields["hidden_size"] if part in ("o", "down") else fields["intermediate_size"]
+
+    def sizes(self, part: str, rank: int, hidden_size: int) -> tuple[int, int]:
+        """(in, out) of a module of the MLP with `rank` channels."""
+        if part == "down":
+            return rank, hidden_size
+        return hidden_size, rank * len(self.fused(part))
 
     def has_bias(self, part: str, fields: dict[str, Any]) -> bool:
         """Whether a projection of the dense model has a bias."""
@@ -155,7 +182,8 @@ class Family:
             for part in self.parts:
                 rows = sum(self.width(other, fields) for other in self.fused(part))
                 columns = inputs.get(part, fields["hidden_size"])
-                expected[self.name(layer, part)] = (rows, columns)
+                shape = (columns, rows) if self.transposed else (rows, columns)
+                expected[self.name(layer, part)] = shape
                 if self.has_bias(part, fields):
                     expected[self.name(layer, part, "bias")] = (rows,)
         return expected
@@ -166,14 +194,21 @@ class Family:
         self, checkpoint: Checkpoint, layer: int, part: str, fields: dict[str, Any]
     ) -> Tensor:
         """One projection as x W, (d̂, out), with the bias as the last row (o and down: without)."""
-        together = self.fused(part)
-        start = sum(self.width(other, fields) for other in together[: together.index(part)])
-        rows = slice(start, start + self.width(part, fields))
-        W = checkpoint.tensor(self.name(layer, part))[rows].double().T
+        W = checkpoint.tensor(self.name(layer, part))
+        W = self.unfuse(W if not self.transposed else W.T, part, fields).double().T
         if part not in ("o", "down") and self.has_bias(part, fields):
-            b = checkpoint.tensor(self.name(layer, part, "bias"))[rows].double()
-            W = torch.cat((W, b[None]))
+            b = checkpoint.tensor(self.name(layer, part, "bias"))
+            W = torch.cat((W, self.unfuse(b, part, fields).double()[None]))
         return W
+
+    def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
+        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …)."""
+        together = self.fused(part)
+        if len(together) > 1 and self.interleaved(fields):
+            each = rows.unflatten(0, (-1, len(together), fields["head_dim"]))
+            return each[:, together.index(part)].flatten(0, 1)
+        start = sum(self.width(other, fields) for other in together[: together.index(part)])
+        return rows[start : start + self.width(part, fields)]
 
     def attention(
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
@@ -213,7 +248,8 @@ class Family:
             if part not in ("o", "down") and self.has_bias(part, fields):
                 W, b = W[:-1], W[-1]
                 tensors.setdefault(self.packed_name(layer, part, "bias"), []).append(b)
-            tensors.setdefault(self.packed_name(layer, part), []).append(W.T)
+            keep = self.transposed and part not in "qkvo"
+            tensors.setdefault(self.packed_name(layer, part), []).append(W if keep else W.T)
         return {name: torch.cat(pieces) for name, pieces in tensors.items()}
 
 
@@ -291,12 +327,123 @@ class Phi3(Mistral):
     }
 
 
+class NoRope(Family):
+    """Learned positions or ALiBi, one key/value head a query head, biases everywhere."""
+
+    rope_layout = None
+    prefix = "transformer"
+    layer_path = "h"
+    attention_name = "attn"
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """As many as query heads."""
+        return config.num_attention_heads
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """All."""
+        return {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+class GPT2(NoRope):
+    """Fused q, k, v; all weights transposed (Conv1D)."""
+
+    transposed = True
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.c_attn",
+        "k": "attn.c_attn",
+        "v": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size unless the config says otherwise."""
+        return config.n_inner or 4 * config.hidden_size
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """1 where scale_attn_weights is off."""
+        return head_dim**-0.5 if config.scale_attn_weights else 1.0
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a softmax scale that differs between layers."""
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            raise A3Error(
+                "config.json: scale_attn_by_inverse_layer_idx is true; a3 keeps one softmax scale "
+                "for all layers. This model is not supported."
+            )
+
+
+class GPTBigCode(GPT2):
+    """GPT-2 with plain Linear layers; one key/value head for all (MQA), or q, k, v interleaved."""
+
+    transposed = False
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """One with multi_query."""
+        return 1 if config.multi_query else config.num_attention_heads
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """Without multi_query."""
+        return fields["kv_heads"] == fields["heads"]
+
+
+class OPT(NoRope):
+    """Separate projections; the MLP lies in the layer itself."""
+
+    prefix = "model"
+    layer_path = "decoder.layers"
+    attention_name = "self_attn"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+    }
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """ffn_dim."""
+        return config.ffn_dim
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """enable_bias."""
+        return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.enable_bias)
+
+
+class Bloom(NoRope):
+    """ALiBi; q, k, v interleaved head by head in one matrix."""
+
+    attention_name = "self_attention"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "self_attention.query_key_value",
+        "k": "self_attention.query_key_value",
+        "v": "self_attention.query_key_value",
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    }
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size."""
+        return 4 * config.hidden_size
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """Always."""
+        return True
+
+
 FAMILIES: dict[str, Family] = {
+    "bloom": Bloom(),
     "gemma2": Gemma2(),
+    "gpt2": GPT2(),
+    "gpt_bigcode": GPTBigCode(),
     "llama": Family(),
     "ministral": Mistral(),
     "mistral": Mistral(),
     "olmo": Olmo(),
+    "opt": OPT(),
     "phi3": Phi3(),
     "qwen2": Qwen2(),
     "qwen3": Qwen3(),

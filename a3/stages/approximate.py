@@ -77,7 +77,8 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
     statistics = {
         kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256) for kind in kinds
     }
-    solver = LayerSolver(arch, Checkpoint(model_folder), statistics, plan.modes, ranks)
+    dense = Checkpoint(model_folder, arch.adapter.prefix)
+    solver = LayerSolver(arch, dense, statistics, plan.modes, ranks)
     tensors: dict[str, Tensor] = {}
     layers, seconds = [], []
     for layer in tqdm(range(arch.layers), unit="layer", desc="approx"):
@@ -85,7 +86,7 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         tensors |= solved
         layers.append(report)
         seconds.append(took)
-    copy_rest(solver.checkpoint, arch, tensors)
+    copy_rest(dense, arch, tensors)
     with whole_folder(out) as folder:
         write_checkpoint(model_folder, folder, arch, ranks, tensors)
         checkpoint = Checkpoint(folder)
@@ -135,8 +136,8 @@ class LayerSolver:
         for part, names in PROJECTIONS.items():
             start = time.perf_counter()
             if part not in self.ranks:
-                # Attention is not fused in the compressed model: split it also where it is kept.
-                if len(self.arch.adapter.fused("q")) > 1 and part != "mlp":
+                # The compressed model has its own layout of attention, also where it is kept.
+                if self.arch.adapter.repacked and part != "mlp":
                     tensors |= self.pack(layer, self.weights(part, layer), names)
                 continue
             name = self.layer_mode(part, layer)
@@ -203,16 +204,17 @@ def full_ranks(arch: Arch, ranks: dict[str, int]) -> tuple[int, int, int]:
 def copy_rest(checkpoint: Checkpoint, arch: Arch, tensors: dict[str, Tensor]) -> None:
     """Add what no solution replaced: embeddings, norms, parts that stay, the biases of o and down.
 
-    Attention gets the compressed model's names; fused q, k, v are in `tensors` already.
+    Attention gets the compressed model's names; repacked q, k, v, o are in `tensors` already.
     """
     adapter = arch.adapter
     renamed = {}
     for layer in range(arch.layers):
         for part in "qkvo":
             for field in ("weight", "bias"):
-                fused = len(adapter.fused(part)) > 1
+                # The bias of o is in no solution, and is stored alike everywhere.
+                drop = adapter.repacked and (part, field) != ("o", "bias")
                 name = adapter.packed_name(layer, part, field)
-                renamed[adapter.name(layer, part, field)] = None if fused else name
+                renamed[adapter.name(layer, part, field)] = None if drop else name
     for name in checkpoint.names():
         new = renamed.get(name, name)
         if new is not None and new not in tensors:
@@ -240,6 +242,7 @@ def write_checkpoint(
         "scaling": arch.scaling,
         "qkv_bias": arch.qkv_bias,
         "o_bias": arch.o_bias,
+        "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
         "qk_ranks": [qk] * arch.layers,
         "ov_ranks": [ov] * arch.layers,
