@@ -21,7 +21,12 @@ from a3.stages.collect import collect
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 # Every family, and the variants of attention and biases that one family can have.
 BIASED = {"attention_bias": True}
-OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1}
+# GELU, since a quarter of a random ReLU layer never fires: dropping it would show nothing.
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "activation_function": "gelu"}
+PARTIAL = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+}
+QUARTER = {"rope_parameters": PARTIAL["rope_parameters"] | {"partial_rotary_factor": 0.25}}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -32,6 +37,8 @@ MODELS = {
     "bloom": ("bloom", {}),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
     "gpt2": ("gpt2", {"n_inner": 96}),
+    "gpt_neox": ("gpt_neox", PARTIAL),
+    "gpt_neox-quarter": ("gpt_neox", QUARTER),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
     "gpt_bigcode-mha": ("gpt_bigcode", {"n_inner": 96, "multi_query": False}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
@@ -39,9 +46,12 @@ MODELS = {
     "olmo": ("olmo", BIASED),
     "opt": ("opt", OPT),
     "opt-post-norm": ("opt", OPT | {"do_layer_norm_before": False}),
+    "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
+    "phi": ("phi", PARTIAL),
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", BIASED | {"head_dim": 16}),
+    "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "smollm3": ("smollm3", BIASED | {"no_rope_layers": [1, 0]}),
 }
 # Characters at random: statistics of full rank, so that the solution is unique.
@@ -49,12 +59,15 @@ TEXT = "".join(random.Random(0).choices("".join(map(chr, range(32, 500))), k=300
 SETTINGS = {
     "tokens": 2048, "block_length": 64, "seed": 0, "bos": True, "dtype": "float32", "device": "cpu",
 }  # fmt: skip
-FUSED = ("qkv_proj", "c_attn", "query_key_value")
+FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
 ALL_KINDS = ("attn_input", "o_proj_blocks", "down_diagonal")
 
 
 def redraw(folder, seed=0):
-    """Give biases a spread of 0.5 and norm gains a spread around 1: fresh ones hide mistakes."""
+    """Give biases a spread of 0.5 and norm gains a spread around 1: fresh ones hide mistakes.
+
+    Matrices get a spread of 0.1 at least, so that no part of the model is without effect.
+    """
     torch.manual_seed(seed)
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -63,6 +76,8 @@ def redraw(folder, seed=0):
             tensors[name] = torch.randn_like(value) * 0.5
         elif "norm" in name or "ln_" in name:
             tensors[name] = 1 + 0.3 * torch.randn_like(value)
+        elif value.std() < 0.1:
+            tensors[name] = value * (0.1 / value.std())
     save_file(tensors, path, {"format": "pt"})
 
 
@@ -130,7 +145,7 @@ def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, rat
     emulate(emulated, dense, ratio, parts)
     ids = tokens(dense)
     expected = logits(emulated, ids)
-    assert (expected - logits(load(dense / "dense"), ids)).abs().max() > 1e-3
+    assert (expected - logits(load(dense / "dense"), ids)).abs().max() > 5e-4
     torch.testing.assert_close(logits(small, ids), expected, rtol=0, atol=1e-4)
 
 
@@ -141,7 +156,7 @@ def emulate(model, dense, ratio, parts):
     down = load_file(dense / "rxx" / "down_diagonal.safetensors")
     count = SETTINGS["tokens"]
     keep = 1 - float(ratio)
-    step = 2 if arch.rope_layout else 1
+    step = 2 if arch.rope_dims == arch.head_dim else 1
     rank = step * round(keep * arch.head_dim / step)
     for i in range(arch.layers):
         R, mean = rxx[f"layers.{i}.rxx"] / count, rxx[f"layers.{i}.sum"] / count
@@ -150,8 +165,10 @@ def emulate(model, dense, ratio, parts):
             R = torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))
         attention = model.get_submodule(arch.adapter.attention_module(i))
         heads = split_heads(attention, arch)
-        if "qk" in parts and arch.has_rope(i):
-            zero_pairs(heads, arch, R, rank)
+        if "qk" in parts and arch.has_rope(i) and arch.rope_dims < arch.head_dim:
+            zero_pairs_and_project(heads, arch, R, rank)
+        elif "qk" in parts and arch.has_rope(i):
+            zero_pairs(heads, arch.head_dim, R, rank)
         elif "qk" in parts:
             half = reference.root(R)[0]
             partners = (rows(*heads["q"]).mT @ half).unflatten(0, (arch.kv_heads, -1))
@@ -180,7 +197,9 @@ def split_heads(attention, arch):
     if fused is None:
         linears = [getattr(attention, f"{part}_proj") for part in "qkv"]
         weights, biases = [m.weight.data for m in linears], [m.bias for m in linears]
-    elif arch.family == "bloom" or (arch.family == "gpt_bigcode" and arch.kv_heads == arch.heads):
+    elif arch.family in ("bloom", "gpt_neox") or (
+        arch.family == "gpt_bigcode" and arch.kv_heads == arch.heads
+    ):
         weights = fused.weight.data.view(arch.heads, 3, h, -1).unbind(1)
         biases = fused.bias.data.view(arch.heads, 3, h).unbind(1)
     else:
@@ -198,8 +217,48 @@ def rows(weight, bias):
     return weight.mT if bias is None else torch.cat((weight.mT, bias[:, None]), dim=1)
 
 
-def zero_pairs(heads, arch, R, rank):
-    h, groups = arch.head_dim, arch.kv_heads
+def zero_pairs_and_project(heads, arch, R, rank):
+    """Partial RoPE: try every split of the rank between pairs and the rest, take the best."""
+    d, rest = arch.rope_dims, arch.head_dim - arch.rope_dims
+    half = reference.root(R)[0]
+    best = None
+    for pairs in range(max(1, -(-(rank - rest) // 2)), min(d, rank) // 2 + 1):
+        tried = clone(heads)
+        zero_pairs(part_of(tried, slice(0, d)), d, R, 2 * pairs)
+        others = part_of(tried, slice(d, None))
+        partners = (rows(*others["q"]).mT @ half).unflatten(0, (arch.kv_heads, -1))
+        project(others["k"], partners, R, rank - 2 * pairs)
+        lost = score_error(heads, tried, half)
+        if best is None or lost < best[0]:
+            best = (lost, tried)
+    for part in "qk":
+        for old, new in zip(heads[part], best[1][part], strict=True):
+            if old is not None:
+                old.copy_(new)
+
+
+def part_of(heads, dims):
+    """Views of some dimensions of each head."""
+    return {part: (w[:, dims], None if b is None else b[:, dims]) for part, (w, b) in heads.items()}
+
+
+def clone(heads):
+    return {part: (w.clone(), None if b is None else b.clone()) for part, (w, b) in heads.items()}
+
+
+def score_error(old, new, half):
+    """Σᵢ ‖R^½ (W_q,i W_kᵀ − M_i) R^½‖²."""
+
+    def scores(heads):
+        q, k = rows(*heads["q"]), rows(*heads["k"])
+        q = q.unflatten(0, (len(k), -1))
+        return half @ q @ k[:, None].mT @ half
+
+    return (scores(old) - scores(new)).square().sum()
+
+
+def zero_pairs(heads, h, R, rank):
+    groups = len(heads["k"][0])
     Wq = rows(*heads["q"]).unflatten(0, (groups, -1))
     kept = reference.rope_pairs(R, R, Wq, rows(*heads["k"]), rank)
     for part in "qk":
@@ -235,7 +294,7 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         said = record["size"][kind]
         assert sum(p.numel() for p in model.parameters()) == said["parameters"]
         ids = tokens(dense, count=7, batch=1)
-        cache = model(ids).past_key_values
+        cache = model(ids, use_cache=True).past_key_values
         live = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert live == 7 * said["kv_bytes_per_token"]
     assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]

@@ -27,12 +27,11 @@ def inputs(kind, width, seed=0):
 def attention(width=D, seed=1):
     draw = torch.Generator().manual_seed(seed)
     shape = {"q": (H, width, h), "k": (G, width, h), "v": (G, width, h), "o": (H, h, D)}
-    return AttentionWeights(
-        **{
-            name: torch.randn(*size, dtype=torch.float64, generator=draw)
-            for name, size in shape.items()
-        }
-    )
+    drawn = {
+        name: torch.randn(*size, dtype=torch.float64, generator=draw)
+        for name, size in shape.items()
+    }
+    return AttentionWeights(**drawn, rope_dims=h)
 
 
 KINDS = ("random", "ill-conditioned", "singular", "dead-channel")

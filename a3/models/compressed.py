@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -29,9 +33,10 @@ OPTIONS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcappin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in halves on kept pairs: x (..., L, r), cos and sin (..., L, r / 2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """RoPE in halves on the p kept pairs, which come first: x (..., L, r), cos, sin (..., L, p)."""
+    pairs = cos.shape[-1]
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def widen(x: Tensor, width: int) -> Tensor:
@@ -77,7 +82,7 @@ class A3Attention(nn.Module):
         self.resid_dropout = getattr(dense, "resid_dropout", nn.Identity())
         pairs = None
         if a3["rope"] and layer_idx not in a3["nope_layers"]:
-            pairs = torch.arange(self.qk_rank // 2).expand(self.groups, -1).contiguous()
+            pairs = torch.arange(a3["rope_pairs"][layer_idx]).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
 
     def forward(
@@ -123,7 +128,7 @@ class A3Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.permute(0, 2, 3, 1, 4), k.transpose(1, 2)
         if self.rope_pairs is not None:
-            # (B, L, G, r / 2) to (B, G, L, r / 2)
+            # (B, L, G, p) to (B, G, L, p)
             cos, sin = (
                 table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings
             )
@@ -156,8 +161,25 @@ class BloomAttention(A3Attention):
         return out + residual, probabilities
 
 
+class MptAttention(A3Attention):
+    """MPT hands over ALiBi's bias for its longest context, and a mask that is true where hidden."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_bias: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, L, d); position_bias (H, 1, K'); attention_mask (B, 1, L, K)."""
+        bias = position_bias[:, :, -attention_mask.shape[-1] :].to(hidden_states.dtype)
+        mask = bias.masked_fill(attention_mask, torch.finfo(bias.dtype).min)
+        return super().forward(hidden_states, attention_mask=mask, past_key_values=past_key_values)
+
+
 # Families whose layers call their attention in a way of their own.
-ATTENTION = {"bloom": BloomAttention}
+ATTENTION = {"bloom": BloomAttention, "mpt": MptAttention}
 
 
 class Compressed:
@@ -193,8 +215,8 @@ class Compressed:
 
 def dropout_of(attention: nn.Module) -> float:
     """Dropout of the attention probabilities, by whichever name a family has for it."""
-    names = ("attention_dropout", "attn_dropout", "dropout")
-    found = next(getattr(attention, name) for name in names if hasattr(attention, name))
+    names = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
+    found = next((getattr(attention, name) for name in names if hasattr(attention, name)), 0.0)
     return found.p if isinstance(found, nn.Dropout) else found
 
 
@@ -203,8 +225,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; rope, nope_layers; `qk_ranks`, `ov_ranks`, `mlp_ranks`, one number a
-    layer. head_dim stays the dense one, because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks`, `mlp_ranks`,
+    one number a layer. head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
@@ -224,5 +246,9 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
         (Compressed, dense_model),
         {"__module__": __name__, "config_class": config},
     )
+    # What a family's files call otherwise than its modules, ours call alike.
+    renaming = get_checkpoint_conversion_mapping(dense_model.__name__)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(model.__name__, renaming)
     AutoModelForCausalLM.register(config, model)
     return config, model

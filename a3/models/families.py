@@ -22,12 +22,14 @@ class AttentionWeights:
     """Weights of one layer's attention; d̂ is the hidden size, plus one where there are biases.
 
     q (H, d̂, h), k (G, d̂, h), v (G, d̂, h), o (H, h, d); head i belongs to group i // (H / G).
+    The first `rope_dims` of the h dimensions of q and k are rotated.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
+    rope_dims: int = 0
 
     def grouped(self, heads: Tensor) -> Tensor:
         """(H, a, b) to (G, H / G, a, b)."""
@@ -95,12 +97,17 @@ class Family:
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raise A3Error for a variant that this adapter would get wrong."""
-        partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-        if partial != 1.0:
+        if getattr(config, "qk_layernorm", False):
             raise A3Error(
-                f"config.json: partial_rotary_factor is {partial}; a3 compresses heads that are "
-                "rotated whole (1.0). This model is not supported."
+                "config.json: qk_layernorm is true; a3 does not know this family with normed "
+                "queries and keys. This model is not supported."
             )
+
+    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
+        """Rotated dimensions of a head, the first ones; 0 without RoPE."""
+        if self.rope_layout is None:
+            return 0
+        return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def describe(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The fields of `Arch` that the config decides; raises A3Error as `check` does."""
@@ -123,7 +130,7 @@ class Family:
             **self.biases(config),
             "qk_norm": self.qk_norm,
             "rope_layout": self.rope_layout,
-            "rope_dims": head_dim if self.rope_layout else 0,
+            "rope_dims": self.rope_dims(config, head_dim),
             "nope_layers": self.nope_layers(config),
             "scaling": self.scaling(config, head_dim),
             "tied_embeddings": config.tie_word_embeddings,
@@ -220,7 +227,8 @@ class Family:
             return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
 
         o = self._rows(checkpoint, layer, "o", fields).unflatten(0, (fields["heads"], -1))
-        return AttentionWeights(q=heads("q"), k=heads("k"), v=heads("v"), o=o)
+        rotated = 0 if layer in fields["nope_layers"] else fields["rope_dims"]
+        return AttentionWeights(heads("q"), heads("k"), heads("v"), o, rotated)
 
     def mlp(self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]) -> MLPWeights:
         """Read one layer's MLP weights; `fields` are those of `Arch`."""
@@ -367,6 +375,7 @@ class GPT2(NoRope):
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse a softmax scale that differs between layers."""
+        super().check(config)
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             raise A3Error(
                 "config.json: scale_attn_by_inverse_layer_idx is true; a3 keeps one softmax scale "
@@ -434,18 +443,110 @@ class Bloom(NoRope):
         return True
 
 
+class Mpt(NoRope):
+    """ALiBi; fused q, k, v; no biases at all."""
+
+    layer_path = "blocks"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.Wqkv",
+        "k": "attn.Wqkv",
+        "v": "attn.Wqkv",
+        "o": "attn.out_proj",
+        "up": "ffn.up_proj",
+        "down": "ffn.down_proj",
+    }
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """None."""
+        return {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size."""
+        return 4 * config.hidden_size
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """softmax_scale where it is set."""
+        return config.attn_config.softmax_scale or head_dim**-0.5
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse clip_qkv and qk_ln."""
+        for key in ("clip_qkv", "qk_ln"):
+            if getattr(config.attn_config, key):
+                raise A3Error(
+                    f"config.json: attn_config.{key} is {getattr(config.attn_config, key)}; q, k "
+                    "and v are then not linear in the weights. This model is not supported."
+                )
+
+
+class GPTNeoX(Family):
+    """Pythia and GPT-NeoX: partial RoPE; q, k, v interleaved head by head in one matrix."""
+
+    prefix = "gpt_neox"
+    attention_name = "attention"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attention.query_key_value",
+        "k": "attention.query_key_value",
+        "v": "attention.query_key_value",
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    }
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """As many as query heads."""
+        return config.num_attention_heads
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """Always."""
+        return True
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """The MLP always has them."""
+        bias = config.attention_bias
+        return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": True}
+
+
+class Phi(Family):
+    """Phi 1 to 2: partial RoPE, a 2-layer MLP, biases everywhere."""
+
+    parts: ClassVar[dict[str, str]] = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.dense",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+    }
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """All."""
+        return {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+class StableLm(Family):
+    """Llama with partial RoPE and, in some sizes, biases of q, k and v."""
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """use_qkv_bias."""
+        return {"qkv_bias": config.use_qkv_bias, "o_bias": False, "mlp_bias": False}
+
+
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
     "gemma2": Gemma2(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
+    "gpt_neox": GPTNeoX(),
     "llama": Family(),
     "ministral": Mistral(),
     "mistral": Mistral(),
+    "mpt": Mpt(),
     "olmo": Olmo(),
     "opt": OPT(),
+    "phi": Phi(),
     "phi3": Phi3(),
     "qwen2": Qwen2(),
     "qwen3": Qwen3(),
     "smollm3": SmolLM3(),
+    "stablelm": StableLm(),
 }

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from a3.linalg import gram, keep_best, relative, shared_subspace, subspace_error
+from a3.linalg import gram, keep_best, shared_subspace, subspace_error
 from a3.models.families import AttentionWeights
 
 
@@ -77,27 +78,48 @@ def rxx_w_rxx_uniform(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolu
 
 
 def _keep_pairs(weights: AttentionWeights, R: Tensor, rank: int, uniform: bool) -> QKSolution:
+    """Where only a part of the head is rotated, the rest is low rank, as in `qk`.
+
+    The rank is split between the two, alike for all groups of the layer, where the error is least.
+    The new heads hold the kept pairs first.
+    """
     Gq, Gk = weights.grouped(gram(R, weights.q)).sum(1), gram(R, weights.k)
-    score = Gq.diagonal(dim1=-2, dim2=-1) * Gk.diagonal(dim1=-2, dim2=-1)
-    score = score.unflatten(-1, (2, -1)).sum(-2)  # halves: pair f is (f, f + h / 2)
+    score = _pair_scores(Gq, Gk, weights.rope_dims)
     if uniform:
         score = score.sum(0, keepdim=True).expand_as(score)
-    pairs = keep_best(score, rank // 2)
-    columns = torch.cat((pairs, pairs + score.shape[-1]), dim=-1)
+    rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    for count in range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1):
+        pairs = keep_best(score, count)
+        E, D = _pairs_and_rest(Gq, Gk, pairs, rotated, rank - 2 * count)
+        error = subspace_error(Gk, Gq, E, D).item()
+        if best is None or error < best[0]:
+            best = error, pairs, E, D
+    error, pairs, E, D = best
     return QKSolution(
-        q=weights.grouped(weights.q).take_along_dim(columns[:, None, None], -1).flatten(0, 1),
-        k=weights.k.take_along_dim(columns[:, None], -1),
+        q=(weights.grouped(weights.q) @ D.mT[:, None]).flatten(0, 1),
+        k=weights.k @ E,
         pairs=pairs,
-        relative_error=_dropped_share(Gq, Gk, columns),
+        relative_error=error,
     )
 
 
-def _dropped_share(Gq: Tensor, Gk: Tensor, columns: Tensor) -> float:
-    """‖L_D R_D‖² over the dropped columns D, relative to all columns; Gram matrices (G, h, h).
+def _pair_scores(Gq: Tensor, Gk: Tensor, rope_dims: int) -> Tensor:
+    """CR score of each pair (f, f + rope_dims / 2): Gram matrices (G, h, h) to (G, pairs)."""
+    score = Gq.diagonal(dim1=-2, dim2=-1) * Gk.diagonal(dim1=-2, dim2=-1)
+    return score[..., :rope_dims].unflatten(-1, (2, -1)).sum(-2)
 
-    ‖L_D R_D‖² = tr(Gq[D, D] Gk[D, D]), and the sum over query heads moves into Gq.
-    """
-    dropped = torch.ones(Gq.shape[:-1], dtype=torch.bool).scatter(-1, columns, False)
-    both = dropped[..., :, None] & dropped[..., None, :]
-    product = Gq * Gk
-    return relative((product * both).sum(), product.sum()).item()
+
+def _pairs_and_rest(
+    Gq: Tensor, Gk: Tensor, pairs: Tensor, rotated: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """E (G, h, r), D (G, r, h) that keep the pairs and the best `rank` directions of the rest."""
+    h = Gk.shape[-1]
+    columns = torch.cat((pairs, pairs + rotated), dim=-1)
+    kept = torch.eye(h, dtype=Gk.dtype, device=Gk.device)[columns]
+    if rank == 0:
+        return kept.mT, kept
+    rest = slice(2 * rotated, h)
+    E, D = shared_subspace(Gk[:, rest, rest], Gq[:, rest, rest], rank)
+    E, D = pad(E, (0, 0, 2 * rotated, 0)), pad(D, (2 * rotated, 0))
+    return torch.cat((kept.mT, E), dim=-1), torch.cat((kept, D), dim=-2)

@@ -49,7 +49,8 @@ class Plan:
         if set(self.modes.values()) == {DENSE}:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         size = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
-        multiple = {"qk": 2 if arch.rope_layout else 1, "ov": 1, "mlp": 1}
+        # A head that is rotated whole consists of pairs.
+        multiple = {"qk": 2 if arch.rope_dims == arch.head_dim else 1, "ov": 1, "mlp": 1}
         ranks = {}
         for part, name in self.modes.items():
             if name != DENSE:
@@ -166,7 +167,7 @@ class LayerSolver:
         read = self.arch.adapter.mlp if part == "mlp" else self.arch.adapter.attention
         weights = read(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
-            if W is not None and not torch.isfinite(W).all():
+            if isinstance(W, Tensor) and not torch.isfinite(W).all():
                 raise A3Error(
                     f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
                     "finite weights. The checkpoint is damaged: fetch it again."
@@ -233,6 +234,7 @@ def write_checkpoint(
                 tensors[pairs_name(arch, layer)] = every_pair.clone()
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
     config = read_json(dense / "config.json")
+    pair_names = [pairs_name(arch, layer) for layer in range(arch.layers)]
     config["model_type"] = LazyConfig.model_type
     config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
     config["a3"] = {
@@ -244,6 +246,7 @@ def write_checkpoint(
         "o_bias": arch.o_bias,
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
+        "rope_pairs": [tensors[name].shape[1] if name in tensors else 0 for name in pair_names],
         "qk_ranks": [qk] * arch.layers,
         "ov_ranks": [ov] * arch.layers,
         "mlp_ranks": [mlp] * arch.layers,
