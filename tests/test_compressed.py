@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from a3.errors import A3Error
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.families import FAMILIES, Family
+from a3.solutions import qk
 from a3.stages.approximate import Plan, approximate
 from a3.stages.collect import collect
 
@@ -370,3 +372,49 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
     assert load_arch(dense).dtype == "bfloat16"
     name = "model.layers.0.self_attn.q_proj.weight"
     assert Checkpoint(small).dtype(name) == "bfloat16"
+
+
+def drop_bias(monkeypatch):
+    whole = Family._rows
+
+    def rows_without(self, checkpoint, layer, part, fields):
+        W = whole(self, checkpoint, layer, part, fields)
+        if part in "qkv" and self.has_bias(part, fields):
+            W = torch.cat((W[:-1], torch.zeros_like(W[-1:])))
+        return W
+
+    monkeypatch.setattr(Family, "_rows", rows_without)
+
+
+def swap_layout(monkeypatch):
+    """Take neighbours (2j, 2j + 1) for a pair where the family has halves (j, j + h / 2)."""
+
+    def neighbours(Gq, Gk, pairs, rotated, rank):
+        rest = torch.arange(2 * rotated, Gk.shape[-1]).expand(len(pairs), -1)
+        columns = torch.cat((2 * pairs, 2 * pairs + 1, rest), dim=-1)
+        kept = torch.eye(Gk.shape[-1], dtype=Gk.dtype)[columns]
+        return kept.mT, kept
+
+    monkeypatch.setattr(qk, "_pairs_and_rest", neighbours)
+
+
+def wrong_scale(monkeypatch):
+    """All families ask their adapter for the scale."""
+    for family in {type(family) for family in FAMILIES.values()}:
+        right = family.scaling
+        wrong = lambda self, config, h, right=right: 1.1 * right(self, config, h)  # noqa: E731
+        monkeypatch.setattr(family, "scaling", wrong)
+
+
+@pytest.mark.parametrize("mutate", [drop_bias, swap_layout, wrong_scale])
+def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mutate):
+    arch = load_arch(dense / "dense")
+    if mutate is drop_bias and not arch.qkv_bias:
+        pytest.skip("no biases to drop")
+    if mutate is swap_layout and (not arch.rope_layout or arch.qk_norm):
+        pytest.skip("no pairs to choose")
+    mutate(monkeypatch)
+    small = compress(dense, tmp_path / "small", "0")
+    ids = tokens(dense)
+    difference = (logits(small, ids) - logits(load(dense / "dense"), ids)).abs().max()
+    assert difference > 1e-3, "the identity at ratio 0 would not have shown this"
