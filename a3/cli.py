@@ -194,8 +194,8 @@ def entry(name: str, section: str, local: str) -> dict[str, Any]:
     if repository.count("/") == 1 and revision:
         return {"source": {"hub": repository, "revision": revision}}
     raise A3Error(
-        f"{name!r} is no {local}, none of {', '.join(sorted(catalogue))}, and no hub repository "
-        "with its revision (owner/name@revision)."
+        f"{name!r}: expected {local}, one of {', '.join(sorted(catalogue))}, or a hub repository "
+        "with its revision (owner/name@revision); found none of them."
     )
 
 

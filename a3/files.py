@@ -33,9 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        permit(temporary)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -57,9 +55,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise A3Error(f"{path}: cannot write: {error.strerror}. Free or choose a place.") from error
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        for made in (temporary, *temporary.iterdir()):
+            permit(made)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -68,6 +65,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if is_disk_error(error):
             raise A3Error(f"{path}: cannot write: {error}. Free some space.") from error
         raise
+
+
+def permit(path: Path) -> None:
+    """Give a file or folder the usual permissions: those of temporary files are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if not path.is_symlink():
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def is_disk_error(error: BaseException) -> bool:

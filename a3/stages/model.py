@@ -71,9 +71,6 @@ def convert_gguf(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    # safetensors makes files that only their owner can read.
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod((folder / "config.json").stat().st_mode)
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
 
 
