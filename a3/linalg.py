@@ -28,11 +28,6 @@ def gram(R: Tensor, W: Tensor) -> Tensor:
     return (G + G.mT) / 2
 
 
-def gram_diagonal(R: Tensor, W: Tensor) -> Tensor:
-    """Diagonal of Wᵀ R W, the squared column norms of R^½ W: (..., d, h) to (..., h)."""
-    return ((R @ W) * W).sum(-2)
-
-
 def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
     """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
 

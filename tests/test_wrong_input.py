@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_model
 from transformers import MambaConfig
 
 from a3.cli import main
@@ -74,6 +74,16 @@ def test_a_ratio_outside_its_range(work, tmp_path, capsys, ratio):
 
 def test_a_rank_that_leaves_no_rope_pair(work, tmp_path, capsys):
     message = fails(capsys, *approx(work, tmp_path / "o", "--ratio", "0.97"))
+    assert "leaves no RoPE pair" in message
+
+
+def test_a_rank_that_leaves_no_pair_of_a_partly_rotated_head(work, tmp_path, capsys):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    tiny_model(tmp_path / "dense", "gpt_neox", rope_parameters=rope)
+    message = fails(
+        capsys, "approx", tmp_path / "dense", "--rxx", work / "rxx", "--ratio", "0.95",
+        "-o", tmp_path / "o",
+    )  # fmt: skip
     assert "leaves no RoPE pair" in message
 
 

@@ -82,13 +82,13 @@ def parse_ratio(text: str) -> Decimal:
     return ratio
 
 
-def rank_of(size: int, ratio: Decimal, multiple: int = 1) -> int:
-    """(1 - ratio) · size to the nearest multiple (of 2 for RoPE pairs), ties up.
+def rank_of(size: int, ratio: Decimal, multiple: int = 1, least: int = 1) -> int:
+    """(1 - ratio) · size to the nearest multiple (of 2 for whole RoPE pairs), ties up.
 
-    Raises A3Error where nothing would be left.
+    Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay).
     """
     rank = int((1 - ratio) * size / multiple + Decimal("0.5")) * multiple
-    if rank < multiple:
-        what = "RoPE pair" if multiple == 2 else "dimension"
+    if rank < least:
+        what = "RoPE pair" if least == 2 else "dimension"
         raise A3Error(f"ratio {ratio} of {size} leaves no {what}. Take a smaller ratio.")
     return rank

@@ -51,6 +51,7 @@ class Plan:
         size = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
         # A head that is rotated whole consists of pairs.
         multiple = {"qk": 2 if arch.rope_dims == arch.head_dim else 1, "ov": 1, "mlp": 1}
+        least = {"qk": 2 if arch.rope_layout else 1, "ov": 1, "mlp": 1}
         ranks = {}
         for part, name in self.modes.items():
             if name != DENSE:
@@ -60,7 +61,7 @@ class Plan:
                         f"normed, so scores are not linear in the weights. Use {DENSE}."
                     )
                 check_fit(part, name, arch.mlp if part == "mlp" else arch.attention)
-                ranks[part] = rank_of(size[part], self.ratio, multiple[part])
+                ranks[part] = rank_of(size[part], self.ratio, multiple[part], least[part])
         return ranks
 
 
