@@ -7,9 +7,7 @@ from typing import Any
 
 from a3.errors import A3Error
 from a3.files import read_json
-
-# In the place of a mode: the part stays as it is. A row with nothing else is the dense model.
-DENSE = "dense"
+from a3.solutions.modes import DENSE
 
 # Two results of one model stand in one table only when they agree on all of these.
 PERPLEXITY_PROTOCOL = (
