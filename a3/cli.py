@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         required=True,
-        help="<kind>.safetensors for each statistic wanted: attn_input, down_diagonal …",
+        help="<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …",
     )
     add_run(add_blocks(one, tokens=32768, seed=True))
 

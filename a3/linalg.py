@@ -1,8 +1,9 @@
 """The numerics of every solution: Gram matrices, one small core, CR selection.
 
 Pure functions on float64 tensors; nothing here knows a model. Row-vector convention y = x W, and
-leading dimensions are batch dimensions (heads, groups). Why no d × d matrix is ever decomposed:
-R^½ W has h columns, so all that a solution needs of R and W is the h × h Gram matrix Wᵀ R W.
+leading dimensions are batch dimensions (heads, groups). Why no d × d matrix is ever formed, let
+alone decomposed: R^½ W has h columns, so all that a solution needs of R and W is the h × h Gram
+matrix Wᵀ R W, and that is the autocorrelation of x W, biases included.
 """
 
 import torch
@@ -10,22 +11,6 @@ from torch import Tensor
 
 # Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
 NOISE = 1e-14
-
-
-def augment(R: Tensor, mean: Tensor) -> Tensor:
-    """Autocorrelation of [x, 1]: [[R, μᵀ], [μ, 1]], (d, d) and (d,) to (d + 1, d + 1).
-
-    With the bias as the last row of W, every formula holds exactly for layers with biases.
-    """
-    top = torch.cat((R, mean[:, None]), dim=1)
-    bottom = torch.cat((mean, mean.new_ones(1)))
-    return torch.cat((top, bottom[None]), dim=0)
-
-
-def gram(R: Tensor, W: Tensor) -> Tensor:
-    """Wᵀ R W for a batch of weights: R (d, d), W (..., d, h) to (..., h, h)."""
-    G = W.mT @ (R @ W)
-    return (G + G.mT) / 2
 
 
 def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:

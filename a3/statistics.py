@@ -1,7 +1,7 @@
 """The Rxx container: accumulate, merge, save, load. Knows no model, only named sites and layers.
 
 A kind is one statistic of one site of every layer and one file. Files hold plain float64 sums
-(Σ xᵀx and Σ x), so that two files merge by addition; dividing by `tokens` gives R and μ.
+Σ xᵀx, so that two files merge by addition; dividing by `tokens` gives R.
 """
 
 import json
@@ -20,26 +20,32 @@ from a3.files import whole_file
 
 @dataclass(frozen=True)
 class Kind:
-    """Which site's input is looked at, and which part of Σ xᵀx is kept.
+    """Which activation is looked at, and which part of its Σ xᵀx is kept.
 
-    `form` is full (width × width), blocks (one h × h block a head) or diagonal (width).
+    `site` is the output of q, k or v (before RoPE), or the input of o or down. `form` is blocks
+    (one h × h block a head) or diagonal (width).
     """
 
     site: str
     form: str
 
+    def shape(self, width: int, heads: int) -> tuple[int, ...]:
+        """Shape of the sum for a site of this width; `heads` is for blocks."""
+        return (heads, width // heads, width // heads) if self.form == "blocks" else (width,)
 
+
+# With q = x W_q, the block of a head is W_qᵀ R W_q: all that a solution needs of R (linalg.py).
 KINDS = {
-    "attn_input": Kind("attn_input", "full"),
-    "o_proj_blocks": Kind("o_proj_input", "blocks"),
+    "q_blocks": Kind("q", "blocks"),
+    "k_blocks": Kind("k", "blocks"),
+    "v_blocks": Kind("v", "blocks"),
+    "o_proj_blocks": Kind("o_input", "blocks"),
     "down_diagonal": Kind("down_input", "diagonal"),
 }
 
 
 def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
     """The kept part of Σ xᵀx over tokens: x (tokens, width) float64; `heads` is for blocks."""
-    if form == "full":
-        return x.T @ x
     if form == "blocks":
         per_head = x.unflatten(1, (heads, -1)).movedim(1, 0)
         return per_head.mT @ per_head
@@ -56,13 +62,11 @@ class Accumulator:
 
     def add(self, layer: int, x: Tensor) -> None:
         """Add a block's tokens: x (tokens, width), float64."""
-        sums = {"rxx": outer_sum(x, KINDS[self.kind].form, self.heads), "sum": x.sum(0)}
-        for name, value in sums.items():
-            key = f"layers.{layer}.{name}"
-            if key in self.tensors:
-                self.tensors[key] += value.to(self.tensors[key].device)
-            else:
-                self.tensors[key] = value
+        key, value = f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads)
+        if key in self.tensors:
+            self.tensors[key] += value.to(self.tensors[key].device)
+        else:
+            self.tensors[key] = value
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write whole or not at all; `record` (tokens, hashes, settings) becomes the metadata.
@@ -88,7 +92,7 @@ def require_finite(path: Path, key: str, value: Tensor) -> None:
 
 
 class Rxx:
-    """One statistics file: `R` and `mean` per layer, divided by the token count, float64.
+    """One statistics file: `R` of each layer, divided by the token count, float64.
 
     Raises A3Error for a damaged file, another kind than asked for, another model's statistics,
     and NaN or Inf.
@@ -121,8 +125,9 @@ class Rxx:
         """Number of calibration tokens summed."""
         return self.record["tokens"]
 
-    def _read(self, layer: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        key = f"layers.{layer}.{name}"
+    def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
+        """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
+        key = f"layers.{layer}"
         try:
             value = self._file.get_tensor(key)
         except SafetensorError as error:
@@ -134,11 +139,3 @@ class Rxx:
             )
         require_finite(self.path, key, value)
         return value / self.tokens
-
-    def R(self, layer: int, *shape: int) -> Tensor:  # noqa: N802
-        """Autocorrelation E[xᵀx] of one layer (or its blocks or diagonal), of the given shape."""
-        return self._read(layer, "rxx", shape)
-
-    def mean(self, layer: int, width: int) -> Tensor:
-        """E[x] of one layer, (width,)."""
-        return self._read(layer, "sum", (width,))

@@ -51,3 +51,9 @@ def mlp_channels(R, down, rank, weights=True):
     if weights:
         score = score * down.square().sum(1)
     return sorted(score.argsort(descending=True)[:rank].tolist())
+
+
+def augment(R, mean):
+    """Autocorrelation of [x, 1], for layers with biases."""
+    row = torch.cat((mean, mean.new_ones(1)))
+    return torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))

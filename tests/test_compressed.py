@@ -12,13 +12,14 @@ from tiny import tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from a3.errors import A3Error
+from a3.documents import load_documents, token_blocks
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, Family
 from a3.solutions import qk
 from a3.stages.approximate import Plan, approximate
 from a3.stages.collect import collect
+from a3.statistics import KINDS
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 # Every family, and the variants of attention and biases that one family can have.
@@ -29,6 +30,12 @@ PARTIAL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 }
 QUARTER = {"rope_parameters": PARTIAL["rope_parameters"] | {"partial_rotary_factor": 0.25}}
+GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 40,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -38,6 +45,7 @@ MODELS = {
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "bloom": ("bloom", {}),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
+    "gemma3": ("gemma3_text", BIASED | GEMMA3),
     "gpt2": ("gpt2", {"n_inner": 96}),
     "gpt_neox": ("gpt_neox", PARTIAL),
     "gpt_neox-quarter": ("gpt_neox", QUARTER),
@@ -46,6 +54,7 @@ MODELS = {
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "olmo": ("olmo", BIASED),
+    "olmo2": ("olmo2", BIASED),
     "opt": ("opt", OPT),
     "opt-post-norm": ("opt", OPT | {"do_layer_norm_before": False}),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
@@ -62,7 +71,7 @@ SETTINGS = {
     "tokens": 2048, "block_length": 64, "seed": 0, "bos": True, "dtype": "float32", "device": "cpu",
 }  # fmt: skip
 FUSED = ("qkv_proj", "c_attn", "query_key_value", "Wqkv")
-ALL_KINDS = ("attn_input", "o_proj_blocks", "down_diagonal")
+ALL_KINDS = tuple(KINDS)
 
 
 def redraw(folder, seed=0):
@@ -93,7 +102,52 @@ def dense(request, tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     outputs = {kind: folder / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
     collect(folder / "dense", folder / "text.txt", outputs, **SETTINGS)
+    save_file(reference_statistics(folder), folder / "reference.safetensors")
     return folder
+
+
+def reference_statistics(folder):
+    """The paper's statistics, by hooks of the test's own: R of [x, 1], d̂ × d̂, and that of down.
+
+    For normed q and k, the mean squares of each dimension after the norm: q (H, h), k (G, h).
+    """
+    arch = load_arch(folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()
+    sums = {}
+
+    def add(name, value):
+        sums[name] = sums.get(name, 0) + value / SETTINGS["tokens"]
+
+    def on_input(name):
+        def hook(_, inputs):
+            x = inputs[0].flatten(0, -2).double()
+            if name.startswith("x") and arch.qkv_bias:
+                x = torch.cat((x, torch.ones_like(x[:, :1])), dim=1)
+            add(name, x.T @ x)
+
+        return hook
+
+    def on_norm(name, heads):
+        def hook(_, __, out):
+            # Heads come before or after the tokens, or not apart at all.
+            out = out.transpose(1, 2) if out.ndim == 4 and out.shape[1] == heads else out
+            add(name, out.reshape(-1, heads, arch.head_dim).double().square().sum(0))
+
+        return hook
+
+    for i in range(arch.layers):
+        for name, part in (("x", "q"), ("down", "down")):
+            module = model.base_model.get_submodule(arch.adapter.module(i, part))
+            module.register_forward_pre_hook(on_input(f"{name}.{i}"))
+        if arch.qk_norm:
+            attention = model.get_submodule(arch.adapter.attention_module(i))
+            attention.q_norm.register_forward_hook(on_norm(f"q.{i}", arch.heads))
+            attention.k_norm.register_forward_hook(on_norm(f"k.{i}", arch.kv_heads))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    cut = {key: SETTINGS[key] for key in ("tokens", "block_length", "seed", "bos")}
+    for block in token_blocks(load_documents(folder / "text.txt"), tokenizer, **cut):
+        logits(model, block[None])
+    return sums
 
 
 def load(folder):
@@ -116,11 +170,8 @@ def modes_of(arch):
 
 
 def compress(dense, out, ratio, **modes):
-    """Compress by the paper's modes, or those given; scores of normed queries stay dense."""
-    arch = load_arch(dense / "dense")
-    modes = modes_of(arch) | modes
-    if arch.qk_norm:
-        modes["qk"] = "dense"
+    """Compress by the paper's modes, or those given."""
+    modes = modes_of(load_arch(dense / "dense")) | modes
     approximate(dense / "dense", dense / "rxx", Plan(modes, Decimal(ratio)), out)
     return load(out)
 
@@ -137,11 +188,6 @@ def test_ratio_zero_reproduces_the_dense_logits(dense, tmp_path):
 def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, ratio, parts):
     arch = load_arch(dense / "dense")
     modes = {part: mode if part in parts else "dense" for part, mode in modes_of(arch).items()}
-    if arch.qk_norm and "qk" in parts:
-        plan = Plan(modes, Decimal(ratio))
-        with pytest.raises(A3Error, match="normed"):
-            approximate(dense / "dense", dense / "rxx", plan, tmp_path / "small")
-        return
     small = compress(dense, tmp_path / "small", ratio, **modes)
     emulated = load(dense / "dense")
     emulate(emulated, dense, ratio, parts)
@@ -154,20 +200,17 @@ def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, rat
 def emulate(model, dense, ratio, parts):
     """Put the reference's solution, in the original shapes, into a dense model."""
     arch = load_arch(dense / "dense")
-    rxx = load_file(dense / "rxx" / "attn_input.safetensors")
-    down = load_file(dense / "rxx" / "down_diagonal.safetensors")
-    count = SETTINGS["tokens"]
+    statistics = load_file(dense / "reference.safetensors")
     keep = 1 - float(ratio)
     step = 2 if arch.rope_dims == arch.head_dim else 1
     rank = step * round(keep * arch.head_dim / step)
     for i in range(arch.layers):
-        R, mean = rxx[f"layers.{i}.rxx"] / count, rxx[f"layers.{i}.sum"] / count
-        if arch.qkv_bias:
-            row = torch.cat((mean, mean.new_ones(1)))
-            R = torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))
+        R = statistics[f"x.{i}"]
         attention = model.get_submodule(arch.adapter.attention_module(i))
         heads = split_heads(attention, arch)
-        if "qk" in parts and arch.has_rope(i) and arch.rope_dims < arch.head_dim:
+        if "qk" in parts and arch.qk_norm:
+            norm_kept_pairs(attention, arch, statistics[f"q.{i}"], statistics[f"k.{i}"], rank)
+        elif "qk" in parts and arch.has_rope(i) and arch.rope_dims < arch.head_dim:
             zero_pairs_and_project(heads, arch, R, rank)
         elif "qk" in parts and arch.has_rope(i):
             zero_pairs(heads, arch.head_dim, R, rank)
@@ -181,7 +224,7 @@ def emulate(model, dense, ratio, parts):
             project(heads["v"], partners, R, round(keep * arch.head_dim))
         if "mlp" in parts:
             linear = model.base_model.get_submodule(arch.adapter.module(i, "down"))
-            score = down[f"layers.{i}.rxx"] * output(linear).square().sum(1)
+            score = statistics[f"down.{i}"].diagonal() * output(linear).square().sum(1)
             kept = score.argsort(descending=True)[: round(keep * len(score))]
             mask = torch.zeros_like(score).index_fill(0, kept, 1)
             output(linear).mul_(mask[:, None])
@@ -237,6 +280,46 @@ def zero_pairs_and_project(heads, arch, R, rank):
         for old, new in zip(heads[part], best[1][part], strict=True):
             if old is not None:
                 old.copy_(new)
+
+
+def norm_kept_pairs(attention, arch, mq, mk, rank):
+    """Normed q, k: norms over the kept dimensions, times the least-squares scalar of each head."""
+    h, groups = arch.head_dim, arch.kv_heads
+    score = mq.unflatten(0, (groups, -1)).sum(1) * mk
+    pairs = score.unflatten(-1, (2, -1)).sum(-2).argsort(descending=True)[:, : rank // 2]
+    mask = torch.zeros(groups, h).double()
+    mask.scatter_(1, torch.cat((pairs, pairs + h // 2), dim=1), 1.0)
+    for name, power in (("q_norm", mq), ("k_norm", mk)):
+        of_head = mask.repeat_interleave(len(power) // groups, dim=0)
+        dense = getattr(attention, name)
+        setattr(attention, name, KeptNorm(dense, of_head, power, arch))
+
+
+class KeptNorm(torch.nn.Module):
+    """A family's norm over some dimensions of each head only."""
+
+    def __init__(self, dense, mask, power, arch):
+        super().__init__()
+        gain = dense.weight.data.double() + (1 if arch.family == "gemma3_text" else 0)
+        self.gain = gain.view(mask.shape) if arch.qk_norm == "layer" else gain.expand(mask.shape)
+        self.mask, self.eps = mask, arch_eps(dense)
+        self.dims = (-2, -1) if arch.qk_norm == "layer" else (-1,)
+        normed = power / self.gain**2
+        kept = (normed * mask).sum(self.dims, keepdim=True) / mask.sum(self.dims, keepdim=True)
+        self.scalar = (kept / normed.mean(self.dims, keepdim=True)).sqrt()
+
+    def forward(self, x):
+        last = x.ndim == 4 and x.shape[1] == len(self.mask)
+        heads = (x.transpose(1, 2) if last else x).reshape(*x.shape[:1], -1, *self.mask.shape)
+        count = self.mask.sum(self.dims, keepdim=True)
+        power = (heads * self.mask).square().sum(self.dims, keepdim=True) / count
+        out = heads * self.mask * (power + self.eps).rsqrt() * self.gain * self.scalar
+        return out.transpose(1, 2) if last else out.reshape(x.shape)
+
+
+def arch_eps(norm):
+    """Llama's norms call it variance_epsilon, Gemma's eps."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def part_of(heads, dims):
@@ -350,7 +433,7 @@ def test_save_pretrained_round_trips(dense, tmp_path):
 )
 def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode):
     arch = load_arch(dense / "dense")
-    if part == "qk" and (arch.qk_norm or not arch.rope_layout):
+    if part == "qk" and not arch.rope_layout:
         pytest.skip("the mode does not fit this model")
     ids = tokens(dense)
     only = dict.fromkeys(MODES, "dense") | {part: mode}
@@ -411,7 +494,7 @@ def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mut
     arch = load_arch(dense / "dense")
     if mutate is drop_bias and not arch.qkv_bias:
         pytest.skip("no biases to drop")
-    if mutate is swap_layout and (not arch.rope_layout or arch.qk_norm):
+    if mutate is swap_layout and not arch.rope_layout:
         pytest.skip("no pairs to choose")
     mutate(monkeypatch)
     small = compress(dense, tmp_path / "small", "0")

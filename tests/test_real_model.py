@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
+from a3.solutions.modes import kinds_needed
 from a3.stages.approximate import Plan, approximate
 from a3.stages.collect import collect
 
@@ -25,12 +26,12 @@ MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 
 @pytest.fixture(scope="module")
 def rxx(tmp_path_factory):
-    """Statistics of 512 tokens: fewer than the 576 dimensions, so R is singular."""
+    """Statistics of 512 tokens: fewer than the 576 dimensions of the hidden states."""
     targets = [str(path.relative_to(ROOT)) for path in (MODEL / "arch.json", TEXT)]
     profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
     subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
     folder = tmp_path_factory.mktemp("rxx")
-    outputs = {kind: folder / f"{kind}.safetensors" for kind in ("attn_input", "down_diagonal")}
+    outputs = {kind: folder / f"{kind}.safetensors" for kind in kinds_needed(MODES)}
     settings = {"tokens": 512, "block_length": 256, "seed": 0, "bos": True}
     collect(MODEL, TEXT, outputs, **settings, dtype="float32", device="cpu")
     return folder

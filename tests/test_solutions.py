@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from a3.linalg import augment, gram_factor, keep_best, shared_subspace, subspace_error
+from a3.linalg import gram_factor, keep_best, shared_subspace, subspace_error
 from a3.models.families import AttentionWeights, MLPWeights
 from a3.solutions import mlp, ov, qk
 
@@ -22,6 +22,11 @@ def inputs(kind, width, seed=0):
     if kind == "dead-channel":
         x[:, 3] = 0
     return x.T @ x / count, x.mean(0)
+
+
+def gram(R, W):
+    """What collect sees: the autocorrelation of x W."""
+    return W.mT @ R @ W
 
 
 def attention(width=D, seed=1):
@@ -43,11 +48,14 @@ KINDS = ("random", "ill-conditioned", "singular", "dead-channel")
 def test_ov_is_as_good_as_the_joint_svd(kind, rank, mode):
     R, mean = inputs(kind, D)
     if mode == "biased xkv":
-        R = augment(R, mean)
+        R = reference.augment(R, mean)
     weights = attention(len(R))
     if mode == "identity":
         R = torch.eye(len(R), dtype=torch.float64)
-    found = (ov.identity if mode == "identity" else ov.xkv)(weights, R, rank)
+    if mode == "identity":
+        found = ov.identity(weights, rank)
+    else:
+        found = ov.xkv(weights, gram(R, weights.v), rank)
     assert found.v.shape == (G, len(R), rank)
     assert found.o.shape == (H, rank, D)
     lost = whole = 0.0
@@ -92,12 +100,14 @@ def test_axkv_of_mha_is_the_svd_of_each_head_with_its_own_statistics(kind):
 @pytest.mark.parametrize("mode", ["qk", "q_only", "k_only", "identity", "biased qk"])
 def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
     R, mean = inputs(kind, D)
-    R = augment(R, mean) if mode == "biased qk" else R
+    R = reference.augment(R, mean) if mode == "biased qk" else R
     one = torch.eye(len(R), dtype=torch.float64)
     Rq = one if mode in ("k_only", "identity") else R
     Rk = one if mode in ("q_only", "identity") else R
     weights = attention(len(R))
-    found = getattr(qk, mode.removeprefix("biased "))(weights, R, rank)
+    Gq, Gk = gram(R, weights.q), gram(R, weights.k)
+    reads = {"q_only": [Gq], "k_only": [Gk], "identity": []}.get(mode, [Gq, Gk])
+    found = getattr(qk, mode.removeprefix("biased "))(weights, *reads, rank)
     assert found.q.shape == (H, len(R), rank)
     assert found.k.shape == (G, len(R), rank)
     half_q = reference.root(Rq)[0]
@@ -124,9 +134,10 @@ def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
 @pytest.mark.parametrize("biased", [False, True])
 def test_qk_keeps_the_pairs_of_the_paper(kind, rank, uniform, biased):
     R, mean = inputs(kind, D)
-    R = augment(R, mean) if biased else R
+    R = reference.augment(R, mean) if biased else R
     weights = attention(len(R))
-    found = (qk.rxx_w_rxx_uniform if uniform else qk.rxx_w_rxx)(weights, R, rank)
+    solve = qk.rxx_w_rxx_uniform if uniform else qk.rxx_w_rxx
+    found = solve(weights, gram(R, weights.q), gram(R, weights.k), rank)
     Wq = weights.grouped(weights.q)
     pairs = reference.rope_pairs(R, R, Wq, weights.k, rank, uniform)
     assert found.pairs.tolist() == pairs

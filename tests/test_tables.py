@@ -89,7 +89,7 @@ def write_model(results, model):
         },
     )
     write_evaluation(results / "eval" / model / "dense", digest(model), DENSE_NLL, 0.75)
-    for kind in ("attn_input", "down_diagonal"):
+    for kind in ("v_blocks", "down_diagonal"):
         speed = {"seconds": 10.0, "tokens_per_second": 100.0}
         write(results / "rxx" / model / "wiki" / f"{kind}.timing.json", speed)
 
@@ -108,7 +108,7 @@ def write_checkpoint(results, experiment):
     modes = {part: experiment[part] for part in ("qk", "ov", "mlp")}
     tail = Path(model, experiment["calibration"], "+".join(modes.values()), ratio)
     weights = digest(tail.as_posix())
-    kinds = {"attn_input": modes["qk"] + modes["ov"], "down_diagonal": modes["mlp"]}
+    kinds = {"v_blocks": modes["qk"] + modes["ov"], "down_diagonal": modes["mlp"]}
     statistics = {
         kind: {"stage": "collect", **MADE, "kind": kind, "tokens": 32768, "seed": 0}
         for kind, used in kinds.items()
@@ -207,7 +207,7 @@ def test_a_row_may_leave_parts_dense(tmp_path):
     seconds = rows(out / "seconds.csv")[1]
     assert "approx qk.seconds" not in seconds
     assert seconds["approx mlp.seconds"] == "1.5"
-    assert "rxx attn_input.seconds" not in seconds
+    assert "rxx v_blocks.seconds" not in seconds
 
 
 def test_seconds_live_apart(results):
@@ -215,8 +215,8 @@ def test_seconds_live_apart(results):
     before = (out / "results.csv").read_bytes()
     dense, row = rows(out / "seconds.csv")
     assert row["approx.seconds"] == "4.5"
-    assert row["rxx attn_input.tokens_per_second"] == "100.0"
-    assert dense["rxx attn_input.seconds"] == ""
+    assert row["rxx v_blocks.tokens_per_second"] == "100.0"
+    assert dense["rxx v_blocks.seconds"] == ""
     assert dense["harness titles.seconds"] == "7.0"
     change(results / EVALUATED / "ppl" / "encyclopedia.timing.json", seconds=5.0)
     table(results, [experiment("small")])

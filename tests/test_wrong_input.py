@@ -18,8 +18,9 @@ from transformers import MambaConfig
 from a3.cli import main
 from a3.config import check_row
 from a3.errors import A3Error
-from a3.solutions.modes import check_fit
+from a3.solutions.modes import check_fit, kinds_needed
 
+MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 BLOCK = ["--tokens", "256", "--block-length", "64"]
 
 
@@ -29,7 +30,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     tiny_llama(folder / "dense")
     (folder / "text.txt").write_text("Dogs bark at the river, and the Moon looks on. " * 60)
-    kinds = [str(folder / "rxx" / f"{k}.safetensors") for k in ("attn_input", "down_diagonal")]
+    kinds = [str(folder / "rxx" / f"{k}.safetensors") for k in kinds_needed(MODES)]
     status = main(
         ["collect", str(folder / "dense"), "--text", str(folder / "text.txt"), *BLOCK, "-o", *kinds]
     )
@@ -95,7 +96,7 @@ def test_nothing_to_do(work, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["collect", "ppl"])
 def test_a_text_too_short_for_one_block(work, tmp_path, capsys, command):
     (tmp_path / "short.txt").write_text("Dogs bark.")
-    out = tmp_path / "attn_input.safetensors"
+    out = tmp_path / "v_blocks.safetensors"
     head = ["collect"] if command == "collect" else ["eval", "ppl"]
     message = fails(
         capsys, *head, work / "dense", "--text", tmp_path / "short.txt", *BLOCK, "-o", out
@@ -107,14 +108,14 @@ def test_a_text_too_short_for_one_block(work, tmp_path, capsys, command):
 def test_an_unknown_statistic_lists_those_known(work, tmp_path, capsys):
     out = tmp_path / "nonsense.safetensors"
     message = fails(capsys, "collect", work / "dense", "--text", work / "text.txt", "-o", out)
-    assert "attn_input" in message
+    assert "v_blocks" in message
 
 
 def test_an_unknown_family_lists_those_known(work, tmp_path, capsys):
     MambaConfig(hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
     message = fails(
         capsys, "collect", tmp_path / "mamba", "--text", work / "text.txt", *BLOCK,
-        "-o", tmp_path / "attn_input.safetensors",
+        "-o", tmp_path / "v_blocks.safetensors",
     )  # fmt: skip
     assert "'mamba'" in message
     assert "llama" in message
@@ -158,7 +159,7 @@ def test_damaged_weights_are_named(work, tmp_path, capsys, damage):
     dense = damaged(work, tmp_path, damage)
     message = fails(
         capsys, "collect", dense, "--text", work / "text.txt", *BLOCK,
-        "-o", tmp_path / "rxx" / "attn_input.safetensors",
+        "-o", tmp_path / "rxx" / "v_blocks.safetensors",
     )  # fmt: skip
     assert str(dense) in message
     assert not (tmp_path / "rxx").exists()
@@ -167,17 +168,15 @@ def test_damaged_weights_are_named(work, tmp_path, capsys, damage):
 def test_weights_with_nan_name_the_layer(work, tmp_path, capsys):
     def poison(path):
         tensors = load_file(path)
-        tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+        tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = float("nan")
         save_file(tensors, path, {"format": "pt"})
 
     dense = damaged(work, tmp_path, poison)
-    out = tmp_path / "rxx" / "attn_input.safetensors"
-    collected = ["collect", dense, "--text", work / "text.txt", *BLOCK, "-o", out]
-    # Layer 1's own input is still finite; its output is not, so layer 0's statistics are fine.
-    assert main([str(argument) for argument in collected]) == 0
-    options = ["--ratio", "0.2", "--ov", "dense", "--mlp", "dense", "-o", tmp_path / "o"]
+    # A mode that reads the weights alone; with others, collect has found it already.
+    modes = ["--qk", "dense", "--ov", "identity", "--mlp", "dense"]
+    options = ["--ratio", "0.2", *modes, "-o", tmp_path / "o"]
     message = fails(capsys, "approx", dense, "--rxx", tmp_path / "rxx", *options)
-    assert "layer 1, k" in message
+    assert "layer 1, v" in message
     assert not (tmp_path / "o").exists()
     assert not leftovers(tmp_path)
 
@@ -188,7 +187,7 @@ def test_rxx_that_is_not_finite(work, tmp_path, capsys, value):
     message = fails(
         capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
     )
-    assert "layers.1.rxx" in message
+    assert "layers.1" in message
     assert "NaN or Inf" in message
     assert not (tmp_path / "o").exists()
     assert not leftovers(tmp_path)
@@ -200,8 +199,8 @@ def copy_rxx(work, target, spoil=None, **record):
         with safe_open(path, "pt") as file:
             metadata = json.loads(file.metadata()["a3"]) | record
         tensors = load_file(path)
-        if spoil is not None and path.stem == "attn_input":
-            tensors["layers.1.rxx"][2, 3] = spoil
+        if spoil is not None and path.stem == "v_blocks":
+            tensors["layers.1"][1, 2, 3] = spoil
         save_file(tensors, target / path.name, {"a3": json.dumps(metadata)})
 
 
@@ -217,11 +216,11 @@ def test_rxx_of_another_model(work, tmp_path, capsys):
 @pytest.mark.parametrize("damage", [truncate, spoil_header])
 def test_damaged_rxx(work, tmp_path, capsys, damage):
     copy_rxx(work, tmp_path)
-    damage(tmp_path / "attn_input.safetensors")
+    damage(tmp_path / "v_blocks.safetensors")
     message = fails(
         capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
     )
-    assert "attn_input.safetensors" in message
+    assert "v_blocks.safetensors" in message
 
 
 def test_missing_rxx_says_what_to_collect(work, tmp_path, capsys):
@@ -232,13 +231,13 @@ def test_missing_rxx_says_what_to_collect(work, tmp_path, capsys):
 
 
 def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
 
 
 @pytest.mark.parametrize("command", ["collect", "approx"])
 def test_a_full_disk_leaves_nothing(work, tmp_path, command):
     """A limit on the size of files stands for a full disk: the same path, another errno."""
-    out = tmp_path / "out" / "attn_input.safetensors"
+    out = tmp_path / "out" / "v_blocks.safetensors"
     arguments = {
         "collect": ["collect", work / "dense", "--text", work / "text.txt", *BLOCK, "-o", out],
         "approx": approx(work, tmp_path / "out" / "small", "--ratio", "0.2"),
@@ -256,7 +255,7 @@ def test_a_full_disk_leaves_nothing(work, tmp_path, command):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(work, tmp_path, sign):
     (tmp_path / "long.txt").write_text((work / "text.txt").read_text() * 400)
-    out = tmp_path / "out" / "attn_input.safetensors"
+    out = tmp_path / "out" / "v_blocks.safetensors"
     arguments = ["collect", work / "dense", "--text", tmp_path / "long.txt"]
     arguments += ["--tokens", "400000", "--block-length", "128", "-o", out]
     with subprocess.Popen(
@@ -290,5 +289,5 @@ def test_text_of_calibration_is_not_scored_unnoticed():
 
 def test_statistics_in_two_files_are_the_sum(work):
     """Files hold sums: this is what makes merging shards an addition."""
-    tensors = load_file(work / "rxx" / "attn_input.safetensors")
+    tensors = load_file(work / "rxx" / "v_blocks.safetensors")
     assert all(value.dtype == torch.float64 for value in tensors.values())

@@ -10,6 +10,7 @@ from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, Family
+from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
@@ -22,7 +23,8 @@ class Arch:
     `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated);
     `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
     rotated dimensions of a head; `nope_layers` are layers without RoPE in a model that has it
-    elsewhere; `scaling` is the softmax scale, which compression keeps.
+    elsewhere; `qk_norm` says over what q and k are normed before RoPE: head, layer or None;
+    `scaling` is the softmax scale, which compression keeps.
     """
 
     family: str
@@ -38,7 +40,7 @@ class Arch:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: str | None
     rope_layout: str | None
     rope_dims: int
     nope_layers: list[int]
@@ -55,6 +57,16 @@ class Arch:
     def has_rope(self, layer: int) -> bool:
         """Whether q and k of this layer are rotated."""
         return self.rope_layout is not None and layer not in self.nope_layers
+
+    def heads_of(self, site: str) -> int:
+        """Heads of an activation that statistics look at (a3.statistics.Kind)."""
+        return self.kv_heads if site in "kv" else self.heads
+
+    def statistic_shape(self, kind: Kind) -> tuple[int, ...]:
+        """Shape of one layer's statistic of a kind."""
+        heads = self.heads_of(kind.site)
+        width = self.intermediate_size if kind.site == "down_input" else heads * self.head_dim
+        return kind.shape(width, heads)
 
     @property
     def adapter(self) -> Family:

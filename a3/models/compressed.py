@@ -44,12 +44,28 @@ def widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+class HeadNorm(nn.Module):
+    """RMS norm of q or k with each head's own gains, over each head or over all heads together."""
+
+    def __init__(self, heads: int, rank: int, over_heads: bool, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, rank))
+        self.dims = (-2, -1) if over_heads else (-1,)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., heads, r); computed in float32 at least, as by the families."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(self.dims, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
 class A3Attention(nn.Module):
     """Attention with separate QK and OV head sizes and, per group, the kept RoPE pairs.
 
     Pair indices are kept as integers and the family's own float32 cos/sin are gathered: inverse
     frequencies in bfloat16 would be off by radians at position 2048. `dense` is the family's module
-    in whose place this stands: norms of q and k, windows and caps of the scores are taken from it.
+    in whose place this stands: windows and caps of the scores are taken from it.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
@@ -77,8 +93,11 @@ class A3Attention(nn.Module):
         self.k_proj = nn.Linear(d, a3["kv_heads"] * self.qk_rank, bias=bias)
         self.v_proj = nn.Linear(d, a3["kv_heads"] * self.ov_rank, bias=bias)
         self.o_proj = nn.Linear(a3["heads"] * self.ov_rank, d, bias=a3["o_bias"])
-        self.q_norm = getattr(dense, "q_norm", None)
-        self.k_norm = getattr(dense, "k_norm", None)
+        self.q_norm = self.k_norm = None
+        if a3["qk_norm"]:
+            over_heads = a3["qk_norm"] == "layer"
+            self.q_norm = HeadNorm(a3["heads"], self.qk_rank, over_heads, config.rms_norm_eps)
+            self.k_norm = HeadNorm(self.groups, self.qk_rank, over_heads, config.rms_norm_eps)
         self.resid_dropout = getattr(dense, "resid_dropout", nn.Identity())
         pairs = None
         if a3["rope"] and layer_idx not in a3["nope_layers"]:
@@ -121,12 +140,11 @@ class A3Attention(nn.Module):
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, d) to q (B, H, L, r) and k (B, G, L, r), normed and rotated as by the family."""
-        split = (*x.shape[:2], self.groups, -1)
-        q = self.q_proj(x).view(*split, self.qk_rank)
-        k = self.k_proj(x).view(split)
+        heads = (*x.shape[:2], -1, self.qk_rank)
+        q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.permute(0, 2, 3, 1, 4), k.transpose(1, 2)
+        q, k = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4), k.transpose(1, 2)
         if self.rope_pairs is not None:
             # (B, L, G, p) to (B, G, L, p)
             cos, sin = (
@@ -225,8 +243,9 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks`, `mlp_ranks`,
-    one number a layer. head_dim stays the dense one, because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias; qk_norm; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks`,
+    `mlp_ranks`, one number a layer. head_dim stays the dense one, because RoPE's frequencies derive
+    from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

@@ -22,7 +22,9 @@ class AttentionWeights:
     """Weights of one layer's attention; d̂ is the hidden size, plus one where there are biases.
 
     q (H, d̂, h), k (G, d̂, h), v (G, d̂, h), o (H, h, d); head i belongs to group i // (H / G).
-    The first `rope_dims` of the h dimensions of q and k are rotated.
+    The first `rope_dims` of the h dimensions of q and k are rotated. Where q and k are normed
+    before, over each head or over the layer's heads together (`norm`), q_gain (H, h) and k_gain
+    (G, h) are the norm's gains.
     """
 
     q: Tensor
@@ -30,6 +32,9 @@ class AttentionWeights:
     v: Tensor
     o: Tensor
     rope_dims: int = 0
+    norm: str | None = None
+    q_gain: Tensor | None = None
+    k_gain: Tensor | None = None
 
     def grouped(self, heads: Tensor) -> Tensor:
         """(H, a, b) to (G, H / G, a, b)."""
@@ -49,7 +54,10 @@ class Family:
     """Llama: separate q, k, v, o, gate, up, down projections; RoPE in halves."""
 
     rope_layout: ClassVar[str | None] = "halves"
-    qk_norm: ClassVar[bool] = False
+    # RMS norm of q and k before RoPE: over each "head", over the "layer"'s heads together, or none;
+    # a norm's gain is its weight plus `gain_offset`.
+    qk_norm: ClassVar[str | None] = None
+    gain_offset: ClassVar[float] = 0.0
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"
@@ -65,9 +73,6 @@ class Family:
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
-    # The projection whose input is each of the three autocorrelations' x.
-    sites: ClassVar[dict[str, str]] = {"attn_input": "q", "o_proj_input": "o", "down_input": "down"}
-
     # --- what the config says ---
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
@@ -156,6 +161,10 @@ class Family:
             return f"{self.attention_module(layer)}.{part}_proj.{field}"
         return self.name(layer, part, field)
 
+    def norm_name(self, layer: int, part: str) -> str:
+        """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
+        return f"{self.attention_module(layer)}.{part}_norm.weight"
+
     def fused(self, part: str) -> list[str]:
         """Parts that lie in the same tensor as `part`, itself included, in order."""
         return [other for other in self.parts if self.parts[other] == self.parts[part]]
@@ -163,7 +172,7 @@ class Family:
     @property
     def repacked(self) -> bool:
         """Whether q, k, v and o are stored otherwise than in the compressed model."""
-        return self.transposed or len(self.fused("q")) > 1
+        return self.transposed or len(self.fused("q")) > 1 or self.qk_norm is not None
 
     def width(self, part: str, fields: dict[str, Any]) -> int:
         """Output size of a projection of the dense model."""
@@ -226,9 +235,18 @@ class Family:
             W = self._rows(checkpoint, layer, part, fields)
             return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
 
+        def gain(part: str) -> Tensor | None:
+            if self.qk_norm is None:
+                return None
+            gains = checkpoint.tensor(self.norm_name(layer, part)).double() + self.gain_offset
+            shape = (self.width(part, fields) // fields["head_dim"], fields["head_dim"])
+            return gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
+
         o = self._rows(checkpoint, layer, "o", fields).unflatten(0, (fields["heads"], -1))
         rotated = 0 if layer in fields["nope_layers"] else fields["rope_dims"]
-        return AttentionWeights(heads("q"), heads("k"), heads("v"), o, rotated)
+        return AttentionWeights(
+            heads("q"), heads("k"), heads("v"), o, rotated, self.qk_norm, gain("q"), gain("k")
+        )
 
     def mlp(self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]) -> MLPWeights:
         """Read one layer's MLP weights; `fields` are those of `Arch`."""
@@ -244,10 +262,15 @@ class Family:
         """Checkpoint tensors of compressed projections, float64.
 
         `solved` has W by part: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for the
-        MLP. Biases of o and down are not in it: they are the dense ones.
+        MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are the
+        dense ones.
         """
-        tensors: dict[str, list[Tensor]] = {}
-        for part in sorted(solved, key=list(self.parts).index):
+        tensors: dict[str, list[Tensor]] = {
+            self.norm_name(layer, name[0]): [gains]
+            for name, gains in solved.items()
+            if name.endswith("_gain")
+        }
+        for part in sorted(self.parts.keys() & solved, key=list(self.parts).index):
             W = solved[part]
             if part in "qkv":
                 W = W.movedim(0, 1).flatten(1)
@@ -289,7 +312,13 @@ class AttentionBiased(Family):
 class Qwen3(AttentionBiased):
     """RMS norm of each head of q and k before RoPE."""
 
-    qk_norm = True
+    qk_norm = "head"
+
+
+class Olmo2(AttentionBiased):
+    """RMS norm of q and k before RoPE, over all heads together."""
+
+    qk_norm = "layer"
 
 
 class Olmo(AttentionBiased):
@@ -311,6 +340,22 @@ class Gemma2(AttentionBiased):
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
         """query_pre_attn_scalar^-½."""
         return config.query_pre_attn_scalar**-0.5
+
+
+class Gemma3(Gemma2):
+    """Norms of q and k in Gemma's form, x̂ (1 + w); RoPE of two kinds, by layer."""
+
+    qk_norm = "head"
+    gain_offset = 1.0
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse attention that looks ahead."""
+        super().check(config)
+        if config.use_bidirectional_attention:
+            raise A3Error(
+                "config.json: use_bidirectional_attention is true; a3 compresses causal language "
+                "models. This model is not supported."
+            )
 
 
 class SmolLM3(Family):
@@ -534,6 +579,7 @@ class StableLm(Family):
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
     "gemma2": Gemma2(),
+    "gemma3_text": Gemma3(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
     "gpt_neox": GPTNeoX(),
@@ -542,6 +588,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Mistral(),
     "mpt": Mpt(),
     "olmo": Olmo(),
+    "olmo2": Olmo2(),
     "opt": OPT(),
     "phi": Phi(),
     "phi3": Phi3(),

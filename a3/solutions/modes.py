@@ -18,29 +18,29 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Mode:
-    """The statistic that a solution reads (None: the weights alone) and the types it fits."""
+    """The statistics that a solution reads, in its order, and the types it fits."""
 
-    kind: str | None
+    kinds: tuple[str, ...]
     fits: tuple[str, ...]
 
 
 MODES: dict[str, dict[str, Mode]] = {
     "qk": {
-        "qk": Mode("attn_input", NOPE),
-        "q-only": Mode("attn_input", NOPE),
-        "k-only": Mode("attn_input", NOPE),
-        "identity": Mode(None, NOPE),
-        "rxx-w-rxx": Mode("attn_input", ROPE),
-        "rxx-w-rxx-uniform": Mode("attn_input", ROPE),
+        "qk": Mode(("q_blocks", "k_blocks"), NOPE),
+        "q-only": Mode(("q_blocks",), NOPE),
+        "k-only": Mode(("k_blocks",), NOPE),
+        "identity": Mode((), NOPE),
+        "rxx-w-rxx": Mode(("q_blocks", "k_blocks"), ROPE),
+        "rxx-w-rxx-uniform": Mode(("q_blocks", "k_blocks"), ROPE),
     },
     "ov": {
-        "xkv": Mode("attn_input", NOPE + ROPE),
-        "axkv": Mode("o_proj_blocks", NOPE + ROPE),
-        "identity": Mode(None, NOPE + ROPE),
+        "xkv": Mode(("v_blocks",), NOPE + ROPE),
+        "axkv": Mode(("o_proj_blocks",), NOPE + ROPE),
+        "identity": Mode((), NOPE + ROPE),
     },
     "mlp": {
-        "rxx-w": Mode("down_diagonal", ("2-layer", "3-layer")),
-        "rxx": Mode("down_diagonal", ("2-layer", "3-layer")),
+        "rxx-w": Mode(("down_diagonal",), ("2-layer", "3-layer")),
+        "rxx": Mode(("down_diagonal",), ("2-layer", "3-layer")),
     },
 }
 
@@ -68,7 +68,7 @@ def check_fit(part: str, name: str, kind_of_part: str) -> None:
 def kinds_needed(modes: dict[str, str]) -> list[str]:
     """Statistics that the given modes ({"qk": name, …}) read, sorted."""
     chosen = [find_mode(part, name) for part, name in modes.items() if name != DENSE]
-    return sorted({mode.kind for mode in chosen if mode.kind})
+    return sorted({kind for mode in chosen for kind in mode.kinds})
 
 
 def parse_ratio(text: str) -> Decimal:

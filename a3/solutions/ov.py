@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from a3.linalg import gram, shared_subspace, subspace_error
+from a3.linalg import shared_subspace, subspace_error
 from a3.models.families import AttentionWeights
 
 
@@ -17,23 +17,26 @@ class OVSolution:
     relative_error: float
 
 
-def xkv(weights: AttentionWeights, R: Tensor, rank: int) -> OVSolution:
-    """Joint SVD over the query heads of a group, with the attention input's R (d̂ × d̂)."""
-    return _solve(weights, gram(R, weights.v), rank)
+def xkv(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
+    """Joint SVD over the query heads of a group, with the attention input's R.
+
+    Gv = W_vᵀ R W_v (G, h, h) is the autocorrelation of the values.
+    """
+    return _solve(weights, Gv, rank)
 
 
-def identity(weights: AttentionWeights, R: None, rank: int) -> OVSolution:
+def identity(weights: AttentionWeights, rank: int) -> OVSolution:
     """As `xkv` with R = 1: looks at the weights alone (CLOVER)."""
     return _solve(weights, weights.v.mT @ weights.v, rank)
 
 
-def axkv(weights: AttentionWeights, R: Tensor, rank: int) -> OVSolution:
+def axkv(weights: AttentionWeights, S: Tensor, rank: int) -> OVSolution:
     """As `xkv` with R_p, the autocorrelation of the attention-weighted input.
 
-    W_vᵀ R_p,i W_v is the autocorrelation of head i's slice of the o_proj input: R (H, h, h).
+    W_vᵀ R_p,i W_v is the autocorrelation of head i's slice of the o_proj input: S (H, h, h).
     The heads of a group share one value factor, so their mean takes its place (exact for MHA).
     """
-    return _solve(weights, weights.grouped(R).mean(1), rank)
+    return _solve(weights, weights.grouped(S).mean(1), rank)
 
 
 def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:

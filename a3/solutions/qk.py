@@ -1,7 +1,8 @@
 """QK: a smaller head for the attention scores q·k.
 
 Without RoPE a head's scores are one low-rank matrix W_q W_kᵀ (paper section 3.1); with RoPE only
-whole pairs of dimensions can go (section 3.4).
+whole pairs of dimensions can go (section 3.4). The statistics are the autocorrelations of each
+head's queries and keys before RoPE, Gq = W_qᵀ R W_q (H, h, h) and Gk (G, h, h).
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from a3.linalg import gram, keep_best, shared_subspace, subspace_error
+from a3.linalg import keep_best, relative, shared_subspace, subspace_error
 from a3.models.families import AttentionWeights
 
 
@@ -18,6 +19,7 @@ from a3.models.families import AttentionWeights
 class QKSolution:
     """q (H, d̂, r), k (G, d̂, r); pairs (G, r / 2): kept RoPE pairs, ascending; None without RoPE.
 
+    q_gain (H, r) and k_gain (G, r) of the norms of q and k, None where there are none.
     `relative_error` is the share of Σᵢ ‖R_q^½ W_q,i W_kᵀ R_k^½‖² that is lost, with the R's of the
     mode.
     """
@@ -26,27 +28,29 @@ class QKSolution:
     k: Tensor
     pairs: Tensor | None
     relative_error: float
+    q_gain: Tensor | None = None
+    k_gain: Tensor | None = None
 
 
-def qk(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
-    """Without RoPE: R_q^-½ SVD_r(R_q^½ W_q W_kᵀ R_k^½) R_k^-½, with R (d̂ × d̂) on both sides.
+def qk(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
+    """Without RoPE: R_q^-½ SVD_r(R_q^½ W_q W_kᵀ R_k^½) R_k^-½.
 
     The query heads of a group share the key factor: one joint SVD of their stacked matrices.
     """
-    return _share_keys(weights, gram(R, weights.q), gram(R, weights.k), rank)
+    return _share_keys(weights, Gq, Gk, rank)
 
 
-def q_only(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+def q_only(weights: AttentionWeights, Gq: Tensor, rank: int) -> QKSolution:
     """As `qk` with R_k = 1."""
-    return _share_keys(weights, gram(R, weights.q), weights.k.mT @ weights.k, rank)
+    return _share_keys(weights, Gq, weights.k.mT @ weights.k, rank)
 
 
-def k_only(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+def k_only(weights: AttentionWeights, Gk: Tensor, rank: int) -> QKSolution:
     """As `qk` with R_q = 1."""
-    return _share_keys(weights, weights.q.mT @ weights.q, gram(R, weights.k), rank)
+    return _share_keys(weights, weights.q.mT @ weights.q, Gk, rank)
 
 
-def identity(weights: AttentionWeights, R: None, rank: int) -> QKSolution:
+def identity(weights: AttentionWeights, rank: int) -> QKSolution:
     """As `qk` with both R = 1: looks at the weights alone (CLOVER)."""
     return _share_keys(weights, weights.q.mT @ weights.q, weights.k.mT @ weights.k, rank)
 
@@ -63,27 +67,33 @@ def _share_keys(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) ->
     )
 
 
-def rxx_w_rxx(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
     """CR selection of RoPE pairs, one index for each key head and its query heads.
 
     Score of pair f: Σ_{j in f} ‖(R^½ W_q)_j‖² ‖(R^½ W_k)_j‖², summed over the query heads of the
-    group. R is d̂ × d̂; `rank` is even. Column norms are the diagonal of Wᵀ R W: no square root.
+    group. `rank` is even. Squared column norms are the diagonals of Gq and Gk: no square root.
     """
-    return _keep_pairs(weights, R, rank, uniform=False)
+    return _keep_pairs(weights, Gq, Gk, rank, uniform=False)
 
 
-def rxx_w_rxx_uniform(weights: AttentionWeights, R: Tensor, rank: int) -> QKSolution:
+def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
     """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
-    return _keep_pairs(weights, R, rank, uniform=True)
+    return _keep_pairs(weights, Gq, Gk, rank, uniform=True)
 
 
-def _keep_pairs(weights: AttentionWeights, R: Tensor, rank: int, uniform: bool) -> QKSolution:
+def _keep_pairs(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int, uniform: bool
+) -> QKSolution:
     """Where only a part of the head is rotated, the rest is low rank, as in `qk`.
 
     The rank is split between the two, alike for all groups of the layer, where the error is least.
-    The new heads hold the kept pairs first.
+    The new heads hold the kept pairs first. Where q and k are normed, Gq and Gk are those of the
+    normed vectors before the norm's gains.
     """
-    Gq, Gk = weights.grouped(gram(R, weights.q)).sum(1), gram(R, weights.k)
+    mq, mk = (G.diagonal(dim1=-2, dim2=-1) for G in (Gq, Gk))
+    if weights.q_gain is not None:
+        Gq, Gk = scaled(Gq, weights.q_gain), scaled(Gk, weights.k_gain)
+    Gq = weights.grouped(Gq).sum(1)
     score = _pair_scores(Gq, Gk, weights.rope_dims)
     if uniform:
         score = score.sum(0, keepdim=True).expand_as(score)
@@ -96,12 +106,39 @@ def _keep_pairs(weights: AttentionWeights, R: Tensor, rank: int, uniform: bool) 
         if best is None or error < best[0]:
             best = error, pairs, E, D
     error, pairs, E, D = best
+    gains = {}
+    if weights.q_gain is not None:
+        of_head = E.repeat_interleave(len(weights.q) // len(weights.k), dim=0)
+        gains["q_gain"] = _gains(weights.q_gain, mq, of_head, weights.norm)
+        gains["k_gain"] = _gains(weights.k_gain, mk, E, weights.norm)
     return QKSolution(
         q=(weights.grouped(weights.q) @ D.mT[:, None]).flatten(0, 1),
         k=weights.k @ E,
         pairs=pairs,
         relative_error=error,
+        **gains,
     )
+
+
+def scaled(G: Tensor, gain: Tensor) -> Tensor:
+    """Gram matrices (..., h, h) of vectors whose dimensions are multiplied by gain (..., h)."""
+    return G * gain[..., :, None] * gain[..., None, :]
+
+
+def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str) -> Tensor:
+    """Gains (heads, r) of norms over the kept dimensions; gain and power (heads, h).
+
+    A norm over r dimensions divides by their own root mean square, rms_S, where the dense one
+    divides by that of all, so its output is too large by rms / rms_S, which differs from token to
+    token. Its square t² = (rms_S / rms)² is the mean of the normed powers over the kept dimensions;
+    the constant c² that is nearest to t² in least squares is E[t²], a mean of `power` = E[q̂²],
+    and c goes into the gains: one a head, or one a layer where the norm is over all heads.
+    `kept` (heads, h, r) has one 1 a column.
+    """
+    dims = (-2, -1) if norm == "layer" else (-1,)
+    share = (power[..., None, :] @ kept)[..., 0, :].mean(dims, keepdim=True)
+    scalar = relative(share, power.mean(dims, keepdim=True)).sqrt()
+    return (gain[..., None, :] @ kept)[..., 0, :] * scalar
 
 
 def _pair_scores(Gq: Tensor, Gk: Tensor, rope_dims: int) -> Tensor:

@@ -16,17 +16,20 @@ from tqdm import tqdm
 from a3 import LazyConfig
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json
-from a3.linalg import augment
 from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, check_fit, find_mode, kinds_needed, rank_of
-from a3.statistics import Rxx
+from a3.statistics import KINDS, Rxx
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
-# The projections that a solution of each part replaces.
-PROJECTIONS = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("up", "gate", "down")}
+# What a solution of each part replaces.
+REPLACED = {
+    "qk": ("q", "k", "q_gain", "k_gain"),
+    "ov": ("v", "o"),
+    "mlp": ("up", "gate", "down"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,6 @@ class Plan:
         ranks = {}
         for part, name in self.modes.items():
             if name != DENSE:
-                if part == "qk" and arch.qk_norm:
-                    raise A3Error(
-                        f"qk mode {name!r} does not fit {arch.family}: its queries and keys are "
-                        f"normed, so scores are not linear in the weights. Use {DENSE}."
-                    )
                 check_fit(part, name, arch.mlp if part == "mlp" else arch.attention)
                 ranks[part] = rank_of(size[part], self.ratio, multiple[part], least[part])
         return ranks
@@ -135,7 +133,7 @@ class LayerSolver:
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        for part, names in PROJECTIONS.items():
+        for part, names in REPLACED.items():
             start = time.perf_counter()
             if part not in self.ranks:
                 # The compressed model has its own layout of attention, also where it is kept.
@@ -144,8 +142,8 @@ class LayerSolver:
                 continue
             name = self.layer_mode(part, layer)
             solve = getattr(SOLUTIONS[part], name.replace("-", "_"))
-            R = self.rxx(find_mode(part, name).kind, layer)
-            solution = solve(self.weights(part, layer), R, self.ranks[part])
+            rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+            solution = solve(self.weights(part, layer), *rxx, self.ranks[part])
             tensors |= self.pack(layer, solution, names)
             report[part] = {
                 "mode": name,
@@ -175,17 +173,9 @@ class LayerSolver:
                 )
         return weights
 
-    def rxx(self, kind: str | None, layer: int) -> Tensor | None:
-        """The statistic that a mode reads, augmented where q, k and v have biases."""
-        if kind is None:
-            return None
-        arch, statistics = self.arch, self.statistics[kind]
-        if kind == "down_diagonal":
-            return statistics.R(layer, arch.intermediate_size)
-        if kind == "o_proj_blocks":
-            return statistics.R(layer, arch.heads, arch.head_dim, arch.head_dim)
-        R = statistics.R(layer, arch.hidden_size, arch.hidden_size)
-        return augment(R, statistics.mean(layer, arch.hidden_size)) if arch.qkv_bias else R
+    def rxx(self, kind: str, layer: int) -> Tensor:
+        """One statistic of a layer."""
+        return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
 
     def pack(self, layer: int, solution: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Checkpoint tensors of a solution, in the model's dtype (o and down biases are copied)."""
@@ -245,6 +235,7 @@ def write_checkpoint(
         "scaling": arch.scaling,
         "qkv_bias": arch.qkv_bias,
         "o_bias": arch.o_bias,
+        "qk_norm": arch.qk_norm,
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
         "rope_pairs": [tensors[name].shape[1] if name in tensors else 0 for name in pair_names],

@@ -1,12 +1,13 @@
 """Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
 
+import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,7 +52,7 @@ def collect(
     )
     announce(arch, outputs, blocks)
     trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
-    accumulators = {kind: Accumulator(kind, arch.heads) for kind in outputs}
+    accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
     start = time.perf_counter()
     run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
@@ -73,23 +74,20 @@ def collect(
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor) -> None:
     """Say what the run will cost before it starts."""
-    width = {"attn_input": arch.hidden_size, "down_input": arch.intermediate_size}
-    total = 0
-    for kind in (KINDS[name] for name in outputs):
-        w = width.get(kind.site, arch.heads * arch.head_dim)
-        total += {"full": w * w, "blocks": w * arch.head_dim, "diagonal": w}[kind.form] + w
+    total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
     print(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "
-        f"{total * arch.layers * 8 / 2**20:.0f} MiB"
+        f"{total * arch.layers * 8 / 2**20:.1f} MiB"
     )
 
 
 def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:
     """Push every block (blocks (N, L)) through the trunk with the statistics hooked on."""
     handles = [
-        trunk.get_submodule(module).register_forward_pre_hook(hook)
-        for module, hook in hooks(arch, accumulators)
+        attach(trunk, arch, layer, accumulator)
+        for accumulator in accumulators.values()
+        for layer in range(arch.layers)
     ]
     try:
         with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="collect") as bar:
@@ -101,25 +99,32 @@ def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], bloc
             handle.remove()
 
 
-def hooks(
-    arch: Arch, accumulators: dict[str, Accumulator]
-) -> list[tuple[str, Callable[[nn.Module, tuple[Any, ...]], None]]]:
-    """One pre-hook for each site of each layer that some kind looks at: (module name, hook)."""
-    by_site: dict[str, list[Accumulator]] = {}
-    for kind, accumulator in accumulators.items():
-        by_site.setdefault(KINDS[kind].site, []).append(accumulator)
+def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
+    """Hook one statistic of one layer onto the projection whose output or input it looks at."""
+    site = KINDS[accumulator.kind].site
+    part = site.removesuffix("_input")
+    module = trunk.get_submodule(arch.adapter.module(layer, part))
 
-    def hook_of(layer: int, wanted: list[Accumulator]) -> Callable:
-        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].flatten(0, -2).double()
-            for accumulator in wanted:
-                accumulator.add(layer, x)
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        accumulator.add(layer, activation(output, part, arch))
 
-        return hook
+    def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        accumulator.add(layer, inputs[0].flatten(0, -2).double())
 
-    adapter = arch.adapter
-    return [
-        (adapter.module(layer, adapter.sites[site]), hook_of(layer, wanted))
-        for site, wanted in by_site.items()
-        for layer in range(arch.layers)
-    ]
+    if site == part:
+        return module.register_forward_hook(on_output)
+    return module.register_forward_pre_hook(on_input)
+
+
+def activation(output: Tensor, part: str, arch: Arch) -> Tensor:
+    """q, k or v (tokens, width), float64, of the output (1, L, …) of the module that makes it.
+
+    Where q and k are normed, they are so here, without the norm's gains.
+    """
+    x = arch.adapter.unfuse(output.flatten(0, -2).T, part, arch.to_json()).T.double()
+    if part == "v" or arch.qk_norm is None:
+        return x
+    vectors = x.unflatten(1, (-1, arch.head_dim)) if arch.qk_norm == "head" else x
+    tiny = torch.finfo(x.dtype).tiny
+    power = vectors.square().mean(-1, keepdim=True).clamp(min=tiny)
+    return (vectors * power.rsqrt()).reshape(x.shape)
