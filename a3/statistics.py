@@ -62,7 +62,14 @@ class Accumulator:
 
     def add(self, layer: int, x: Tensor) -> None:
         """Add a block's tokens: x (tokens, width), float64."""
-        key, value = f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads)
+        self._add(f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads))
+
+    def add_experts(self, layer: int, sums: Tensor, counts: Tensor) -> None:
+        """Add a block's sums over the tokens of each expert (E, …), and their counts (E,)."""
+        self._add(f"layers.{layer}", sums)
+        self._add(f"layers.{layer}.counts", counts)
+
+    def _add(self, key: str, value: Tensor) -> None:
         if key in self.tensors:
             self.tensors[key] += value.to(self.tensors[key].device)
         else:
@@ -127,7 +134,13 @@ class Rxx:
 
     def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
         """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
-        key = f"layers.{layer}"
+        return self._read(f"layers.{layer}", shape) / self.tokens
+
+    def counts(self, layer: int, experts: int) -> Tensor:
+        """How many tokens reached each expert, (E,)."""
+        return self._read(f"layers.{layer}.counts", (experts,))
+
+    def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:
         try:
             value = self._file.get_tensor(key)
         except SafetensorError as error:
@@ -138,4 +151,4 @@ class Rxx:
                 f"float64 {shape}. Collect again."
             )
         require_finite(self.path, key, value)
-        return value / self.tokens
+        return value

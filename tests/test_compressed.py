@@ -36,6 +36,7 @@ GEMMA3 = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -57,11 +58,13 @@ MODELS = {
     "olmo2": ("olmo2", BIASED),
     "opt": ("opt", OPT),
     "opt-post-norm": ("opt", OPT | {"do_layer_norm_before": False}),
+    "mixtral": ("mixtral", MOE | {"num_local_experts": 16}),
     "mpt": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
     "phi": ("phi", PARTIAL),
     "phi3": ("phi3", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", BIASED | {"head_dim": 16}),
+    "qwen3_moe": ("qwen3_moe", MOE | BIASED | {"head_dim": 16, "num_experts": 16}),
     "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "smollm3": ("smollm3", BIASED | {"no_rope_layers": [1, 0]}),
 }
@@ -135,10 +138,26 @@ def reference_statistics(folder):
 
         return hook
 
+    def on_experts(name):
+        def hook(experts, inputs):
+            for x, chosen, weights in zip(*inputs, strict=True):
+                for expert, weight in zip(chosen.tolist(), weights, strict=True):
+                    gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+                    a = weight.double() * (experts.act_fn(gate) * up).double()
+                    add(f"{name}.{expert}", a.square())
+                    add(f"{name}.{expert}.count", torch.ones(1))
+
+        return hook
+
     for i in range(arch.layers):
-        for name, part in (("x", "q"), ("down", "down")):
-            module = model.base_model.get_submodule(arch.adapter.module(i, part))
-            module.register_forward_pre_hook(on_input(f"{name}.{i}"))
+        attended = model.base_model.get_submodule(arch.adapter.module(i, "q"))
+        attended.register_forward_pre_hook(on_input(f"x.{i}"))
+        if arch.experts:
+            experts = model.get_submodule(arch.adapter.experts_module(i))
+            experts.register_forward_pre_hook(on_experts(f"down.{i}"))
+        else:
+            down = model.base_model.get_submodule(arch.adapter.module(i, "down"))
+            down.register_forward_pre_hook(on_input(f"down.{i}"))
         if arch.qk_norm:
             attention = model.get_submodule(arch.adapter.attention_module(i))
             attention.q_norm.register_forward_hook(on_norm(f"q.{i}", arch.heads))
@@ -151,7 +170,10 @@ def reference_statistics(folder):
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    # transformers' faster experts do not know float64.
+    mixture = "moe" in (folder / "config.json").read_text() or "mixtral" in str(folder)
+    options = {"experts_implementation": "eager"} if mixture else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
 
 
 def tokens(folder, count=48, batch=2):
@@ -222,12 +244,24 @@ def emulate(model, dense, ratio, parts):
             o = output(model.base_model.get_submodule(arch.adapter.module(i, "o")))
             partners = o.unflatten(0, (arch.kv_heads, -1, arch.head_dim))
             project(heads["v"], partners, R, round(keep * arch.head_dim))
-        if "mlp" in parts:
+        if "mlp" in parts and arch.experts:
+            mask_experts(model.get_submodule(arch.adapter.experts_module(i)), statistics, i, keep)
+        elif "mlp" in parts:
             linear = model.base_model.get_submodule(arch.adapter.module(i, "down"))
             score = statistics[f"down.{i}"].diagonal() * output(linear).square().sum(1)
             kept = score.argsort(descending=True)[: round(keep * len(score))]
             mask = torch.zeros_like(score).index_fill(0, kept, 1)
             output(linear).mul_(mask[:, None])
+
+
+def mask_experts(experts, statistics, layer, keep):
+    """Zero the channels of each expert that enough tokens reached."""
+    for expert in range(experts.num_experts):
+        name = f"down.{layer}.{expert}"
+        if statistics.get(f"{name}.count", 0) * SETTINGS["tokens"] >= 255.5:
+            down = experts.down_proj.data[expert]
+            score = statistics[name] * down.square().sum(0)
+            down[:, score.argsort()[: len(score) - round(keep * len(score))]] = 0
 
 
 def output(linear):
@@ -387,7 +421,27 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
     ranks = {part: record["layers"][0][part]["rank"] for part in ("ov", "mlp")}
     name = arch.adapter.packed_name(0, "v")
     assert shape(name) == (arch.kv_heads * ranks["ov"], 64)
-    assert ranks["mlp"] in shape(arch.adapter.name(0, "down"))
+    if not arch.experts:
+        assert ranks["mlp"] in shape(arch.adapter.name(0, "down"))
+
+
+def test_experts_that_few_tokens_reached_are_copied_and_reported(dense, tmp_path):
+    arch = load_arch(dense / "dense")
+    if not arch.experts:
+        pytest.skip("no experts")
+    compress(dense, tmp_path / "small", "0.5")
+    record = json.loads((tmp_path / "small" / "approx.json").read_text())
+    copied = 0
+    for layer, report in enumerate(record["layers"]):
+        said = report["mlp"]
+        assert sum(said["expert_tokens"]) == SETTINGS["tokens"] * arch.experts_per_token
+        for expert, count in enumerate(said["expert_tokens"]):
+            rank = 48 if count >= 256 else 96
+            name = arch.adapter.packed_name(layer, "down", "weight", expert)
+            assert Checkpoint(tmp_path / "small").shape(name) == (64, rank)
+            assert said["expert_ranks"][expert] == rank
+            copied += rank == 96
+    assert 0 < copied < arch.experts * arch.layers
 
 
 def test_generate_with_cache_equals_without(dense, tmp_path):
@@ -460,8 +514,8 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
 def drop_bias(monkeypatch):
     whole = Family._rows
 
-    def rows_without(self, checkpoint, layer, part, fields):
-        W = whole(self, checkpoint, layer, part, fields)
+    def rows_without(self, checkpoint, layer, part, fields, expert=None):
+        W = whole(self, checkpoint, layer, part, fields, expert)
         if part in "qkv" and self.has_bias(part, fields):
             W = torch.cat((W[:-1], torch.zeros_like(W[-1:])))
         return W

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from transformers import AutoConfig
@@ -24,6 +25,7 @@ class Arch:
     `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
     rotated dimensions of a head; `nope_layers` are layers without RoPE in a model that has it
     elsewhere; `qk_norm` says over what q and k are normed before RoPE: head, layer or None;
+    `intermediate_size` is that of one expert where there are `experts`, 0 of them otherwise;
     `scaling` is the softmax scale, which compression keeps.
     """
 
@@ -36,6 +38,8 @@ class Arch:
     kv_heads: int
     head_dim: int
     intermediate_size: int
+    experts: int
+    experts_per_token: int
     vocab_size: int
     qkv_bias: bool
     o_bias: bool
@@ -65,8 +69,10 @@ class Arch:
     def statistic_shape(self, kind: Kind) -> tuple[int, ...]:
         """Shape of one layer's statistic of a kind."""
         heads = self.heads_of(kind.site)
-        width = self.intermediate_size if kind.site == "down_input" else heads * self.head_dim
-        return kind.shape(width, heads)
+        if kind.site == "down_input":
+            shape = kind.shape(self.intermediate_size, heads)
+            return (self.experts, *shape) if self.experts else shape
+        return kind.shape(heads * self.head_dim, heads)
 
     @property
     def adapter(self) -> Family:
@@ -122,23 +128,29 @@ def load_arch(folder: Path) -> Arch:
 
 
 def sizes(
-    fields: dict[str, Any], ranks: list[tuple[int, int, int]], parameters: int, dtype: str
+    fields: dict[str, Any],
+    ranks: list[tuple[int, int, int | list[int]]],
+    parameters: int,
+    dtype: str,
 ) -> dict[str, int]:
     """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
 
-    `ranks` has (QK head size, OV head size, MLP size) per layer. A multiply-add counts as two
-    FLOPs; attention products are counted against FLOPS_CONTEXT keys; the LM head is included.
+    `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
+    went to all alike. A multiply-add counts as two FLOPs; attention products are counted against
+    FLOPS_CONTEXT keys; router and LM head are included.
     """
     width = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
     matrices = 3 if fields["mlp"] == "3-layer" else 2
+    experts, active = fields["experts"], fields["experts_per_token"]
     linear = attention = cache = 0
-    for qk, ov, mlp in ranks:
-        linear += d * (H + G) * (qk + ov) + matrices * d * mlp
+    for qk, ov, channels in ranks:
+        mlp = mean(channels) if isinstance(channels, list) else channels
+        linear += d * (H + G) * (qk + ov) + matrices * d * mlp * (active or 1) + d * experts
         attention += H * (qk + ov) * FLOPS_CONTEXT
         cache += G * (qk + ov) * width
     return {
         "parameters": parameters,
         "kv_bytes_per_token": cache,
-        "flops_per_token": 2 * (linear + attention + d * fields["vocab_size"]),
+        "flops_per_token": round(2 * (linear + attention + d * fields["vocab_size"])),
     }

@@ -200,6 +200,34 @@ class MptAttention(A3Attention):
 ATTENTION = {"bloom": BloomAttention, "mpt": MptAttention}
 
 
+class Expert(nn.Module):
+    """A gated MLP of `rank` channels, without its activation function."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.up_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.down_proj = nn.Linear(rank, hidden_size, bias=False)
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts, each of its own size: those that few tokens reached are dense."""
+
+    def __init__(self, dense: nn.Module, ranks: list[int]) -> None:
+        super().__init__(Expert(dense.hidden_dim, rank) for rank in ranks)
+        self.act_fn = dense.act_fn
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """hidden_states (T, d); index and weights (T, top k): where each token goes."""
+        out = torch.zeros_like(hidden_states)
+        for number in index.unique().tolist():
+            token, place = torch.where(index == number)
+            expert, x = self[number], hidden_states[token]
+            x = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
+        return out
+
+
 class Compressed:
     """Mixed into a family's ForCausalLM: gives every layer its own sizes."""
 
@@ -210,6 +238,9 @@ class Compressed:
         super().__init__(config)
         family = FAMILIES[config.a3["family"]]
         for index, rank in enumerate(config.a3["mlp_ranks"]):
+            if family.experts:
+                experts = family.experts_module(index)
+                self.set_submodule(experts, Experts(self.get_submodule(experts), rank))
             name = family.attention_module(index)
             dense = self.get_submodule(name)
             attention = ATTENTION.get(config.a3["family"], A3Attention)
@@ -243,9 +274,9 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; qk_norm; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks`,
-    `mlp_ranks`, one number a layer. head_dim stays the dense one, because RoPE's frequencies derive
-    from it.
+    scale; qkv_bias, o_bias; qk_norm; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks` and
+    `mlp_ranks`, one number a layer (of experts, one list a layer). head_dim stays the dense one,
+    because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

@@ -6,6 +6,7 @@ a head; where the family has biases, W has the bias as one more row, which makes
 (`augment`).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +51,15 @@ class MLPWeights:
     down: Tensor
 
 
+# The attention of Llama and of many others.
+ATTENTION = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+}
+
+
 class Family:
     """Llama: separate q, k, v, o, gate, up, down projections; RoPE in halves."""
 
@@ -64,15 +74,13 @@ class Family:
     # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
     transposed: ClassVar[bool] = False
     # Parts that share a module are fused in it, in this order.
-    parts: ClassVar[dict[str, str]] = {
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+    parts: ClassVar[dict[str, str]] = ATTENTION | {
         "gate": "mlp.gate_proj",
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
+    # The same of a mixture's experts, {} is their number, where they stand in the MLP's place.
+    experts: ClassVar[dict[str, str]] = {}
     # --- what the config says ---
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
@@ -82,6 +90,10 @@ class Family:
     def intermediate_size(self, config: PreTrainedConfig) -> int:
         """Number of channels of the MLP."""
         return config.intermediate_size
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Whether fused q, k, v alternate head by head instead of standing one after the other."""
@@ -124,13 +136,14 @@ class Family:
         return {
             "family": config.model_type,
             "attention": f"{grouped}-rope" if self.rope_layout else grouped,
-            "mlp": "3-layer" if "gate" in self.parts else "2-layer",
+            "mlp": "3-layer" if "gate" in self.places else "2-layer",
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "intermediate_size": self.intermediate_size(config),
+            **self.mixture(config),
             "vocab_size": config.vocab_size,
             **self.biases(config),
             "qk_norm": self.qk_norm,
@@ -143,23 +156,40 @@ class Family:
 
     # --- names ---
 
-    def module(self, layer: int, part: str) -> str:
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each part is in a layer; {} is an expert's number."""
+        return self.parts | self.experts
+
+    def module(self, layer: int, part: str, expert: int | None = None) -> str:
         """Module of one projection, relative to the trunk (`model.base_model`)."""
-        return f"{self.layer_path}.{layer}.{self.parts[part]}"
+        return f"{self.layer_path}.{layer}.{self.places[part].format(expert)}"
 
     def attention_module(self, layer: int) -> str:
         """The attention module of a layer, which the compressed model replaces."""
         return f"{self.prefix}.{self.layer_path}.{layer}.{self.attention_name}"
 
-    def name(self, layer: int, part: str, field: str = "weight") -> str:
-        """Tensor of one projection in the dense checkpoint."""
-        return f"{self.prefix}.{self.module(layer, part)}.{field}"
+    def experts_module(self, layer: int) -> str:
+        """The experts of a layer, in memory, which the compressed model replaces."""
+        return f"{self.prefix}.{self.layer_path}.{layer}.mlp.experts"
 
-    def packed_name(self, layer: int, part: str, field: str = "weight") -> str:
+    def name(self, layer: int, part: str, field: str = "weight", expert: int | None = None) -> str:
+        """Tensor of one projection in the dense checkpoint."""
+        return f"{self.prefix}.{self.module(layer, part, expert)}.{field}"
+
+    def packed_name(
+        self, layer: int, part: str, field: str = "weight", expert: int | None = None
+    ) -> str:
         """Tensor of one projection in the compressed checkpoint: attention is never fused there."""
         if part in "qkvo":
             return f"{self.attention_module(layer)}.{part}_proj.{field}"
+        if expert is not None:
+            return f"{self.experts_module(layer)}.{expert}.{part}_proj.{field}"
         return self.name(layer, part, field)
+
+    def packed_rest(self, name: str) -> str:
+        """Name in the compressed checkpoint of a tensor that no part has."""
+        return name
 
     def norm_name(self, layer: int, part: str) -> str:
         """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
@@ -167,7 +197,7 @@ class Family:
 
     def fused(self, part: str) -> list[str]:
         """Parts that lie in the same tensor as `part`, itself included, in order."""
-        return [other for other in self.parts if self.parts[other] == self.parts[part]]
+        return [other for other in self.places if self.places[other] == self.places[part]]
 
     @property
     def repacked(self) -> bool:
@@ -195,22 +225,32 @@ class Family:
         inputs = {"o": fields["heads"] * fields["head_dim"], "down": fields["intermediate_size"]}
         expected: dict[str, tuple[int, ...]] = {}
         for layer in range(fields["layers"]):
-            for part in self.parts:
+            for part in self.places:
                 rows = sum(self.width(other, fields) for other in self.fused(part))
                 columns = inputs.get(part, fields["hidden_size"])
                 shape = (columns, rows) if self.transposed else (rows, columns)
-                expected[self.name(layer, part)] = shape
-                if self.has_bias(part, fields):
-                    expected[self.name(layer, part, "bias")] = (rows,)
+                for expert in self.copies(part, fields):
+                    expected[self.name(layer, part, "weight", expert)] = shape
+                    if self.has_bias(part, fields):
+                        expected[self.name(layer, part, "bias", expert)] = (rows,)
         return expected
+
+    def copies(self, part: str, fields: dict[str, Any]) -> Iterable[int | None]:
+        """The numbers of the experts that have a part; [None] for a part that is not theirs."""
+        return range(fields["experts"]) if part in self.experts else [None]
 
     # --- weights ---
 
     def _rows(
-        self, checkpoint: Checkpoint, layer: int, part: str, fields: dict[str, Any]
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        part: str,
+        fields: dict[str, Any],
+        expert: int | None = None,
     ) -> Tensor:
         """One projection as x W, (d̂, out), with the bias as the last row (o and down: without)."""
-        W = checkpoint.tensor(self.name(layer, part))
+        W = checkpoint.tensor(self.name(layer, part, "weight", expert))
         W = self.unfuse(W if not self.transposed else W.T, part, fields).double().T
         if part not in ("o", "down") and self.has_bias(part, fields):
             b = checkpoint.tensor(self.name(layer, part, "bias"))
@@ -248,16 +288,28 @@ class Family:
             heads("q"), heads("k"), heads("v"), o, rotated, self.qk_norm, gain("q"), gain("k")
         )
 
-    def mlp(self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]) -> MLPWeights:
-        """Read one layer's MLP weights; `fields` are those of `Arch`."""
+    def mlp(
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        fields: dict[str, Any],
+        expert: int | None = None,
+    ) -> MLPWeights:
+        """Read one layer's MLP weights, or one expert's; `fields` are those of `Arch`."""
+
+        def rows(part: str) -> Tensor:
+            return self._rows(checkpoint, layer, part, fields, expert)
+
         return MLPWeights(
-            up=self._rows(checkpoint, layer, "up", fields),
-            gate=self._rows(checkpoint, layer, "gate", fields) if "gate" in self.parts else None,
-            down=self._rows(checkpoint, layer, "down", fields),
+            up=rows("up"), gate=rows("gate") if "gate" in self.places else None, down=rows("down")
         )
 
     def pack(
-        self, layer: int, solved: dict[str, Tensor], fields: dict[str, Any]
+        self,
+        layer: int,
+        solved: dict[str, Tensor],
+        fields: dict[str, Any],
+        expert: int | None = None,
     ) -> dict[str, Tensor]:
         """Checkpoint tensors of compressed projections, float64.
 
@@ -270,7 +322,7 @@ class Family:
             for name, gains in solved.items()
             if name.endswith("_gain")
         }
-        for part in sorted(self.parts.keys() & solved, key=list(self.parts).index):
+        for part in sorted(self.places.keys() & solved, key=list(self.places).index):
             W = solved[part]
             if part in "qkv":
                 W = W.movedim(0, 1).flatten(1)
@@ -280,7 +332,8 @@ class Family:
                 W, b = W[:-1], W[-1]
                 tensors.setdefault(self.packed_name(layer, part, "bias"), []).append(b)
             keep = self.transposed and part not in "qkvo"
-            tensors.setdefault(self.packed_name(layer, part), []).append(W if keep else W.T)
+            name = self.packed_name(layer, part, "weight", expert)
+            tensors.setdefault(name, []).append(W if keep else W.T)
         return {name: torch.cat(pieces) for name, pieces in tensors.items()}
 
 
@@ -313,6 +366,55 @@ class Qwen3(AttentionBiased):
     """RMS norm of each head of q and k before RoPE."""
 
     qk_norm = "head"
+
+
+class Qwen3Moe(Qwen3):
+    """Qwen 3 with experts in every layer."""
+
+    parts: ClassVar[dict[str, str]] = ATTENTION
+    experts: ClassVar[dict[str, str]] = {
+        "gate": "mlp.experts.{}.gate_proj",
+        "up": "mlp.experts.{}.up_proj",
+        "down": "mlp.experts.{}.down_proj",
+    }
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a mixture in some layers only."""
+        super().check(config)
+        if config.mlp_only_layers or config.decoder_sparse_step != 1:
+            raise A3Error(
+                f"config.json: mlp_only_layers is {config.mlp_only_layers}, decoder_sparse_step "
+                f"{config.decoder_sparse_step}; a3 knows this family with experts in every layer. "
+                "This model is not supported."
+            )
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Of one expert."""
+        return config.moe_intermediate_size
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """num_experts."""
+        return {"experts": config.num_experts, "experts_per_token": config.num_experts_per_tok}
+
+
+class Mixtral(Mistral):
+    """Mistral with experts in every layer; files have names other than the modules in memory."""
+
+    parts: ClassVar[dict[str, str]] = ATTENTION
+    experts: ClassVar[dict[str, str]] = {
+        "gate": "block_sparse_moe.experts.{}.w1",
+        "up": "block_sparse_moe.experts.{}.w3",
+        "down": "block_sparse_moe.experts.{}.w2",
+    }
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """num_local_experts."""
+        count = config.num_local_experts
+        return {"experts": count, "experts_per_token": config.num_experts_per_tok}
+
+    def packed_rest(self, name: str) -> str:
+        """The router's."""
+        return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 class Olmo2(AttentionBiased):
@@ -437,6 +539,10 @@ class GPTBigCode(GPT2):
         """One with multi_query."""
         return 1 if config.multi_query else config.num_attention_heads
 
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        return {"experts": 0, "experts_per_token": 0}
+
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Without multi_query."""
         return fields["kv_heads"] == fields["heads"]
@@ -482,6 +588,10 @@ class Bloom(NoRope):
     def intermediate_size(self, config: PreTrainedConfig) -> int:
         """Four times the hidden size."""
         return 4 * config.hidden_size
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Always."""
@@ -541,6 +651,10 @@ class GPTNeoX(Family):
         """As many as query heads."""
         return config.num_attention_heads
 
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        return {"experts": 0, "experts_per_token": 0}
+
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Always."""
         return True
@@ -586,6 +700,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "ministral": Mistral(),
     "mistral": Mistral(),
+    "mixtral": Mixtral(),
     "mpt": Mpt(),
     "olmo": Olmo(),
     "olmo2": Olmo2(),
@@ -594,6 +709,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Phi3(),
     "qwen2": Qwen2(),
     "qwen3": Qwen3(),
+    "qwen3_moe": Qwen3Moe(),
     "smollm3": SmolLM3(),
     "stablelm": StableLm(),
 }

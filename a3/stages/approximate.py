@@ -88,9 +88,9 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         seconds.append(took)
     copy_rest(dense, arch, tensors)
     with whole_folder(out) as folder:
-        write_checkpoint(model_folder, folder, arch, ranks, tensors)
+        triples = [layer_ranks(arch, ranks, layer) for layer in layers]
+        write_checkpoint(model_folder, folder, arch, triples, tensors)
         checkpoint = Checkpoint(folder)
-        triples = [full_ranks(arch, ranks)] * arch.layers
         record = {
             "base": arch.to_json(),
             "modes": plan.modes,
@@ -135,6 +135,12 @@ class LayerSolver:
         seconds: dict[str, float] = {}
         for part, names in REPLACED.items():
             start = time.perf_counter()
+            if part == "mlp" and self.arch.experts:
+                solved, said = self.solve_experts(layer)
+                tensors |= solved
+                report |= said
+                seconds |= {part: time.perf_counter() - start} if said else {}
+                continue
             if part not in self.ranks:
                 # The compressed model has its own layout of attention, also where it is kept.
                 if self.arch.adapter.repacked and part != "mlp":
@@ -156,15 +162,55 @@ class LayerSolver:
             seconds[part] = time.perf_counter() - start
         return tensors, report, seconds
 
+    def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `solve`, of a mixture's experts: each on its own, copied where few tokens reached it.
+
+        The report has each expert's tokens and rank.
+        """
+        arch, name = self.arch, self.modes["mlp"]
+        ranks = [arch.intermediate_size] * arch.experts
+        tensors: dict[str, Tensor] = {}
+        counts, errors = None, []
+        if name != DENSE:
+            solve = getattr(mlp, name.replace("-", "_"))
+            (kind,) = find_mode("mlp", name).kinds
+            R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
+        for expert in range(arch.experts):
+            solution = self.weights("mlp", layer, expert)
+            if counts is not None and counts[expert] >= mlp.FEWEST_TOKENS:
+                ranks[expert] = self.ranks["mlp"]
+                solution = solve(solution, R[expert], ranks[expert])
+                errors.append(solution.relative_error)
+            tensors |= self.pack(layer, solution, REPLACED["mlp"], expert)
+        if counts is None:
+            return tensors, {}
+        if few := arch.experts - len(errors):
+            tqdm.write(
+                f"layer {layer}: {few} of {arch.experts} experts copied, since fewer than "
+                f"{mlp.FEWEST_TOKENS} calibration tokens reached each"
+            )
+        return tensors, {
+            "mlp": {
+                "mode": name,
+                "rank": self.ranks["mlp"],
+                "relative_error": sum(errors) / len(errors) if errors else 0.0,
+                "expert_tokens": counts.int().tolist(),
+                "expert_ranks": ranks,
+            }
+        }
+
     def layer_mode(self, part: str, layer: int) -> str:
         """The mode for one layer: `qk` for the scores of a layer without RoPE among those with."""
         nope = part == "qk" and layer in self.arch.nope_layers
         return "qk" if nope else self.modes[part]
 
-    def weights(self, part: str, layer: int) -> Any:
+    def weights(self, part: str, layer: int, expert: int | None = None) -> Any:
         """Dense weights of a part, float64; raises A3Error where they are not finite."""
-        read = self.arch.adapter.mlp if part == "mlp" else self.arch.adapter.attention
-        weights = read(self.checkpoint, layer, self.fields)
+        adapter = self.arch.adapter
+        if part == "mlp":
+            weights = adapter.mlp(self.checkpoint, layer, self.fields, expert)
+        else:
+            weights = adapter.attention(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
             if isinstance(W, Tensor) and not torch.isfinite(W).all():
                 raise A3Error(
@@ -177,26 +223,37 @@ class LayerSolver:
         """One statistic of a layer."""
         return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
 
-    def pack(self, layer: int, solution: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def pack(
+        self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None
+    ) -> dict[str, Tensor]:
         """Checkpoint tensors of a solution, in the model's dtype (o and down biases are copied)."""
         solved = {name: getattr(solution, name) for name in names}
         solved = {name: W for name, W in solved.items() if W is not None}
         dtype = getattr(torch, self.arch.dtype)
-        packed = self.arch.adapter.pack(layer, solved, self.fields)
+        packed = self.arch.adapter.pack(layer, solved, self.fields, expert)
         return {name: W.to(dtype).contiguous() for name, W in packed.items()}
 
 
-def full_ranks(arch: Arch, ranks: dict[str, int]) -> tuple[int, int, int]:
-    """(QK, OV, MLP) sizes of a layer, the dense size where a part is not compressed."""
+def layer_ranks(
+    arch: Arch, ranks: dict[str, int], report: dict[str, Any]
+) -> tuple[int, int, int | list[int]]:
+    """(QK, OV, MLP) sizes of a layer, the dense size where a part is not compressed.
+
+    The MLP's are a list where there are experts, some of which may have been copied.
+    """
     dense = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
     qk, ov, mlp = (ranks.get(part, dense[part]) for part in PARTS)
+    if arch.experts:
+        copied = [arch.intermediate_size] * arch.experts
+        return qk, ov, report.get("mlp", {}).get("expert_ranks", copied)
     return qk, ov, mlp
 
 
 def copy_rest(checkpoint: Checkpoint, arch: Arch, tensors: dict[str, Tensor]) -> None:
     """Add what no solution replaced: embeddings, norms, parts that stay, the biases of o and down.
 
-    Attention gets the compressed model's names; repacked q, k, v, o are in `tensors` already.
+    Attention gets the compressed model's names; repacked q, k, v, o and all experts are in
+    `tensors` already.
     """
     adapter = arch.adapter
     renamed = {}
@@ -207,22 +264,28 @@ def copy_rest(checkpoint: Checkpoint, arch: Arch, tensors: dict[str, Tensor]) ->
                 drop = adapter.repacked and (part, field) != ("o", "bias")
                 name = adapter.packed_name(layer, part, field)
                 renamed[adapter.name(layer, part, field)] = None if drop else name
+        for part in adapter.experts:
+            for expert in range(arch.experts):
+                renamed[adapter.name(layer, part, "weight", expert)] = None
     for name in checkpoint.names():
-        new = renamed.get(name, name)
+        new = renamed.get(name, adapter.packed_rest(name))
         if new is not None and new not in tensors:
             tensors[new] = checkpoint.tensor(name)
 
 
 def write_checkpoint(
-    dense: Path, folder: Path, arch: Arch, ranks: dict[str, int], tensors: dict[str, Tensor]
+    dense: Path,
+    folder: Path,
+    arch: Arch,
+    ranks: list[tuple[int, int, int | list[int]]],
+    tensors: dict[str, Tensor],
 ) -> None:
     """Weights, config, and all that travels: tokenizer, chat template, generation config."""
-    qk, ov, mlp = full_ranks(arch, ranks)
-    if "qk" not in ranks:
-        every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
-        for layer in range(arch.layers):
-            if arch.has_rope(layer):
-                tensors[pairs_name(arch, layer)] = every_pair.clone()
+    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
+    every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
+    for layer in range(arch.layers):
+        if arch.has_rope(layer):
+            tensors.setdefault(pairs_name(arch, layer), every_pair.clone())
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
     config = read_json(dense / "config.json")
     pair_names = [pairs_name(arch, layer) for layer in range(arch.layers)]
@@ -239,9 +302,9 @@ def write_checkpoint(
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
         "rope_pairs": [tensors[name].shape[1] if name in tensors else 0 for name in pair_names],
-        "qk_ranks": [qk] * arch.layers,
-        "ov_ranks": [ov] * arch.layers,
-        "mlp_ranks": [mlp] * arch.layers,
+        "qk_ranks": qk_ranks,
+        "ov_ranks": ov_ranks,
+        "mlp_ranks": mlp_ranks,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in sorted(dense.iterdir()):

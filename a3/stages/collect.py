@@ -16,7 +16,7 @@ from a3.errors import A3Error
 from a3.files import sha256, write_json
 from a3.models.arch import Arch, load_arch
 from a3.provenance import provenance
-from a3.statistics import KINDS, Accumulator
+from a3.statistics import KINDS, Accumulator, outer_sum
 
 
 def collect(
@@ -102,6 +102,8 @@ def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], bloc
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
     """Hook one statistic of one layer onto the projection whose output or input it looks at."""
     site = KINDS[accumulator.kind].site
+    if site == "down_input" and arch.experts:
+        return attach_experts(trunk, arch, layer, accumulator)
     part = site.removesuffix("_input")
     module = trunk.get_submodule(arch.adapter.module(layer, part))
 
@@ -114,6 +116,29 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     if site == part:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input)
+
+
+def attach_experts(
+    trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator
+) -> RemovableHandle:
+    """Hook the input of the experts' down projections, each token with its routing weight.
+
+    No module has that input to itself, so up and gate are computed once more.
+    """
+
+    def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, index, weight = inputs
+        sums = []
+        for expert in range(arch.experts):
+            token, place = torch.where(index == expert)
+            gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, 1)
+            x = (experts.act_fn(gate) * up).double() * weight[token, place, None].double()
+            sums.append(outer_sum(x, KINDS[accumulator.kind].form, 1))
+        counts = index.flatten().bincount(minlength=arch.experts).double()
+        accumulator.add_experts(layer, torch.stack(sums), counts)
+
+    name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
+    return trunk.get_submodule(name).register_forward_pre_hook(hook)
 
 
 def activation(output: Tensor, part: str, arch: Arch) -> Tensor:
