@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from a3.errors import A3Error
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import scores_in_float32
 from a3.models.families import FAMILIES, Family
 from a3.solutions import qk
 from a3.stages.approximate import Plan, approximate
@@ -43,6 +44,7 @@ MODELS = {
     "gpt_neox-quarter": ("gpt_neox", QUARTER),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
     "gpt_bigcode-mha": ("gpt_bigcode", {"n_inner": 96, "multi_query": False}),
+    "gpt_neo": ("gpt_neo", {"window_size": 16, "attention_types": [[["global", "local"], 1]]}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "olmo": ("olmo", BIASED),
@@ -359,6 +361,16 @@ def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode
         logits(full, ids), logits(load(dense / "dense"), ids), rtol=0, atol=2e-5
     )
     assert torch.isfinite(logits(compress(dense, tmp_path / "small", "0.5", **only), ids)).all()
+
+
+def test_scores_in_float32_do_not_overflow_in_half_precision():
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    q = torch.full((1, 1, 2, 8), 200.0, dtype=torch.float16)
+    v = torch.ones(1, 1, 2, 4, dtype=torch.float16)
+    out, _ = scores_in_float32(module, q, q, v, None, scaling=1.0)
+    assert (q @ q.mT).isinf().all()
+    torch.testing.assert_close(out, torch.ones_like(out))
 
 
 def test_bfloat16_weights_stay_bfloat16(tmp_path):

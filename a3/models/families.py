@@ -421,6 +421,32 @@ class OPT(NoRope):
         return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.enable_bias)
 
 
+class GPTNeo(NoRope):
+    """Separate q, k, v without biases; the softmax has no scale; some layers see a window only."""
+
+    attention_name = "attn.attention"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.attention.q_proj",
+        "k": "attn.attention.k_proj",
+        "v": "attn.attention.v_proj",
+        "o": "attn.attention.out_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size unless the config says otherwise."""
+        return config.intermediate_size or 4 * config.hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """o and the MLP."""
+        return {"qkv_bias": False, "o_bias": True, "mlp_bias": True}
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """None."""
+        return 1.0
+
+
 class Bloom(NoRope):
     """ALiBi; q, k, v interleaved head by head in one matrix."""
 
@@ -536,6 +562,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Gemma2(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
+    "gpt_neo": GPTNeo(),
     "gpt_neox": GPTNeoX(),
     "llama": Family(),
     "ministral": Mistral(),
