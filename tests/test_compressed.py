@@ -30,6 +30,8 @@ PARTIAL = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 }
 QUARTER = {"rope_parameters": PARTIAL["rope_parameters"] | {"partial_rotary_factor": 0.25}}
+ALIBI = {"alibi": True, "bias": True}
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -38,6 +40,10 @@ MODELS = {
     "llama-wide-heads": ("llama", {"head_dim": 24}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "bloom": ("bloom", {}),
+    "falcon": ("falcon", {"multi_query": True}),
+    "falcon-alibi": ("falcon", ALIBI | {"multi_query": False, "parallel_attn": False}),
+    "falcon-gqa": ("falcon", GROUPED),
+    "falcon-gqa-alibi": ("falcon", GROUPED | ALIBI),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
     "gpt2": ("gpt2", {"n_inner": 96}),
     "gpt_neox": ("gpt_neox", PARTIAL),
@@ -181,6 +187,7 @@ def emulate(model, dense, ratio, parts):
             o = output(model.base_model.get_submodule(arch.adapter.module(i, "o")))
             partners = o.unflatten(0, (arch.kv_heads, -1, arch.head_dim))
             project(heads["v"], partners, R, round(keep * arch.head_dim))
+        join_heads(attention, arch, heads)
         if "mlp" in parts:
             linear = model.base_model.get_submodule(arch.adapter.module(i, "down"))
             score = down[f"layers.{i}.rxx"] * output(linear).square().sum(1)
@@ -194,26 +201,42 @@ def output(linear):
     return linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.T
 
 
-def split_heads(attention, arch):
-    """Views of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
-    h, counts = arch.head_dim, (arch.heads, arch.kv_heads, arch.kv_heads)
+INTERLEAVED = ("bloom", "falcon", "gpt_neox")
+
+
+def places(attention, arch):
+    """Where the heads of q, k and v are: the module, and the rows (heads, h) of its weight."""
+    h, H, G = arch.head_dim, arch.heads, arch.kv_heads
     fused = next((m for m in map(attention.__dict__["_modules"].get, FUSED) if m), None)
     if fused is None:
-        linears = [getattr(attention, f"{part}_proj") for part in "qkv"]
-        weights, biases = [m.weight.data for m in linears], [m.bias for m in linears]
-    elif arch.family in ("bloom", "gpt_neox") or (
-        arch.family == "gpt_bigcode" and arch.kv_heads == arch.heads
-    ):
-        weights = fused.weight.data.view(arch.heads, 3, h, -1).unbind(1)
-        biases = fused.bias.data.view(arch.heads, 3, h).unbind(1)
+        modules = [getattr(attention, f"{part}_proj") for part in "qkv"]
+        places = [torch.arange(count * h).view(-1, h) for count in (H, G, G)]
     else:
-        sizes = [count * h for count in counts]
-        weights = output(fused).T.split(sizes)
-        biases = [None] * 3 if fused.bias is None else fused.bias.data.split(sizes)
-    shaped = [w if w.ndim == 3 else w.unflatten(0, (-1, h)) for w in weights]
-    flat = [b if b is None else b.detach() for b in biases]
-    split = [b if b is None or b.ndim == 2 else b.unflatten(0, (-1, h)) for b in flat]
-    return dict(zip("qkv", zip(shaped, split, strict=True), strict=True))
+        modules = [fused] * 3
+        each = torch.arange((H + 2 * G) * h).view(-1, h)
+        if arch.family in INTERLEAVED or (arch.family == "gpt_bigcode" and G == H):
+            groups = each.view(G, -1, h)
+            places = [groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]]
+        else:
+            places = each.split((H, G, G))
+    return dict(zip("qkv", zip(modules, places, strict=True), strict=True))
+
+
+def split_heads(attention, arch):
+    """Copies of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
+    return {
+        part: (output(module).T[place], None if module.bias is None else module.bias.data[place])
+        for part, (module, place) in places(attention, arch).items()
+    }
+
+
+def join_heads(attention, arch, heads):
+    """Put the heads back into the dense model."""
+    for part, (module, place) in places(attention, arch).items():
+        weight, bias = heads[part]
+        output(module).T[place] = weight
+        if bias is not None:
+            module.bias.data[place] = bias
 
 
 def rows(weight, bias):
@@ -300,7 +323,10 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         ids = tokens(dense, count=7, batch=1)
         cache = model(ids, use_cache=True).past_key_values
         live = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert live == 7 * said["kv_bytes_per_token"]
+        # Falcon's new decoder caches its key and value heads once for each query head.
+        new = kind == "dense" and getattr(model.config, "new_decoder_architecture", False)
+        copies = arch.heads // arch.kv_heads if new else 1
+        assert live == 7 * said["kv_bytes_per_token"] * copies
     assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]
     shape = Checkpoint(tmp_path / "small").shape
     ranks = {part: record["layers"][0][part]["rank"] for part in ("ov", "mlp")}

@@ -79,7 +79,7 @@ class Family:
         return config.intermediate_size
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Whether fused q, k, v alternate head by head instead of standing one after the other."""
+        """Whether fused q, k, v alternate group by group instead of standing one after another."""
         return False
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
@@ -103,9 +103,13 @@ class Family:
                 "queries and keys. This model is not supported."
             )
 
+    def layout(self, config: PreTrainedConfig) -> str | None:
+        """How RoPE pairs the dimensions of a head; None without RoPE."""
+        return self.rope_layout
+
     def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
         """Rotated dimensions of a head, the first ones; 0 without RoPE."""
-        if self.rope_layout is None:
+        if self.layout(config) is None:
             return 0
         return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
@@ -116,9 +120,10 @@ class Family:
         kv_heads = self.kv_heads(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         grouped = "gqa" if kv_heads < heads else "mha"
+        layout = self.layout(config)
         return {
             "family": config.model_type,
-            "attention": f"{grouped}-rope" if self.rope_layout else grouped,
+            "attention": f"{grouped}-rope" if layout else grouped,
             "mlp": "3-layer" if "gate" in self.parts else "2-layer",
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
@@ -129,7 +134,7 @@ class Family:
             "vocab_size": config.vocab_size,
             **self.biases(config),
             "qk_norm": self.qk_norm,
-            "rope_layout": self.rope_layout,
+            "rope_layout": layout,
             "rope_dims": self.rope_dims(config, head_dim),
             "nope_layers": self.nope_layers(config),
             "scaling": self.scaling(config, head_dim),
@@ -210,10 +215,12 @@ class Family:
 
     def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
         """The rows of one part among those of the tensor that it shares, (out, …) to (out', …)."""
+        if part in "qkv" and self.interleaved(fields):
+            # Each group has its query heads, then its key head, then its value head.
+            groups = rows.unflatten(0, (fields["kv_heads"], -1, fields["head_dim"]))
+            place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+            return groups[:, place].flatten(0, 2)
         together = self.fused(part)
-        if len(together) > 1 and self.interleaved(fields):
-            each = rows.unflatten(0, (-1, len(together), fields["head_dim"]))
-            return each[:, together.index(part)].flatten(0, 1)
         start = sum(self.width(other, fields) for other in together[: together.index(part)])
         return rows[start : start + self.width(part, fields)]
 
@@ -469,6 +476,34 @@ class Bloom(NoRope):
         return True
 
 
+class Falcon(Bloom):
+    """RoPE or ALiBi; one key/value head for all, one a group or one a query head, interleaved.
+
+    The mask that its layers hand over holds ALiBi, divided as the scores are. (The dense model adds
+    it once more with eager attention; the compressed one does what the default, sdpa, does.)
+    """
+
+    rope_layout = "halves"
+
+    def layout(self, config: PreTrainedConfig) -> str | None:
+        """None with alibi."""
+        return None if config.alibi else self.rope_layout
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """num_kv_heads counts in the new decoder architecture only."""
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """ffn_hidden_size."""
+        return config.ffn_hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """`bias` for all."""
+        return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.bias)
+
+
 class Mpt(NoRope):
     """ALiBi; fused q, k, v; no biases at all."""
 
@@ -559,6 +594,7 @@ class StableLm(Family):
 
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
+    "falcon": Falcon(),
     "gemma2": Gemma2(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
