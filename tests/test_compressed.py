@@ -32,6 +32,7 @@ PARTIAL = {
 QUARTER = {"rope_parameters": PARTIAL["rope_parameters"] | {"partial_rotary_factor": 0.25}}
 ALIBI = {"alibi": True, "bias": True}
 GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -40,17 +41,22 @@ MODELS = {
     "llama-wide-heads": ("llama", {"head_dim": 24}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "bloom": ("bloom", {}),
+    "cohere": ("cohere", BIASED),
+    "cohere2": ("cohere2", WINDOWS),
     "falcon": ("falcon", {"multi_query": True}),
     "falcon-alibi": ("falcon", ALIBI | {"multi_query": False, "parallel_attn": False}),
     "falcon-gqa": ("falcon", GROUPED),
     "falcon-gqa-alibi": ("falcon", GROUPED | ALIBI),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
+    "glm": ("glm", BIASED | {"head_dim": 16}),
+    "glm4": ("glm4", BIASED | {"head_dim": 16}),
     "gpt2": ("gpt2", {"n_inner": 96}),
     "gpt_neox": ("gpt_neox", PARTIAL),
     "gpt_neox-quarter": ("gpt_neox", QUARTER),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
     "gpt_bigcode-mha": ("gpt_bigcode", {"n_inner": 96, "multi_query": False}),
     "gpt_neo": ("gpt_neo", {"window_size": 16, "attention_types": [[["global", "local"], 1]]}),
+    "gptj": ("gptj", {"rotary_dim": 8, "n_inner": 96}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "olmo": ("olmo", BIASED),
@@ -205,7 +211,10 @@ INTERLEAVED = ("bloom", "falcon", "gpt_neox")
 
 
 def places(attention, arch):
-    """Where the heads of q, k and v are: the module, and the rows (heads, h) of its weight."""
+    """Where the heads of q, k and v are: the module, and the rows (heads, h) of its weight.
+
+    RoPE pairs are in halves.
+    """
     h, H, G = arch.head_dim, arch.heads, arch.kv_heads
     fused = next((m for m in map(attention.__dict__["_modules"].get, FUSED) if m), None)
     if fused is None:
@@ -218,7 +227,11 @@ def places(attention, arch):
             groups = each.view(G, -1, h)
             places = [groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]]
         else:
-            places = each.split((H, G, G))
+            places = list(each.split((H, G, G)))
+    if arch.rope_layout == "neighbours":
+        d = arch.rope_dims
+        order = [*range(0, d, 2), *range(1, d, 2), *range(d, h)]
+        places[:2] = [place[:, order] for place in places[:2]]
     return dict(zip("qkv", zip(modules, places, strict=True), strict=True))
 
 
@@ -436,6 +449,11 @@ def swap_layout(monkeypatch):
     monkeypatch.setattr(qk, "_pairs_and_rest", neighbours)
 
 
+def keep_layout(monkeypatch):
+    """Leave pairs that are neighbours as they are."""
+    monkeypatch.setattr(Family, "in_halves", lambda self, rows, fields: rows)
+
+
 def wrong_scale(monkeypatch):
     """All families ask their adapter for the scale."""
     for family in {type(family) for family in FAMILIES.values()}:
@@ -444,13 +462,15 @@ def wrong_scale(monkeypatch):
         monkeypatch.setattr(family, "scaling", wrong)
 
 
-@pytest.mark.parametrize("mutate", [drop_bias, swap_layout, wrong_scale])
+@pytest.mark.parametrize("mutate", [drop_bias, swap_layout, keep_layout, wrong_scale])
 def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mutate):
     arch = load_arch(dense / "dense")
     if mutate is drop_bias and not arch.qkv_bias:
         pytest.skip("no biases to drop")
     if mutate is swap_layout and (not arch.rope_layout or arch.qk_norm):
         pytest.skip("no pairs to choose")
+    if mutate is keep_layout and arch.rope_layout != "neighbours":
+        pytest.skip("pairs are in halves")
     mutate(monkeypatch)
     small = compress(dense, tmp_path / "small", "0")
     ids = tokens(dense)

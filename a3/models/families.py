@@ -168,7 +168,7 @@ class Family:
     @property
     def repacked(self) -> bool:
         """Whether q, k, v and o are stored otherwise than in the compressed model."""
-        return self.transposed or len(self.fused("q")) > 1
+        return self.transposed or self.rope_layout == "neighbours" or len(self.fused("q")) > 1
 
     def width(self, part: str, fields: dict[str, Any]) -> int:
         """Output size of a projection of the dense model."""
@@ -214,15 +214,29 @@ class Family:
         return W
 
     def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
-        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …)."""
+        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …).
+
+        RoPE pairs of q and k come out in halves, whatever the family's layout is.
+        """
         if part in "qkv" and self.interleaved(fields):
             # Each group has its query heads, then its key head, then its value head.
             groups = rows.unflatten(0, (fields["kv_heads"], -1, fields["head_dim"]))
             place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
-            return groups[:, place].flatten(0, 2)
-        together = self.fused(part)
-        start = sum(self.width(other, fields) for other in together[: together.index(part)])
-        return rows[start : start + self.width(part, fields)]
+            rows = groups[:, place].flatten(0, 2)
+        else:
+            together = self.fused(part)
+            start = sum(self.width(other, fields) for other in together[: together.index(part)])
+            rows = rows[start : start + self.width(part, fields)]
+        return self.in_halves(rows, fields) if part in "qk" else rows
+
+    def in_halves(self, rows: Tensor, fields: dict[str, Any]) -> Tensor:
+        """Move pairs that are neighbours (2j, 2j + 1) of each head to (j, j + pairs)."""
+        if fields["rope_layout"] != "neighbours":
+            return rows
+        order = torch.arange(fields["head_dim"])
+        rotated = slice(fields["rope_dims"])
+        order[rotated] = order[rotated].view(-1, 2).T.flatten()
+        return rows.unflatten(0, (-1, fields["head_dim"]))[:, order].flatten(0, 1)
 
     def attention(
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
@@ -592,14 +606,89 @@ class StableLm(Family):
         return {"qkv_bias": config.use_qkv_bias, "o_bias": False, "mlp_bias": False}
 
 
+class Cohere(AttentionBiased):
+    """Pairs are neighbours; attention and MLP side by side."""
+
+    rope_layout = "neighbours"
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse use_qk_norm."""
+        super().check(config)
+        if getattr(config, "use_qk_norm", False):
+            raise A3Error(
+                "config.json: use_qk_norm is true; a3 does not know this family with normed "
+                "queries and keys. This model is not supported."
+            )
+
+
+class Cohere2(Cohere):
+    """Layers with full attention have no RoPE; the others have a sliding window."""
+
+    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Where layer_types has full_attention."""
+        return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+
+
+class Glm(Family):
+    """GLM 4: pairs are neighbours; gate and up in one matrix; biases of q, k and v."""
+
+    rope_layout = "neighbours"
+    parts: ClassVar[dict[str, str]] = Family.parts | {
+        "gate": "mlp.gate_up_proj",
+        "up": "mlp.gate_up_proj",
+    }
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """attention_bias for q, k and v."""
+        return {"qkv_bias": config.attention_bias, "o_bias": False, "mlp_bias": False}
+
+
+class GPTJ(Family):
+    """Pairs are neighbours, of the first rotary_dim dimensions; biases in the MLP only."""
+
+    rope_layout = "neighbours"
+    prefix = "transformer"
+    layer_path = "h"
+    attention_name = "attn"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.q_proj",
+        "k": "attn.k_proj",
+        "v": "attn.v_proj",
+        "o": "attn.out_proj",
+        "up": "mlp.fc_in",
+        "down": "mlp.fc_out",
+    }
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """As many as query heads."""
+        return config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size unless the config says otherwise."""
+        return config.n_inner or 4 * config.hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """The MLP."""
+        return {"qkv_bias": False, "o_bias": False, "mlp_bias": True}
+
+    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
+        """rotary_dim."""
+        return config.rotary_dim
+
+
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
+    "cohere": Cohere(),
+    "cohere2": Cohere2(),
     "falcon": Falcon(),
     "gemma2": Gemma2(),
+    "glm": Glm(),
+    "glm4": Glm(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
     "gpt_neo": GPTNeo(),
     "gpt_neox": GPTNeoX(),
+    "gptj": GPTJ(),
     "llama": Family(),
     "ministral": Mistral(),
     "mistral": Mistral(),
