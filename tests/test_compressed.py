@@ -70,6 +70,23 @@ MODELS = {
     "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "smollm3": ("smollm3", BIASED | {"no_rope_layers": [1, 0]}),
 }
+# Scalings of RoPE, for a context of ORIGINAL tokens that is exceeded.
+ORIGINAL = 16
+LIMIT = {"original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Rotates three quarters of a head, as Phi-4-mini.
+LONGROPE = {
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
+SCALINGS = {
+    "linear": ("llama", {"factor": 4.0}, {}),
+    "dynamic": ("llama", {"factor": 4.0}, {"max_position_embeddings": ORIGINAL}),
+    "llama3": ("llama", LLAMA3 | LIMIT, {}),
+    "yarn": ("llama", {"factor": 4.0} | LIMIT, {}),
+    "longrope": ("phi3", LONGROPE, LIMIT),
+}
 # Characters at random: statistics of full rank, so that the solution is unique.
 TEXT = "".join(random.Random(0).choices("".join(map(chr, range(32, 500))), k=3000))
 SETTINGS = {
@@ -101,13 +118,17 @@ def redraw(folder, seed=0):
 def dense(request, tmp_path_factory):
     """A dense folder with its statistics in `rxx`."""
     folder = tmp_path_factory.mktemp(request.param)
-    model_type, config = MODELS[request.param]
+    prepare(folder, *MODELS[request.param])
+    return folder
+
+
+def prepare(folder, model_type, config):
+    """Make a tiny model in `dense` and its statistics in `rxx`."""
     tiny_model(folder / "dense", model_type, **config)
     redraw(folder / "dense")
     (folder / "text.txt").write_text(TEXT)
     outputs = {kind: folder / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
     collect(folder / "dense", folder / "text.txt", outputs, **SETTINGS)
-    return folder
 
 
 def load(folder):
@@ -400,6 +421,34 @@ def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode
         logits(full, ids), logits(load(dense / "dense"), ids), rtol=0, atol=2e-5
     )
     assert torch.isfinite(logits(compress(dense, tmp_path / "small", "0.5", **only), ids)).all()
+
+
+@pytest.mark.parametrize("rope_type", SCALINGS)
+def test_scaled_rope_beyond_the_original_context(tmp_path, rope_type):
+    model_type, values, config = SCALINGS[rope_type]
+    rope = {"rope_theta": 1e4, "rope_type": rope_type} | values
+    prepare(tmp_path, model_type, config | {"rope_parameters": rope})
+    ids, dense = tokens(tmp_path), tmp_path / "dense"
+    expected = logits(load(dense), ids)
+    default = rope | {"rope_type": "default"}
+    plain = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float64, rope_parameters=default
+    )
+    assert (logits(plain, ids) - expected).abs().max() > 1e-3
+
+    full = compress(tmp_path, tmp_path / "full", "0")
+    torch.testing.assert_close(logits(full, ids), expected, rtol=0, atol=2e-5)
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    start = ids[:, : ORIGINAL - 4]
+    torch.testing.assert_close(
+        compress(tmp_path, tmp_path / "again", "0").generate(start, **options),
+        load(dense).generate(start, **options),
+    )
+
+    small = compress(tmp_path, tmp_path / "small", "0.5", ov="dense", mlp="dense")
+    emulated = load(dense)
+    emulate(emulated, tmp_path, "0.5", ("qk",))
+    torch.testing.assert_close(logits(small, ids), logits(emulated, ids), rtol=0, atol=1e-4)
 
 
 def test_scores_in_float32_do_not_overflow_in_half_precision():
