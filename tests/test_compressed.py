@@ -7,16 +7,18 @@ from decimal import Decimal
 import pytest
 import reference
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from a3.documents import load_documents, token_blocks
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import scores_in_float32
-from a3.models.families import FAMILIES, Family
+from a3.models.families import FAMILIES, REFUSED, Family
 from a3.solutions import qk
 from a3.stages.approximate import Plan, approximate
 from a3.stages.collect import collect
@@ -129,9 +131,17 @@ def redraw(folder, seed=0):
 @pytest.fixture(scope="module", params=MODELS)
 def dense(request, tmp_path_factory):
     """A dense folder with its statistics in `rxx`."""
+    model_type, config = MODELS[request.param]
+    needs(model_type)
     folder = tmp_path_factory.mktemp(request.param)
-    prepare(folder, *MODELS[request.param])
+    prepare(folder, model_type, config)
     return folder
+
+
+def needs(model_type):
+    """Skip the tests of a family that this version of transformers does not have."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
 
 
 def prepare(folder, model_type, config):
@@ -202,6 +212,16 @@ def reference_statistics(folder):
     for block in token_blocks(load_documents(folder / "text.txt"), tokenizer, **cut):
         logits(model, block[None])
     return sums
+
+
+def test_every_family_is_in_this_suite():
+    assert {model_type for model_type, _ in MODELS.values()} == set(FAMILIES)
+    assert not set(FAMILIES) & set(REFUSED)
+
+
+def test_a_family_that_transformers_lacks_is_skipped_with_the_reason():
+    with pytest.raises(pytest.skip.Exception, match=r"transformers .* has no quark"):
+        needs("quark")
 
 
 def load(folder):

@@ -118,8 +118,27 @@ def test_an_unknown_family_lists_those_known(work, tmp_path, capsys):
         capsys, "collect", tmp_path / "mamba", "--text", work / "text.txt", *BLOCK,
         "-o", tmp_path / "v_blocks.safetensors",
     )  # fmt: skip
-    assert "'mamba'" in message
+    assert "'mamba', with layers that are recurrent" in message
     assert "llama" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("bart", "an encoder-decoder: cross-attention"),
+        ("t5", "an encoder-decoder: cross-attention"),
+        ("deepseek_v2", "latent attention: keys and values are made from a shared low-rank latent"),
+        ("deepseek_v3", "latent attention: keys and values are made from a shared low-rank latent"),
+        ("jamba", "recurrent, convolutional or linear"),
+        ("qwen3_next", "recurrent, convolutional or linear"),
+        ("rwkv", "recurrent, convolutional or linear"),
+        ("quark", "which a3 does not know"),
+    ],
+)
+def test_a_family_that_cannot_be_compressed_says_why(tmp_path, family, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(A3Error, match=f"'{family}', .*{reason}"):
+        describe(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +293,7 @@ def test_an_interrupt_leaves_nothing(work, tmp_path, sign):
     (tmp_path / "long.txt").write_text((work / "text.txt").read_text() * 400)
     out = tmp_path / "out" / "v_blocks.safetensors"
     arguments = ["collect", work / "dense", "--text", tmp_path / "long.txt"]
-    arguments += ["--tokens", "400000", "--block-length", "128", "-o", out]
+    arguments += ["--tokens", "200000", "--block-length", "16", "-o", out]
     with subprocess.Popen(
         [sys.executable, "-m", "a3", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"},

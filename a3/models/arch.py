@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import FAMILIES, Family
+from a3.models.families import FAMILIES, REFUSED, Family
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
@@ -86,11 +86,13 @@ def describe(folder: Path) -> Arch:
     Raises A3Error for a family that is not known, weights that are missing, truncated or of
     another shape than the config says.
     """
-    family = FAMILIES.get(model_type(folder))
+    found = model_type(folder)
+    family = FAMILIES.get(found)
     if family is None:
+        reason = REFUSED.get(found, "which a3 does not know")
         raise A3Error(
-            f"{folder / 'config.json'}: model_type is {model_type(folder)!r}, which a3 does not "
-            f"know. Known families: {', '.join(sorted(FAMILIES))}."
+            f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     fields = family.describe(AutoConfig.from_pretrained(folder))
     checkpoint = Checkpoint(folder, family.prefix)
