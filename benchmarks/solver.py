@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from a3.models.families import AttentionWeights, MLPWeights
+from a3.models.family import AttentionWeights, MLPWeights
 from a3.solutions import mlp, ov, qk
 
 HEAD = 128

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import FAMILIES, REFUSED, Family
+from a3.models.families import FAMILIES, REFUSED
+from a3.models.family import Family
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).

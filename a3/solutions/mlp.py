@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from a3.linalg import keep_best, relative
-from a3.models.families import MLPWeights
+from a3.models.family import MLPWeights
 
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.

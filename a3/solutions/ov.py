@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from a3.linalg import shared_subspace, subspace_error
-from a3.models.families import AttentionWeights
+from a3.models.family import AttentionWeights
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a3.linalg import keep_best, relative, shared_subspace, subspace_error
-from a3.models.families import AttentionWeights
+from a3.models.family import AttentionWeights
 
 
 @dataclass(frozen=True)

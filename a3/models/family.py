@@ -1,0 +1,358 @@
+"""A family's adapter: where q, k, v, o and the MLP are in a checkpoint, and their biases.
+
+All weights leave an adapter in the row-vector convention of the paper (y = x W), float64, one slice
+a head; where the family has biases, W has the bias as one more row, as if x had a 1 at its end,
+which makes every formula exact.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from a3.errors import A3Error
+from a3.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Weights of one layer's attention; d̂ is the hidden size, plus one where there are biases.
+
+    q (H, d̂, h), k (G, d̂, h), v (G, d̂, h), o (H, h, d); head i belongs to group i // (H / G).
+    The first `rope_dims` of the h dimensions of q and k are rotated. Where q and k are normed
+    before, over each head or over the layer's heads together (`norm`), q_gain (H, h) and k_gain
+    (G, h) are the norm's gains.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    rope_dims: int = 0
+    norm: str | None = None
+    q_gain: Tensor | None = None
+    k_gain: Tensor | None = None
+
+    def grouped(self, heads: Tensor) -> Tensor:
+        """(H, a, b) to (G, H / G, a, b)."""
+        return heads.unflatten(0, (self.k.shape[0], -1))
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """Weights of one layer's MLP: up and gate (d̂, n), or no gate; down (n, d)."""
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+
+
+# The attention of Llama and of many others.
+ATTENTION = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+}
+
+
+class Family:
+    """Llama: separate q, k, v, o, gate, up, down projections; RoPE in halves."""
+
+    rope_layout: ClassVar[str | None] = "halves"
+    # RMS norm of q and k before RoPE: over each "head", over the "layer"'s heads together, or none;
+    # a norm's gain is its weight plus `gain_offset`.
+    qk_norm: ClassVar[str | None] = None
+    gain_offset: ClassVar[float] = 0.0
+    prefix: ClassVar[str] = "model"
+    layer_path: ClassVar[str] = "layers"
+    attention_name: ClassVar[str] = "self_attn"
+    # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
+    transposed: ClassVar[bool] = False
+    # Parts that share a module are fused in it, in this order.
+    parts: ClassVar[dict[str, str]] = ATTENTION | {
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    # The same of a mixture's experts, {} is their number, where they stand in the MLP's place.
+    experts: ClassVar[dict[str, str]] = {}
+    # --- what the config says ---
+
+    def kv_heads(self, config: PreTrainedConfig) -> int:
+        """Number of key/value heads."""
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def intermediate_size(self, config: PreTrainedConfig) -> int:
+        """Number of channels of the MLP."""
+        return config.intermediate_size
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        return {"experts": 0, "experts_per_token": 0}
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """Whether fused q, k, v alternate group by group instead of standing one after another."""
+        return False
+
+    def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        """Which projections have biases."""
+        attention = config.attention_bias
+        return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": config.mlp_bias}
+
+    def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """The softmax scale."""
+        return head_dim**-0.5
+
+    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
+        """Layers without RoPE in a model that has it elsewhere."""
+        return []
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise A3Error for a variant that this adapter would get wrong."""
+        if getattr(config, "qk_layernorm", False):
+            raise A3Error(
+                "config.json: qk_layernorm is true; a3 does not know this family with normed "
+                "queries and keys. This model is not supported."
+            )
+
+    def layout(self, config: PreTrainedConfig) -> str | None:
+        """How RoPE pairs the dimensions of a head; None without RoPE."""
+        return self.rope_layout
+
+    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
+        """Rotated dimensions of a head, the first ones; 0 without RoPE."""
+        if self.layout(config) is None:
+            return 0
+        return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    def describe(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """The fields of `Arch` that the config decides; raises A3Error as `check` does."""
+        self.check(config)
+        heads = config.num_attention_heads
+        kv_heads = self.kv_heads(config)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        grouped = "gqa" if kv_heads < heads else "mha"
+        layout = self.layout(config)
+        return {
+            "family": config.model_type,
+            "attention": f"{grouped}-rope" if layout else grouped,
+            "mlp": "3-layer" if "gate" in self.places else "2-layer",
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": self.intermediate_size(config),
+            **self.mixture(config),
+            "vocab_size": config.vocab_size,
+            **self.biases(config),
+            "qk_norm": self.qk_norm,
+            "rope_layout": layout,
+            "rope_dims": self.rope_dims(config, head_dim),
+            "nope_layers": self.nope_layers(config),
+            "scaling": self.scaling(config, head_dim),
+            "tied_embeddings": config.tie_word_embeddings,
+        }
+
+    # --- names ---
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each part is in a layer; {} is an expert's number."""
+        return self.parts | self.experts
+
+    def module(self, layer: int, part: str, expert: int | None = None) -> str:
+        """Module of one projection, relative to the trunk (`model.base_model`)."""
+        return f"{self.layer_path}.{layer}.{self.places[part].format(expert)}"
+
+    def attention_module(self, layer: int) -> str:
+        """The attention module of a layer, which the compressed model replaces."""
+        return f"{self.prefix}.{self.layer_path}.{layer}.{self.attention_name}"
+
+    def experts_module(self, layer: int) -> str:
+        """The experts of a layer, in memory, which the compressed model replaces."""
+        return f"{self.prefix}.{self.layer_path}.{layer}.mlp.experts"
+
+    def name(self, layer: int, part: str, field: str = "weight", expert: int | None = None) -> str:
+        """Tensor of one projection in the dense checkpoint."""
+        return f"{self.prefix}.{self.module(layer, part, expert)}.{field}"
+
+    def packed_name(
+        self, layer: int, part: str, field: str = "weight", expert: int | None = None
+    ) -> str:
+        """Tensor of one projection in the compressed checkpoint: attention is never fused there."""
+        if part in "qkvo":
+            return f"{self.attention_module(layer)}.{part}_proj.{field}"
+        if expert is not None:
+            return f"{self.experts_module(layer)}.{expert}.{part}_proj.{field}"
+        return self.name(layer, part, field)
+
+    def packed_rest(self, name: str) -> str:
+        """Name in the compressed checkpoint of a tensor that no part has."""
+        return name
+
+    def norm_name(self, layer: int, part: str) -> str:
+        """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
+        return f"{self.attention_module(layer)}.{part}_norm.weight"
+
+    def fused(self, part: str) -> list[str]:
+        """Parts that lie in the same tensor as `part`, itself included, in order."""
+        return [other for other in self.places if self.places[other] == self.places[part]]
+
+    @property
+    def repacked(self) -> bool:
+        """Whether q, k, v and o are stored otherwise than in the compressed model."""
+        moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
+        return moved or len(self.fused("q")) > 1
+
+    def width(self, part: str, fields: dict[str, Any]) -> int:
+        """Output size of a projection of the dense model."""
+        if part in "qkv":
+            return fields["heads" if part == "q" else "kv_heads"] * fields["head_dim"]
+        return fields["hidden_size"] if part in ("o", "down") else fields["intermediate_size"]
+
+    def sizes(self, part: str, rank: int, hidden_size: int) -> tuple[int, int]:
+        """(in, out) of a module of the MLP with `rank` channels."""
+        if part == "down":
+            return rank, hidden_size
+        return hidden_size, rank * len(self.fused(part))
+
+    def has_bias(self, part: str, fields: dict[str, Any]) -> bool:
+        """Whether a projection of the dense model has a bias."""
+        return fields[{"o": "o_bias"}.get(part, "qkv_bias" if part in "qkv" else "mlp_bias")]
+
+    def shapes(self, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that compression replaces, of the dense model."""
+        inputs = {"o": fields["heads"] * fields["head_dim"], "down": fields["intermediate_size"]}
+        expected: dict[str, tuple[int, ...]] = {}
+        for layer in range(fields["layers"]):
+            for part in self.places:
+                rows = sum(self.width(other, fields) for other in self.fused(part))
+                columns = inputs.get(part, fields["hidden_size"])
+                shape = (columns, rows) if self.transposed else (rows, columns)
+                for expert in self.copies(part, fields):
+                    expected[self.name(layer, part, "weight", expert)] = shape
+                    if self.has_bias(part, fields):
+                        expected[self.name(layer, part, "bias", expert)] = (rows,)
+        return expected
+
+    def copies(self, part: str, fields: dict[str, Any]) -> Iterable[int | None]:
+        """The numbers of the experts that have a part; [None] for a part that is not theirs."""
+        return range(fields["experts"]) if part in self.experts else [None]
+
+    # --- weights ---
+
+    def _rows(
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        part: str,
+        fields: dict[str, Any],
+        expert: int | None = None,
+    ) -> Tensor:
+        """One projection as x W, (d̂, out), with the bias as the last row (o and down: without)."""
+        W = checkpoint.tensor(self.name(layer, part, "weight", expert))
+        W = self.unfuse(W if not self.transposed else W.T, part, fields).double().T
+        if part not in ("o", "down") and self.has_bias(part, fields):
+            b = checkpoint.tensor(self.name(layer, part, "bias"))
+            W = torch.cat((W, self.unfuse(b, part, fields).double()[None]))
+        return W
+
+    def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
+        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …).
+
+        RoPE pairs of q and k come out in halves, whatever the family's layout is.
+        """
+        if part in "qkv" and self.interleaved(fields):
+            # Each group has its query heads, then its key head, then its value head.
+            groups = rows.unflatten(0, (fields["kv_heads"], -1, fields["head_dim"]))
+            place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+            rows = groups[:, place].flatten(0, 2)
+        else:
+            together = self.fused(part)
+            start = sum(self.width(other, fields) for other in together[: together.index(part)])
+            rows = rows[start : start + self.width(part, fields)]
+        return self.in_halves(rows, fields) if part in "qk" else rows
+
+    def in_halves(self, rows: Tensor, fields: dict[str, Any]) -> Tensor:
+        """Move pairs that are neighbours (2j, 2j + 1) of each head to (j, j + pairs)."""
+        if fields["rope_layout"] != "neighbours":
+            return rows
+        order = torch.arange(fields["head_dim"])
+        rotated = slice(fields["rope_dims"])
+        order[rotated] = order[rotated].view(-1, 2).T.flatten()
+        return rows.unflatten(0, (-1, fields["head_dim"]))[:, order].flatten(0, 1)
+
+    def attention(
+        self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
+    ) -> AttentionWeights:
+        """Read one layer's attention weights; `fields` are those of `Arch`."""
+
+        def heads(part: str) -> Tensor:
+            W = self._rows(checkpoint, layer, part, fields)
+            return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
+
+        def gain(part: str) -> Tensor | None:
+            if self.qk_norm is None:
+                return None
+            gains = checkpoint.tensor(self.norm_name(layer, part)).double() + self.gain_offset
+            shape = (self.width(part, fields) // fields["head_dim"], fields["head_dim"])
+            return gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
+
+        o = self._rows(checkpoint, layer, "o", fields).unflatten(0, (fields["heads"], -1))
+        rotated = 0 if layer in fields["nope_layers"] else fields["rope_dims"]
+        return AttentionWeights(
+            heads("q"), heads("k"), heads("v"), o, rotated, self.qk_norm, gain("q"), gain("k")
+        )
+
+    def mlp(
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        fields: dict[str, Any],
+        expert: int | None = None,
+    ) -> MLPWeights:
+        """Read one layer's MLP weights, or one expert's; `fields` are those of `Arch`."""
+
+        def rows(part: str) -> Tensor:
+            return self._rows(checkpoint, layer, part, fields, expert)
+
+        return MLPWeights(
+            up=rows("up"), gate=rows("gate") if "gate" in self.places else None, down=rows("down")
+        )
+
+    def pack(
+        self,
+        layer: int,
+        solved: dict[str, Tensor],
+        fields: dict[str, Any],
+        expert: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Checkpoint tensors of compressed projections, float64.
+
+        `solved` has W by part: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for the
+        MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are the
+        dense ones.
+        """
+        tensors: dict[str, list[Tensor]] = {
+            self.norm_name(layer, name[0]): [gains]
+            for name, gains in solved.items()
+            if name.endswith("_gain")
+        }
+        for part in sorted(self.places.keys() & solved, key=list(self.places).index):
+            W = solved[part]
+            if part in "qkv":
+                W = W.movedim(0, 1).flatten(1)
+            elif part == "o":
+                W = W.flatten(0, 1)
+            if part not in ("o", "down") and self.has_bias(part, fields):
+                W, b = W[:-1], W[-1]
+                tensors.setdefault(self.packed_name(layer, part, "bias"), []).append(b)
+            keep = self.transposed and part not in "qkvo"
+            name = self.packed_name(layer, part, "weight", expert)
+            tensors.setdefault(name, []).append(W if keep else W.T)
+        return {name: torch.cat(pieces) for name, pieces in tensors.items()}
