@@ -2,7 +2,6 @@
 
 import json
 import random
-from decimal import Decimal
 
 import pytest
 import reference
@@ -17,8 +16,10 @@ from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, Family
 from a3.solutions import qk
-from a3.stages.approximate import Plan, approximate
+from a3.solutions.modes import choose
+from a3.stages.approximate import approximate
 from a3.stages.collect import collect
+from a3.stages.plan import Plan
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 # Every family, and the variants of attention and biases that one family can have.
@@ -121,7 +122,8 @@ def compress(dense, out, ratio, **modes):
     modes = modes_of(arch) | modes
     if arch.qk_norm:
         modes["qk"] = "dense"
-    approximate(dense / "dense", dense / "rxx", Plan(modes, Decimal(ratio)), out)
+    plan = Plan(choose(modes | {"ratio": ratio}))
+    approximate(dense / "dense", dense / "rxx", plan, out)
     return load(out)
 
 
@@ -138,7 +140,7 @@ def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, rat
     arch = load_arch(dense / "dense")
     modes = {part: mode if part in parts else "dense" for part, mode in modes_of(arch).items()}
     if arch.qk_norm and "qk" in parts:
-        plan = Plan(modes, Decimal(ratio))
+        plan = Plan(choose(modes | {"ratio": ratio}))
         with pytest.raises(A3Error, match="normed"):
             approximate(dense / "dense", dense / "rxx", plan, tmp_path / "small")
         return
@@ -368,7 +370,8 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     outputs = {kind: tmp_path / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
     collect(dense, tmp_path / "text.txt", outputs, **SETTINGS)
-    approximate(dense, tmp_path / "rxx", Plan(MODES, Decimal("0.2")), small)
+    plan = Plan(choose(MODES | {"ratio": "0.2"}))
+    approximate(dense, tmp_path / "rxx", plan, small)
     assert load_arch(dense).dtype == "bfloat16"
     name = "model.layers.0.self_attn.q_proj.weight"
     assert Checkpoint(small).dtype(name) == "bfloat16"
