@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from a3.errors import A3Error
+from a3.solutions.modes import NO_RATIO, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -85,31 +86,30 @@ def items(documents: Path, items: int, seed: int, out: Path) -> None:
     harness_items(documents, items, seed, out)
 
 
-def collect(model: Path, text: Path, out: list[Path], **settings: Any) -> None:
+def collect(
+    model: Path, text: Path, out: list[Path], experiments: list[dict[str, str]], **settings: Any
+) -> None:
     """Collect statistics."""
     from a3.stages.collect import collect
+    from a3.stages.plan import check_experiments
 
+    check_experiments(folder(model), experiments)
     collect(folder(model), text, {path.stem: path for path in out}, **settings)
 
 
-def approx(model: Path, rxx: Path, out: Path, ratio: str, **modes: str) -> None:
+def approx(model: Path, rxx: Path, out: Path, **row: str) -> None:
     """Compress with collected statistics."""
-    from a3.solutions.modes import parse_ratio
     from a3.stages.approximate import Plan, approximate
 
-    approximate(folder(model), rxx, Plan(modes, parse_ratio(ratio)), out)
+    approximate(folder(model), rxx, Plan(choose(row)), out)
 
 
-def compress(
-    model: str, text: str, out: Path, ratio: str, settings: dict[str, Any], **modes: str
-) -> None:
+def compress(model: str, text: str, out: Path, settings: dict[str, Any], **row: str) -> None:
     """Collect and approx in one go."""
-    from a3.solutions.modes import parse_ratio
-    from a3.stages.approximate import Plan
     from a3.stages.compress import compress
+    from a3.stages.plan import Plan
 
-    plan = Plan(modes, parse_ratio(ratio))
-    compress(model_entry(model), text_entry(text), plan, out, settings)
+    compress(model_entry(model), text_entry(text), Plan(choose(row)), out, settings)
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -235,6 +235,8 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …",
     )
+    text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
+    one.add_argument("--experiments", type=parse_json, default=[], help=text_)
     add_run(add_blocks(one, tokens=32768, seed=True))
 
     one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
@@ -326,9 +328,11 @@ def add_out(one: argparse.ArgumentParser, text: str) -> None:
 
 def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
-    one.add_argument("--ratio", required=True, help="share of each dimension to remove, [0, 1)")
+    text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
+    one.add_argument("--ratio", default=NO_RATIO, help=text)
+    text = "mode; with a ratio (@0.3) or rank (@48) of its own; or dense to leave it"
     for part, mode in (("qk", "rxx-w-rxx"), ("ov", "xkv"), ("mlp", "rxx-w")):
-        one.add_argument(f"--{part}", default=mode, help="mode, or dense to leave it")
+        one.add_argument(f"--{part}", default=mode, help=text)
 
 
 def add_blocks(one: argparse.ArgumentParser, tokens: int, seed: bool) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import jsonschema
 import yaml
 
 from a3.errors import A3Error
-from a3.solutions.modes import DENSE, PARTS, find_mode, kinds_needed, parse_ratio
+from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
@@ -104,8 +104,8 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
 def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of the experiments table, each with the keys of COLUMNS, all text.
 
-    Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes, a
-    ratio outside [0, 1), a row that stands twice, and evaluation text that is calibrated on.
+    Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes,
+    wrong sizes, two rows that say the same, and evaluation text that is calibrated on.
     """
     try:
         with path.open(newline="") as stream:
@@ -119,14 +119,18 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
             "tabs."
         )
     rows: list[dict[str, str]] = []
+    seen: list[tuple[str, str, dict[str, Choice]]] = []
     for number, row in enumerate(reader, 1):
         where = f"{path}: row {number}"
         if None in row or None in row.values():
             raise A3Error(f"{where}: expected {len(COLUMNS)} cells separated by tabs.")
-        if row in rows:
-            raise A3Error(f"{where}: stands twice. Delete one of the two.")
         check_row(row, config, where)
+        # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
+        meaning = row["model"], row["calibration"], choose(row)
+        if meaning in seen:
+            raise A3Error(f"{where}: says the same as row {seen.index(meaning) + 1}. Delete one.")
         rows.append(row)
+        seen.append(meaning)
     if not rows:
         raise A3Error(f"{path}: no experiments. Add a row.")
     return rows
@@ -137,10 +141,7 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
     try:
         defined("model", row["model"], config["models"], "model")
         defined("calibration", row["calibration"], config["calibrations"], "calibration")
-        parse_ratio(row["ratio"])
-        for part in PARTS:
-            if row[part] != DENSE:
-                find_mode(part, row[part])
+        choose(row)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
     calibrated = config["calibrations"][row["calibration"]]["text"]
@@ -157,7 +158,7 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
 
 def kinds_of(rows: list[dict[str, str]]) -> list[str]:
     """Statistics that the modes of all rows read, sorted."""
-    return sorted({kind for row in rows for kind in kinds_needed({p: row[p] for p in PARTS})})
+    return sorted({kind for row in rows for kind in kinds_needed(choose(row))})
 
 
 def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -76,6 +76,11 @@ class Place:
         return DENSE if self.is_dense else f"{self.qk}+{self.ov}+{self.mlp}"
 
     @property
+    def nominal(self) -> float | None:
+        """The one ratio of all compressed parts; None where some part has a size of its own."""
+        return None if "@" in self.method else float(self.ratio)
+
+    @property
     def _tail(self) -> Path:
         own = (DENSE,) if self.is_dense else (self.calibration, self.method, self.ratio)
         return Path(self.model, *own)

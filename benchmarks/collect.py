@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
 from a3.models.arch import Arch, load_arch
-from a3.solutions.modes import kinds_needed
+from a3.solutions.modes import choose, kinds_needed
 from a3.stages.collect import run
 from a3.statistics import KINDS, Accumulator
 
 MODES = {
-    "the paper's modes": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
-    "with axkv": {"qk": "rxx-w-rxx", "ov": "axkv", "mlp": "rxx-w"},
+    "the paper's modes": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"},
+    "with axkv": {"qk": "rxx-w-rxx", "ov": "axkv", "mlp": "rxx-w", "ratio": "0.2"},
 }
 
 
@@ -55,7 +55,7 @@ def collected(
 
 def times(trunk: nn.Module, arch: Arch, blocks: Tensor) -> pd.DataFrame:
     """Seconds of each block, plain and collecting, in turn."""
-    choices = {"plain": []} | {name: kinds_needed(modes) for name, modes in MODES.items()}
+    choices = {"plain": []} | {name: kinds_needed(choose(modes)) for name, modes in MODES.items()}
     choices["everything"] = list(KINDS)
     collected(trunk, arch, blocks[:1], list(KINDS))  # the first pass touches memory
     seconds: dict[str, list[float]] = {name: [] for name in choices}

@@ -2,7 +2,6 @@
 
 import json
 import random
-from decimal import Decimal
 
 import pytest
 import reference
@@ -21,8 +20,10 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.solutions import qk
-from a3.stages.approximate import Plan, approximate
+from a3.solutions.modes import choose
+from a3.stages.approximate import approximate
 from a3.stages.collect import collect
+from a3.stages.plan import Plan
 from a3.statistics import KINDS
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
@@ -250,7 +251,8 @@ def modes_of(arch):
 def compress(dense, out, ratio, **modes):
     """Compress by the paper's modes, or those given."""
     modes = modes_of(load_arch(dense / "dense")) | modes
-    approximate(dense / "dense", dense / "rxx", Plan(modes, Decimal(ratio)), out)
+    plan = Plan(choose(modes | {"ratio": ratio}))
+    approximate(dense / "dense", dense / "rxx", plan, out)
     return load(out)
 
 
@@ -626,7 +628,8 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     outputs = {kind: tmp_path / "rxx" / f"{kind}.safetensors" for kind in ALL_KINDS}
     collect(dense, tmp_path / "text.txt", outputs, **SETTINGS)
-    approximate(dense, tmp_path / "rxx", Plan(MODES, Decimal("0.2")), small)
+    plan = Plan(choose(MODES | {"ratio": "0.2"}))
+    approximate(dense, tmp_path / "rxx", plan, small)
     assert load_arch(dense).dtype == "bfloat16"
     name = "model.layers.0.self_attn.q_proj.weight"
     assert Checkpoint(small).dtype(name) == "bfloat16"

@@ -6,7 +6,6 @@ The model comes through the workflow's own rules, into the results folder that `
 import json
 import subprocess
 import sys
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
-from a3.solutions.modes import kinds_needed
-from a3.stages.approximate import Plan, approximate
+from a3.solutions.modes import choose, kinds_needed
+from a3.stages.approximate import approximate
 from a3.stages.collect import collect
+from a3.stages.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "results" / "models" / "smollm2-135m"
@@ -31,7 +31,10 @@ def rxx(tmp_path_factory):
     profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
     subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
     folder = tmp_path_factory.mktemp("rxx")
-    outputs = {kind: folder / f"{kind}.safetensors" for kind in kinds_needed(MODES)}
+    outputs = {
+        kind: folder / f"{kind}.safetensors"
+        for kind in kinds_needed(choose(MODES | {"ratio": "0"}))
+    }
     settings = {"tokens": 512, "block_length": 256, "seed": 0, "bos": True}
     collect(MODEL, TEXT, outputs, **settings, dtype="float32", device="cpu")
     return folder
@@ -52,7 +55,7 @@ def run(folder, block):
 
 
 def test_full_rank_reproduces_the_dense_logits(rxx, block, tmp_path, record_property):
-    approximate(MODEL, rxx, Plan(MODES, Decimal(0)), tmp_path / "full")
+    approximate(MODEL, rxx, Plan(choose(MODES | {"ratio": "0"})), tmp_path / "full")
     dense, _ = run(MODEL, block)
     full, _ = run(tmp_path / "full", block)
     worst = (dense - full).abs().max().item()
@@ -63,7 +66,7 @@ def test_full_rank_reproduces_the_dense_logits(rxx, block, tmp_path, record_prop
 
 
 def test_the_live_cache_is_as_small_as_reported(rxx, block, tmp_path):
-    approximate(MODEL, rxx, Plan(MODES, Decimal("0.4")), tmp_path / "small")
+    approximate(MODEL, rxx, Plan(choose(MODES | {"ratio": "0.4"})), tmp_path / "small")
     said = json.loads((tmp_path / "small" / "approx.json").read_text())["size"]
     for folder, kind in ((MODEL, "dense"), (tmp_path / "small", "compressed")):
         assert run(folder, block)[1] == block.numel() * said[kind]["kv_bytes_per_token"]

@@ -114,14 +114,14 @@ def write_checkpoint(results, experiment):
         for kind, used in kinds.items()
         if used not in ("dense", "densedense")
     }
-    share = 1 - float(ratio) * sum(mode != "dense" for mode in modes.values()) / 3
+    removed = 0.25 if ratio == "-" else float(ratio)
+    share = 1 - removed * sum(mode != "dense" for mode in modes.values()) / 3
     layers = [layer(modes)] * 3
     write(
         results / "checkpoints" / tail / "approx.json",
         {
             "base": {"weights_sha256": digest(model)},
             "modes": modes,
-            "ratio": float(ratio),
             "layers": layers,
             "size": {"dense": size(1.0), "compressed": size(share)},
             "weights_sha256": weights,
@@ -361,6 +361,32 @@ def test_svg_has_no_date_and_no_version(results):
     text = (results / "figures" / "perplexity-small.svg").read_text()
     assert "<dc:date>" not in text
     assert "Matplotlib v" not in text
+
+
+def test_rows_with_sizes_of_their_own(tmp_path):
+    own = experiment("a", qk="rxx-w-rxx@6", ov="xkv@0.3", ratio="-", mlp="dense")
+    experiments = [own, experiment("a"), experiment("a", ov="xkv@4")]
+    write_results(tmp_path, experiments)
+    out = table(tmp_path, experiments)
+    assert [row["ratio"] for row in rows(out / "results.csv")] == ["0", "-", "0.2", "0.2"]
+    cells = [cell.strip() for cell in print_table(out).splitlines()[3].split("|")]
+    assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
+    assert len(figure_names(tmp_path, experiments)) == 4
+    captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
+    assert "rows with sizes of their own stand there only" in captions[0]["caption"]
+    svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
+    for label in ("rxx-w-rxx  20%", "rxx-w-rxx  rank 6", "xkv  30%", "xkv  rank 4"):
+        assert f"<!-- {label} -->" in svg
+    page = Page(report(tmp_path, experiments)).text
+    assert "at 0.2, 27.11 (+4.91) by rxx-w-rxx+xkv+rxx-w," in page
+    assert "a: rxx-w-rxx@6+xkv@0.3+dense, calibration wiki" in page
+
+
+def test_figures_without_a_nominal_ratio(tmp_path):
+    own = experiment("a", qk="rxx-w-rxx@6", ov="xkv@0.3", ratio="-", mlp="dense")
+    write_results(tmp_path, [own])
+    assert len(figure_names(tmp_path, [own])) == 4
+    assert "nominal" not in (tmp_path / "figures" / "captions.json").read_text()
 
 
 # --- report ---

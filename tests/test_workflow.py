@@ -1,5 +1,6 @@
 """Only stale stages are recomputed: tests that run Snakemake for real, on a tiny model."""
 
+import json
 import os
 import re
 import shutil
@@ -156,6 +157,32 @@ def test_a_new_ratio_runs_its_own_chain_only(settled):
     assert rules.count("approx") == 1
 
 
+def test_a_row_that_does_not_fit_is_refused_before_collecting(settled):
+    table = settled.folder / "experiments.tsv"
+    before = table.read_text()
+    table.write_text(before + "tiny\tshort\tk-only@4\taxkv\trxx\t0.25\n")
+    rules, output = settled.snakemake(status=1)
+    table.write_text(before)
+    assert rules == ["collect"]
+    assert "statistics take" not in output
+    assert not list(settled.folder.glob("results/rxx/tiny/short/o_proj_blocks*"))
+    assert "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, or dense" in output
+    assert "Traceback" not in output
+
+
+def test_sizes_of_their_own_are_part_of_the_path(settled):
+    with (settled.folder / "experiments.tsv").open("a") as table:
+        table.write("tiny\tshort\trxx-w-rxx@12\txkv@0.5\tdense\t-\n")
+    rules, _ = settled.snakemake()
+    assert set(rules) - {"all"} == {"approx", "eval_ppl", "eval_harness"} | DOWNSTREAM
+    made = settled.folder / "results/checkpoints/tiny/short/rxx-w-rxx@12+xkv@0.5+dense/-"
+    assert json.loads((made / "approx.json").read_text())["ranks"] == {"qk": 12, "ov": 8}
+    assert settled.snakemake()[0] == []
+    again = f"{made.parent.parent.relative_to(settled.folder)}/rxx-w-rxx@12+xkv@0.50+dense/-"
+    _, output = settled.snakemake("-n", f"{again}/approx.json", status=1)
+    assert "spell it 0.5." in output
+
+
 def test_a_change_of_the_perplexity_code(settled):
     settled.edit("a3/stages/perplexity.py", "    losses = []", "    losses: list = []")
     rules, output = settled.snakemake("-n")
@@ -217,6 +244,7 @@ def test_one_file_by_its_path_builds_only_that(settled):
         ("config/config.yaml", "text: learn", "text: lerne", "'lerne'"),
         ("experiments.tsv", "xkv", "xvk", "'xvk'"),
         ("experiments.tsv", "0.25", "1.25", "ratio is 1.25"),
+        ("experiments.tsv", "0.25", "-", "has no size"),
         ("experiments.tsv", "tiny", "huge", "'huge'"),
         ("experiments.tsv", "ratio", "ration", "columns are"),
     ],

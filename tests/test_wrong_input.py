@@ -19,9 +19,9 @@ from a3.cli import main
 from a3.config import check_row
 from a3.errors import A3Error
 from a3.models.arch import describe
-from a3.solutions.modes import check_fit, kinds_needed
+from a3.solutions.modes import check_fit, choose, kinds_needed
 
-MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
+MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 BLOCK = ["--tokens", "256", "--block-length", "64"]
 
 
@@ -31,7 +31,8 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     tiny_llama(folder / "dense")
     (folder / "text.txt").write_text("Dogs bark at the river, and the Moon looks on. " * 60)
-    kinds = [str(folder / "rxx" / f"{k}.safetensors") for k in kinds_needed(MODES)]
+    needed = kinds_needed(choose(MODES))
+    kinds = [str(folder / "rxx" / f"{kind}.safetensors") for kind in needed]
     status = main(
         ["collect", str(folder / "dense"), "--text", str(folder / "text.txt"), *BLOCK, "-o", *kinds]
     )

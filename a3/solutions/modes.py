@@ -1,9 +1,11 @@
-"""The registry of modes: what each reads, where it fits, and how a ratio becomes a rank.
+"""The registry of modes: what each reads, where it fits, and how a size becomes a rank.
 
 The mode `rxx-w` of part `mlp` is the function `rxx_w` of `a3.solutions.mlp`. Only names stand
 here, so that the workflow and the command line read this table without importing torch.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -14,6 +16,8 @@ NOPE = ("mha", "gqa")
 PARTS = ("qk", "ov", "mlp")
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
+# Stands for the ratio where every compressed part has a size of its own.
+NO_RATIO = "-"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,18 @@ class Mode:
 
     kinds: tuple[str, ...]
     fits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one part: its mode, and the ratio to remove (Decimal) or the rank to keep."""
+
+    mode: str
+    size: Decimal | int
+
+    def __str__(self) -> str:
+        """As a table spells it: `xkv@0.3`."""
+        return f"{self.mode}@{self.size}"
 
 
 MODES: dict[str, dict[str, Mode]] = {
@@ -65,30 +81,92 @@ def check_fit(part: str, name: str, kind_of_part: str) -> None:
         )
 
 
-def kinds_needed(modes: dict[str, str]) -> list[str]:
-    """Statistics that the given modes ({"qk": name, …}) read, sorted."""
-    chosen = [find_mode(part, name) for part, name in modes.items() if name != DENSE]
+def kinds_needed(choices: dict[str, Choice]) -> list[str]:
+    """Statistics that the modes of the given parts read, sorted."""
+    chosen = [find_mode(part, choice.mode) for part, choice in choices.items()]
     return sorted({kind for mode in chosen for kind in mode.kinds})
 
 
+def choose(row: Mapping[str, str]) -> dict[str, Choice]:
+    """The choice for each part that a row ({"qk": …, "ov": …, "mlp": …, "ratio": …}) compresses.
+
+    A part is `dense`, a mode, which takes the row's ratio, or a mode with a size of its own:
+    `xkv@0.3` (a ratio) or `xkv@48` (a rank). The ratio is `-` where no part takes it. Raises
+    A3Error for a mode that is not known, and a size that is missing, without use or not spelled
+    as it should be.
+    """
+    ratio = row["ratio"]
+    cells = {part: row[part] for part in PARTS if row[part] != DENSE}
+    choices = {part: parse_choice(part, cell, ratio) for part, cell in cells.items()}
+    for part, choice in choices.items():
+        find_mode(part, choice.mode)
+    if ratio != NO_RATIO:
+        parse_ratio(ratio)
+        if cells and all("@" in cell for cell in cells.values()):
+            raise A3Error(
+                f"ratio {ratio} is of no use: every compressed part has a size of its own. Leave "
+                f"it out (in a table: {NO_RATIO})."
+            )
+    return choices
+
+
+def parse_choice(part: str, cell: str, ratio: str) -> Choice:
+    """`xkv`, `xkv@0.3` or `xkv@48` of a row with this ratio; raises A3Error for the size only."""
+    mode, at, size = cell.partition("@")
+    if mode == DENSE:
+        raise A3Error(f"{part} is {cell!r}: a part that stays has no size. Write {DENSE}.")
+    if at:
+        return Choice(mode, parse_size(size, f"{part} mode {cell!r}"))
+    if ratio == NO_RATIO:
+        raise A3Error(
+            f"{part} mode {mode!r} has no size. Give a ratio for all parts, or one of its own: "
+            f"{mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
+        )
+    return Choice(mode, parse_ratio(ratio))
+
+
+def parse_size(text: str, where: str) -> Decimal | int:
+    """A rank (an integer from 1 on) or a ratio; raises A3Error, which starts with `where`."""
+    if re.fullmatch(r"[1-9][0-9]*", text):
+        return int(text)
+    try:
+        return parse_ratio(text)
+    except A3Error as error:
+        raise A3Error(f"{where}: {error} A rank is an integer from 1 on.") from None
+
+
 def parse_ratio(text: str) -> Decimal:
-    """A compression ratio from text, exactly; raises A3Error outside [0, 1)."""
+    """A compression ratio from text, exactly.
+
+    Raises A3Error outside [0, 1), and for `0.20` or `.2`: paths hold the ratio as it is spelled,
+    and a checkpoint has one path.
+    """
     try:
         ratio = Decimal(text)
     except InvalidOperation:
         raise A3Error(f"ratio {text!r} is not a number; expected one in [0, 1).") from None
     if not (ratio.is_finite() and 0 <= ratio < 1):
         raise A3Error(f"ratio is {text}; expected 0 (keep all) up to, but not including, 1.")
+    if not re.fullmatch(r"0|0\.[0-9]*[1-9]", text):
+        raise A3Error(f"ratio is {text!r}; spell it {abs(ratio.normalize()):f}.")
     return ratio
 
 
-def rank_of(size: int, ratio: Decimal, multiple: int = 1, least: int = 1) -> int:
-    """(1 - ratio) · size to the nearest multiple (of 2 for whole RoPE pairs), ties up.
+def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -> int:
+    """The rank that a size leaves of `full` dimensions.
 
-    Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay).
+    A ratio leaves (1 - ratio) · full to the nearest multiple (of 2 for whole RoPE pairs), ties up.
+    Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay), and for
+    a rank that is not a multiple from `least` to `full`.
     """
-    rank = int((1 - ratio) * size / multiple + Decimal("0.5")) * multiple
-    if rank < least:
-        what = "RoPE pair" if least == 2 else "dimension"
-        raise A3Error(f"ratio {ratio} of {size} leaves no {what}. Take a smaller ratio.")
-    return rank
+    if isinstance(size, Decimal):
+        rank = int((1 - size) * full / multiple + Decimal("0.5")) * multiple
+        if rank < least:
+            what = "RoPE pair" if least == 2 else "dimension"
+            raise A3Error(f"ratio {size} of {full} leaves no {what}. Take a smaller ratio.")
+        return rank
+    nearest = min(max(size // multiple * multiple, least), full)
+    if size != nearest:
+        even = "an even number, since RoPE turns pairs," if multiple == 2 else "one"
+        raise A3Error(f"rank is {size}; expected {even} from {least} to {full}. Take {nearest}.")
+    return size

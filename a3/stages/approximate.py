@@ -3,8 +3,6 @@
 import json
 import shutil
 import time
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
-from a3.solutions.modes import DENSE, PARTS, check_fit, find_mode, kinds_needed, rank_of
+from a3.solutions.modes import DENSE, PARTS, find_mode
+from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
@@ -30,37 +29,6 @@ REPLACED = {
     "ov": ("v", "o"),
     "mlp": ("up", "gate", "down"),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do to each part: modes ({"qk": name, …}, `dense` leaves it) and the one ratio."""
-
-    modes: dict[str, str]
-    ratio: Decimal
-
-    def kinds(self) -> list[str]:
-        """Statistics that the modes read."""
-        return kinds_needed(self.modes)
-
-    def check(self, model_folder: Path) -> None:
-        """Raise A3Error where a mode does not fit the model or nothing would be left of a part."""
-        self.ranks(load_arch(model_folder))
-
-    def ranks(self, arch: Arch) -> dict[str, int]:
-        """Rank of each compressed part; raises A3Error where a mode does not fit the model."""
-        if set(self.modes.values()) == {DENSE}:
-            raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
-        size = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
-        # A head that is rotated whole consists of pairs.
-        multiple = {"qk": 2 if arch.rope_dims == arch.head_dim else 1, "ov": 1, "mlp": 1}
-        least = {"qk": 2 if arch.rope_layout else 1, "ov": 1, "mlp": 1}
-        ranks = {}
-        for part, name in self.modes.items():
-            if name != DENSE:
-                check_fit(part, name, arch.mlp if part == "mlp" else arch.attention)
-                ranks[part] = rank_of(size[part], self.ratio, multiple[part], least[part])
-        return ranks
 
 
 def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:
@@ -78,7 +46,8 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256) for kind in kinds
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
-    solver = LayerSolver(arch, dense, statistics, plan.modes, ranks)
+    modes = {part: choice.mode for part, choice in plan.choices.items()}
+    solver = LayerSolver(arch, dense, statistics, modes, ranks)
     tensors: dict[str, Tensor] = {}
     layers, seconds = [], []
     for layer in tqdm(range(arch.layers), unit="layer", desc="approx"):
@@ -93,8 +62,8 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         checkpoint = Checkpoint(folder)
         record = {
             "base": arch.to_json(),
-            "modes": plan.modes,
-            "ratio": float(plan.ratio),
+            "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
+            "ranks": ranks,
             "layers": layers,
             "size": {
                 "dense": arch.size,
@@ -167,11 +136,11 @@ class LayerSolver:
 
         The report has each expert's tokens and rank.
         """
-        arch, name = self.arch, self.modes["mlp"]
+        arch, name = self.arch, self.modes.get("mlp")
         ranks = [arch.intermediate_size] * arch.experts
         tensors: dict[str, Tensor] = {}
         counts, errors = None, []
-        if name != DENSE:
+        if name is not None:
             solve = getattr(mlp, name.replace("-", "_"))
             (kind,) = find_mode("mlp", name).kinds
             R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)

@@ -6,9 +6,10 @@ from typing import Any
 
 from a3.documents import write_documents
 from a3.errors import A3Error
-from a3.stages.approximate import Plan, approximate
+from a3.stages.approximate import approximate
 from a3.stages.collect import collect
 from a3.stages.model import resolve_model
+from a3.stages.plan import Plan
 from a3.stages.sources import fetch_wheel
 from a3.stages.text import documents
 
@@ -37,7 +38,7 @@ def compress(
         for entry in (model, text):
             find_source(entry, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
-        # Refused modes and ratios are said before the long part.
+        # Refused modes and sizes are said before the long part.
         plan.check(work / "model")
         write_documents(work / "docs.jsonl", documents(text, work))
         outputs = {kind: work / f"{kind}.safetensors" for kind in plan.kinds()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 
 from a3.files import whole_folder, write_json
 from a3.results import Run, read_runs
+from a3.solutions.modes import Choice, parse_choice
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers and dashes tell them apart
 # in grey.
@@ -96,8 +98,8 @@ def _model(
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
     pairs = _pair_rows(dense, runs)
     if pairs:
-        ratios = len({run.place.ratio for run in runs})
-        drawings.append(_rope_pairs(dense, pairs, wide=min(4, ratios, len(pairs))))
+        sizes = len({_choice(run, "qk").size for run in runs if any(map(_groups, run.layers))})
+        drawings.append(_rope_pairs(dense, pairs, wide=min(4, sizes)))
     return drawings
 
 
@@ -108,8 +110,14 @@ def _save(drawing: Drawing, folder: Path) -> None:
     drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=160, metadata={"Software": None})
 
 
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:g}%"
+def _choice(run: Run, component: str) -> Choice:
+    """Mode and size of a component that this run compresses."""
+    return parse_choice(component, getattr(run.place, component), run.place.ratio)
+
+
+def _shown(size: Decimal | int) -> str:
+    """The share that is removed, or the rank that is kept."""
+    return f"rank {size}" if isinstance(size, int) else f"{100 * float(size):g}%"
 
 
 # --- quality against compression ---
@@ -125,9 +133,8 @@ def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
     }
     figure = _quality(dense, runs, panels, "perplexity", log=True)
     caption = (
-        f"{dense.place.model}: perplexity (lower is better) against the nominal compression ratio, "
-        "left, and against the share of the dense model's parameters that is left, right. The "
-        "dashed line is the dense model. Bars are one standard error over the blocks of text; "
+        f"{dense.place.model}: perplexity (lower is better) {_against(runs)}. The dashed "
+        "line is the dense model. Bars are one standard error over the blocks of text; "
         "they are shared by all curves, so differences between curves are surer than they suggest."
     )
     return Drawing(f"perplexity-{dense.place.model}", caption, figure)
@@ -141,12 +148,20 @@ def _harness(dense: Run, runs: list[Run], tasks: Sequence[str]) -> Drawing:
     figure = _quality(dense, runs, panels, "score", log=False)
     metrics = sorted({dense.harness[task]["metric"] for task in tasks})
     caption = (
-        f"{dense.place.model}: harness score ({', '.join(metrics)}) against the "
-        "nominal compression ratio, left, and against the share of the dense model's parameters "
-        "that is left, right. The dashed line is the dense model. Bars are one standard error "
-        "over the items."
+        f"{dense.place.model}: harness score ({', '.join(metrics)}) {_against(runs)}. The dashed "
+        "line is the dense model. Bars are one standard error over the items."
     )
     return Drawing(f"harness-{dense.place.model}", caption, figure)
+
+
+def _against(runs: list[Run]) -> str:
+    """What stands along x."""
+    kept = "against the share of the dense model's parameters that is left"
+    uniform = [run for run in runs if run.place.nominal is not None]
+    if not uniform:
+        return kept
+    alone = "; rows with sizes of their own stand there only" if uniform != runs else ""
+    return f"against the nominal compression ratio, left, and {kept}, right{alone}"
 
 
 Measure = Callable[[Run], tuple[float, float | None]]
@@ -155,27 +170,30 @@ Measure = Callable[[Run], tuple[float, float | None]]
 def _quality(
     dense: Run, runs: list[Run], panels: dict[str, Measure], label: str, log: bool
 ) -> Figure:
-    """One row a text or task; nominal ratio on the left, parameters left on the right."""
+    """One row a text or task; nominal ratio, if any, on the left, parameters left on the right."""
     curves = _curves(runs)
+    ratios = {run.place.nominal for run in runs} - {None}
     step = min(0.004, 0.02 / max(len(curves), 1))
     figure = Figure(figsize=(9, 3.0 * len(panels) + 0.6 + 0.22 * len(curves)), layout="constrained")
-    grid = figure.subplots(len(panels), 2, sharey="row", sharex="col", squeeze=False)
-    for (name, measure), (left, right) in zip(panels.items(), grid, strict=True):
-        _curves_on(left, dense, curves, measure, lambda run: float(run.place.ratio), step)
-        _curves_on(right, dense, curves, measure, lambda run: _kept(dense, run), 0)
-        left.set_title(f"{dense.place.model}, {name}")
-        left.set_ylabel(label)
+    wide = 2 if ratios else 1
+    grid = figure.subplots(len(panels), wide, sharey="row", sharex="col", squeeze=False)
+    for (name, measure), row in zip(panels.items(), grid, strict=True):
+        if ratios:
+            _curves_on(row[0], dense, curves, measure, lambda run: run.place.nominal, step)
+        _curves_on(row[-1], dense, curves, measure, lambda run: _kept(dense, run), 0)
+        row[0].set_title(f"{dense.place.model}, {name}")
+        row[0].set_ylabel(label)
         if log:
-            _log_if_wide(left, [measure(run)[0] for run in (dense, *runs)])
-        for axes in (left, right):
+            _log_if_wide(row[0], [measure(run)[0] for run in (dense, *runs)])
+        for axes in row:
             axes.grid(axis="y", color="#dddddd", linewidth=0.7)
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ratios = sorted({0.0, *(float(run.place.ratio) for run in runs)})
-    grid[-1][0].set_xticks(ratios)
-    grid[-1][0].set_xlabel("compression ratio c (nominal)")
-    grid[-1][1].set_xlabel("parameters kept, of the dense model's")
-    grid[-1][1].invert_xaxis()
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    if ratios:
+        grid[-1][0].set_xticks(sorted({0.0, *ratios}))
+        grid[-1][0].set_xlabel("compression ratio c (nominal)")
+    grid[-1][-1].set_xlabel("parameters kept, of the dense model's")
+    grid[-1][-1].invert_xaxis()
+    handles, labels = grid[0][-1].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower left", title="QK + OV + MLP", alignment="left"
     )
@@ -183,10 +201,10 @@ def _quality(
 
 
 def _curves(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by method (and calibration, where there are several), by ascending ratio."""
+    """Runs by method (and calibration, where there are several), the largest model first."""
     several = len({run.place.calibration for run in runs}) > 1
     curves: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: float(run.place.ratio)):
+    for run in sorted(runs, key=lambda run: -run.size["parameters"]):
         suffix = f", {run.place.calibration}" if several else ""
         curves.setdefault(run.place.method.replace("+", " + ") + suffix, []).append(run)
     return dict(sorted(curves.items()))
@@ -197,11 +215,12 @@ def _curves_on(
     dense: Run,
     curves: dict[str, list[Run]],
     measure: Measure,
-    place: Callable[[Run], float],
+    place: Callable[[Run], float | None],
     step: float,
 ) -> None:
     """Draw the dense model's line and one curve a method, all from the dense point.
 
+    Runs that have no place along x are left out; a method keeps its colour.
     Curves stand `step` apart along x, so that the bars of equal ratios do not hide each other.
     """
     axes.axhline(measure(dense)[0], color=GREY, linestyle="--", linewidth=1.2)
@@ -214,7 +233,10 @@ def _curves_on(
         linestyle="--",
         label="dense",
     )
-    for index, (label, runs) in enumerate(curves.items()):
+    for index, (label, curve) in enumerate(curves.items()):
+        runs = [run for run in curve if place(run) is not None]
+        if not runs:
+            continue
         colour = COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         shift = step * (index - (len(curves) - 1) / 2)
@@ -262,7 +284,7 @@ def _log_if_wide(axes: Axes, values: list[float]) -> None:
 
 
 def _error_rows(runs: list[Run], component: str) -> list[Row]:
-    """One row a mode and ratio of one component; equal rows of several experiments count once."""
+    """One row a mode and size of one component; equal rows of several experiments count once."""
     found = [
         (run, np.array([_error(layer, component) for layer in run.layers]))
         for run in runs
@@ -277,21 +299,22 @@ def _error(layer: dict[str, Any], component: str) -> float:
 
 
 def _distinct(found: list[tuple[Run, np.ndarray]], component: str) -> list[Row]:
-    """Label rows by the component's mode and ratio, and by the rest only where that tells more."""
+    """Label rows by the component's mode and size, and by the rest only where that tells more."""
     several = len({run.place.calibration for run, _ in found}) > 1
-    groups: dict[tuple[str, float], list[tuple[Run, np.ndarray]]] = {}
+    groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
     for run, values in found:
-        mode = getattr(run.place, component) + (f", {run.place.calibration}" if several else "")
-        group = groups.setdefault((mode, float(run.place.ratio)), [])
+        choice = _choice(run, component)
+        mode = choice.mode + (f", {run.place.calibration}" if several else "")
+        group = groups.setdefault((mode, choice.size), [])
         if not any(np.array_equal(values, other, equal_nan=True) for _, other in group):
             group.append((run, values))
     rows = []
-    for (mode, ratio), group in groups.items():
+    for (mode, size), group in groups.items():
         for run, values in group:
             note = f" in {run.place.method}" if len(group) > 1 else ""
-            rows.append((mode + note, ratio, values))
+            rows.append((mode + note, size, values))
     rows.sort(key=lambda row: row[:2])
-    return [Row(f"{mode}  {_percent(ratio)}", values) for mode, ratio, values in rows]
+    return [Row(f"{mode}  {_shown(size)}", values) for mode, size, values in rows]
 
 
 def _layer_error(dense: Run, errors: dict[str, list[Row]]) -> Drawing:
@@ -322,8 +345,8 @@ def _layer_error(dense: Run, errors: dict[str, list[Row]]) -> Drawing:
     caption = (
         f"{dense.place.model}: share of each component's function that is lost on the calibration "
         "text (squared norm, as the mode's own objective measures it), by layer; 0 is nearest the "
-        "input. Rows are the component's mode and the compression ratio; darker is worse; all rows "
-        "share one scale. Grey: not compressed, or nothing lost."
+        "input. Rows are the component's mode and its compression ratio or rank; darker is worse; "
+        "all rows share one scale. Grey: not compressed, or nothing lost."
     )
     return Drawing(f"layer-error-{dense.place.model}", caption, figure)
 
@@ -362,7 +385,7 @@ def _cells(axes: Axes) -> None:
 
 
 def _pair_rows(dense: Run, runs: list[Run]) -> list[Row]:
-    """Maps (layers × pairs) of the share of KV groups that keep a pair, one a mode and ratio."""
+    """Maps (layers × pairs) of the share of KV groups that keep a pair, one a mode and size."""
     pairs = dense.weights["rope_dims"] // 2
     found = [
         (run, np.stack([_kept_pairs(layer, pairs) for layer in run.layers]))
@@ -386,7 +409,7 @@ def _kept_pairs(layer: dict[str, Any], pairs: int) -> np.ndarray:
 
 
 def _rope_pairs(dense: Run, rows: list[Row], wide: int) -> Drawing:
-    """One map a mode and ratio, `wide` beside each other: a line a mode, a column a ratio."""
+    """One map a mode and size, `wide` beside each other: a line a mode, a column a size."""
     high = -(-len(rows) // wide)
     layers = len(rows[0].values)
     figure = Figure(

@@ -14,6 +14,7 @@ from a3.errors import A3Error
 from a3.files import read_json, whole_file
 from a3.provenance import provenance
 from a3.results import Place, Record
+from a3.solutions.modes import NO_RATIO
 from a3.stages.tables import (
     Column,
     columns,
@@ -80,9 +81,10 @@ def _summary(frame: pd.DataFrame) -> str:
         said.append(f"{model}: {len(compressed)} compressed rows beside the dense model.")
         for text in names(frame, "perplexity")[:1]:
             said.append(_dense_sentence(dense, text))
-            ratios = sorted({row["ratio"] for row in compressed}, key=float)
+            uniform = [row for row in compressed if place_of(row).nominal is not None]
+            ratios = sorted({row["ratio"] for row in uniform}, key=float)
             if ratios:
-                best = "; ".join(_best(compressed, ratio, text) for ratio in ratios)
+                best = "; ".join(_best(uniform, ratio, text) for ratio in ratios)
                 said.append(f"Best of the smallest models at each ratio: {best}.")
     return " ".join(said)
 
@@ -179,9 +181,10 @@ def _rebuild(results: Path, frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
             *(place.perplexity(root, text) for text in names(frame, "perplexity")),
             *(place.harness(root, task) for task in names(frame, "value")),
         ]
-        ratio = "" if place.is_dense else f", ratio {place.ratio}, calibration {place.calibration}"
+        ratio = "" if place.ratio == NO_RATIO else f", ratio {place.ratio}"
+        how = "" if place.is_dense else f"{ratio}, calibration {place.calibration}"
         yield {
-            "title": f"{place.model}: {place.method}{ratio}",
+            "title": f"{place.model}: {place.method}{how}",
             "weights_sha256": row["weights_sha256"],
             "targets": [target.as_posix() for target in targets],
         }

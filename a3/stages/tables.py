@@ -19,6 +19,7 @@ from a3.results import (
     read_runs,
     timing,
 )
+from a3.solutions.modes import NO_RATIO
 
 PLACE = ("model", "calibration", "qk", "ov", "mlp", "ratio")
 SIZES = ("parameters", "kv_bytes_per_token", "flops_per_token")
@@ -275,7 +276,7 @@ def _names_of_rows(frame: pd.DataFrame) -> list[Column]:
     found = [
         Column("model", models, models, "text"),
         Column("method (QK + OV + MLP)", methods, methods, "key"),
-        _column(frame, "ratio", "ratio", lambda value: f"{float(value):g}"),
+        _column(frame.replace(NO_RATIO, float("nan")), "ratio", "ratio", "{:g}".format),
     ]
     calibrations = [place.calibration for place in places]
     if len({place.calibration for place in places if not place.is_dense}) > 1:

@@ -4,11 +4,14 @@ Two rules make the same files by the same command: `collect_together` makes all 
 experiments need in one pass over the text; `collect` makes one kind. The first is preferred where
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
 is, so that a new or removed kind is built alone.
+
+Before it starts, `a3 collect` refuses experiments that do not fit the model.
 """
 
 COLLECT = (
     "a3 collect {params.model:q} --text {input.text:q} {params.settings:q}"
-    " --threads {params.threads} --device {params.device} -o {output.rxx:q} &> {log:q}"
+    " --experiments {params.experiments:q} --threads {params.threads} --device {params.device}"
+    " -o {output.rxx:q} &> {log:q}"
 )
 
 
@@ -31,6 +34,9 @@ rule collect:
         settings=settings(
             "calibrations", "calibration", ("tokens", "block_length", "seed", "bos", "dtype")
         ),
+        # A parameter that takes the input makes nothing stale when it changes (Snakemake looks at
+        # the input instead): a new row is checked, and leaves the statistics as they are.
+        experiments=lambda wildcards, input: experiments_of(wildcards.model),
         threads=C["threads"]["collect"],
         device=C["device"],
         code=fingerprint("a3.stages.collect"),

@@ -16,7 +16,7 @@ from a3.config import (
 from a3.errors import A3Error
 from a3.provenance import fingerprint
 from a3.results import Place
-from a3.solutions.modes import DENSE, PARTS, kinds_needed
+from a3.solutions.modes import DENSE, choose, kinds_needed
 
 prefer_own_scripts()
 
@@ -55,10 +55,11 @@ wildcard_constraints:
     calibration=r"[\w.-]+",
     text=r"[\w.-]+",
     kind=r"\w+",
-    qk=r"[\w-]+",
-    ov=r"[\w-]+",
-    mlp=r"[\w-]+",
-    ratio=r"[\d.]+",
+    # A mode, with `@` and a size where it has its own; `-` where all parts do.
+    qk=r"[\w@.-]+",
+    ov=r"[\w@.-]+",
+    mlp=r"[\w@.-]+",
+    ratio=r"[\d.]+|-",
     task=r"[\w.-]+",
     # The dense model, or calibration/modes/ratio of a compressed one.
     run=f"{DENSE}|[^/]+/[^/]+/[^/]+",
@@ -107,6 +108,11 @@ def settings(section, key, names):
     return options
 
 
+def experiments_of(model):
+    """The rows of one model as JSON, for the command line."""
+    return json.dumps([row for row in ROWS if row["model"] == model])
+
+
 def some_are_missing():
     """Whether, for some model and calibration, one kind is there and another one is not."""
     for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
@@ -126,7 +132,7 @@ def calibration_text(wildcards):
 def rxx_needed(wildcards):
     """The statistics that the modes read."""
     try:
-        kinds = kinds_needed({part: wildcards[part] for part in PARTS})
+        kinds = kinds_needed(choose(wildcards))
     except A3Error as error:
         raise WorkflowError(str(error)) from None
     folder = RXX.format(model=wildcards.model, calibration=wildcards.calibration)

@@ -1,0 +1,58 @@
+"""What an experiment asks of a model, checked before anything long runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from a3.errors import A3Error
+from a3.models.arch import Arch, load_arch
+from a3.solutions.modes import DENSE, Choice, check_fit, choose, kinds_needed, rank_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do to each part that is compressed: {"qk": choice, …}."""
+
+    choices: dict[str, Choice]
+
+    def kinds(self) -> list[str]:
+        """Statistics that the modes read."""
+        return kinds_needed(self.choices)
+
+    def check(self, model_folder: Path) -> None:
+        """Raise A3Error where a mode does not fit the model or nothing would be left of a part."""
+        self.ranks(load_arch(model_folder))
+
+    def ranks(self, arch: Arch) -> dict[str, int]:
+        """Rank of each compressed part; raises A3Error where its mode or size does not fit."""
+        if not self.choices:
+            raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
+        return {part: part_rank(arch, part, choice) for part, choice in self.choices.items()}
+
+
+def part_rank(arch: Arch, part: str, choice: Choice) -> int:
+    """Rank of one part; raises A3Error where its mode or size does not fit the model."""
+    check_fit(part, choice.mode, arch.mlp if part == "mlp" else arch.attention)
+    full = arch.intermediate_size if part == "mlp" else arch.head_dim
+    # A head that is rotated whole consists of pairs.
+    multiple = 2 if part == "qk" and arch.rope_dims == arch.head_dim else 1
+    least = 2 if part == "qk" and arch.rope_layout else 1
+    try:
+        return rank_of(full, choice.size, multiple, least)
+    except A3Error as error:
+        raise A3Error(f"{part} mode {choice.mode!r}: {error}") from None
+
+
+def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> None:
+    """Raise A3Error, with the row, for the first experiment that does not fit the model.
+
+    Rows are {"qk": …, "ov": …, "mlp": …, "ratio": …}; what else they say is for the message.
+    """
+    arch = load_arch(model_folder)
+    for row in experiments:
+        choices = choose(row)
+        try:
+            for part, choice in choices.items():
+                part_rank(arch, part, choice)
+        except A3Error as error:
+            said = ", ".join(f"{key} {value}" for key, value in row.items())
+            raise A3Error(f"experiment {said}: {error}") from error
