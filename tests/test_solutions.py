@@ -1,5 +1,7 @@
 """Every solution against the slow dense reference, on friendly and unfriendly statistics."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -196,3 +198,37 @@ def test_factor_of_nothing_is_invertible():
 
 def test_ties_go_to_the_lower_index():
     assert keep_best(torch.tensor([1.0, 2, 1, 2, 1]), 3).tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("norm", ["head", "layer"])
+def test_normed_heads_keep_the_best_pairs_and_their_length(norm):
+    """The norm over r of h dimensions is too large; one scalar a head (or layer) undoes that."""
+    draw = torch.Generator().manual_seed(4)
+    weights = attention()
+    spread = torch.tensor([1, 1, 1, 0.1] * 2).double()
+    gains = [1 + 0.3 * torch.randn(n, h, generator=draw, dtype=torch.float64) for n in (H, G)]
+    weights = replace(weights, norm=norm, q_gain=gains[0], k_gain=gains[1])
+    raw = torch.randn(500, H, h, generator=draw, dtype=torch.float64) * spread
+
+    def normed(x):
+        return x / x.square().mean((-2, -1) if norm == "layer" else -1, keepdim=True).sqrt()
+
+    q, k = normed(raw), normed(raw[:, :G].roll(1, dims=2))
+    found = qk.rxx_w_rxx(weights, *(torch.einsum("thi,thj->hij", x, x) / 500 for x in (q, k)), 6)
+    mean_q = (q * gains[0]).square().mean(0).unflatten(0, (G, -1)).sum(1)
+    score = (mean_q * (k * gains[1]).square().mean(0)).unflatten(-1, (2, -1)).sum(-2)
+    best = score.argsort(descending=True)[:, :3].sort().values
+    assert found.pairs.tolist() == best.tolist()
+    kept = torch.cat((best, best + h // 2), dim=1).repeat_interleave(H // G, dim=0)
+    dense = (q * gains[0]).gather(2, kept.expand(500, -1, -1))
+    again = normed(raw.gather(2, kept.expand(500, -1, -1)))
+    small = again * found.q_gain
+    without = again * gains[0].gather(1, kept)
+    # The best scalar that knows every token: a regression of the dense vectors on the small ones.
+    dims = (0, 1, 2) if norm == "layer" else (0, 2)
+    exact = without * (
+        (dense * without).sum(dims, keepdim=True) / without.square().sum(dims, keepdim=True)
+    )
+    ours, best, none = ((dense - x).square().sum().item() for x in (small, exact, without))
+    assert best <= ours < 1.02 * best
+    assert best < 0.5 * none
