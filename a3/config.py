@@ -68,6 +68,8 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         for name, entry in whole[section].items():
             if "text" in entry:
                 defined("text", entry["text"], whole["texts"], f"{section}.{name}.text")
+    for name, model in whole["models"].items():
+        check_made(name, model["source"], whole)
     for name, text in whole["texts"].items():
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
@@ -99,6 +101,35 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
             f"config: {where} names the {what} {name!r}, which is not defined; defined are "
             f"{', '.join(sorted(table)) or 'none'}."
         )
+
+
+def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise A3Error where a model is made from a text or model that is not there."""
+    if "train" in source:
+        text = source["train"]["text"]
+        defined("text", text, config["texts"], f"models.{name}.source.train.text")
+    if "repeat_kv" in source:
+        base = source["repeat_kv"]
+        defined("model", base, config["models"], f"models.{name}.source.repeat_kv")
+        if "repeat_kv" in config["models"][base]["source"]:
+            raise A3Error(
+                f"config: models.{name}.source.repeat_kv names {base!r}, whose heads are repeated "
+                "already. Name another model."
+            )
+
+
+def texts_seen(row: dict[str, str], config: dict[str, Any]) -> dict[str, str]:
+    """Texts that calibration or training has used for one row: what used it, and its name."""
+    calibration = row["calibration"]
+    seen = {f"calibration {calibration!r}": config["calibrations"][calibration]["text"]}
+    model = row["model"]
+    source = config["models"][model]["source"]
+    if "repeat_kv" in source:
+        model = source["repeat_kv"]
+        source = config["models"][model]["source"]
+    if "train" in source:
+        seen[f"model {model!r}"] = source["train"]["text"]
+    return seen
 
 
 def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
@@ -144,16 +175,15 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
         choose(row)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
-    calibrated = config["calibrations"][row["calibration"]]["text"]
-    for section in ("perplexity", "harness"):
-        for name in config["evaluate"][section]:
-            text = config[section][name].get("text")
-            if text and calibrated not in config["texts"][text].get("exclude", []):
-                raise A3Error(
-                    f"{where}: calibration {row['calibration']!r} uses the text {calibrated!r}, "
-                    f"and {section} {name!r} is scored on {text!r} without excluding it. Add "
-                    f"{calibrated!r} to texts.{text}.exclude."
-                )
+    for what, seen in texts_seen(row, config).items():
+        for section in ("perplexity", "harness"):
+            for name in config["evaluate"][section]:
+                text = config[section][name].get("text")
+                if text and seen not in config["texts"][text].get("exclude", []):
+                    raise A3Error(
+                        f"{where}: {what} uses the text {seen!r}, and {section} {name!r} is scored "
+                        f"on {text!r} without excluding it. Add {seen!r} to texts.{text}.exclude."
+                    )
 
 
 def kinds_of(rows: list[dict[str, str]]) -> list[str]:

@@ -310,7 +310,7 @@ def test_an_interrupt_leaves_nothing(work, tmp_path, sign):
 
 def test_text_of_calibration_is_not_scored_unnoticed():
     config = {
-        "models": {"m": {}},
+        "models": {"m": {"source": {}}},
         "calibrations": {"c": {"text": "seen"}},
         "texts": {"seen": {}, "other": {}},
         "perplexity": {"p": {"text": "other"}},

