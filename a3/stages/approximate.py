@@ -3,6 +3,8 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,37 +104,44 @@ class LayerSolver:
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        for part, names in REPLACED.items():
+        read = cache(partial(self.weights, layer))  # QK and OV share one reading
+        for part in PARTS:
             start = time.perf_counter()
             if part == "mlp" and self.arch.experts:
                 solved, said = self.solve_experts(layer)
-                tensors |= solved
-                report |= said
-                seconds |= {part: time.perf_counter() - start} if said else {}
-                continue
-            if part not in self.ranks:
+            elif part in self.ranks:
+                solved, said = self.solve_part(part, layer, read(part == "mlp"))
+            elif part != "mlp" and self.arch.adapter.repacked:
                 # The compressed model has its own layout of attention, also where it is kept.
-                if self.arch.adapter.repacked and part != "mlp":
-                    tensors |= self.pack(layer, self.weights(part, layer), names)
+                solved, said = self.pack(layer, read(False), REPLACED[part]), {}
+            else:
                 continue
-            name = self.layer_mode(part, layer)
-            solve = getattr(SOLUTIONS[part], name.replace("-", "_"))
-            rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
-            solution = solve(self.weights(part, layer), *rxx, self.ranks[part])
-            tensors |= self.pack(layer, solution, names)
-            report[part] = {
-                "mode": name,
-                "rank": self.ranks[part],
-                "relative_error": solution.relative_error,
-            }
-            if part == "qk" and solution.pairs is not None:
-                report[part]["rope_pairs"] = solution.pairs.tolist()
-                tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
-            seconds[part] = time.perf_counter() - start
+            tensors |= solved
+            if said:
+                report[part] = said
+                seconds[part] = time.perf_counter() - start
         return tensors, report, seconds
 
+    def solve_part(
+        self, part: str, layer: int, weights: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compressed tensors of one part of a layer, and what approx.json says of it."""
+        name = self.layer_mode(part, layer)
+        rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+        solution = solver_of(part, name)(weights, *rxx, self.ranks[part])
+        tensors = self.pack(layer, solution, REPLACED[part])
+        said = {
+            "mode": name,
+            "rank": self.ranks[part],
+            "relative_error": solution.relative_error,
+        }
+        if part == "qk" and solution.pairs is not None:
+            said["rope_pairs"] = solution.pairs.tolist()
+            tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
+        return tensors, said
+
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve`, of a mixture's experts: each on its own, copied where few tokens reached it.
+        """As `solve_part`, of experts: each on its own, copied where few tokens reached it.
 
         The report has each expert's tokens and rank.
         """
@@ -141,14 +150,13 @@ class LayerSolver:
         tensors: dict[str, Tensor] = {}
         counts, errors = None, []
         if name is not None:
-            solve = getattr(mlp, name.replace("-", "_"))
             (kind,) = find_mode("mlp", name).kinds
             R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
         for expert in range(arch.experts):
-            solution = self.weights("mlp", layer, expert)
+            solution = self.weights(layer, True, expert)
             if counts is not None and counts[expert] >= mlp.FEWEST_TOKENS:
                 ranks[expert] = self.ranks["mlp"]
-                solution = solve(solution, R[expert], ranks[expert])
+                solution = solver_of("mlp", name)(solution, R[expert], ranks[expert])
                 errors.append(solution.relative_error)
             tensors |= self.pack(layer, solution, REPLACED["mlp"], expert)
         if counts is None:
@@ -159,13 +167,11 @@ class LayerSolver:
                 f"{mlp.FEWEST_TOKENS} calibration tokens reached each"
             )
         return tensors, {
-            "mlp": {
-                "mode": name,
-                "rank": self.ranks["mlp"],
-                "relative_error": sum(errors) / len(errors) if errors else 0.0,
-                "expert_tokens": counts.int().tolist(),
-                "expert_ranks": ranks,
-            }
+            "mode": name,
+            "rank": self.ranks["mlp"],
+            "relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "expert_tokens": counts.int().tolist(),
+            "expert_ranks": ranks,
         }
 
     def layer_mode(self, part: str, layer: int) -> str:
@@ -173,13 +179,12 @@ class LayerSolver:
         nope = part == "qk" and layer in self.arch.nope_layers
         return "qk" if nope else self.modes[part]
 
-    def weights(self, part: str, layer: int, expert: int | None = None) -> Any:
-        """Dense weights of a part, float64; raises A3Error where they are not finite."""
-        adapter = self.arch.adapter
-        if part == "mlp":
-            weights = adapter.mlp(self.checkpoint, layer, self.fields, expert)
+    def weights(self, layer: int, of_mlp: bool, expert: int | None = None) -> Any:
+        """Dense weights of attention or MLP, float64; A3Error where they are not finite."""
+        if of_mlp:
+            weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
         else:
-            weights = adapter.attention(self.checkpoint, layer, self.fields)
+            weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
             if isinstance(W, Tensor) and not torch.isfinite(W).all():
                 raise A3Error(
@@ -201,6 +206,11 @@ class LayerSolver:
         dtype = getattr(torch, self.arch.dtype)
         packed = self.arch.adapter.pack(layer, solved, self.fields, expert)
         return {name: W.to(dtype).contiguous() for name, W in packed.items()}
+
+
+def solver_of(part: str, name: str) -> Callable:
+    """The function of a mode."""
+    return getattr(SOLUTIONS[part], name.replace("-", "_"))
 
 
 def layer_ranks(

@@ -123,7 +123,7 @@ def repeat_kv(base: Path, folder: Path) -> None:
     does not have k and v in matrices of their own, and for a model that is MHA already.
     """
     arch, config = load_arch(base), read_json(base / "config.json")
-    alone = all(arch.adapter.fused(part) == [part] for part in "kv")
+    alone = all(arch.adapter.fused(part) == [part] for part in "kv") and arch.qk_norm != "layer"
     if not alone or arch.kv_heads == arch.heads or "num_key_value_heads" not in config:
         raise A3Error(
             f"{base}: {arch.family} with {arch.heads} query heads and {arch.kv_heads} key/value "
