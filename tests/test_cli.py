@@ -15,7 +15,17 @@ import a3  # noqa: F401  (the user's first line)
 from a3.cli import main, parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMANDS = ["compress", "collect", "approx", "eval ppl", "eval harness", "model", "text", "show"]
+COMMANDS = [
+    "compress",
+    "collect",
+    "approx",
+    "eval ppl",
+    "eval harness",
+    "model",
+    "train",
+    "text",
+    "show",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import LINES, VOCABULARY, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,6 +192,12 @@ def test_the_catalogue_follows_the_schema():
     trained = [m["source"] for m in catalogue["models"].values() if "train" in m["source"]]
     assert len(trained) == 4
     assert all(read_recipe(source) for source in trained)
+
+
+def test_the_readmes_sources_follow_the_schema():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    models = complete({"experiments": "x.tsv"} | yaml.safe_load(block), SCHEMA)["models"]
+    assert read_recipe(models["my-gpt2"]["source"]).config["model_type"] == "gpt2"
 
 
 def test_text_of_training_is_not_scored_unnoticed():
