@@ -105,6 +105,13 @@ def collect(
     collect(folder(model), text, {path.stem: path for path in out}, **settings)
 
 
+def merge(shards: list[Path], out: Path) -> None:
+    """Add the statistics of shards."""
+    from a3.stages.collect import merge_shards
+
+    merge_shards(shards, out)
+
+
 def approx(model: Path, rxx: Path, out: Path, **row: str) -> None:
     """Compress with collected statistics."""
     from a3.stages.approximate import Plan, approximate
@@ -245,7 +252,12 @@ def parser() -> argparse.ArgumentParser:
     )
     text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
     one.add_argument("--experiments", type=parse_json, default=[], help=text_)
+    one.add_argument("--shard", help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them")
     add_run(add_blocks(one, tokens=32768, seed=True))
+
+    one = add(commands, "merge", merge, "add the statistics of all shards")
+    one.add_argument("shards", type=Path, nargs="+", help="one kind's files, in order")
+    add_out(one, "<kind>.safetensors")
 
     one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
     one.add_argument("model", type=Path, help="Hugging Face folder")

@@ -80,13 +80,42 @@ class Accumulator:
 
         Raises A3Error, naming the layer, where a sum is not finite.
         """
-        for key, value in self.tensors.items():
-            require_finite(path, key, value)
-        # One metadata key only: safetensors writes several in random order.
-        metadata = {"a3": json.dumps({"kind": self.kind, **record}, sort_keys=True)}
-        tensors = {key: value.cpu().contiguous() for key, value in self.tensors.items()}
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        save(path, self.tensors, {"kind": self.kind, **record})
+
+
+def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write sums and their record whole or not at all; A3Error where one is not finite."""
+    for key, value in sums.items():
+        require_finite(path, key, value)
+    # One metadata key only: safetensors writes several in random order.
+    metadata = {"a3": json.dumps(record, sort_keys=True)}
+    tensors = {key: value.cpu().contiguous() for key, value in sums.items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def merge(shards: list["Rxx"], out: Path) -> None:
+    """Add the sums of all shards of one collection, in their order, so that the bytes are given.
+
+    Raises A3Error where a shard is missing, stands twice or was collected otherwise than the first.
+    """
+    total, records = len(shards), [dict(shard.record) for shard in shards]
+    found = [record.pop("shard", None) for record in records]
+    tokens = sum(record.pop("tokens") for record in records)
+    if found != [f"{i}of{total}" for i in range(total)]:
+        raise A3Error(
+            f"{out}: the shards are {found}, expected all of {total} in order. Collect what is "
+            "missing with a3 collect --shard."
+        )
+    for shard, record in zip(shards, records, strict=True):
+        for key in records[0].keys() | record.keys():
+            if record.get(key) != records[0].get(key):
+                raise A3Error(
+                    f"{shard.path}: {key} is {record.get(key)!r}, in {shards[0].path} "
+                    f"{records[0].get(key)!r}. Collect the older one again."
+                )
+    sums = {key: sum(shard.sums(key) for shard in shards) for key in shards[0].names()}
+    save(out, sums, records[0] | {"tokens": tokens, "shards": total})
 
 
 def require_finite(path: Path, key: str, value: Tensor) -> None:
@@ -105,7 +134,7 @@ class Rxx:
     and NaN or Inf.
     """
 
-    def __init__(self, path: Path, kind: str, weights_sha256: str) -> None:
+    def __init__(self, path: Path, kind: str, weights_sha256: str | None = None) -> None:
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
@@ -116,7 +145,9 @@ class Rxx:
             raise A3Error(
                 f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
             ) from error
-        expected = {"kind": kind, "weights_sha256": weights_sha256}
+        expected = {"kind": kind}
+        if weights_sha256 is not None:
+            expected["weights_sha256"] = weights_sha256
         for key, value in expected.items():
             if self.record.get(key) != value:
                 raise A3Error(
@@ -140,11 +171,19 @@ class Rxx:
         """How many tokens reached each expert, (E,)."""
         return self._read(f"layers.{layer}.counts", (experts,))
 
-    def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:
+    def names(self) -> list[str]:
+        """Names of all sums."""
+        return sorted(self._file.keys())
+
+    def sums(self, key: str) -> Tensor:
+        """One sum as it is stored; raises A3Error where there is none."""
         try:
-            value = self._file.get_tensor(key)
+            return self._file.get_tensor(key)
         except SafetensorError as error:
             raise A3Error(f"{self.path}: no tensor {key!r} ({error}). Collect again.") from error
+
+    def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        value = self.sums(key)
         if tuple(value.shape) != shape or value.dtype != torch.float64:
             raise A3Error(
                 f"{self.path}: tensor {key!r} is {value.dtype} {tuple(value.shape)}, expected "

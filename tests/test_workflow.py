@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -264,3 +266,30 @@ def test_lint_finds_nothing():
     )
     assert done.returncode == 0, done.stderr
     assert "Congratulations" in done.stdout + done.stderr
+
+
+def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
+    """Three shards give the sums of one to rounding, and the same bytes again when redone."""
+    settled.edit(
+        "config/config.yaml",
+        "block_length: 64}\nperplexity",
+        "block_length: 64, shards: 3}\nperplexity",
+    )
+    folder = settled.folder / "results/rxx/tiny/short"
+    whole = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    targets = [str(path.relative_to(settled.folder)) for path in folder.glob("*.safetensors")]
+    rules, _ = settled.snakemake(*targets)
+    assert rules.count("collect_together") == 3
+    assert rules.count("merge") == len(whole)
+    for name, sums in whole.items():
+        merged = load_file(folder / name)
+        assert merged.keys() == sums.keys()
+        for key, value in sums.items():
+            torch.testing.assert_close(merged[key], value, rtol=1e-12, atol=0)
+    before = (folder / "q_blocks.safetensors").read_bytes()
+    (folder / "shards/1of3/q_blocks.safetensors").unlink()
+    (folder / "q_blocks.safetensors").unlink()
+    rules, _ = settled.snakemake(*targets)
+    assert rules == ["collect", "merge"]
+    assert (folder / "q_blocks.safetensors").read_bytes() == before
+    settled.edit("config/config.yaml", ", shards: 3", "")

@@ -1,6 +1,7 @@
 """Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, write_json
+from a3.files import read_json, sha256, write_json
 from a3.models.arch import Arch, load_arch
 from a3.provenance import provenance
-from a3.statistics import KINDS, Accumulator, outer_sum
+from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
 
 def collect(
@@ -30,12 +31,14 @@ def collect(
     bos: bool,
     dtype: str,
     device: str,
+    shard: str | None = None,
 ) -> None:
     """Sum the statistics of each kind in `outputs` over `tokens` calibration tokens.
 
     Blocks of `block_length` tokens without padding, BOS first where `bos`, each run alone, as at
-    evaluation. Writes one safetensors file a kind, and its seconds in `<kind>.timing.json`.
-    Raises A3Error for an unknown kind, a text too short, or sums that are not finite.
+    evaluation; of `shard` "0of4" only the first of four runs of blocks. Writes one safetensors file
+    a kind, and its seconds in `<kind>.timing.json`. Raises A3Error for an unknown kind, a text too
+    short for one block a shard, or sums that are not finite.
     """
     for kind in outputs:
         if kind not in KINDS:
@@ -50,6 +53,8 @@ def collect(
         seed=seed,
         bos=bos,
     )
+    if shard is not None:
+        blocks = part_of(blocks, shard)
     announce(arch, outputs, blocks)
     trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
@@ -65,11 +70,40 @@ def collect(
         seed=seed,
         bos=bos,
         dtype=dtype,
+        **({} if shard is None else {"shard": shard}),
     )
     for kind, path in outputs.items():
         accumulators[kind].save(path, record)
         timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
         write_json(path.with_suffix(".timing.json"), timing)
+
+
+def part_of(blocks: Tensor, shard: str) -> Tensor:
+    """The blocks (N, L) of one shard, "0of4" to "3of4": runs as even as N allows.
+
+    Raises A3Error for another spelling, a number out of range, and fewer blocks than shards.
+    """
+    parts = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", shard)
+    index, count = (int(part) for part in parts.groups()) if parts else (0, 0)
+    if index >= count or count > len(blocks):
+        raise A3Error(
+            f"shard {shard!r}: expected 0of{len(blocks)} or fewer shards of these {len(blocks)} "
+            "blocks, counted from 0. Lower shards, or raise tokens."
+        )
+    return blocks.tensor_split(count)[index]
+
+
+def merge_shards(paths: list[Path], out: Path) -> None:
+    """Add the files of one kind of all shards, in order, to `out`; their seconds likewise.
+
+    Raises A3Error as `a3.statistics.merge` does.
+    """
+    merge([Rxx(path, out.stem) for path in paths], out)
+    times = [read_json(path.with_suffix(".timing.json")) for path in paths]
+    seconds = sum(time["seconds"] for time in times)
+    tokens = sum(time["seconds"] * time["tokens_per_second"] for time in times)
+    timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    write_json(out.with_suffix(".timing.json"), timing)
 
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor) -> None:

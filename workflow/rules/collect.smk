@@ -5,11 +5,15 @@ experiments need in one pass over the text; `collect` makes one kind. The first 
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
 is, so that a new or removed kind is built alone.
 
+A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
+blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
+are added in order, so that the scheduler decides nothing about the bytes.
+
 Before it starts, `a3 collect` refuses experiments that do not fit the model.
 """
 
 COLLECT = (
-    "a3 collect {params.model:q} --text {input.text:q} {params.settings:q}"
+    "a3 collect {params.model:q} --text {input.text:q} {params.settings:q} {params.shard:q}"
     " --experiments {params.experiments:q} --threads {params.threads} --device {params.device}"
     " -o {output.rxx:q} &> {log:q}"
 )
@@ -20,12 +24,12 @@ rule collect:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         text=calibration_text,
     output:
-        rxx=[f"{RXX}/{{kind}}.safetensors"],
-        timing=[f"{RXX}/{{kind}}.timing.json"],
+        rxx=[f"{RXX}{{shard}}/{{kind}}.safetensors"],
+        timing=[f"{RXX}{{shard}}/{{kind}}.timing.json"],
     log:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.log",
+        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/{{kind}}.log",
     benchmark:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.benchmark.tsv"
+        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/{{kind}}.benchmark.tsv"
     conda:
         "../../environment.yaml"
     threads: C["threads"]["collect"]
@@ -34,6 +38,7 @@ rule collect:
         settings=settings(
             "calibrations", "calibration", ("tokens", "block_length", "seed", "bos", "dtype")
         ),
+        shard=lambda wildcards: ["--shard", Path(wildcards.shard).name] if wildcards.shard else [],
         # A parameter that takes the input makes nothing stale when it changes (Snakemake looks at
         # the input instead): a new row is checked, and leaves the statistics as they are.
         experiments=lambda wildcards, input: experiments_of(wildcards.model),
@@ -48,12 +53,12 @@ if len(KINDS) > 1:
 
     use rule collect as collect_together with:
         output:
-            rxx=[f"{RXX}/{kind}.safetensors" for kind in KINDS],
-            timing=[f"{RXX}/{kind}.timing.json" for kind in KINDS],
+            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in KINDS],
+            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in KINDS],
         log:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}/together.log",
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
         benchmark:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}/together.benchmark.tsv"
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
 
     if some_are_missing():
 
@@ -62,3 +67,30 @@ if len(KINDS) > 1:
     else:
 
         ruleorder: collect_together > collect
+
+
+if SHARDED:
+
+    rule merge:
+        input:
+            rxx=lambda wildcards: shards("safetensors", wildcards),
+            timing=lambda wildcards: shards("timing.json", wildcards),
+        output:
+            rxx=f"{RXX}/{{kind}}.safetensors",
+            timing=f"{RXX}/{{kind}}.timing.json",
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.merge.log",
+        wildcard_constraints:
+            calibration="|".join(map(re.escape, SHARDED)),
+        conda:
+            "../../environment.yaml"
+        params:
+            code=fingerprint("a3.stages.collect"),
+        shell:
+            "a3 merge {input.rxx:q} -o {output.rxx:q} &> {log:q}"
+
+    ruleorder: merge > collect
+
+    if len(KINDS) > 1:
+
+        ruleorder: merge > collect_together

@@ -1,6 +1,7 @@
 """What all rules share: the checked configuration, names of files, and the code's fingerprints."""
 
 import json
+import re
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -40,6 +41,7 @@ TRAINED = [
 ]
 KINDS = kinds_of(ROWS)
 WHEELS = wheels_of(C)
+SHARDED = [name for name, entry in C["calibrations"].items() if entry["shards"] > 1]
 # Every row of the table, each model's dense row included.
 PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))
 # Every file that the table is made of.
@@ -59,6 +61,8 @@ wildcard_constraints:
     calibration=r"[\w.-]+",
     text=r"[\w.-]+",
     kind=r"\w+",
+    # Nothing, or the shard of a calibration that is collected in several jobs.
+    shard=r"(/shards/\d+of\d+)?",
     # A mode, with `@` and a size where it has its own; `-` where all parts do.
     qk=r"[\w@.-]+",
     ov=r"[\w@.-]+",
@@ -137,13 +141,20 @@ def experiments_of(model):
     return json.dumps([row for row in ROWS if row["model"] == model])
 
 
+def shards(ending, wildcards):
+    """The files of one kind of all shards, in order."""
+    folder, count = RXX.format(**wildcards), C["calibrations"][wildcards.calibration]["shards"]
+    return [f"{folder}/shards/{i}of{count}/{wildcards.kind}.{ending}" for i in range(count)]
+
+
 def some_are_missing():
-    """Whether, for some model and calibration, one kind is there and another one is not."""
+    """Whether, in some folder that is collected to, one kind is there and another one is not."""
     for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
         folder = Path(RXX.format(model=model, calibration=calibration))
-        there = {kind for kind in KINDS if (folder / f"{kind}.safetensors").exists()}
-        if there and there != set(KINDS):
-            return True
+        for place in (folder, *folder.glob("shards/*")):
+            there = {kind for kind in KINDS if (place / f"{kind}.safetensors").exists()}
+            if there and there != set(KINDS):
+                return True
     return False
 
 
