@@ -77,7 +77,7 @@ def test_one_size_has_one_spelling(change, says):
 
 def test_rows_that_say_the_same_are_refused(tmp_path):
     config = {
-        "models": {"m": {}},
+        "models": {"m": {"source": {}}},
         "calibrations": {"c": {"text": "t"}},
         "evaluate": {"perplexity": [], "harness": []},
     }
@@ -124,7 +124,7 @@ def test_a_partly_rotated_head_keeps_a_pair_and_may_be_odd(tmp_path):
 
 def test_experiments_that_do_not_fit_are_refused_before_collecting(llama, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("A river moves towards an ocean, or a lake. " * 60)
-    out = tmp_path / "rxx" / "attn_input.safetensors"
+    out = tmp_path / "rxx" / "v_blocks.safetensors"
     words = ["collect", str(llama), "--text", str(tmp_path / "text.txt"), "-o", str(out)]
     words += ["--tokens", "256", "--block-length", "64", "--experiments"]
     bad = {"model": "m"} | PAPER | {"qk": "k-only@4"}
