@@ -112,11 +112,23 @@ def merge(shards: list[Path], out: Path) -> None:
     merge_shards(shards, out)
 
 
-def approx(model: Path, rxx: Path, out: Path, **row: str) -> None:
+def approx(model: Path, rxx: Path, out: Path, part: str | None, **row: str) -> None:
     """Compress with collected statistics."""
-    from a3.stages.approximate import Plan, approximate
+    from a3.stages.approximate import approximate, approximate_part
+    from a3.stages.plan import Plan
 
-    approximate(folder(model), rxx, Plan(choose(row)), out)
+    plan = Plan(choose(row))
+    if part is None:
+        approximate(folder(model), rxx, plan, out)
+    else:
+        approximate_part(folder(model), rxx, plan, part, out)
+
+
+def gather(model: Path, parts: list[Path], out: Path) -> None:
+    """Make one folder of parts."""
+    from a3.stages.assemble import gather
+
+    gather(folder(model), parts, out)
 
 
 def compress(model: str, text: str, out: Path, settings: dict[str, Any], **row: str) -> None:
@@ -237,7 +249,7 @@ def parser() -> argparse.ArgumentParser:
     add_modes(one)
     add_out(one, "compressed Hugging Face folder, new")
     add_run(add_blocks(one, tokens=32768, seed=True))
-    one.set_defaults(command=lambda **options: compress(**gather(options)))
+    one.set_defaults(command=lambda **options: compress(**with_settings(options)))
 
     one = add(commands, "collect", collect, "model and text to Rxx files")
     one.add_argument("model", type=Path, help="Hugging Face folder")
@@ -263,8 +275,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
+    text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
+    one.add_argument("--part", help=text_)
     add_out(one, "compressed Hugging Face folder")
     add_threads(one)
+    one = add(commands, "gather", gather, "parts of a compressed model to one folder")
+    one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
+    one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
+    add_out(one, "compressed Hugging Face folder")
 
     evaluate = commands.add_parser("eval", help="perplexity or harness", description="Evaluate.")
     kinds = evaluate.add_subparsers(metavar="KIND", required=True)
@@ -384,7 +402,7 @@ def add_threads(one: argparse.ArgumentParser) -> None:
     one.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
 
-def gather(options: dict[str, Any]) -> dict[str, Any]:
+def with_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Put the options that are `collect`'s under `settings`."""
     names = ("tokens", "block_length", "bos", "seed", "dtype", "device")
     return options | {"settings": {name: options.pop(name) for name in names}}

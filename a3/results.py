@@ -23,6 +23,13 @@ PERPLEXITY_PROTOCOL = (
 HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
 
 
+def weight_files(parts: int) -> list[str]:
+    """Names of a checkpoint's files of weights that is made in several parts, as on the hub."""
+    count = parts + 1
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return ["model.safetensors"] if parts == 1 else names
+
+
 @dataclass(frozen=True)
 class Record:
     """A JSON file and its content; `record["size.dense"]` looks a nested key up."""

@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
+
+import a3  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -293,3 +296,21 @@ def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
     assert rules == ["collect", "merge"]
     assert (folder / "q_blocks.safetensors").read_bytes() == before
     settled.edit("config/config.yaml", ", shards: 3", "")
+
+
+def test_parts_by_several_jobs_make_the_same_model(settled):
+    """Each job solves one of the two layers; the checkpoint has three files of weights."""
+    made = settled.folder / "results/checkpoints/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25"
+    whole = load_file(made / "model.safetensors")
+    with (settled.folder / "config/config.yaml").open("a") as config:
+        config.write("approx_jobs: 2\n")
+    rules, _ = settled.snakemake(str((made / "approx.json").relative_to(settled.folder)))
+    assert rules == ["approx_part", "approx_part", "gather"]
+    files = sorted(made.glob("*.safetensors"))
+    assert [path.name[6:11] for path in files] == ["00001", "00002", "00003"]
+    joined = {name: value for path in files for name, value in load_file(path).items()}
+    assert joined.keys() == whole.keys()
+    assert all(torch.equal(joined[name], value) for name, value in whole.items())
+    assert not list(settled.folder.glob("results/parts/**/*.*"))
+    AutoModelForCausalLM.from_pretrained(made)
+    settled.edit("config/config.yaml", "approx_jobs: 2\n", "")

@@ -23,7 +23,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
-        self._files = {name: self._open(folder / name) for name in self._names()}
+        self._files = {name: self.open(folder / name) for name in self._names()}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
         bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
         # Name to (file, key in the file).
@@ -44,7 +44,8 @@ class Checkpoint:
         )
 
     @staticmethod
-    def _open(path: Path) -> safe_open:
+    def open(path: Path) -> safe_open:
+        """One safetensors file; raises A3Error where it is truncated or damaged."""
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:

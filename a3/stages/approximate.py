@@ -1,7 +1,9 @@
-"""Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller."""
+"""Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
 
-import json
-import shutil
+Solutions of different layers know nothing of each other, so that one checkpoint can be made in
+several parts, each a run of layers, by as many jobs; a3.stages.assemble makes a folder of them.
+"""
+
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -9,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from a3 import LazyConfig
 from a3.errors import A3Error
-from a3.files import read_json, whole_folder, write_json
-from a3.models.arch import Arch, load_arch, sizes
+from a3.files import whole_folder
+from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, find_mode
+from a3.stages.assemble import Part, assemble, copied, pairs_name, run_of, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
@@ -31,6 +32,8 @@ REPLACED = {
     "ov": ("v", "o"),
     "mlp": ("up", "gate", "down"),
 }
+# A part is held in memory until it is written.
+LARGEST_PART = 4 * 2**30
 
 
 def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:
@@ -38,47 +41,55 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need. Beside weights,
     config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
-    Raises A3Error where a mode does not fit, the statistics are another model's or damaged, or
-    weights are not finite.
+    Weights of more than 4 GiB are written in several files. Raises A3Error where a mode does not
+    fit, the statistics are another model's or damaged, or weights are not finite.
+    """
+    arch = load_arch(model_folder)
+    plan.ranks(arch)
+    width = torch.finfo(getattr(torch, arch.dtype)).bits // 8
+    count = min(arch.layers, -(-arch.size["parameters"] * width // LARGEST_PART))
+    with whole_folder(out) as folder:
+        parts = [folder / f".{i}of{count}.safetensors" for i in range(count)]
+        for i, path in enumerate(parts):
+            approximate_part(model_folder, rxx_folder, plan, f"{i}of{count}", path)
+        assemble(model_folder, parts, folder)
+
+
+def approximate_part(
+    model_folder: Path, rxx_folder: Path, plan: Plan, number: str, out: Path
+) -> None:
+    """Solve a run of layers, "0of4" to "3of4", and write them to the file `out`.
+
+    It has all tensors of its layers, also those that stay; what is said of them lies beside it in
+    JSON. Raises A3Error as `approximate` does.
     """
     arch = load_arch(model_folder)
     ranks = plan.ranks(arch)
-    kinds = plan.kinds()
     statistics = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256) for kind in kinds
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256)
+        for kind in plan.kinds()
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
     solver = LayerSolver(arch, dense, statistics, modes, ranks)
     tensors: dict[str, Tensor] = {}
-    layers, seconds = [], []
-    for layer in tqdm(range(arch.layers), unit="layer", desc="approx"):
+    reports, seconds = [], []
+    for layer in tqdm(run_of(arch.layers, number), unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
-        tensors |= solved
-        layers.append(report)
+        tensors |= solved | copied(dense, arch, layer, solved)
+        reports.append(report)
         seconds.append(took)
-    copy_rest(dense, arch, tensors)
-    with whole_folder(out) as folder:
-        triples = [layer_ranks(arch, ranks, layer) for layer in layers]
-        write_checkpoint(model_folder, folder, arch, triples, tensors)
-        checkpoint = Checkpoint(folder)
-        record = {
-            "base": arch.to_json(),
-            "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
-            "ranks": ranks,
-            "layers": layers,
-            "size": {
-                "dense": arch.size,
-                "compressed": sizes(arch.to_json(), triples, checkpoint.parameters(), arch.dtype),
-            },
-            "weights_sha256": checkpoint.sha256(),
-            "provenance": provenance(
-                __name__, statistics={kind: statistics[kind].record for kind in kinds}
-            ),
-        }
-        write_json(folder / "approx.json", record)
-        total = sum(sum(took.values()) for took in seconds)
-        write_json(folder / "timing.json", {"seconds": total, "layers": seconds})
+    said = {
+        "number": number,
+        "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
+        "ranks": ranks,
+        "provenance": provenance(
+            __name__,
+            weights_sha256=arch.weights_sha256,
+            statistics={kind: rxx.record for kind, rxx in statistics.items()},
+        ),
+    }
+    write_part(out, tensors, Part(said, reports, seconds))
 
 
 class LayerSolver:
@@ -211,92 +222,3 @@ class LayerSolver:
 def solver_of(part: str, name: str) -> Callable:
     """The function of a mode."""
     return getattr(SOLUTIONS[part], name.replace("-", "_"))
-
-
-def layer_ranks(
-    arch: Arch, ranks: dict[str, int], report: dict[str, Any]
-) -> tuple[int, int, int | list[int]]:
-    """(QK, OV, MLP) sizes of a layer, the dense size where a part is not compressed.
-
-    The MLP's are a list where there are experts, some of which may have been copied.
-    """
-    dense = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
-    qk, ov, mlp = (ranks.get(part, dense[part]) for part in PARTS)
-    if arch.experts:
-        copied = [arch.intermediate_size] * arch.experts
-        return qk, ov, report.get("mlp", {}).get("expert_ranks", copied)
-    return qk, ov, mlp
-
-
-def copy_rest(checkpoint: Checkpoint, arch: Arch, tensors: dict[str, Tensor]) -> None:
-    """Add what no solution replaced: embeddings, norms, parts that stay, the biases of o and down.
-
-    Attention gets the compressed model's names; repacked q, k, v, o and all experts are in
-    `tensors` already.
-    """
-    adapter = arch.adapter
-    renamed = {}
-    for layer in range(arch.layers):
-        for part in "qkvo":
-            for field in ("weight", "bias"):
-                # The bias of o is in no solution, and is stored alike everywhere.
-                drop = adapter.repacked and (part, field) != ("o", "bias")
-                name = adapter.packed_name(layer, part, field)
-                renamed[adapter.name(layer, part, field)] = None if drop else name
-        for part in adapter.experts:
-            for expert in range(arch.experts):
-                renamed[adapter.name(layer, part, "weight", expert)] = None
-    for name in checkpoint.names():
-        new = renamed.get(name, adapter.packed_rest(name))
-        if new is not None and new not in tensors:
-            tensors[new] = checkpoint.tensor(name)
-
-
-def write_checkpoint(
-    dense: Path,
-    folder: Path,
-    arch: Arch,
-    ranks: list[tuple[int, int, int | list[int]]],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Weights, config, and all that travels: tokenizer, chat template, generation config."""
-    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
-    every_pair = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
-    for layer in range(arch.layers):
-        if arch.has_rope(layer):
-            tensors.setdefault(pairs_name(arch, layer), every_pair.clone())
-    save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
-    config = read_json(dense / "config.json")
-    pair_names = [pairs_name(arch, layer) for layer in range(arch.layers)]
-    config["model_type"] = LazyConfig.model_type
-    config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
-    config["a3"] = {
-        "family": arch.family,
-        "heads": arch.heads,
-        "kv_heads": arch.kv_heads,
-        "scaling": arch.scaling,
-        "qkv_bias": arch.qkv_bias,
-        "o_bias": arch.o_bias,
-        "qk_norm": arch.qk_norm,
-        "rope": arch.rope_layout is not None,
-        "nope_layers": arch.nope_layers,
-        "rope_pairs": [tensors[name].shape[1] if name in tensors else 0 for name in pair_names],
-        "qk_ranks": qk_ranks,
-        "ov_ranks": ov_ranks,
-        "mlp_ranks": mlp_ranks,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", "arch.json") and travels(path):
-            shutil.copyfile(path, folder / path.name)
-
-
-def pairs_name(arch: Arch, layer: int) -> str:
-    """Tensor of the kept RoPE pairs of one layer."""
-    return f"{arch.adapter.attention_module(layer)}.rope_pairs"
-
-
-def travels(path: Path) -> bool:
-    """Whether a file of the dense folder goes with the compressed one: anything but weights."""
-    weights = path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf"))
-    return path.is_file() and not weights and not path.name.startswith(".")

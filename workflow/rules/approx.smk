@@ -1,4 +1,11 @@
-"""Stage approx: weights and Rxx to compressed checkpoints."""
+"""Stage approx: weights and Rxx to compressed checkpoints.
+
+With several `approx_jobs`, each solves a run of layers, and `gather` makes one folder of them, with
+as many files of weights, and one more for what is in no layer.
+"""
+
+JOBS = C["approx_jobs"]
+PARTS_OF_CHECKPOINT = f"{RESULTS}/parts/{RUN}"
 
 
 rule approx:
@@ -20,10 +27,45 @@ rule approx:
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
-        out=CHECKPOINT,
+        out=approx_output,
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approximate"),
     shell:
         "a3 approx {params.model:q} --rxx {params.rxx:q} --qk {wildcards.qk:q} --ov {wildcards.ov:q}"
         " --mlp {wildcards.mlp:q} --ratio {wildcards.ratio:q} --threads {params.threads}"
-        " -o {params.out:q} &> {log:q}"
+        " {params.out:q} &> {log:q}"
+
+
+if JOBS > 1:
+
+    use rule approx as approx_part with:
+        output:
+            weights=temp(f"{PARTS_OF_CHECKPOINT}/{{part}}.safetensors"),
+            said=temp(f"{PARTS_OF_CHECKPOINT}/{{part}}.json"),
+        log:
+            f"{LOGS}/checkpoints/{RUN}.{{part}}.log",
+        benchmark:
+            f"{LOGS}/checkpoints/{RUN}.{{part}}.benchmark.tsv"
+
+    rule gather:
+        input:
+            arch=f"{RESULTS}/models/{{model}}/arch.json",
+            weights=[f"{PARTS_OF_CHECKPOINT}/{i}of{JOBS}.safetensors" for i in range(JOBS)],
+            said=[f"{PARTS_OF_CHECKPOINT}/{i}of{JOBS}.json" for i in range(JOBS)],
+        output:
+            weights=[f"{CHECKPOINT}/{name}" for name in WEIGHTS],
+            config=f"{CHECKPOINT}/config.json",
+            approx=f"{CHECKPOINT}/approx.json",
+            timing=f"{CHECKPOINT}/timing.json",
+        log:
+            f"{LOGS}/checkpoints/{RUN}.gather.log",
+        conda:
+            "../../environment.yaml"
+        params:
+            model=subpath(input.arch, parent=True),
+            out=CHECKPOINT,
+            code=fingerprint("a3.stages.assemble"),
+        shell:
+            "a3 gather {params.model:q} {input.weights:q} -o {params.out:q} &> {log:q}"
+
+    ruleorder: gather > approx

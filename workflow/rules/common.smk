@@ -16,7 +16,7 @@ from a3.config import (
 )
 from a3.errors import A3Error
 from a3.provenance import fingerprint
-from a3.results import Place
+from a3.results import Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
 
 prefer_own_scripts()
@@ -40,6 +40,8 @@ TRAINED = [
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
 KINDS = kinds_of(ROWS)
+# Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
+WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
 SHARDED = [name for name, entry in C["calibrations"].items() if entry["shards"] > 1]
 # Every row of the table, each model's dense row included.
@@ -62,6 +64,7 @@ wildcard_constraints:
     text=r"[\w.-]+",
     kind=r"\w+",
     # Nothing, or the shard of a calibration that is collected in several jobs.
+    part=r"\d+of\d+",
     shard=r"(/shards/\d+of\d+)?",
     # A mode, with `@` and a size where it has its own; `-` where all parts do.
     qk=r"[\w@.-]+",
@@ -174,6 +177,13 @@ def rxx_needed(wildcards):
     return [f"{folder}/{kind}.safetensors" for kind in kinds]
 
 
+def approx_output(wildcards, output):
+    """Where `a3 approx` writes: a folder, or the file of one part."""
+    if "part" in wildcards.keys():
+        return ["--part", wildcards.part, "-o", output.weights]
+    return ["-o", str(Path(output.config).parent)]
+
+
 def model_files(wildcards):
     """The files that say a model folder is there; the first lies in the folder itself."""
     if wildcards.run == DENSE:
@@ -181,7 +191,7 @@ def model_files(wildcards):
             f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
         ]
     folder = f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}"
-    return [f"{folder}/{name}" for name in ("model.safetensors", "config.json", "approx.json")]
+    return [f"{folder}/{name}" for name in (*WEIGHTS, "config.json", "approx.json")]
 
 
 def scored_text(wildcards):

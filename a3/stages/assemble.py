@@ -1,0 +1,240 @@
+"""Parts of a compressed model, each a run of layers, to one Hugging Face folder."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from a3 import LazyConfig
+from a3.errors import A3Error
+from a3.files import read_json, whole_file, whole_folder, write_json
+from a3.models.arch import Arch, load_arch, sizes
+from a3.models.checkpoint import Checkpoint
+from a3.results import weight_files
+from a3.solutions.modes import PARTS
+
+# Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
+Ranks = tuple[int, int, int | list[int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is said of a part: its plan and provenance, and each layer's report and seconds."""
+
+    said: dict[str, Any]
+    layers: list[dict[str, Any]]
+    seconds: list[dict[str, float]]
+
+
+def run_of(layers: int, number: str) -> range:
+    """The layers of part "0of4" to "3of4", runs as even as can be.
+
+    Raises A3Error for another spelling, a number out of range, and more parts than layers.
+    """
+    found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", number)
+    index, count = (int(group) for group in found.groups()) if found else (0, 0)
+    if index >= count or count > layers:
+        raise A3Error(
+            f"part {number!r}: expected 0of{layers} or fewer parts of these {layers} layers, "
+            "counted from 0."
+        )
+    return range(layers * index // count, layers * (index + 1) // count)
+
+
+def write_part(path: Path, tensors: dict[str, Tensor], part: Part) -> None:
+    """Write the tensors of some layers to `path`, and what is said of them beside it in JSON."""
+    with whole_file(path) as temporary:
+        save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
+    write_json(path.with_suffix(".json"), asdict(part))
+
+
+def read_parts(paths: list[Path]) -> list[Part]:
+    """What is said of all parts of one model, in order.
+
+    Raises A3Error where a part is missing, stands twice or was made otherwise than the first.
+    """
+    parts = [Part(**read_json(path.with_suffix(".json"))) for path in paths]
+    numbers = [part.said.pop("number") for part in parts]
+    if numbers != [f"{i}of{len(parts)}" for i in range(len(parts))]:
+        raise A3Error(
+            f"{paths[0].parent}: the parts are {numbers}, expected all of {len(parts)} in order. "
+            "Make what is missing with a3 approx --part."
+        )
+    for path, part in zip(paths, parts, strict=True):
+        if part.said != parts[0].said:
+            raise A3Error(
+                f"{path}: made with other modes, statistics or versions than {paths[0]}. Make the "
+                "older one again."
+            )
+    return parts
+
+
+def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
+    """Make the Hugging Face folder `out` of all parts of a model, whole or not at all.
+
+    Raises A3Error as `read_parts` does.
+    """
+    with whole_folder(out) as folder:
+        copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
+        for path, copy in zip(paths, copies, strict=True):
+            os.link(path, copy)
+            os.link(path.with_suffix(".json"), copy.with_suffix(".json"))
+        assemble(model_folder, copies, folder)
+
+
+def assemble(model_folder: Path, paths: list[Path], folder: Path) -> None:
+    """Make a Hugging Face folder of the parts that lie in it already."""
+    arch, parts = load_arch(model_folder), read_parts(paths)
+    reports = [report for part in parts for report in part.layers]
+    seconds = [took for part in parts for took in part.seconds]
+    ranks = [layer_ranks(arch, report) for report in reports]
+    write_weights(paths, copied(Checkpoint(model_folder, arch.adapter.prefix), arch), folder)
+    write_config(model_folder, folder, arch, ranks, reports)
+    checkpoint = Checkpoint(folder)
+    record = parts[0].said | {
+        "base": arch.to_json(),
+        "layers": reports,
+        "size": {
+            "dense": arch.size,
+            "compressed": sizes(arch.to_json(), ranks, checkpoint.parameters(), arch.dtype),
+        },
+        "weights_sha256": checkpoint.sha256(),
+    }
+    write_json(folder / "approx.json", record)
+    total = sum(sum(took.values()) for took in seconds)
+    write_json(folder / "timing.json", {"seconds": total, "layers": seconds})
+
+
+def write_weights(paths: list[Path], rest: dict[str, Tensor], folder: Path) -> None:
+    """One file of all, or the parts as they are, a file of what is in no layer, and an index."""
+    if len(paths) == 1:
+        tensors = load_file(paths[0]) | rest
+        save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
+        paths[0].unlink()
+    else:
+        names = weight_files(len(paths))
+        for path, name in zip(paths, names, strict=False):
+            path.rename(folder / name)
+        save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
+        write_index(folder, names)
+    for path in paths:
+        path.with_suffix(".json").unlink()
+
+
+def write_index(folder: Path, names: Iterable[str]) -> None:
+    """The index by which transformers finds the tensors of several files."""
+    handles = {name: Checkpoint.open(folder / name) for name in names}
+    where = {key: name for name, handle in handles.items() for key in handle.keys()}  # noqa: SIM118
+    size = sum((folder / name).stat().st_size for name in handles)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
+    """Sizes of a layer, the dense ones where a part is not compressed."""
+    full = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
+    qk, ov, mlp = (report.get(part, {}).get("rank", full[part]) for part in PARTS)
+    if arch.experts:
+        stay = [arch.intermediate_size] * arch.experts
+        return qk, ov, report.get("mlp", {}).get("expert_ranks", stay)
+    return qk, ov, mlp
+
+
+def copied(
+    checkpoint: Checkpoint, arch: Arch, layer: int | None = None, solved: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Tensors that are not `solved`, of one layer or of none (embeddings, the last norm, the head).
+
+    Attention gets the compressed model's names; repacked q, k, v, o and experts, which are always
+    packed anew, are left out. A layer also gets all of its RoPE pairs.
+    """
+    adapter = arch.adapter
+    layers = f"{adapter.prefix}.{adapter.layer_path}."
+    names = checkpoint.names()
+    if layer is None:
+        return {
+            adapter.packed_rest(name): checkpoint.tensor(name)
+            for name in names
+            if not name.startswith(layers)
+        }
+    renamed = new_names(arch, layer)
+    kept = {name: renamed.get(name, adapter.packed_rest(name)) for name in names}
+    tensors = {
+        new: checkpoint.tensor(name)
+        for name, new in kept.items()
+        if name.startswith(f"{layers}{layer}.") and new is not None and new not in solved
+    }
+    if arch.has_rope(layer) and pairs_name(arch, layer) not in solved:
+        pairs = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
+        tensors[pairs_name(arch, layer)] = pairs
+    return tensors
+
+
+def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
+    """Compressed names of a layer's projections by dense ones; None for what is packed anew."""
+    adapter = arch.adapter
+    renamed: dict[str, str | None] = {}
+    for part in "qkvo":
+        for field in ("weight", "bias"):
+            # The bias of o is in no solution, and is stored alike everywhere.
+            drop = adapter.repacked and (part, field) != ("o", "bias")
+            name = adapter.packed_name(layer, part, field)
+            renamed[adapter.name(layer, part, field)] = None if drop else name
+    for part in adapter.experts:
+        for expert in range(arch.experts):
+            renamed[adapter.name(layer, part, "weight", expert)] = None
+    return renamed
+
+
+def write_config(
+    dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
+) -> None:
+    """The config, and all that travels: tokenizer, chat template, generation config."""
+    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
+    pairs = [
+        len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
+        if arch.has_rope(layer)
+        else 0
+        for layer, report in enumerate(reports)
+    ]
+    config = read_json(dense / "config.json")
+    config["model_type"] = LazyConfig.model_type
+    config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
+    config["a3"] = {
+        "family": arch.family,
+        "heads": arch.heads,
+        "kv_heads": arch.kv_heads,
+        "scaling": arch.scaling,
+        "qkv_bias": arch.qkv_bias,
+        "o_bias": arch.o_bias,
+        "qk_norm": arch.qk_norm,
+        "rope": arch.rope_layout is not None,
+        "nope_layers": arch.nope_layers,
+        "rope_pairs": pairs,
+        "qk_ranks": qk_ranks,
+        "ov_ranks": ov_ranks,
+        "mlp_ranks": mlp_ranks,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in sorted(dense.iterdir()):
+        if path.name not in ("config.json", "arch.json") and travels(path):
+            shutil.copyfile(path, folder / path.name)
+
+
+def pairs_name(arch: Arch, layer: int) -> str:
+    """Tensor of the kept RoPE pairs of one layer."""
+    return f"{arch.adapter.attention_module(layer)}.rope_pairs"
+
+
+def travels(path: Path) -> bool:
+    """Whether a file of the dense folder goes with the compressed one: anything but weights."""
+    weights = path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf"))
+    return path.is_file() and not weights and not path.name.startswith(".")
