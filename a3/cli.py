@@ -264,6 +264,8 @@ def parser() -> argparse.ArgumentParser:
     )
     text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
     one.add_argument("--experiments", type=parse_json, default=[], help=text_)
+    text_ = "one layer at a time in memory (default: where all weights do not fit)"
+    one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
     one.add_argument("--shard", help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them")
     add_run(add_blocks(one, tokens=32768, seed=True))
 

@@ -156,6 +156,13 @@ def prepare(folder, model_type, config):
     save_file(reference_statistics(folder), folder / "reference.safetensors")
 
 
+def test_one_layer_at_a_time_gives_the_same_bytes(dense, tmp_path):
+    outputs = {kind: tmp_path / f"{kind}.safetensors" for kind in ALL_KINDS}
+    collect(dense / "dense", dense / "text.txt", outputs, **SETTINGS, stream=True)
+    for kind, path in outputs.items():
+        assert path.read_bytes() == (dense / "rxx" / path.name).read_bytes(), kind
+
+
 def reference_statistics(folder):
     """The paper's statistics, by hooks of the test's own: R of [x, 1], d̂ × d̂, and that of down.
 

@@ -325,6 +325,38 @@ class Family:
             up=rows("up"), gate=rows("gate") if "gate" in self.places else None, down=rows("down")
         )
 
+    def layer_tensors(
+        self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """All tensors of one layer by their names in the trunk, as they are in memory.
+
+        transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n).
+        """
+        start = f"{self.prefix}.{self.layer_path}.{layer}."
+        experts = {
+            part: [
+                checkpoint.tensor(self.name(layer, part, "weight", expert))
+                for expert in range(fields["experts"])
+            ]
+            for part in self.experts
+        }
+        mine = {
+            self.name(layer, part, "weight", expert)
+            for part in self.experts
+            for expert in range(fields["experts"])
+        }
+        tensors = {
+            self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
+            for name in checkpoint.names()
+            if name.startswith(start) and name not in mine
+        }
+        if experts:
+            where = self.experts_module(layer).removeprefix(f"{self.prefix}.")
+            pairs = zip(experts["gate"], experts["up"], strict=True)
+            tensors[f"{where}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+            tensors[f"{where}.down_proj"] = torch.stack(experts["down"])
+        return tensors
+
     def pack(
         self,
         layer: int,

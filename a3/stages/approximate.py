@@ -18,10 +18,11 @@ from a3.errors import A3Error
 from a3.files import whole_folder
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, find_mode
-from a3.stages.assemble import Part, assemble, copied, pairs_name, run_of, write_part
+from a3.stages.assemble import Part, assemble, copied, pairs_name, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
@@ -74,7 +75,7 @@ def approximate_part(
     solver = LayerSolver(arch, dense, statistics, modes, ranks)
     tensors: dict[str, Tensor] = {}
     reports, seconds = [], []
-    for layer in tqdm(run_of(arch.layers, number), unit="layer", desc="approx"):
+    for layer in tqdm(share(arch.layers, number, "layers"), unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
         tensors |= solved | copied(dense, arch, layer, solved)
         reports.append(report)

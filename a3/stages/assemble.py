@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -32,21 +31,6 @@ class Part:
     said: dict[str, Any]
     layers: list[dict[str, Any]]
     seconds: list[dict[str, float]]
-
-
-def run_of(layers: int, number: str) -> range:
-    """The layers of part "0of4" to "3of4", runs as even as can be.
-
-    Raises A3Error for another spelling, a number out of range, and more parts than layers.
-    """
-    found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", number)
-    index, count = (int(group) for group in found.groups()) if found else (0, 0)
-    if index >= count or count > layers:
-        raise A3Error(
-            f"part {number!r}: expected 0of{layers} or fewer parts of these {layers} layers, "
-            "counted from 0."
-        )
-    return range(layers * index // count, layers * (index + 1) // count)
 
 
 def write_part(path: Path, tensors: dict[str, Tensor], part: Part) -> None:

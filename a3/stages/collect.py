@@ -1,8 +1,8 @@
 """Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
 
 import math
-import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_json, sha256, write_json
 from a3.models.arch import Arch, load_arch
+from a3.parts import share
 from a3.provenance import provenance
+from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
 
@@ -32,13 +34,15 @@ def collect(
     dtype: str,
     device: str,
     shard: str | None = None,
+    stream: bool | None = None,
 ) -> None:
     """Sum the statistics of each kind in `outputs` over `tokens` calibration tokens.
 
     Blocks of `block_length` tokens without padding, BOS first where `bos`, each run alone, as at
-    evaluation; of `shard` "0of4" only the first of four runs of blocks. Writes one safetensors file
-    a kind, and its seconds in `<kind>.timing.json`. Raises A3Error for an unknown kind, a text too
-    short for one block a shard, or sums that are not finite.
+    evaluation; of `shard` "0of4" only the first of four runs of blocks. With `stream`, and where
+    the weights do not fit the memory at hand, one layer at a time is in memory. Writes one
+    safetensors file a kind, and its seconds in `<kind>.timing.json`. Raises A3Error for an unknown
+    kind, a text too short for one block a shard, or sums that are not finite.
     """
     for kind in outputs:
         if kind not in KINDS:
@@ -54,12 +58,18 @@ def collect(
         bos=bos,
     )
     if shard is not None:
-        blocks = part_of(blocks, shard)
-    announce(arch, outputs, blocks)
-    trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
+        run_of = share(len(blocks), shard, "blocks")
+        blocks = blocks[run_of.start : run_of.stop]
+    streamed = not fits(arch, dtype) if stream is None else stream
+    announce(arch, outputs, blocks, streamed)
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
     start = time.perf_counter()
-    run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
+    if streamed:
+        attach = partial(attach_all, arch, accumulators)
+        run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
+    else:
+        trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
+        run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
@@ -78,21 +88,6 @@ def collect(
         write_json(path.with_suffix(".timing.json"), timing)
 
 
-def part_of(blocks: Tensor, shard: str) -> Tensor:
-    """The blocks (N, L) of one shard, "0of4" to "3of4": runs as even as N allows.
-
-    Raises A3Error for another spelling, a number out of range, and fewer blocks than shards.
-    """
-    parts = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", shard)
-    index, count = (int(part) for part in parts.groups()) if parts else (0, 0)
-    if index >= count or count > len(blocks):
-        raise A3Error(
-            f"shard {shard!r}: expected 0of{len(blocks)} or fewer shards of these {len(blocks)} "
-            "blocks, counted from 0. Lower shards, or raise tokens."
-        )
-    return blocks.tensor_split(count)[index]
-
-
 def merge_shards(paths: list[Path], out: Path) -> None:
     """Add the files of one kind of all shards, in order, to `out`; their seconds likewise.
 
@@ -106,22 +101,24 @@ def merge_shards(paths: list[Path], out: Path) -> None:
     write_json(out.with_suffix(".timing.json"), timing)
 
 
-def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor) -> None:
+def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
     """Say what the run will cost before it starts."""
     total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
     print(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "
         f"{total * arch.layers * 8 / 2**20:.1f} MiB"
+        f"{'; one layer at a time' if streamed else ''}",
+        flush=True,
     )
 
 
 def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:
     """Push every block (blocks (N, L)) through the trunk with the statistics hooked on."""
     handles = [
-        attach(trunk, arch, layer, accumulator)
-        for accumulator in accumulators.values()
+        handle
         for layer in range(arch.layers)
+        for handle in attach_all(arch, accumulators, trunk, layer)
     ]
     try:
         with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="collect") as bar:
@@ -131,6 +128,13 @@ def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], bloc
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attach_all(
+    arch: Arch, accumulators: dict[str, Accumulator], trunk: nn.Module, layer: int
+) -> list[RemovableHandle]:
+    """Hook all statistics of one layer onto it."""
+    return [attach(trunk, arch, layer, accumulator) for accumulator in accumulators.values()]
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:

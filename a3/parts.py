@@ -1,0 +1,21 @@
+"""Work in several parts: "0of4" to "3of4" of a number of blocks or layers."""
+
+import re
+
+from a3.errors import A3Error
+
+
+def share(count: int, part: str, what: str) -> range:
+    """The run of `count` things that is one part; runs are as even as can be.
+
+    Raises A3Error for another spelling, a number out of range, and more parts than there are
+    things, which `what` names.
+    """
+    found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", part)
+    index, parts = (int(group) for group in found.groups()) if found else (0, 0)
+    if index >= parts or parts > count:
+        raise A3Error(
+            f"part {part!r}: expected 0of{count}, or of fewer parts of these {count} {what}, "
+            "counted from 0."
+        )
+    return range(count * index // parts, count * (index + 1) // parts)

@@ -1,0 +1,183 @@
+"""Collect for models larger than memory: one decoder layer at a time goes over all blocks.
+
+Peak memory is one layer, the embeddings, and the hidden states of the calibration blocks, which
+lie in a file that the system may write out. Each layer is called by the model's own forward, with
+the masks and positions that it makes: layers before the present one hand on what is stored, and
+the pass ends behind it. So the statistics are, byte for byte, those of the resident model.
+"""
+
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from a3.models.arch import Arch
+from a3.models.checkpoint import Checkpoint
+
+# Share of the memory at hand that resident weights may take: activations need some as well.
+RESIDENT_SHARE = 0.6
+
+
+class BehindLayerError(Exception):
+    """Ends a forward pass behind the layer of interest."""
+
+
+class Stored(nn.Module):
+    """In a decoder layer's place: hands on the hidden states that it left for each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.tuple_of: int | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """The stored hidden states (1, L, d), in a tuple where the family's layers give one."""
+        if self.tuple_of is None:
+            return self.hidden
+        return (self.hidden, *[None] * (self.tuple_of - 1))
+
+
+class Present(nn.Module):
+    """Around the layer of interest: keeps what it gives, and ends the pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.output: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What models look up on their layers (their attention's type, say)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Raises BehindLayerError when the layer is done."""
+        self.output = self.layer(*arguments, **options)
+        raise BehindLayerError
+
+
+def run_streamed(
+    folder: Path,
+    arch: Arch,
+    attach: Callable[[nn.Module, int], list[Any]],
+    blocks: Tensor,
+    dtype: str,
+) -> None:
+    """Push every block (blocks (N, L)) through one layer after the other.
+
+    `attach(trunk, layer)` hooks the statistics of a layer onto it and returns the handles.
+    """
+    checkpoint, device = Checkpoint(folder, arch.adapter.prefix), blocks.device
+    trunk = empty_trunk(folder, dtype, device).eval()
+    load(trunk, outside_layers(arch, checkpoint), dtype, device)
+    layers = trunk.get_submodule(arch.adapter.layer_path)
+    originals = list(layers)
+    stored = Stored()
+    with (
+        torch.inference_mode(),
+        tempfile.NamedTemporaryFile() as file,
+        tqdm(total=blocks.numel() * arch.layers, unit="tok·layer", desc="collect") as bar,
+    ):
+        size = blocks.numel() * arch.hidden_size
+        hidden = torch.from_file(file.name, shared=True, size=size, dtype=getattr(torch, dtype))
+        hidden = hidden.view(*blocks.shape, arch.hidden_size)
+        for index, layer in enumerate(originals):
+            tensors = arch.adapter.layer_tensors(checkpoint, index, arch.to_json())
+            load(trunk, tensors, dtype, device)
+            handles = attach(trunk, index)
+            layers[index] = present = Present(layer)
+            for number, block in enumerate(blocks):
+                stored.hidden = hidden[number][None].to(device, copy=True)
+                hidden[number] = output_of(trunk, present, block, stored)
+                bar.update(block.numel())
+            for handle in handles:
+                handle.remove()
+            layers[index] = stored
+            layer.to("meta")
+
+
+def output_of(trunk: nn.Module, present: Present, block: Tensor, stored: Stored) -> Tensor:
+    """Hidden states (L, d) behind the present layer, for a block (L,)."""
+    try:
+        trunk(block[None], use_cache=False)
+    except BehindLayerError:
+        output, present.output = present.output, None
+    stored.tuple_of = len(output) if isinstance(output, tuple) else None
+    return (output[0] if isinstance(output, tuple) else output)[0]
+
+
+def empty_trunk(folder: Path, dtype: str, device: torch.device) -> nn.Module:
+    """The model without its head and without weights; what it computes itself (RoPE) is there."""
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)
+    return model.base_model
+
+
+def outside_layers(arch: Arch, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Tensors of the trunk that are in no layer, by their names in it."""
+    prefix = f"{arch.adapter.prefix}."
+    names = [name.removeprefix(prefix) for name in checkpoint.names() if name.startswith(prefix)]
+    layers = f"{arch.adapter.layer_path}."
+    return {n: checkpoint.tensor(prefix + n) for n in names if not n.startswith(layers)}
+
+
+def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch.device) -> None:
+    """Give the trunk some of its weights."""
+    known = dict(trunk.named_parameters())
+    for name in tensors.keys() & known.keys():
+        set_module_tensor_to_device(
+            trunk, name, device, value=tensors[name], dtype=getattr(torch, dtype)
+        )
+
+
+def fits(arch: Arch, dtype: str) -> bool:
+    """Whether the whole model's weights fit the memory at hand."""
+    width = torch.finfo(getattr(torch, dtype)).bits // 8
+    return arch.size["parameters"] * width < RESIDENT_SHARE * memory_at_hand()
+
+
+def memory_at_hand() -> int:
+    """Bytes that this process may still take: the least of what machine, cgroup and limits leave."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    left = [int(lines["MemAvailable"].split()[0]) * 1024]
+    left += [limit - used for limit, used in map(group_memory, CGROUPS) if limit]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        left.append(limit - pages * resource.getpagesize())
+    return max(0, min(left))
+
+
+def group_memory(names: tuple[str, str, str]) -> tuple[int | None, int]:
+    """Limit and use of this process's control group; no limit where there is none."""
+    controller, limit, used = names
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == controller:
+            folder = Path("/sys/fs/cgroup", controller, path.lstrip("/"))
+            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
+            # Version 1 writes a number near 2^63 where there is no limit.
+            if text != "max" and int(text) < 2**60:
+                return int(text), int((folder / used).read_text())
+    return None, 0
+
+
+# Of versions 1 and 2: the controller, and its files of limit and use.
+CGROUPS = (
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("", "memory.max", "memory.current"),
+)
