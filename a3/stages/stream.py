@@ -151,7 +151,7 @@ def fits(arch: Arch, dtype: str) -> bool:
 
 
 def memory_at_hand() -> int:
-    """Bytes that this process may still take: the least of what machine, cgroup and limits leave."""
+    """Bytes that this process may still take, by machine, control group and its own limits."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     left = [int(lines["MemAvailable"].split()[0]) * 1024]
     left += [limit - used for limit, used in map(group_memory, CGROUPS) if limit]
