@@ -34,7 +34,7 @@ REPLACED = {
     "mlp": ("up", "gate", "down"),
 }
 # A part is held in memory until it is written.
-LARGEST_PART = 4 * 2**30
+LARGEST_PART = 2**30
 
 
 def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:
@@ -42,7 +42,7 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need. Beside weights,
     config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
-    Weights of more than 4 GiB are written in several files. Raises A3Error where a mode does not
+    Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.
     """
     arch = load_arch(model_folder)

@@ -155,10 +155,12 @@ def memory_at_hand() -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     left = [int(lines["MemAvailable"].split()[0]) * 1024]
     left += [limit - used for limit, used in map(group_memory, CGROUPS) if limit]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        left.append(limit - pages * resource.getpagesize())
+    # Of /proc/self/statm: all pages, and those of data.
+    pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
+    for of, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+        limit, _ = resource.getrlimit(of)
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - used * resource.getpagesize())
     return max(0, min(left))
 
 
