@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention test lint clean
+.PHONY: run full attention test test-cluster lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -21,6 +21,9 @@ attention: $(READY)  ## every attention type on real weights, one part at a time
 
 test: $(READY) lint  ## the whole test suite
 	python -m pytest
+
+test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and apt
+	tests/cluster/run
 
 lint: $(READY) $(LINT)
 	ruff check

@@ -9,12 +9,25 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/resources.smk"
 include: "workflow/rules/model.smk"
 include: "workflow/rules/text.smk"
 include: "workflow/rules/collect.smk"
 include: "workflow/rules/approx.smk"
 include: "workflow/rules/eval.smk"
 include: "workflow/rules/tables.smk"
+
+
+# On a cluster these stay on the machine that Snakemake runs on: nodes are often offline.
+localrules:
+    wheel,
+    model,
+    text,
+    split,
+    items,
+    tables,
+    figures,
+    report,
 
 
 rule all:

@@ -182,6 +182,13 @@ def show(table: Path) -> None:
     print(f"report: {table / 'report.html'}")
 
 
+def recover() -> None:
+    """Clean up after a killed Snakemake."""
+    from a3.recover import recover
+
+    recover()
+
+
 # --- arguments ------------------------------------------------------------------------------------
 
 
@@ -352,6 +359,7 @@ def parser() -> argparse.ArgumentParser:
     add_out(one, "report.html")
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
+    add(commands, "recover", recover, "after snakemake was killed: cancel its Slurm jobs, unlock")
     return top
 
 

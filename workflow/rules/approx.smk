@@ -24,6 +24,8 @@ rule approx:
     conda:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
+    resources:
+        **resources("approx", cost_of_approx),
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,

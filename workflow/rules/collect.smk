@@ -33,6 +33,8 @@ rule collect:
     conda:
         "../../environment.yaml"
     threads: C["threads"]["collect"]
+    resources:
+        **resources("collect", cost_of_collect),
     params:
         model=subpath(input.arch, parent=True),
         settings=settings(

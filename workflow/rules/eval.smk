@@ -15,6 +15,8 @@ rule eval_ppl:
     conda:
         "../../environment.yaml"
     threads: C["threads"]["eval"]
+    resources:
+        **resources("eval", cost_of_perplexity),
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         settings=settings("perplexity", "text", ("split", "tokens", "block_length", "bos", "dtype")),
@@ -41,6 +43,8 @@ rule eval_harness:
     conda:
         "../../environment.yaml"
     threads: C["threads"]["eval"]
+    resources:
+        **resources("eval", cost_of_harness),
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         task=task_options,

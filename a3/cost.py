@@ -1,0 +1,105 @@
+"""What a job takes, memory and arithmetic, from the model's shapes alone.
+
+Estimates to ask a cluster for, on the safe side: measured peaks are 0.6 to 0.95 of them
+(docs/cluster.md). Read by the Snakefile at every start, so nothing heavy is imported here.
+`arch` is `shapes` of arch.json throughout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+# Python with torch and transformers (and lm-eval) imported, in bytes.
+LIBRARIES = 500 * 2**20
+# lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
+HARNESS_TOKENS = 8 * 256
+# Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
+CPU_FLOPS = 1e10
+GPU_FLOPS = 1e13
+
+
+# What of arch.json is read here.
+FIELDS = (
+    "dtype",
+    "head_dim",
+    "heads",
+    "hidden_size",
+    "intermediate_size",
+    "kv_heads",
+    "layers",
+    "size",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak memory in bytes, and floating-point operations."""
+
+    memory: int
+    flops: float
+
+    def megabytes(self) -> int:
+        """Memory in MiB, rounded up."""
+        return -(-self.memory // 2**20)
+
+    def minutes(self, threads: int, device: str) -> int:
+        """Time in minutes, rounded up, with ten to start and to read the model."""
+        rate = CPU_FLOPS * threads if device == "cpu" else GPU_FLOPS
+        return 10 + int(self.flops / rate / 60)
+
+
+def shapes(record: dict[str, Any]) -> dict[str, Any]:
+    """The shapes in an arch.json; raises KeyError or TypeError where they are not there."""
+    return {name: record[name] for name in FIELDS}
+
+
+def collect_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+    """Cost of one pass over `tokens` calibration tokens, with the statistics of every kind.
+
+    The float64 copies of the widest activation of one block are what a hook holds at a time.
+    """
+    heads, h = arch["heads"] + 2 * arch["kv_heads"] + arch["heads"], arch["head_dim"]
+    statistics = 8 * arch["layers"] * (heads * h * h + arch["intermediate_size"])
+    widest = max(arch["intermediate_size"], arch["heads"] * h)
+    copies = 3 * 8 * block_length * widest
+    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies + statistics
+    return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
+
+
+def approx_cost(arch: dict[str, Any]) -> Cost:
+    """Cost of solving every layer: the whole result is held, and one layer at float64.
+
+    Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
+    goes as parameters times h.
+    """
+    parameters = arch["size"]["parameters"]
+    whole = 2 * WIDTHS[arch["dtype"]] * parameters
+    layer = 3 * 8 * (parameters // arch["layers"])
+    return Cost(LIBRARIES + whole + layer, 10.0 * parameters * arch["head_dim"])
+
+
+def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+    """Cost of scoring `tokens` tokens: the logits of a block, in float32, and their softmax."""
+    logits = 3 * 4 * block_length * arch["vocab_size"]
+    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + logits
+    return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
+
+
+def harness_cost(arch: dict[str, Any], items: int, shots: int, dtype: str) -> Cost:
+    """Cost of one lm-eval task with `items` items of four choices; each shot is one item more."""
+    tokens = HARNESS_TOKENS * (1 + shots)
+    return perplexity_cost(arch, items * 4 * tokens // 8, tokens, dtype)
+
+
+def weights_memory(arch: dict[str, Any], dtype: str) -> int:
+    """Bytes of a model in `dtype`; another dtype on disk is in memory as well while it is read."""
+    width = WIDTHS[dtype] + (WIDTHS[arch["dtype"]] if dtype != arch["dtype"] else 0)
+    return width * arch["size"]["parameters"]
+
+
+def forward_memory(arch: dict[str, Any], block_length: int) -> int:
+    """Bytes of the activations of one layer for one block, float32: hidden states, MLP, scores."""
+    hidden, inner = arch["hidden_size"], arch["intermediate_size"]
+    scores = 2 * arch["heads"] * min(block_length, 4096) ** 2
+    return 4 * (block_length * (6 * hidden + 3 * inner) + scores)

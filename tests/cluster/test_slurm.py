@@ -1,0 +1,172 @@
+"""The workflow through a real Slurm, and drills: each ends in the bytes of an undisturbed run."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from drills import CHAIN, TARGET, slurm, until
+
+STAGES = ("collect", "approx", "eval")
+
+
+def same(project, undisturbed):
+    """Every artifact is there as in an undisturbed run, and nothing half-written beside it."""
+    found, expected = project.contents(), undisturbed.contents()
+    different = [name for name in found if found[name] != expected.get(name)]
+    assert different == []
+    assert TARGET in found
+    return not [name for name in found if Path(name).name.startswith(".")]
+
+
+def records(node):
+    """State of every finished job in Slurm's own log, by ID."""
+    text = (node / "log" / "jobs.txt").read_text()
+    return dict(re.findall(r"^JobId=(\d+) .* JobState=(\w+) ", text, re.MULTILINE))
+
+
+# --- the whole workflow ---
+
+
+def test_every_heavy_job_runs_on_slurm(project, undisturbed, node):
+    """Partition, GPU, memory and time are asked for by the config, or by the model's size."""
+    config = project.folder / "config/config.yaml"
+    asked = {"partition": "other", "runtime": 7, "gres": "gpu:1"}
+    config.write_text(config.read_text() + f"resources: {{eval: {asked}}}\n")
+    run = project.start()
+    rules, _ = run.finish()
+    heavy = ["approx", "collect_together", *["eval_harness"] * 2, *["eval_ppl"] * 2]
+    assert rules == heavy
+    jobs = run.jobs()
+    assert sorted(job["rule"] for job in jobs) == heavy
+    finished = records(node)
+    for job in jobs:
+        assert finished[job["id"]] == job["state"] == "COMPLETED"
+        evaluates = job["rule"].startswith("eval")
+        assert job["partition"] == ("other" if evaluates else "main")
+        assert job["time"] == ("7:00" if evaluates else "10:00")
+        (gres,) = slurm(
+            "squeue", "-h", "--states=all", f"--jobs={job['id']}", "--Format=tres-alloc:99"
+        )
+        assert ("gres/gpu=1" in gres) == evaluates
+        assert 1000 < int(job["memory"].removesuffix("M")) < 1100  # two libraries' worth
+    assert same(project, undisturbed)
+    assert project.contents().keys() == undisturbed.contents().keys()
+    logs = project.folder / "results/logs"
+    assert len(list(logs.rglob("*.benchmark.tsv"))) > len(heavy)
+
+
+# --- drills ---
+
+
+def test_a_cancelled_job_is_done_again(project, undisturbed):
+    for stage in STAGES:
+        project.shut(stage)
+    run = project.start(TARGET)
+    for stage in STAGES:
+        job = run.held(stage)
+        slurm("scancel", job)
+        run.held(stage, besides=[job])
+        project.open(stage)
+    _, output = run.finish()
+    states = sorted((job["rule"], job["state"]) for job in run.jobs())
+    assert states == sorted((rule, state) for rule in CHAIN for state in ("CANCELLED", "COMPLETED"))
+    assert output.count("SLURM status is: 'CANCELLED'") == 3
+    assert same(project, undisturbed)
+
+
+def test_snakemake_killed(project, undisturbed):
+    """One command cancels what it left and unlocks; what was finished is not computed again."""
+    project.shut("approx")
+    run = project.start(TARGET)
+    orphan = run.held("approx")
+    finished = project.contents()
+    assert "results/rxx/tiny/short/q_blocks.safetensors" in finished
+
+    # A second workflow in the same folder, while the first one runs and after it was killed.
+    for _ in "ab":
+        second = project.start(TARGET)
+        _, output = second.finish(status=1)
+        assert "Directory cannot be locked" in output
+        assert "Submitted job" not in output
+        status, said = project.a3("recover")
+        if run.process.poll() is None:
+            assert status == 1
+            assert f"Snakemake still runs here, as process {run.process.pid}" in said
+            run.kill()
+            assert run.jobs()[-1]["state"] == "RUNNING"
+        else:
+            assert (status, f"cancelling {orphan}" in said) == (0, True), said
+    assert run.jobs()[-1]["state"] == "CANCELLED"
+    # The job had time to take its temporary files away.
+    assert {name for name in project.contents() if "checkpoints" in name} == set()
+
+    project.open("approx")
+    again = project.start(TARGET)
+    rules, _ = again.finish()
+    assert rules == ["approx", "eval_ppl"]
+    assert [job["rule"] for job in again.jobs()] == rules
+    assert finished.items() <= project.contents().items()
+    assert same(project, undisturbed)
+
+
+def test_an_orphan_spoils_nothing(project, undisturbed):
+    """Unlocked without cancelling: two jobs write the same files at the same moment."""
+    project.shut("collect")
+    run = project.start(TARGET)
+    orphan = run.held("collect")
+    run.kill()
+    project.snakemake("--unlock")
+    again = project.start(TARGET)
+    again.held("collect", besides=[orphan])
+    project.open("collect")
+    rules, _ = again.finish()
+    assert rules == CHAIN
+    assert run.jobs()[-1]["state"] == "COMPLETED"
+    assert same(project, undisturbed)
+
+
+def test_too_little_memory_or_time_and_a_restarted_daemon(project, undisturbed, node):
+    """Jobs that Slurm kills are tried again with more; running ones survive a restart of slurmd."""
+    config = project.folder / "config/config.yaml"
+    config.write_text(
+        config.read_text() + "resources: {collect: {mem_mb: 1500}, approx: {runtime: 1}}\n"
+    )
+    project.shut("collect", mebibytes=1500)
+    project.shut("approx")
+    project.shut("eval")
+    run = project.start(TARGET)
+
+    def ended(job):
+        return next(j["state"] for j in run.jobs() if j["id"] == job) not in (
+            "RUNNING",
+            "COMPLETING",
+        )
+
+    for stage in ("collect", "approx"):
+        job = run.held(stage)
+        until(f"{stage} is killed", lambda job=job: ended(job))
+        run.held(stage, besides=[job])
+        project.open(stage)
+
+    job = run.held("eval")
+    daemon = node / "slurmd.pid"
+    pid = daemon.read_text()
+    slurm("kill", pid.strip())
+    until("slurmd ends", lambda: not Path("/proc", pid.strip()).exists())
+    subprocess.run(["slurmd", "-f", node / "slurm.conf"], check=True)
+    until("the node is back", lambda: slurm("sinfo", "-h", "-p", "main", "-o", "%t") == ["mix"])
+    project.open("eval")
+
+    _, output = run.finish()
+    tried = [(j["rule"], j["state"], j["memory"], j["time"]) for j in run.jobs()]
+    (_, killed, *_), (_, fine, *_) = tried[:2]
+    assert [memory for _, _, memory, _ in tried[:2]] == ["1500M", "3000M"]
+    assert killed in ("OUT_OF_MEMORY", "FAILED", "CANCELLED")
+    assert fine == "COMPLETED"
+    assert [(state, time) for _, state, _, time in tried[2:4]] == [
+        ("TIMEOUT", "1:00"),
+        ("COMPLETED", "2:00"),
+    ]
+    assert [state for _, state, *_ in tried[4:]] == ["COMPLETED"]
+    assert "SLURM status is: 'TIMEOUT'" in output
+    assert same(project, undisturbed)

@@ -1,0 +1,75 @@
+"""What jobs of the heavy stages ask a cluster for: what the config says, else by the model's size.
+
+On one machine nothing of it limits anything.
+"""
+
+import errno
+
+from a3.cost import approx_cost, collect_cost, harness_cost, perplexity_cost, shapes
+from a3.files import read_json
+
+# Each job runs a Snakemake of its own around its command, which takes this many MiB.
+SNAKEMAKE = 500
+# The config's names and the Slurm executor's.
+ASKED = {"partition": "slurm_partition", "account": "slurm_account", "gpu": "gpu", "gres": "gres"}
+
+
+def resources(stage, cost):
+    """Resources of a rule; a job that is tried again asks for a multiple of memory and time."""
+    said = C["resources"].get(stage, {})
+    on_gpu = C["device"] != "cpu" and stage != "approx"
+
+    def mem_mb(wildcards, input, attempt):
+        needed = said.get("mem_mb") or SNAKEMAKE + cost(arch_of(input), wildcards).megabytes()
+        return attempt * needed
+
+    def runtime(wildcards, input, attempt):
+        device = C["device"] if on_gpu else "cpu"
+        spent = cost(arch_of(input), wildcards).minutes(C["threads"][stage], device)
+        return attempt * said.get("runtime", spent)
+
+    asked = {"mem_mb": mem_mb, "runtime": runtime}
+    if on_gpu and "gres" not in said:
+        asked["gpu"] = 1
+    return asked | {ASKED[key]: value for key, value in said.items() if key in ASKED}
+
+
+def arch_of(input):
+    """The shapes of the model among a job's input files: arch.json, or the base in approx.json.
+
+    Where the file is yet to be made, Snakemake takes FileNotFoundError for "to be determined" and
+    asks again when the job is ready.
+    """
+    (name,) = [name for name in input if Path(name).name in ("arch.json", "approx.json")]
+    if not Path(name).exists():
+        raise FileNotFoundError(errno.ENOENT, "yet to be made", name)
+    try:
+        record = read_json(Path(name))
+        return shapes(record["base"] if Path(name).name == "approx.json" else record)
+    except (A3Error, LookupError, TypeError) as error:
+        raise WorkflowError(f"{name}: {error!r}. Delete it; it is made again.") from None
+
+
+def cost_of_collect(arch, wildcards):
+    """Cost of one job of a calibration."""
+    chosen = entry("calibrations", wildcards.calibration)
+    tokens = chosen["tokens"] // chosen["shards"]
+    return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
+
+
+def cost_of_approx(arch, wildcards):
+    """Cost of one checkpoint."""
+    return approx_cost(arch)
+
+
+def cost_of_perplexity(arch, wildcards):
+    """Cost of scoring one text."""
+    chosen = entry("perplexity", wildcards.text)
+    return perplexity_cost(arch, chosen["tokens"], chosen["block_length"], chosen["dtype"])
+
+
+def cost_of_harness(arch, wildcards):
+    """Cost of one task; of those of lm-eval's own that have no limit few have more items."""
+    chosen = entry("harness", wildcards.task)
+    items = chosen.get("limit", chosen.get("items", 10_000))
+    return harness_cost(arch, items, chosen["shots"], chosen["dtype"])
