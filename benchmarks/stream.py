@@ -1,6 +1,6 @@
 """A model whose weights exceed the memory limit, collected and compressed under it.
 
-    python benchmarks/stream.py --layers 24 --limit 3
+    python benchmarks/stream.py --layers 30 --limit 4
 
 Makes a random Llama-shaped model (d = 2048, n = 5504, bfloat16) in a temporary folder, then runs
 `a3 collect` and `a3 approx` in processes whose data may take `--limit` GiB, which is less than its
@@ -90,9 +90,9 @@ def run(name: str, arguments: list[str], limit: float | None) -> None:
 def main() -> None:
     """Make, limit, measure, compare."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--layers", type=int, default=24)
-    options.add_argument("--limit", type=float, default=3.0, help="GiB")
-    options.add_argument("--tokens", type=int, default=2048)
+    options.add_argument("--layers", type=int, default=30)
+    options.add_argument("--limit", type=float, default=4.0, help="GiB")
+    options.add_argument("--tokens", type=int, default=1024)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
