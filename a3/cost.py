@@ -1,6 +1,6 @@
 """What a job takes, memory and arithmetic, from the model's shapes alone.
 
-Estimates to ask a cluster for, on the safe side: measured peaks are 0.6 to 0.95 of them
+Estimates to ask a cluster for, on the safe side: measured peaks are 0.75 to 0.9 of them
 (docs/cluster.md). Read by the Snakefile at every start, so nothing heavy is imported here.
 `arch` is `shapes` of arch.json throughout.
 """

@@ -127,3 +127,10 @@ class ClusterProject(Project):
         """Content of every artifact that equal runs make equal, by its name in the folder."""
         files = self.files()
         return {str(p.relative_to(self.folder)): files[p] for p in files if not unlike(p)}
+
+
+def check_same(project, undisturbed):
+    """Every artifact is as in an undisturbed run, and nothing else is there, hidden or not."""
+    found, expected = project.contents(), undisturbed.contents()
+    assert [name for name in found if found[name] != expected.get(name)] == []
+    assert TARGET in found
