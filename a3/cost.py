@@ -67,8 +67,8 @@ def collect_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: st
     return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
 
 
-def approx_cost(arch: dict[str, Any]) -> Cost:
-    """Cost of solving every layer: the whole result is held, and one layer at float64.
+def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
+    """Cost of one of `jobs` that share the layers: what it makes, and one layer in float64.
 
     Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
     goes as parameters times h.
@@ -76,7 +76,8 @@ def approx_cost(arch: dict[str, Any]) -> Cost:
     parameters = arch["size"]["parameters"]
     whole = 2 * WIDTHS[arch["dtype"]] * parameters
     layer = 3 * 8 * (parameters // arch["layers"])
-    return Cost(LIBRARIES + whole + layer, 10.0 * parameters * arch["head_dim"])
+    flops = 10.0 * parameters * arch["head_dim"]
+    return Cost(LIBRARIES + whole // jobs + layer, flops / jobs)
 
 
 def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:

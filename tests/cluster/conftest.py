@@ -29,10 +29,12 @@ def undisturbed(tmp_path_factory):
 def project(undisturbed, tmp_path):
     """A copy that has its model and texts and nothing further."""
     copy = object.__new__(ClusterProject)
-    copy.folder = tmp_path / "project"
+    copy.folder, copy.runs = tmp_path / "project", []
     shutil.copytree(undisturbed.folder, copy.folder)
     for name in ("rxx", "checkpoints", "eval", "tables"):
         shutil.rmtree(copy.folder / "results" / name)
     yield copy
+    for run in copy.runs:  # where a test failed
+        run.kill()
     subprocess.run(["scancel", "--user=root"], check=True)
     until("an empty queue", lambda: not slurm("squeue", "-h"))

@@ -98,13 +98,15 @@ class ClusterProject(Project):
     def __init__(self, folder):
         super().__init__(folder)
         self.door.mkdir()
+        self.runs = []
 
     @property
     def door(self):
         return self.folder / "door"
 
     def start(self, *arguments):
-        return Run(self, *arguments)
+        self.runs.append(Run(self, *arguments))
+        return self.runs[-1]
 
     def shut(self, stage, mebibytes=""):
         (self.door / stage).write_text(str(mebibytes))

@@ -36,7 +36,7 @@ def test_every_heavy_job_runs_on_slurm(project, undisturbed, node):
         assert job["partition"] == ("other" if evaluates else "main")
         assert job["time"] == ("7:00" if evaluates else "10:00")
         assert job["gres"] == ("gres:gpu:1" if evaluates else "N/A")
-        assert 1000 < int(job["memory"].removesuffix("M")) < 1100  # two libraries' worth
+        assert 1000 <= int(job["memory"].removesuffix("M")) < 1200  # libraries, Snakemake
     check_same(project, undisturbed)
     assert project.contents().keys() == undisturbed.contents().keys()
     logs = project.folder / "results/logs"
@@ -109,7 +109,7 @@ def test_an_orphan_spoils_nothing(project, undisturbed):
     project.open("collect")
     rules, _ = again.finish()
     assert rules == CHAIN
-    assert run.jobs()[-1]["state"] == "COMPLETED"
+    until("the orphan ends well", lambda: run.jobs()[-1]["state"] == "COMPLETED")
     check_same(project, undisturbed)
 
 

@@ -58,8 +58,8 @@ def cost_of_collect(arch, wildcards):
 
 
 def cost_of_approx(arch, wildcards):
-    """Cost of one checkpoint."""
-    return approx_cost(arch)
+    """Cost of one job of a checkpoint."""
+    return approx_cost(arch, C["approx_jobs"])
 
 
 def cost_of_perplexity(arch, wildcards):
