@@ -298,6 +298,8 @@ def test_an_interrupt_leaves_nothing(work, tmp_path, sign):
     with subprocess.Popen(
         [sys.executable, "-m", "a3", *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A shell starts what it runs in the background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         process.stdout.readline()  # what it will cost
         time.sleep(2)
