@@ -11,9 +11,8 @@ from pathlib import Path
 from test_workflow import Project
 
 ROOT = Path(__file__).parent.parent.parent
-# Polls often, so that tests are short; the profile's own values suit a busy cluster.
-QUICK = ("--slurm-init-seconds-before-status-checks", "1", "--seconds-between-status-checks", "1")
-QUICK += ("--latency-wait", "5")
+# So that tests are short; the profile's own values suit a busy cluster.
+QUICK = ("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5")
 # The command as the README has it.
 README = (ROOT / "README.md").read_text()
 COMMAND = re.search(r"^ {4}snakemake (--profile \S+/slurm)", README, re.MULTILINE)[1].split()
