@@ -1,8 +1,8 @@
 """Holds jobs at the worst moment, for the drills. On PYTHONPATH, Python imports this by itself.
 
 While the file `$A3_DOOR/collect` is there, an `a3 collect` that has written its first output under
-a temporary name waits before it renames it, after it has taken as many MiB as the file says; the
-file `collect.<Slurm job>` tells that it does. The same holds for approx and eval.
+a temporary name waits before it renames it, and takes as many MiB as the file says; the file
+`collect.<Slurm job>` tells that it does. The same holds for approx and eval.
 
 And Snakemake asks Slurm every second; otherwise each look comes ten seconds later than the last.
 """
@@ -19,8 +19,8 @@ def wait_then_rename(self, target):
     """Rename when the door is open."""
     door = Path(os.environ["A3_DOOR"], sys.argv[1])
     if door.exists():
-        taken = b"x" * (int(door.read_text() or 0) << 20)
         Path(f"{door}.{os.environ['SLURM_JOB_ID']}").touch()
+        taken = b"x" * (int(door.read_text() or 0) << 20)
         while door.exists():
             time.sleep(0.1)
         del taken
