@@ -26,7 +26,7 @@ def slurm(*words):
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def until(what, condition, seconds=180):
+def until(what, condition, seconds=300):
     """Wait for a condition; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -59,7 +59,7 @@ class Run:
 
     def finish(self, status=0):
         """Wait for the end; rules that were started, sorted, and all that was said."""
-        assert self.process.wait(400) == status, self.log.read_text()
+        assert self.process.wait(600) == status, self.log.read_text()
         output = self.log.read_text()
         return sorted(re.findall(r"^rule (\w+):", output, re.MULTILINE)), output
 

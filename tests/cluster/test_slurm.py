@@ -144,16 +144,17 @@ def test_too_little_memory_or_time_and_a_restarted_daemon(project, undisturbed, 
     project.open("eval")
 
     _, output = run.finish()
-    tried = [(j["rule"], j["state"], j["memory"], j["time"]) for j in run.jobs()]
-    (_, killed, *_), (_, fine, *_) = tried[:2]
-    assert [memory for _, _, memory, _ in tried[:2]] == ["1500M", "3000M"]
-    assert killed in ("OUT_OF_MEMORY", "FAILED", "CANCELLED")
-    assert fine == "COMPLETED"
-    assert [(state, time) for _, state, _, time in tried[2:4]] == [
-        ("TIMEOUT", "1:00"),
-        ("COMPLETED", "2:00"),
-    ]
-    assert [state for _, state, *_ in tried[4:]] == ["COMPLETED"]
+    by_rule = {rule: [job for job in run.jobs() if job["rule"] == rule] for rule in CHAIN}
+    *killed, fine = by_rule["collect_together"]
+    assert [job["memory"] for job in (*killed, fine)] == ["1500M", "3000M"]
+    assert killed[0]["state"] in ("OUT_OF_MEMORY", "FAILED", "CANCELLED")
+    assert fine["state"] == "COMPLETED"
+    # On a busy machine two minutes may not suffice either; three do.
+    *killed, fine = by_rule["approx"]
+    assert [job["time"] for job in (*killed, fine)] == ["1:00", "2:00", "3:00"][: len(killed) + 1]
+    assert {job["state"] for job in killed} == {"TIMEOUT"}
+    assert fine["state"] == "COMPLETED"
+    assert [job["state"] for job in by_rule["eval_ppl"]] == ["COMPLETED"]
     assert "Exceeded job memory limit" in output
     assert "SLURM status is: 'TIMEOUT'" in output
     # What is killed outright cannot take its temporary file away. Nothing reads it.
