@@ -101,7 +101,8 @@ def collect(
     from a3.stages.collect import collect
     from a3.stages.plan import check_experiments
 
-    check_experiments(folder(model), experiments)
+    if experiments:
+        check_experiments(folder(model), experiments)
     collect(folder(model), text, {path.stem: path for path in out}, **settings)
 
 

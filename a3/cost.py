@@ -8,7 +8,8 @@ Estimates to ask a cluster for, on the safe side: measured peaks are 0.75 to 0.9
 from dataclasses import dataclass
 from typing import Any
 
-WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+from a3.dtypes import WIDTHS
+
 # Python with torch and transformers (and lm-eval) imported, in bytes.
 LIBRARIES = 500 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.

@@ -1,6 +1,7 @@
 """Work in several parts: "0of4" to "3of4" of a number of blocks or layers."""
 
 import re
+from pathlib import Path
 
 from a3.errors import A3Error
 
@@ -19,3 +20,11 @@ def share(count: int, part: str, what: str) -> range:
             "counted from 0."
         )
     return range(count * index // parts, count * (index + 1) // parts)
+
+
+def require_all(found: list[str | None], where: Path, missing: str) -> None:
+    """Raise A3Error unless `found` names all parts, in order; `missing` says what to do."""
+    if found != [f"{i}of{len(found)}" for i in range(len(found))]:
+        raise A3Error(
+            f"{where}: the parts are {found}, expected all of {len(found)} in order. {missing}"
+        )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from a3.errors import A3Error
 from a3.files import whole_file
+from a3.parts import require_all
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,10 @@ def merge(shards: list["Rxx"], out: Path) -> None:
 
     Raises A3Error where a shard is missing, stands twice or was collected otherwise than the first.
     """
-    total, records = len(shards), [dict(shard.record) for shard in shards]
+    records = [dict(shard.record) for shard in shards]
     found = [record.pop("shard", None) for record in records]
+    require_all(found, out, "Collect what is missing with a3 collect --shard.")
     tokens = sum(record.pop("tokens") for record in records)
-    if found != [f"{i}of{total}" for i in range(total)]:
-        raise A3Error(
-            f"{out}: the shards are {found}, expected all of {total} in order. Collect what is "
-            "missing with a3 collect --shard."
-        )
     for shard, record in zip(shards, records, strict=True):
         for key in records[0].keys() | record.keys():
             if record.get(key) != records[0].get(key):
@@ -115,7 +112,7 @@ def merge(shards: list["Rxx"], out: Path) -> None:
                     f"{records[0].get(key)!r}. Collect the older one again."
                 )
     sums = {key: sum(shard.sums(key) for shard in shards) for key in shards[0].names()}
-    save(out, sums, records[0] | {"tokens": tokens, "shards": total})
+    save(out, sums, records[0] | {"tokens": tokens, "shards": len(shards)})
 
 
 def require_finite(path: Path, key: str, value: Tensor) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,16 +88,7 @@ def project(tmp_path_factory):
 
 def dry(project, profile, *arguments, status=0):
     """What a dry run on a profile says of each rule's resources; all it says where it fails."""
-    words = ["--profile", f"workflow/profiles/{profile}", "--dry-run", *arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *words],
-        cwd=project.folder,
-        env=os.environ | {"PYTHONPATH": str(project.folder)},
-        capture_output=True,
-        text=True,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == status, output
+    output = project.run(profile, "--dry-run", *arguments, status=status)
     if status:
         return output
     found = re.findall(r"^(?:local)?rule (\w+):\n.*?resources: (.*?)$", output, re.M | re.S)

@@ -77,17 +77,11 @@ class Project:
             words = [WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(40)]
             yield f'{{"title": "Title {WORDS[i % 11]} {i}", "text": "{" ".join(words)}"}}\n'
 
-    def snakemake(self, *arguments, status=0):
-        """Run Snakemake; returns (rules that ran or would run, its output)."""
+    def run(self, profile, *arguments, status=0):
+        """Run Snakemake on a profile, to this exit status; returns its output."""
+        words = ["--profile", f"workflow/profiles/{profile}", *arguments]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "snakemake",
-                "--profile",
-                "workflow/profiles/default",
-                *arguments,
-            ],
+            [sys.executable, "-m", "snakemake", *words],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(self.folder)},
             capture_output=True,
@@ -95,6 +89,11 @@ class Project:
         )
         output = done.stdout + done.stderr
         assert done.returncode == status, output
+        return output
+
+    def snakemake(self, *arguments, status=0):
+        """Run Snakemake; returns (rules that ran or would run, its output)."""
+        output = self.run("default", *arguments, status=status)
         return sorted(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)), output
 
     def edit(self, name, old, new):

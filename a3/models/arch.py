@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
@@ -142,7 +143,7 @@ def sizes(
     went to all alike. A multiply-add counts as two FLOPs; attention products are counted against
     FLOPS_CONTEXT keys; router and LM head are included.
     """
-    width = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    width = WIDTHS[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
     matrices = 3 if fields["mlp"] == "3-layer" else 2
     experts, active = fields["experts"], fields["experts_per_token"]

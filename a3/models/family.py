@@ -80,6 +80,7 @@ class Family:
     }
     # The same of a mixture's experts, {} is their number, where they stand in the MLP's place.
     experts: ClassVar[dict[str, str]] = {}
+
     # --- what the config says ---
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
@@ -190,6 +191,13 @@ class Family:
         if expert is not None:
             return f"{self.experts_module(layer)}.{expert}.{part}_proj.{field}"
         return self.name(layer, part, field)
+
+    def names_in(self, checkpoint: Checkpoint, layer: int | None) -> list[str]:
+        """Tensors of the dense checkpoint that are in a layer, or (None) in no layer."""
+        layers = f"{self.prefix}.{self.layer_path}."
+        if layer is None:
+            return [name for name in checkpoint.names() if not name.startswith(layers)]
+        return [name for name in checkpoint.names() if name.startswith(f"{layers}{layer}.")]
 
     def packed_rest(self, name: str) -> str:
         """Name in the compressed checkpoint of a tensor that no part has."""
@@ -332,29 +340,22 @@ class Family:
 
         transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n).
         """
-        start = f"{self.prefix}.{self.layer_path}.{layer}."
         experts = {
-            part: [
-                checkpoint.tensor(self.name(layer, part, "weight", expert))
-                for expert in range(fields["experts"])
-            ]
+            part: [self.name(layer, part, "weight", expert) for expert in range(fields["experts"])]
             for part in self.experts
         }
-        mine = {
-            self.name(layer, part, "weight", expert)
-            for part in self.experts
-            for expert in range(fields["experts"])
-        }
+        theirs = {name for names in experts.values() for name in names}
         tensors = {
             self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
-            for name in checkpoint.names()
-            if name.startswith(start) and name not in mine
+            for name in self.names_in(checkpoint, layer)
+            if name not in theirs
         }
         if experts:
+            gate, up, down = (map(checkpoint.tensor, experts[p]) for p in ("gate", "up", "down"))
             where = self.experts_module(layer).removeprefix(f"{self.prefix}.")
-            pairs = zip(experts["gate"], experts["up"], strict=True)
+            pairs = zip(gate, up, strict=True)
             tensors[f"{where}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-            tensors[f"{where}.down_proj"] = torch.stack(experts["down"])
+            tensors[f"{where}.down_proj"] = torch.stack(list(down))
         return tensors
 
     def pack(

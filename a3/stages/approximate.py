@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import whole_folder
 from a3.models.arch import Arch, load_arch
@@ -22,7 +23,7 @@ from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, find_mode
-from a3.stages.assemble import Part, assemble, copied, pairs_name, write_part
+from a3.stages.assemble import Part, assemble, outside, pairs_name, staying, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
@@ -45,15 +46,16 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
     Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.
     """
-    arch = load_arch(model_folder)
-    plan.ranks(arch)
-    width = torch.finfo(getattr(torch, arch.dtype)).bits // 8
-    count = min(arch.layers, -(-arch.size["parameters"] * width // LARGEST_PART))
+    solver = solver_for(model_folder, rxx_folder, plan)
+    arch = solver.arch
+    size = arch.size["parameters"] * WIDTHS[arch.dtype]
+    count = min(arch.layers, -(-size // LARGEST_PART))
+    numbers = [f"{i}of{count}" for i in range(count)]
     with whole_folder(out) as folder:
-        parts = [folder / f".{i}of{count}.safetensors" for i in range(count)]
-        for i, path in enumerate(parts):
-            approximate_part(model_folder, rxx_folder, plan, f"{i}of{count}", path)
-        assemble(model_folder, parts, folder)
+        parts = [folder / f".{number}.safetensors" for number in numbers]
+        for number, path in zip(numbers, parts, strict=True):
+            solve_run(solver, plan, number, path)
+        assemble(model_folder, arch, parts, folder)
 
 
 def approximate_part(
@@ -61,9 +63,14 @@ def approximate_part(
 ) -> None:
     """Solve a run of layers, "0of4" to "3of4", and write them to the file `out`.
 
-    It has all tensors of its layers, also those that stay; what is said of them lies beside it in
-    JSON. Raises A3Error as `approximate` does.
+    It has all tensors of its layers, also those that stay, and of "0of1" those that are in no
+    layer; what is said of them lies beside it in JSON. Raises A3Error as `approximate` does.
     """
+    solve_run(solver_for(model_folder, rxx_folder, plan), plan, number, out)
+
+
+def solver_for(model_folder: Path, rxx_folder: Path, plan: Plan) -> "LayerSolver":
+    """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
     arch = load_arch(model_folder)
     ranks = plan.ranks(arch)
     statistics = {
@@ -72,22 +79,28 @@ def approximate_part(
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
-    solver = LayerSolver(arch, dense, statistics, modes, ranks)
-    tensors: dict[str, Tensor] = {}
+    return LayerSolver(arch, dense, statistics, modes, ranks)
+
+
+def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None:
+    """Solve the layers of one part and write it."""
+    arch, dense = solver.arch, solver.checkpoint
+    layers = share(arch.layers, number, "layers")
+    tensors = outside(dense, arch) if len(layers) == arch.layers else {}
     reports, seconds = [], []
-    for layer in tqdm(share(arch.layers, number, "layers"), unit="layer", desc="approx"):
+    for layer in tqdm(layers, unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
-        tensors |= solved | copied(dense, arch, layer, solved)
+        tensors |= solved | staying(dense, arch, layer, solved)
         reports.append(report)
         seconds.append(took)
     said = {
         "number": number,
         "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
-        "ranks": ranks,
+        "ranks": solver.ranks,
         "provenance": provenance(
             __name__,
             weights_sha256=arch.weights_sha256,
-            statistics={kind: rxx.record for kind, rxx in statistics.items()},
+            statistics={kind: rxx.record for kind, rxx in solver.statistics.items()},
         ),
     }
     write_part(out, tensors, Part(said, reports, seconds))

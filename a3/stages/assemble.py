@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from a3 import LazyConfig
@@ -17,6 +17,7 @@ from a3.errors import A3Error
 from a3.files import read_json, whole_file, whole_folder, write_json
 from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import Checkpoint
+from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
 
@@ -47,11 +48,7 @@ def read_parts(paths: list[Path]) -> list[Part]:
     """
     parts = [Part(**read_json(path.with_suffix(".json"))) for path in paths]
     numbers = [part.said.pop("number") for part in parts]
-    if numbers != [f"{i}of{len(parts)}" for i in range(len(parts))]:
-        raise A3Error(
-            f"{paths[0].parent}: the parts are {numbers}, expected all of {len(parts)} in order. "
-            "Make what is missing with a3 approx --part."
-        )
+    require_all(numbers, paths[0].parent, "Make what is missing with a3 approx --part.")
     for path, part in zip(paths, parts, strict=True):
         if part.said != parts[0].said:
             raise A3Error(
@@ -66,21 +63,24 @@ def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
 
     Raises A3Error as `read_parts` does.
     """
+    arch = load_arch(model_folder)
     with whole_folder(out) as folder:
+        near = paths[0].stat().st_dev == folder.stat().st_dev
+        bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
         for path, copy in zip(paths, copies, strict=True):
-            os.link(path, copy)
-            os.link(path.with_suffix(".json"), copy.with_suffix(".json"))
-        assemble(model_folder, copies, folder)
+            bring(path, copy)
+            bring(path.with_suffix(".json"), copy.with_suffix(".json"))
+        assemble(model_folder, arch, copies, folder)
 
 
-def assemble(model_folder: Path, paths: list[Path], folder: Path) -> None:
+def assemble(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
     """Make a Hugging Face folder of the parts that lie in it already."""
-    arch, parts = load_arch(model_folder), read_parts(paths)
+    parts = read_parts(paths)
     reports = [report for part in parts for report in part.layers]
     seconds = [took for part in parts for took in part.seconds]
     ranks = [layer_ranks(arch, report) for report in reports]
-    write_weights(paths, copied(Checkpoint(model_folder, arch.adapter.prefix), arch), folder)
+    write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
     checkpoint = Checkpoint(folder)
     record = parts[0].said | {
@@ -97,20 +97,16 @@ def assemble(model_folder: Path, paths: list[Path], folder: Path) -> None:
     write_json(folder / "timing.json", {"seconds": total, "layers": seconds})
 
 
-def write_weights(paths: list[Path], rest: dict[str, Tensor], folder: Path) -> None:
-    """One file of all, or the parts as they are, a file of what is in no layer, and an index."""
-    if len(paths) == 1:
-        tensors = load_file(paths[0]) | rest
-        save_file(dict(sorted(tensors.items())), folder / "model.safetensors", {"format": "pt"})
-        paths[0].unlink()
-    else:
-        names = weight_files(len(paths))
-        for path, name in zip(paths, names, strict=False):
-            path.rename(folder / name)
+def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
+    """The parts as they are; of several, also a file of what is in no layer, and an index."""
+    names = weight_files(len(paths))
+    for path, name in zip(paths, names, strict=False):
+        path.rename(folder / name)
+        path.with_suffix(".json").unlink()
+    if len(paths) > 1:
+        rest = outside(Checkpoint(model_folder, arch.adapter.prefix), arch)
         save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
         write_index(folder, names)
-    for path in paths:
-        path.with_suffix(".json").unlink()
 
 
 def write_index(folder: Path, names: Iterable[str]) -> None:
@@ -132,29 +128,27 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
     return qk, ov, mlp
 
 
-def copied(
-    checkpoint: Checkpoint, arch: Arch, layer: int | None = None, solved: Iterable[str] = ()
+def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
+    """Tensors that are in no layer: embeddings, the last norm, the head."""
+    names = arch.adapter.names_in(checkpoint, None)
+    return {arch.adapter.packed_rest(name): checkpoint.tensor(name) for name in names}
+
+
+def staying(
+    checkpoint: Checkpoint, arch: Arch, layer: int, solved: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Tensors that are not `solved`, of one layer or of none (embeddings, the last norm, the head).
+    """Tensors of a layer that are not `solved`, among them all RoPE pairs where none were chosen.
 
     Attention gets the compressed model's names; repacked q, k, v, o and experts, which are always
-    packed anew, are left out. A layer also gets all of its RoPE pairs.
+    packed anew, are left out.
     """
-    adapter = arch.adapter
-    layers = f"{adapter.prefix}.{adapter.layer_path}."
-    names = checkpoint.names()
-    if layer is None:
-        return {
-            adapter.packed_rest(name): checkpoint.tensor(name)
-            for name in names
-            if not name.startswith(layers)
-        }
     renamed = new_names(arch, layer)
-    kept = {name: renamed.get(name, adapter.packed_rest(name)) for name in names}
+    names = arch.adapter.names_in(checkpoint, layer)
+    kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
     tensors = {
         new: checkpoint.tensor(name)
         for name, new in kept.items()
-        if name.startswith(f"{layers}{layer}.") and new is not None and new not in solved
+        if new is not None and new not in solved
     }
     if arch.has_rope(layer) and pairs_name(arch, layer) not in solved:
         pairs = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()

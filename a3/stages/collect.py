@@ -184,7 +184,7 @@ def activation(output: Tensor, part: str, arch: Arch) -> Tensor:
 
     Where q and k are normed, they are so here, without the norm's gains.
     """
-    x = arch.adapter.unfuse(output.flatten(0, -2).T, part, arch.to_json()).T.double()
+    x = arch.adapter.unfuse(output.flatten(0, -2).T, part, vars(arch)).T.double()
     if part == "v" or arch.qk_norm is None:
         return x
     vectors = x.unflatten(1, (-1, arch.head_dim)) if arch.qk_norm == "head" else x

@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from a3.dtypes import WIDTHS
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 
 # Share of the memory at hand that resident weights may take: activations need some as well.
 RESIDENT_SHARE = 0.6
+# Control groups of versions 1 and 2: the controller, and its files of limit and use.
+CGROUPS = (
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("", "memory.max", "memory.current"),
+)
 
 
 class BehindLayerError(Exception):
@@ -130,9 +136,8 @@ def empty_trunk(folder: Path, dtype: str, device: torch.device) -> nn.Module:
 def outside_layers(arch: Arch, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Tensors of the trunk that are in no layer, by their names in it."""
     prefix = f"{arch.adapter.prefix}."
-    names = [name.removeprefix(prefix) for name in checkpoint.names() if name.startswith(prefix)]
-    layers = f"{arch.adapter.layer_path}."
-    return {n: checkpoint.tensor(prefix + n) for n in names if not n.startswith(layers)}
+    names = arch.adapter.names_in(checkpoint, None)
+    return {n.removeprefix(prefix): checkpoint.tensor(n) for n in names if n.startswith(prefix)}
 
 
 def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch.device) -> None:
@@ -146,8 +151,7 @@ def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch
 
 def fits(arch: Arch, dtype: str) -> bool:
     """Whether the whole model's weights fit the memory at hand."""
-    width = torch.finfo(getattr(torch, dtype)).bits // 8
-    return arch.size["parameters"] * width < RESIDENT_SHARE * memory_at_hand()
+    return arch.size["parameters"] * WIDTHS[dtype] < RESIDENT_SHARE * memory_at_hand()
 
 
 def memory_at_hand() -> int:
@@ -176,10 +180,3 @@ def group_memory(names: tuple[str, str, str]) -> tuple[int | None, int]:
             if text != "max" and int(text) < 2**60:
                 return int(text), int((folder / used).read_text())
     return None, 0
-
-
-# Of versions 1 and 2: the controller, and its files of limit and use.
-CGROUPS = (
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("", "memory.max", "memory.current"),
-)

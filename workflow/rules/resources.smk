@@ -25,8 +25,10 @@ def resources(stage, cost):
 
     def runtime(wildcards, input, attempt):
         device = C["device"] if on_gpu else "cpu"
-        spent = cost(arch_of(input), wildcards).minutes(C["threads"][stage], device)
-        return attempt * said.get("runtime", spent)
+        needed = said.get("runtime") or cost(arch_of(input), wildcards).minutes(
+            C["threads"][stage], device
+        )
+        return attempt * needed
 
     asked = {"mem_mb": mem_mb, "runtime": runtime}
     if on_gpu and "gres" not in said:
