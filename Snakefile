@@ -16,6 +16,7 @@ include: "workflow/rules/collect.smk"
 include: "workflow/rules/approx.smk"
 include: "workflow/rules/eval.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/plan.smk"
 
 
 # On a cluster these stay on the machine that Snakemake runs on: nodes are often offline.

@@ -49,6 +49,26 @@ def prepare(threads: int | None) -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
+def plan(
+    model: Path | None,
+    jobs: list[dict[str, Any]],
+    results: Path,
+    cores: int,
+    elsewhere: bool,
+    settings: dict[str, Any],
+    **row: str,
+) -> None:
+    """Say what jobs will cost, and refuse what cannot be."""
+    from a3.stages.forecast import Job, forecast, refuse, stages_of, table
+
+    found = [Job(**job) for job in jobs]
+    if model is not None:
+        found += stages_of(folder(model), row, settings)
+    estimates = forecast(found)
+    print(table(estimates, cores))
+    refuse(estimates, results, here=not elsewhere)
+
+
 def wheel(name: str, version: str, sha256: str, out: Path) -> None:
     """Fetch one wheel."""
     from a3.stages.sources import fetch_wheel
@@ -259,6 +279,19 @@ def parser() -> argparse.ArgumentParser:
     add_run(add_blocks(one, tokens=32768, seed=True))
     one.set_defaults(command=lambda **options: compress(**with_settings(options)))
 
+    one = add(commands, "plan", plan, "memory, disk, FLOPs and time before anything runs")
+    text_ = "Hugging Face folder; config.json is enough"
+    one.add_argument("model", type=Path, nargs="?", help=text_)
+    add_modes(one)
+    add_run(add_blocks(one, tokens=32768, seed=False))
+    text_ = "JSON: jobs of a workflow, in place of one model's collect, approx and evaluation"
+    one.add_argument("--jobs", type=parse_json, default=[], help=text_)
+    one.add_argument("--results", type=Path, default=Path("results"), help="where files will lie")
+    one.add_argument("--cores", type=int, default=1, help="jobs that run at once")
+    text_ = "jobs run on other machines: this one's memory does not count"
+    one.add_argument("--elsewhere", action="store_true", help=text_)
+    one.set_defaults(command=lambda **options: plan(**with_settings(options)))
+
     one = add(commands, "collect", collect, "model and text to Rxx files")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
@@ -416,7 +449,7 @@ def add_threads(one: argparse.ArgumentParser) -> None:
 def with_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Put the options that are `collect`'s under `settings`."""
     names = ("tokens", "block_length", "bos", "seed", "dtype", "device")
-    return options | {"settings": {name: options.pop(name) for name in names}}
+    return options | {"settings": {name: options.pop(name) for name in names if name in options}}
 
 
 if __name__ == "__main__":

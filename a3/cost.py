@@ -14,6 +14,8 @@ from a3.dtypes import WIDTHS
 LIBRARIES = 500 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
 HARNESS_TOKENS = 8 * 256
+# Files of weights are at most so large where a layer is not larger; a job holds one of them.
+LARGEST_PART = 2**30
 # Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
 CPU_FLOPS = 1e10
 GPU_FLOPS = 1e13
@@ -68,17 +70,29 @@ def collect_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: st
     return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
 
 
+def stream_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+    """Cost of the same pass with one layer at a time in memory; hidden states are in a file."""
+    resident = weights_memory(arch, dtype)
+    outside = 2 * arch["vocab_size"] * arch["hidden_size"]
+    layer = max(0, arch["size"]["parameters"] - outside) // arch["layers"]
+    held = resident * min(1, (outside + layer) / arch["size"]["parameters"])
+    whole = collect_cost(arch, tokens, block_length, dtype)
+    return Cost(whole.memory - resident + int(held), whole.flops)
+
+
 def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
     """Cost of one of `jobs` that share the layers: what it makes, and one layer in float64.
 
-    Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
-    goes as parameters times h.
+    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them. Every
+    product of a solution has a head's size h as its smallest dimension, so that arithmetic goes as
+    parameters times h.
     """
     parameters = arch["size"]["parameters"]
-    whole = 2 * WIDTHS[arch["dtype"]] * parameters
-    layer = 3 * 8 * (parameters // arch["layers"])
-    flops = 10.0 * parameters * arch["head_dim"]
-    return Cost(LIBRARIES + whole // jobs + layer, flops / jobs)
+    layer = parameters // arch["layers"]
+    width = WIDTHS[arch["dtype"]]
+    made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
+    memory = 2 * max(made, width * layer) + 3 * 8 * layer
+    return Cost(LIBRARIES + memory, 10.0 * parameters * arch["head_dim"] / jobs)
 
 
 def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:

@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
@@ -88,15 +89,8 @@ def describe(folder: Path) -> Arch:
     Raises A3Error for a family that is not known, weights that are missing, truncated or of
     another shape than the config says.
     """
-    found = model_type(folder)
-    family = FAMILIES.get(found)
-    if family is None:
-        reason = REFUSED.get(found, "which a3 does not know")
-        raise A3Error(
-            f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
-            f"{', '.join(sorted(FAMILIES))}."
-        )
-    fields = family.describe(AutoConfig.from_pretrained(folder))
+    family, config = known_family(folder), AutoConfig.from_pretrained(folder)
+    fields = family.describe(config)
     checkpoint = Checkpoint(folder, family.prefix)
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
@@ -108,6 +102,34 @@ def describe(folder: Path) -> Arch:
         weights_sha256=checkpoint.sha256(),
         size=sizes(fields, ranks * fields["layers"], checkpoint.parameters(), dtype),
     )
+
+
+def sketch(folder: Path) -> Arch:
+    """What `describe` says as far as config.json alone tells it: no weights have to be there.
+
+    weights_sha256 is empty. Raises A3Error for a family that is not known.
+    """
+    family, config = known_family(folder), AutoConfig.from_pretrained(folder)
+    fields = family.describe(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+    ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
+    size = sizes(fields, ranks * fields["layers"], parameters, dtype)
+    return Arch(**fields, dtype=dtype, weights_sha256="", size=size)
+
+
+def known_family(folder: Path) -> Family:
+    """The adapter of a folder's family; raises A3Error, with the reason, where there is none."""
+    found = model_type(folder)
+    if found not in FAMILIES:
+        reason = REFUSED.get(found, "which a3 does not know")
+        raise A3Error(
+            f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[found]
 
 
 def model_type(folder: Path) -> str:

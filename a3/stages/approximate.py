@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from a3.cost import LARGEST_PART
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import whole_folder
@@ -34,8 +35,6 @@ REPLACED = {
     "ov": ("v", "o"),
     "mlp": ("up", "gate", "down"),
 }
-# A part is held in memory until it is written.
-LARGEST_PART = 2**30
 
 
 def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from a3.dtypes import WIDTHS
 from a3.models.arch import Arch
@@ -84,7 +84,7 @@ def run_streamed(
     `attach(trunk, layer)` hooks the statistics of a layer onto it and returns the handles.
     """
     checkpoint, device = Checkpoint(folder, arch.adapter.prefix), blocks.device
-    trunk = empty_trunk(folder, dtype, device).eval()
+    trunk = empty_trunk(AutoConfig.from_pretrained(folder), dtype, device).eval()
     load(trunk, outside_layers(arch, checkpoint), dtype, device)
     layers = trunk.get_submodule(arch.adapter.layer_path)
     originals = list(layers)
@@ -122,9 +122,8 @@ def output_of(trunk: nn.Module, present: Present, block: Tensor, stored: Stored)
     return (output[0] if isinstance(output, tuple) else output)[0]
 
 
-def empty_trunk(folder: Path, dtype: str, device: torch.device) -> nn.Module:
+def empty_trunk(config: PreTrainedConfig, dtype: str, device: torch.device) -> nn.Module:
     """The model without its head and without weights; what it computes itself (RoPE) is there."""
-    config = AutoConfig.from_pretrained(folder)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     for module in model.modules():

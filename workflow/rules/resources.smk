@@ -70,8 +70,12 @@ def cost_of_perplexity(arch, wildcards):
     return perplexity_cost(arch, chosen["tokens"], chosen["block_length"], chosen["dtype"])
 
 
+def items_of(chosen):
+    """Items of a harness entry; of lm-eval's own tasks that have no limit few have more."""
+    return chosen.get("limit", chosen.get("items", 10_000))
+
+
 def cost_of_harness(arch, wildcards):
-    """Cost of one task; of those of lm-eval's own that have no limit few have more items."""
+    """Cost of one task."""
     chosen = entry("harness", wildcards.task)
-    items = chosen.get("limit", chosen.get("items", 10_000))
-    return harness_cost(arch, items, chosen["shots"], chosen["dtype"])
+    return harness_cost(arch, items_of(chosen), chosen["shots"], chosen["dtype"])

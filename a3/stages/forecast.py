@@ -1,0 +1,345 @@
+"""a3 plan: memory, disk, FLOPs and time of jobs, from a model's shapes, before anything runs.
+
+Memory and FLOPs are those of a3.cost. Time is by the clock of this machine: one layer of the model
+with made-up weights is run and solved here once, and multiplied.
+"""
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from a3.cost import Cost, approx_cost, collect_cost, harness_cost, perplexity_cost, stream_cost
+from a3.dtypes import WIDTHS
+from a3.errors import A3Error
+from a3.files import sha256
+from a3.models.arch import load_arch, sizes, sketch
+from a3.models.family import AttentionWeights, MLPWeights
+from a3.solutions.modes import PARTS, choose, find_mode
+from a3.stages.approximate import solver_of
+from a3.stages.collect import attach_all
+from a3.stages.plan import Plan
+from a3.stages.stream import empty_trunk, memory_at_hand
+from a3.statistics import KINDS, Accumulator
+
+# Seconds of Python, torch, transformers and the tokenizer before a job begins.
+START = 5.0
+# Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
+SCORED = 16384
+# Of the harness: tokens of an item with one of its four answers. Tasks differ; see docs/scale.md.
+ITEM_TOKENS = 128
+# Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
+CERTAIN = 1 / 1.5
+# A layer is tried with as many tokens, groups and channels as keep it to seconds.
+TRIAL_FLOPS, TRIAL_GROUPS, TRIAL_CHANNELS = 5e10, 4, 4096
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """`count` equal jobs on the model of a folder.
+
+    `stage` is collect, approx, ppl or harness. `settings`: threads, device, and of collect kinds,
+    tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share one
+    checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness row,
+    items, shots, dtype.
+    """
+
+    model: str
+    stage: str
+    settings: dict[str, Any]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of each of `count` jobs: bytes in memory, bytes that it leaves on disk, FLOPs, seconds."""
+
+    model: str
+    stage: str
+    count: int
+    memory: int
+    disk: int
+    flops: float
+    seconds: float
+
+
+def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
+    """Collect, approx, and perplexity before and after, of one model by one row."""
+    common = settings | {"threads": torch.get_num_threads()}
+    scored = common | {"tokens": SCORED}
+    model, kinds = str(folder), Plan(choose(row)).kinds()
+    return [
+        Job(model, "collect", common | {"kinds": kinds}),
+        Job(model, "approx", common | {"row": row}),
+        Job(model, "ppl", scored | {"row": {}}),
+        Job(model, "ppl", scored | {"row": row}),
+    ]
+
+
+def forecast(jobs: list[Job]) -> list[Estimate]:
+    """One estimate a job; raises A3Error for a model or mode that a3 would refuse."""
+    trial_of = cache(Trial)
+    estimates = []
+    for job in jobs:
+        torch.set_num_threads(job.settings["threads"])
+        trial = trial_of(Path(job.model), job.settings["device"], job.settings["threads"])
+        cost, disk, seconds = getattr(trial, job.stage)(**job.settings)
+        name = Path(job.model).name
+        estimates.append(
+            Estimate(name, job.stage, job.count, cost.memory, disk, cost.flops, seconds)
+        )
+    return estimates
+
+
+class Trial:
+    """A model's folder (config.json at least), one layer of which is tried here when needed."""
+
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self.arch = load_arch(folder) if (folder / "arch.json").exists() else sketch(folder)
+        self.shapes = self.arch.to_json()
+        # Of one token, layer, part or parameter; each setting is tried once.
+        self.layer_seconds = cache(self._layer_seconds)
+        self.head_seconds = cache(self._head_seconds)
+        self.part_seconds = cache(self._part_seconds)
+        self.copy_seconds = cache(self._copy_seconds)
+
+    # --- stages: (cost, bytes on disk, seconds) ---
+
+    def collect(
+        self, kinds: list[str], tokens: int, block_length: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """One pass over `tokens` tokens; layer by layer where the weights do not fit."""
+        arch = self.arch
+        cost = collect_cost(self.shapes, tokens, block_length, dtype)
+        disk = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in kinds)
+        disk *= 8 * arch.layers
+        if cost.memory > memory_at_hand():
+            cost = stream_cost(self.shapes, tokens, block_length, dtype)
+            disk += tokens * arch.hidden_size * WIDTHS[dtype]
+        each = self.layer_seconds(block_length, dtype, tuple(kinds))
+        return cost, disk, START + tokens * arch.layers * each
+
+    def approx(self, row: dict[str, str], jobs: int = 1, **_: Any) -> tuple[Cost, int, float]:
+        """One of `jobs` that share the layers of one checkpoint."""
+        plan = Plan(choose(row))
+        ranks = plan.ranks(self.arch)
+        parts = [(part, plan.choices[part].mode, rank) for part, rank in ranks.items()]
+        written = self.compressed(row)["parameters"]
+        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
+        disk = written * WIDTHS[self.arch.dtype] // jobs
+        return approx_cost(self.shapes, jobs), disk, START + seconds / jobs
+
+    def ppl(
+        self, row: dict[str, str], tokens: int, block_length: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """Scoring `tokens` tokens with the dense or a compressed model."""
+        cost = perplexity_cost(self.shapes, tokens, block_length, dtype)
+        return cost, 0, START + tokens * self.token_seconds(row, block_length, dtype)
+
+    def harness(
+        self, row: dict[str, str], items: int, shots: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """One lm-eval task of items with four answers."""
+        length = ITEM_TOKENS * (1 + shots)
+        cost = harness_cost(self.shapes, items, shots, dtype)
+        return cost, 0, 2 * START + 4 * items * length * self.token_seconds(row, length, dtype)
+
+    def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
+        """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""
+        head = 2 * self.arch.hidden_size * self.arch.vocab_size
+        dense, own = (s["flops_per_token"] - head for s in (self.arch.size, self.compressed(row)))
+        layers = self.arch.layers * self.layer_seconds(block_length, dtype, ())
+        return layers * own / dense + self.head_seconds(block_length, dtype)
+
+    def compressed(self, row: dict[str, str]) -> dict[str, int]:
+        """Sizes of a row's checkpoint, its biases counted as if they all stayed."""
+        arch = self.arch
+        full = dict(zip(PARTS, (arch.head_dim, arch.head_dim, arch.intermediate_size), strict=True))
+        kept = full | (Plan(choose(row)).ranks(arch) if row else {})
+        gone = {part: full[part] - kept[part] for part in PARTS}
+        matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
+        layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
+        parameters = arch.size["parameters"] - arch.layers * arch.hidden_size * layer
+        return sizes(self.shapes, [tuple(kept.values())] * arch.layers, parameters, arch.dtype)
+
+    # --- trials, in seconds ---
+
+    def _layer_seconds(self, block_length: int, dtype: str, kinds: tuple[str, ...]) -> float:
+        """Of one token in one layer, with the statistics of some kinds."""
+        trunk = self.one_layer(dtype)
+        flops = self.arch.size["flops_per_token"] / self.arch.layers
+        length = min(block_length, max(32, int(TRIAL_FLOPS / flops)))
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+        heads = {kind: self.arch.heads_of(KINDS[kind].site) for kind in kinds}
+        accumulators = {kind: Accumulator(kind, heads[kind]) for kind in kinds}
+        attach_all(self.arch, accumulators, trunk, 0)
+        return self.clock(lambda: trunk(ids, use_cache=False)) / length
+
+    def one_layer(self, dtype: str) -> nn.Module:
+        """The trunk with one layer; made-up weights, zero embeddings (which take no memory)."""
+        config = AutoConfig.from_pretrained(self.folder)
+        config.num_hidden_layers = 1
+        trunk = empty_trunk(config, dtype, self.device).eval()
+        for name, weight in list(trunk.named_parameters()):
+            fill = 0.01 if name.startswith(self.arch.adapter.layer_path) else 0.0
+            make = partial(torch.full, fill_value=fill) if fill else torch.zeros
+            value = make(tuple(weight.shape), dtype=getattr(torch, dtype))
+            set_module_tensor_to_device(trunk, name, self.device, value=value)
+        return trunk
+
+    def _head_seconds(self, block_length: int, dtype: str) -> float:
+        """Of one token: logits and their loss."""
+        d, vocab = self.arch.hidden_size, self.arch.vocab_size
+        rows = min(vocab, max(32, int(TRIAL_FLOPS / (2 * d * block_length))))
+        where = {"dtype": getattr(torch, dtype), "device": self.device}
+        hidden, weight = torch.ones(block_length, d, **where), torch.ones(rows, d, **where)
+        labels = torch.zeros(block_length, dtype=torch.long, device=self.device)
+        loss = nn.functional.cross_entropy
+        seconds = self.clock(lambda: loss((hidden @ weight.T).float(), labels))
+        return seconds * vocab / rows / block_length
+
+    def _part_seconds(self, part: str, mode: str, rank: int) -> float:
+        """Of the solution of one part of a layer."""
+        solve, kinds = solver_of(part, mode), find_mode(part, mode).kinds
+        if part == "mlp":
+            channels = min(self.arch.intermediate_size, TRIAL_CHANNELS)
+            share = channels / self.arch.intermediate_size / max(1, self.arch.experts)
+            rank = max(1, int(rank * channels / self.arch.intermediate_size))
+            weights, statistics = self.mlp_weights(channels), [torch.rand(channels).double()]
+        else:
+            groups = min(self.arch.kv_heads, TRIAL_GROUPS)
+            share = groups / self.arch.kv_heads
+            weights, h = self.attention_weights(groups), self.arch.head_dim
+            count = {site: groups if site in "kv" else len(weights.q) for site in "qkvo"}
+            statistics = [gram(count[KINDS[kind].site[0]], h) for kind in kinds]
+        return self.clock(lambda: solve(weights, *statistics[: len(kinds)], rank)) / share
+
+    def attention_weights(self, groups: int) -> AttentionWeights:
+        """Of some key/value heads and their queries."""
+        arch = self.arch
+        heads, d, h = groups * arch.heads // arch.kv_heads, arch.hidden_size, arch.head_dim
+        gains = {}
+        if arch.qk_norm:
+            gains = {"q_gain": torch.ones(heads, h), "k_gain": torch.ones(groups, h)}
+        return AttentionWeights(
+            q=random(heads, d, h),
+            k=random(groups, d, h),
+            v=random(groups, d, h),
+            o=random(heads, h, d),
+            rope_dims=arch.rope_dims,
+            norm=arch.qk_norm,
+            **{name: gain.double() for name, gain in gains.items()},
+        )
+
+    def mlp_weights(self, channels: int) -> MLPWeights:
+        """Of some channels."""
+        d = self.arch.hidden_size
+        gate = random(d, channels) if self.arch.mlp == "3-layer" else None
+        return MLPWeights(random(d, channels), gate, random(channels, d))
+
+    def _copy_seconds(self) -> float:
+        """Of one parameter: half of reading it as float64, packing, writing and hashing it."""
+        stored = torch.zeros(TRIAL_CHANNELS, 1024, dtype=getattr(torch, self.arch.dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trial.safetensors")
+
+            def copy() -> None:
+                packed = stored.double().T.contiguous().to(stored.dtype)
+                save_file({"x": packed}, path)
+                sha256(path)
+
+            return self.clock(copy) / stored.numel() / 2
+
+    def clock(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call, the second of two: the first one warms up."""
+        seconds = 0.0
+        with torch.inference_mode():
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+        return seconds
+
+
+def random(*shape: int) -> Tensor:
+    """Weights, float64."""
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def gram(count: int, size: int) -> Tensor:
+    """Statistics of `count` heads, (count, size, size)."""
+    x = random(count, 2 * size, size)
+    return x.mT @ x
+
+
+def table(estimates: list[Estimate], cores: int) -> str:
+    """What is expected, for people; `cores` jobs run at once."""
+    frame = pd.DataFrame(
+        {
+            "model": e.model,
+            "stage": e.stage,
+            "jobs": e.count,
+            "memory a job": f"{e.memory / GIB:.1f} GiB",
+            "disk": f"{e.count * e.disk / GIB:.2f} GiB",
+            "TFLOPs": f"{e.count * e.flops / 1e12:.3g}",
+            "time a job": minutes(e.seconds),
+        }
+        for e in estimates
+    )
+    seconds = sum(e.count * e.seconds for e in estimates) / cores
+    disk = sum(e.count * e.disk for e in estimates)
+    memory = max(e.memory for e in estimates)
+    return (
+        f"{frame.to_string(index=False)}\n"
+        f"together {minutes(seconds)} with {cores} at once, {disk / GIB:.2f} GiB on disk; "
+        f"the largest job takes {memory / GIB:.1f} GiB of memory"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """15 s, 12 min, 3.5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def refuse(estimates: list[Estimate], results: Path, here: bool) -> None:
+    """Raise A3Error where disk, or (for jobs that run `here`) memory, cannot suffice."""
+    place = next(p for p in (results.absolute(), *results.absolute().parents) if p.exists())
+    disk, free = sum(e.count * e.disk for e in estimates), shutil.disk_usage(place).free
+    if disk > free:
+        raise A3Error(
+            f"{results}: {disk / GIB:.2f} GiB are to be written, {free / GIB:.2f} GiB are free. "
+            "Free some space, put results elsewhere, or take fewer rows."
+        )
+    advice = {
+        "approx": "Raise approx_jobs, so that each holds fewer layers",
+        "collect": "Even one layer at a time is too much: lower block_length",
+    }
+    other = "Take a dtype of fewer bytes"
+    at_hand = memory_at_hand()
+    for e in estimates:
+        if here and e.memory * CERTAIN > at_hand:
+            raise A3Error(
+                f"{e.model}: a job of {e.stage} takes about {e.memory / GIB:.1f} GiB of memory, "
+                f"and {at_hand / GIB:.1f} GiB are at hand. {advice.get(e.stage, other)}, or run it "
+                "on a larger machine (docs/cluster.md)."
+            )

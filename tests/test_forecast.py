@@ -1,0 +1,117 @@
+"""What a3 plan says: sizes held to real files; times to nothing here (docs/log.md has them)."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from test_compressed import MODELS
+from test_workflow import Project
+from tiny import tiny_llama, tiny_model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from a3.cli import main
+from a3.errors import A3Error
+from a3.models.arch import describe, sketch
+from a3.stages import forecast
+from a3.stages.forecast import Job, Trial, stages_of
+
+ROW = {"qk": "dense", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.25"}
+SETTINGS = {"tokens": 512, "block_length": 64, "dtype": "float32", "device": "cpu"}
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_config_json_is_enough_for_every_family(tmp_path, variant):
+    family, config = MODELS[variant]
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {family}")
+    tiny_model(tmp_path / "dense", family, **config)
+    known = describe(tmp_path / "dense")
+    (tmp_path / "dense/model.safetensors").unlink()
+    guess = sketch(tmp_path / "dense")
+    assert guess.to_json() | {"weights_sha256": known.weights_sha256} == known.to_json()
+    for estimate in forecast.forecast(stages_of(tmp_path / "dense", ROW, SETTINGS)):
+        assert estimate.flops > 0
+        assert forecast.START < estimate.seconds < forecast.START + 60
+
+
+def test_sizes_are_those_of_the_files(tmp_path):
+    dense, rxx, small = (tmp_path / name for name in ("dense", "rxx", "small"))
+    tiny_llama(dense)
+    (tmp_path / "text.txt").write_text("A river moves towards an ocean or a lake. " * 60)
+    kinds = ["v_blocks", "down_diagonal"]
+    files = [str(rxx / f"{kind}.safetensors") for kind in kinds]
+    text = ["--text", str(tmp_path / "text.txt"), "--tokens", "256", "--block-length", "64"]
+    assert main(["collect", str(dense), *text, "-o", *files]) == 0
+    modes = [word for key, value in ROW.items() for word in (f"--{key}", value)]
+    assert main(["approx", str(dense), "--rxx", str(rxx), *modes, "-o", str(small)]) == 0
+
+    trial = Trial(dense, "cpu", 1)
+    record = json.loads((small / "approx.json").read_text())
+    assert trial.compressed(ROW) == record["size"]["compressed"]
+    _, disk, _ = trial.collect(kinds, tokens=256, block_length=64, dtype="float32")
+    assert 0 < sum((rxx / f"{k}.safetensors").stat().st_size for k in kinds) - disk < 4096
+    _, disk, _ = trial.approx(ROW)
+    assert 0 < (small / "model.safetensors").stat().st_size - disk < 4096
+    half = [trial.approx(ROW, jobs=jobs)[1] for jobs in (1, 2)]
+    assert half == [disk, disk // 2]
+
+
+def test_the_command_needs_no_weights(tmp_path, capsys):
+    tiny_llama(tmp_path / "dense")
+    (tmp_path / "dense/model.safetensors").unlink()
+    plan = ["plan", str(tmp_path / "dense"), "--ratio", "0.25", "--results", str(tmp_path)]
+    assert main(plan) == 0
+    said = capsys.readouterr().out
+    stages = [line.split()[1] for line in said.splitlines()[1:5]]
+    assert stages == ["collect", "approx", "ppl", "ppl"]
+    assert "together" in said
+    assert main([*plan, "--qk", "svd"]) == 1
+    assert "'svd'" in capsys.readouterr().err
+
+
+def estimates(tmp_path):
+    tiny_llama(tmp_path / "dense")
+    return forecast.forecast(stages_of(tmp_path / "dense", ROW, SETTINGS))
+
+
+def test_too_little_disk_is_refused(tmp_path, monkeypatch):
+    found = estimates(tmp_path)
+    forecast.refuse(found, tmp_path / "results", here=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        A3Error, match=r"results: 0\.\d\d GiB are to be written, 0\.00 GiB are free"
+    ):
+        forecast.refuse(found, tmp_path / "results", here=True)
+
+
+def test_too_little_memory_is_refused_for_jobs_that_run_here(tmp_path, monkeypatch):
+    found = estimates(tmp_path)
+    monkeypatch.setattr(forecast, "memory_at_hand", lambda: 100 * 2**20)
+    with pytest.raises(A3Error, match=r"dense: a job of collect takes about 0\.\d GiB of memory"):
+        forecast.refuse(found, tmp_path, here=True)
+    forecast.refuse(found, tmp_path, here=False)
+
+
+def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, monkeypatch):
+    tiny_llama(tmp_path / "dense")
+    job = Job(str(tmp_path / "dense"), "collect", SETTINGS | {"threads": 1, "kinds": ["v_blocks"]})
+    (resident,) = forecast.forecast([job])
+    monkeypatch.setattr(forecast, "memory_at_hand", lambda: 100)
+    (streamed,) = forecast.forecast([job])
+    assert streamed.memory < resident.memory
+    assert streamed.disk - resident.disk == 512 * 64 * 4  # hidden states
+
+
+def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):
+    project = Project(tmp_path)
+    _, output = project.snakemake("results/models/tiny/arch.json", plan=True)
+    assert "GiB" not in output
+    project.edit("a3/stages/forecast.py", "at_hand = memory_at_hand()", "at_hand = 0")
+    rules, output = project.snakemake(plan=True, status=1)
+    assert rules == []
+    for stage in ("collect", "approx", "ppl", "harness"):
+        assert f" tiny {stage} " in " ".join(output.split())
+    assert "with 2 at once" in output
+    assert "tiny: a job of collect takes about" in output
+    assert "these jobs cannot run here" in output

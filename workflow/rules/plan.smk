@@ -1,0 +1,80 @@
+"""Before anything runs: what the jobs will cost on this machine, and a refusal of what cannot be.
+
+Models that are not built yet have no shapes; their jobs are planned at the next start, and each job
+looks at its own memory when it begins.
+"""
+
+import subprocess
+import sys
+from collections import Counter
+
+from snakemake_interface_executor_plugins.settings import ExecMode
+
+# Rules of the heavy stages.
+STAGES = {
+    "collect": "collect",
+    "collect_together": "collect",
+    "approx": "approx",
+    "approx_part": "approx",
+    "eval_ppl": "ppl",
+    "eval_harness": "harness",
+}
+
+
+onstart:
+    if workflow.exec_mode == ExecMode.DEFAULT:
+        announce()
+
+
+def announce():
+    """Print `a3 plan` of the jobs that will run; raises WorkflowError where it refuses."""
+    heavy = [job for job in workflow.dag.needrun_jobs() if job.rule.name in STAGES]
+    there = [job for job in heavy if Path(model_of(job), "arch.json").exists()]
+    for model in sorted({model_of(job) for job in heavy} - {model_of(job) for job in there}):
+        print(f"{model} is not built yet: its jobs are not in the plan", file=sys.stderr)
+    if not there:
+        return
+    there.sort(key=lambda job: (model_of(job), list(STAGES).index(job.rule.name)))
+    counts = Counter(json.dumps(planned(job), sort_keys=True) for job in there)
+    jobs = [json.loads(job) | {"count": count} for job, count in counts.items()]
+    at_once = workflow.cores if workflow.local_exec else workflow.nodes
+    where = [] if workflow.local_exec else ["--elsewhere"]
+    command = ["a3", "plan", "--jobs", json.dumps(jobs), "--results", RESULTS, *where]
+    if subprocess.run([*command, "--cores", str(at_once)], stdout=sys.stderr).returncode:
+        raise WorkflowError("these jobs cannot run here (a3 plan, above).")
+
+
+def model_of(job):
+    """The folder of the dense model of a job."""
+    return f"{RESULTS}/models/{job.wildcards.model}"
+
+
+def planned(job):
+    """A job as `a3 plan` reads it."""
+    stage, wildcards = STAGES[job.rule.name], job.wildcards
+    group = stage if stage in C["threads"] else "eval"
+    settings = {"threads": C["threads"][group], "device": C["device"]}
+    if stage == "collect":
+        settings |= entry("calibrations", wildcards.calibration)
+        kind = wildcards.get("kind")
+        settings |= {"kinds": [kind] if kind else list(KINDS)}
+        settings["tokens"] //= settings["shards"]
+    elif stage == "approx":
+        row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}
+        settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
+    else:
+        settings |= {"row": row_of(wildcards.run)}
+        if stage == "ppl":
+            settings |= entry("perplexity", wildcards.text)
+        else:
+            chosen = entry("harness", wildcards.task)
+            settings |= chosen | {"items": items_of(chosen)}
+    return {"model": model_of(job), "stage": stage, "settings": settings}
+
+
+def row_of(run):
+    """The modes and ratio of a run's path; {} of the dense model."""
+    if run == DENSE:
+        return {}
+    _, modes, ratio = run.split("/")
+    return dict(zip(("qk", "ov", "mlp"), modes.split("+"))) | {"ratio": ratio}
