@@ -24,18 +24,22 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-SHAPES = {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16}
+SHAPES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 
 
-def make(folder: Path, layers: int) -> int:
+def make(folder: Path, layers: int, shapes_of: dict[str, int]) -> int:
     """Write config, one file of weights a layer, and a byte tokenizer; the bytes in float32."""
-    config = LlamaConfig(
-        **SHAPES, num_hidden_layers=layers, vocab_size=258, num_key_value_heads=4, dtype="bfloat16"
-    )
+    config = LlamaConfig(**shapes_of, num_hidden_layers=layers, vocab_size=258, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    d, n, g = config.hidden_size, config.intermediate_size, 4 * config.head_dim
+    d, n = config.hidden_size, config.intermediate_size
+    g = config.num_key_value_heads * config.head_dim
     attention = {"q_proj": (d, d), "k_proj": (g, d), "v_proj": (g, d), "o_proj": (d, d)}
     mlp = {"gate_proj": (n, d), "up_proj": (n, d), "down_proj": (d, n)}
     where: dict[str, str] = {}
@@ -114,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model").mkdir()
-        size = make(folder / "model", chosen.layers)
+        size = make(folder / "model", chosen.layers, SHAPES)
         print(f"weights {size / 2**30:.2f} GiB in float32, limit {chosen.limit} GiB")
         (folder / "text.txt").write_text("A river moves towards an ocean or a lake. " * 1000)
         model, text = str(folder / "model"), str(folder / "text.txt")

@@ -28,9 +28,7 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def project(undisturbed, tmp_path):
     """A copy that has its model and texts and nothing further."""
-    copy = object.__new__(ClusterProject)
-    copy.folder, copy.runs = tmp_path / "project", []
-    shutil.copytree(undisturbed.folder, copy.folder)
+    copy = undisturbed.copy(tmp_path / "project")
     for name in ("rxx", "checkpoints", "eval", "tables"):
         shutil.rmtree(copy.folder / "results" / name)
     yield copy

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def slurm(*words):
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def until(what, condition, seconds=300):
+def until(what, condition, seconds=600):
     """Wait for a condition; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -59,7 +60,7 @@ class Run:
 
     def finish(self, status=0):
         """Wait for the end; rules that were started, sorted, and all that was said."""
-        assert self.process.wait(600) == status, self.log.read_text()
+        assert self.process.wait(900) == status, self.log.read_text()
         output = self.log.read_text()
         return sorted(re.findall(r"^rule (\w+):", output, re.MULTILINE)), output
 
@@ -102,6 +103,13 @@ class ClusterProject(Project):
     @property
     def door(self):
         return self.folder / "door"
+
+    def copy(self, folder):
+        """The same project in another folder."""
+        copy = object.__new__(ClusterProject)
+        copy.folder, copy.runs = folder, []
+        shutil.copytree(self.folder, folder)
+        return copy
 
     def start(self, *arguments):
         self.runs.append(Run(self, *arguments))

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 from drills import CHAIN, TARGET, check_same, slurm, until
@@ -60,6 +61,27 @@ def test_a_cancelled_job_is_done_again(project, undisturbed):
     assert states == sorted((rule, state) for rule in CHAIN for state in ("CANCELLED", "COMPLETED"))
     assert output.count("SLURM status is: 'CANCELLED'") == 3
     check_same(project, undisturbed)
+
+
+def test_of_shards_and_runs_of_layers_the_cancelled_one_alone_is_done_again(project, tmp_path):
+    config = project.folder / "config/config.yaml"
+    sharded = config.read_text().replace("block_length: 64}", "block_length: 64, shards: 2}", 1)
+    config.write_text(f"{sharded}approx_jobs: 2\n")
+    local = project.copy(tmp_path / "local")
+    local.snakemake(TARGET)
+    for stage in ("collect", "approx"):
+        project.shut(stage)
+    run = project.start(TARGET)
+    for stage in ("collect", "approx"):
+        job = run.held(stage)
+        slurm("scancel", job)
+        run.held(stage, besides=[job])
+        project.open(stage)
+    run.finish()
+    states = Counter((job["rule"], job["state"]) for job in run.jobs())
+    for rule in ("collect_together", "approx_part"):
+        assert (states[rule, "CANCELLED"], states[rule, "COMPLETED"]) == (1, 2)
+    check_same(project, local)
 
 
 def test_snakemake_killed(project, undisturbed):
