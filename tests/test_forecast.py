@@ -10,6 +10,7 @@ from test_workflow import Project
 from tiny import tiny_llama, tiny_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from a3 import memory
 from a3.cli import main
 from a3.errors import A3Error
 from a3.models.arch import describe, sketch
@@ -87,8 +88,10 @@ def test_too_little_disk_is_refused(tmp_path, monkeypatch):
 
 def test_too_little_memory_is_refused_for_jobs_that_run_here(tmp_path, monkeypatch):
     found = estimates(tmp_path)
-    monkeypatch.setattr(forecast, "memory_at_hand", lambda: 100 * 2**20)
-    with pytest.raises(A3Error, match=r"dense: a job of collect takes about 0\.\d GiB of memory"):
+    monkeypatch.setattr(memory, "memory_at_hand", lambda: 100 * 2**20)
+    with pytest.raises(
+        A3Error, match=r"dense: a job of collect needs at least 0\.\d GiB of memory"
+    ):
         forecast.refuse(found, tmp_path, here=True)
     forecast.refuse(found, tmp_path, here=False)
 
@@ -107,11 +110,11 @@ def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):
     project = Project(tmp_path)
     _, output = project.snakemake("results/models/tiny/arch.json", plan=True)
     assert "GiB" not in output
-    project.edit("a3/stages/forecast.py", "at_hand = memory_at_hand()", "at_hand = 0")
+    project.edit("a3/memory.py", "at_hand = memory_at_hand()", "at_hand = 0")
     rules, output = project.snakemake(plan=True, status=1)
     assert rules == []
     for stage in ("collect", "approx", "ppl", "harness"):
         assert f" tiny {stage} " in " ".join(output.split())
     assert "with 2 at once" in output
-    assert "tiny: a job of collect takes about" in output
+    assert "tiny: a job of collect needs at least" in output
     assert "these jobs cannot run here" in output

@@ -25,13 +25,14 @@ from a3.cost import Cost, approx_cost, collect_cost, harness_cost, perplexity_co
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
+from a3.memory import GIB, memory_at_hand, require_memory
 from a3.models.arch import load_arch, sizes, sketch
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.solutions.modes import PARTS, choose, find_mode
 from a3.stages.approximate import solver_of
 from a3.stages.collect import attach_all
 from a3.stages.plan import Plan
-from a3.stages.stream import empty_trunk, memory_at_hand
+from a3.stages.stream import empty_trunk
 from a3.statistics import KINDS, Accumulator
 
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
@@ -44,7 +45,6 @@ ITEM_TOKENS = 128
 CERTAIN = 1 / 1.5
 # A layer is tried with as many tokens, groups and channels as keep it to seconds.
 TRIAL_FLOPS, TRIAL_GROUPS, TRIAL_CHANNELS = 5e10, 4, 4096
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -335,11 +335,6 @@ def refuse(estimates: list[Estimate], results: Path, here: bool) -> None:
         "collect": "Even one layer at a time is too much: lower block_length",
     }
     other = "Take a dtype of fewer bytes"
-    at_hand = memory_at_hand()
-    for e in estimates:
-        if here and e.memory * CERTAIN > at_hand:
-            raise A3Error(
-                f"{e.model}: a job of {e.stage} takes about {e.memory / GIB:.1f} GiB of memory, "
-                f"and {at_hand / GIB:.1f} GiB are at hand. {advice.get(e.stage, other)}, or run it "
-                "on a larger machine (docs/cluster.md)."
-            )
+    for e in estimates if here else ():
+        what = f"{e.model}: a job of {e.stage}"
+        require_memory(int(e.memory * CERTAIN), what, advice.get(e.stage, other))

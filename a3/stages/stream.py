@@ -6,7 +6,6 @@ the masks and positions that it makes: layers before the present one hand on wha
 the pass ends behind it. So the statistics are, byte for byte, those of the resident model.
 """
 
-import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +19,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from a3.dtypes import WIDTHS
+from a3.memory import memory_at_hand
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 
 # Share of the memory at hand that resident weights may take: activations need some as well.
 RESIDENT_SHARE = 0.6
-# Control groups of versions 1 and 2: the controller, and its files of limit and use.
-CGROUPS = (
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("", "memory.max", "memory.current"),
-)
 
 
 class BehindLayerError(Exception):
@@ -151,31 +146,3 @@ def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch
 def fits(arch: Arch, dtype: str) -> bool:
     """Whether the whole model's weights fit the memory at hand."""
     return arch.size["parameters"] * WIDTHS[dtype] < RESIDENT_SHARE * memory_at_hand()
-
-
-def memory_at_hand() -> int:
-    """Bytes that this process may still take, by machine, control group and its own limits."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    left = [int(lines["MemAvailable"].split()[0]) * 1024]
-    left += [limit - used for limit, used in map(group_memory, CGROUPS) if limit]
-    # Of /proc/self/statm: all pages, and those of data.
-    pages = [int(count) for count in Path("/proc/self/statm").read_text().split()]
-    for of, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
-        limit, _ = resource.getrlimit(of)
-        if limit != resource.RLIM_INFINITY:
-            left.append(limit - used * resource.getpagesize())
-    return max(0, min(left))
-
-
-def group_memory(names: tuple[str, str, str]) -> tuple[int | None, int]:
-    """Limit and use of this process's control group; no limit where there is none."""
-    controller, limit, used = names
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == controller:
-            folder = Path("/sys/fs/cgroup", controller, path.lstrip("/"))
-            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
-            # Version 1 writes a number near 2^63 where there is no limit.
-            if text != "max" and int(text) < 2**60:
-                return int(text), int((folder / used).read_text())
-    return None, 0
