@@ -81,17 +81,18 @@ def stream_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str
 
 
 def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
-    """Cost of one of `jobs` that share the layers: what it makes, and one layer in float64.
+    """Cost of one of `jobs` that share the layers: what it makes, and one layer while it is solved.
 
-    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them. Every
-    product of a solution has a head's size h as its smallest dimension, so that arithmetic goes as
-    parameters times h.
+    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them.
+    Attention is solved in float64. Every product of a solution has a head's size h as its smallest
+    dimension, so that arithmetic goes as parameters times h.
     """
     parameters = arch["size"]["parameters"]
     layer = parameters // arch["layers"]
+    attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
     width = WIDTHS[arch["dtype"]]
     made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
-    memory = 2 * max(made, width * layer) + 3 * 8 * layer
+    memory = 2 * max(made, width * layer) + 3 * 8 * attention + 2 * width * layer
     return Cost(LIBRARIES + memory, 10.0 * parameters * arch["head_dim"] / jobs)
 
 

@@ -1,8 +1,9 @@
 """A family's adapter: where q, k, v, o and the MLP are in a checkpoint, and their biases.
 
-All weights leave an adapter in the row-vector convention of the paper (y = x W), float64, one slice
-a head; where the family has biases, W has the bias as one more row, as if x had a 1 at its end,
-which makes every formula exact.
+All weights leave an adapter in the row-vector convention of the paper (y = x W): those of attention
+in float64, one slice a head; those of the MLP, of which channels are kept or dropped and nothing
+else, in the dtype that they are stored in. Where the family has biases, W has the bias as one more
+row, as if x had a 1 at its end, which makes every formula exact.
 """
 
 from collections.abc import Iterable
@@ -262,12 +263,12 @@ class Family:
         fields: dict[str, Any],
         expert: int | None = None,
     ) -> Tensor:
-        """One projection as x W, (d̂, out), with the bias as the last row (o and down: without)."""
+        """One projection as x W, (d̂, out), in its dtype; the bias as the last row (not o, down)."""
         W = checkpoint.tensor(self.name(layer, part, "weight", expert))
-        W = self.unfuse(W if not self.transposed else W.T, part, fields).double().T
+        W = self.unfuse(W if not self.transposed else W.T, part, fields).T
         if part not in ("o", "down") and self.has_bias(part, fields):
             b = checkpoint.tensor(self.name(layer, part, "bias"))
-            W = torch.cat((W, self.unfuse(b, part, fields).double()[None]))
+            W = torch.cat((W, self.unfuse(b, part, fields)[None]))
         return W
 
     def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
@@ -301,7 +302,7 @@ class Family:
         """Read one layer's attention weights; `fields` are those of `Arch`."""
 
         def heads(part: str) -> Tensor:
-            W = self._rows(checkpoint, layer, part, fields)
+            W = self._rows(checkpoint, layer, part, fields).double()
             return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
 
         def gain(part: str) -> Tensor | None:
@@ -311,10 +312,17 @@ class Family:
             shape = (self.width(part, fields) // fields["head_dim"], fields["head_dim"])
             return gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
 
-        o = self._rows(checkpoint, layer, "o", fields).unflatten(0, (fields["heads"], -1))
+        o = self._rows(checkpoint, layer, "o", fields).double()
         rotated = 0 if layer in fields["nope_layers"] else fields["rope_dims"]
         return AttentionWeights(
-            heads("q"), heads("k"), heads("v"), o, rotated, self.qk_norm, gain("q"), gain("k")
+            heads("q"),
+            heads("k"),
+            heads("v"),
+            o.unflatten(0, (fields["heads"], -1)),
+            rotated,
+            self.qk_norm,
+            gain("q"),
+            gain("k"),
         )
 
     def mlp(
@@ -365,7 +373,7 @@ class Family:
         fields: dict[str, Any],
         expert: int | None = None,
     ) -> dict[str, Tensor]:
-        """Checkpoint tensors of compressed projections, float64.
+        """Checkpoint tensors of compressed projections, in the dtype that they come in.
 
         `solved` has W by part: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for the
         MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are the

@@ -10,6 +10,8 @@ from a3.models.family import MLPWeights
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+# Columns of W_down that are in float64 at a time.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,27 @@ def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
 
     ‖r_j‖² is R[j, j], so R is the diagonal (n,) of the down-projection input's autocorrelation.
     """
-    return _keep_channels(weights, R, R * weights.down.square().sum(1), rank)
+    power = R * row_power(weights.down)
+    return _keep_channels(weights, power, power, rank)
 
 
 def rxx(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
     """Score ‖r_j‖² alone; R is the diagonal (n,)."""
-    return _keep_channels(weights, R, R, rank)
+    return _keep_channels(weights, R, R * row_power(weights.down), rank)
 
 
-def _keep_channels(weights: MLPWeights, R: Tensor, score: Tensor, rank: int) -> MLPSolution:
+def row_power(W: Tensor) -> Tensor:
+    """Squared norms of the rows of W (n, d), summed in float64 without a copy of W in it."""
+    return sum(columns.double().square().sum(1) for columns in W.split(CHUNK, dim=1))
+
+
+def _keep_channels(weights: MLPWeights, score: Tensor, power: Tensor, rank: int) -> MLPSolution:
     kept = keep_best(score, rank)
-    power = R * weights.down.square().sum(1)
+    # Weights lie transposed in memory: so whole rows are copied there.
     return MLPSolution(
-        up=weights.up[:, kept],
-        gate=None if weights.gate is None else weights.gate[:, kept],
-        down=weights.down[kept],
+        up=weights.up.T[kept].T,
+        gate=None if weights.gate is None else weights.gate.T[kept].T,
+        down=weights.down.T[:, kept].T,
         channels=kept,
         relative_error=relative(power.sum() - power[kept].sum(), power.sum()).clamp(min=0).item(),
     )

@@ -210,7 +210,7 @@ class LayerSolver:
         else:
             weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
-            if isinstance(W, Tensor) and not torch.isfinite(W).all():
+            if isinstance(W, Tensor) and not torch.stack(W.aminmax()).isfinite().all():
                 raise A3Error(
                     f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
                     "finite weights. The checkpoint is damaged: fetch it again."

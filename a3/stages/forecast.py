@@ -249,9 +249,10 @@ class Trial:
 
     def mlp_weights(self, channels: int) -> MLPWeights:
         """Of some channels."""
-        d = self.arch.hidden_size
-        gate = random(d, channels) if self.arch.mlp == "3-layer" else None
-        return MLPWeights(random(d, channels), gate, random(channels, d))
+        d, dtype = self.arch.hidden_size, getattr(torch, self.arch.dtype)
+        gate = torch.zeros(d, channels, dtype=dtype) if self.arch.mlp == "3-layer" else None
+        up, down = torch.zeros(d, channels, dtype=dtype), torch.zeros(channels, d, dtype=dtype)
+        return MLPWeights(up, gate, down)
 
     def _copy_seconds(self) -> float:
         """Of one parameter: half of reading it as float64, packing, writing and hashing it."""
