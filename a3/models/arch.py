@@ -5,14 +5,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from transformers import AutoConfig
-
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
+from a3.models.load import load_config
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
@@ -96,7 +95,7 @@ def describe(folder: Path) -> Arch:
             f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
             f"{', '.join(sorted(FAMILIES))}."
         )
-    fields = family.describe(AutoConfig.from_pretrained(folder))
+    fields = family.describe(load_config(folder))
     checkpoint = Checkpoint(folder, family.prefix)
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_json, sha256, write_json
 from a3.models.arch import Arch, load_arch
+from a3.models.load import load_model, load_tokenizer
 from a3.parts import share
 from a3.provenance import provenance
 from a3.stages.stream import fits, run_streamed
@@ -48,7 +48,7 @@ def collect(
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
         tokenizer,
@@ -68,8 +68,8 @@ def collect(
         attach = partial(attach_all, arch, accumulators)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
-        trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
-        run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
+        trunk = load_model(model_folder, dtype).base_model
+        run(trunk.to(device), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,

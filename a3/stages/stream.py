@@ -17,11 +17,12 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from a3.dtypes import WIDTHS
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_config
 
 # Share of the memory at hand that resident weights may take: activations need some as well.
 RESIDENT_SHARE = 0.6
@@ -124,7 +125,7 @@ def output_of(trunk: nn.Module, present: Present, block: Tensor, stored: Stored)
 
 def empty_trunk(folder: Path, dtype: str, device: torch.device) -> nn.Module:
     """The model without its head and without weights; what it computes itself (RoPE) is there."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     for module in model.modules():
