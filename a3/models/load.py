@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from a3.errors import A3Error
+from a3.models.families import FAMILIES
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -31,6 +32,19 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The model of a folder, in a dtype, ready to run; raises A3Error as `loaded` does."""
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
     return loaded(AutoModelForCausalLM.from_pretrained, folder, **options).eval()
+
+
+def require_positions(folder: Path, block_length: int) -> None:
+    """Raise A3Error where blocks are longer than the model, dense or compressed, has positions."""
+    config = load_config(folder)
+    name = config.a3["family"] if hasattr(config, "a3") else config.model_type
+    key = FAMILIES[name].positions if name in FAMILIES else None
+    if key is not None and block_length > getattr(config, key):
+        raise A3Error(
+            f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and block_length is "
+            f"{block_length}: the model has no positions for so many tokens. Lower block_length "
+            f"to {getattr(config, key)}."
+        )
 
 
 def loaded(load: Callable, folder: Path, **options: Any) -> Any:

@@ -15,7 +15,7 @@ from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_json
 from a3.models.checkpoint import Checkpoint
-from a3.models.load import load_model, load_tokenizer
+from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.provenance import provenance
 
 
@@ -37,8 +37,9 @@ def perplexity(
     Documents are joined, cut into blocks without overlap and scored block by block: each token but
     a block's first, given those before it in the block. `perplexity` = exp(mean loss in nats a
     token); its standard error is the blocks' by the delta method. Raises A3Error for a text too
-    short, and for losses that are not finite.
+    short, blocks longer than the model has positions, and losses that are not finite.
     """
+    require_positions(model_folder, block_length)
     tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
