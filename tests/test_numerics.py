@@ -1,13 +1,10 @@
 """Numerical trouble on purpose, through the real commands: finite, and no worse than truncation.
 
 The objective of a part is the functional error that its statistics measure: of scores or values
-with the blocks of q, k and v that collect saw, of the MLP with the diagonal. Plain truncation is what
-needs no statistics: the SVD of the weights alone (mode `identity`), or the pairs and channels whose
-weights are largest.
+with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs it is the
+paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD of
+the weights alone, or the pairs and channels whose weights are largest.
 """
-
-import json
-import shutil
 
 import pytest
 import torch
@@ -20,9 +17,10 @@ from a3.cli import main
 from a3.linalg import keep_best
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.families import FAMILIES as FAMILIES_KNOWN
 from a3.solutions.modes import MODES
 from a3.stages.approximate import LayerSolver, solver_of
-from a3.statistics import KINDS, Rxx
+from a3.statistics import Rxx
 
 FAMILIES = {
     "llama": MODELS["llama"],
@@ -41,7 +39,7 @@ TOLERANCE = 1e-9
 
 
 def projections(arch, tensors, parts):
-    """(part, rows) of the weights of some parts, each a view of (out, …) of the dense checkpoint."""
+    """(part, its own rows, the whole tensor as (out, …), a view) of some parts' weights."""
     for layer in range(arch.layers):
         for part in parts:
             for expert in arch.adapter.copies(part, arch.to_json()):
@@ -91,7 +89,9 @@ def collected(folder, out, *, text=TEXT, tokens=ENOUGH, length=64, dtype="float3
     """Every statistic that the modes of this model read, by `a3 collect`."""
     arch = load_arch(folder)
     (out / "text.txt").write_text(text)
-    kinds = sorted({kind for part in MODES for mode in fitting(arch, part).values() for kind in mode})
+    kinds = sorted(
+        {kind for part in MODES for mode in fitting(arch, part).values() for kind in mode}
+    )
     settings = ["--tokens", tokens, "--block-length", length, "--dtype", dtype]
     files = [out / f"{kind}.safetensors" for kind in kinds]
     words = ["collect", folder, "--text", out / "text.txt", *settings, "-o", *files]
@@ -110,7 +110,7 @@ def fitting(arch, part):
 
 
 def lost(G, K, E, D):
-    """Σᵢ ‖S W (1 − E D) Pᵢ‖² and the same of the zero solution, from Gram matrices (groups, h, h)."""
+    """Σᵢ ‖S W (1 − E D) Pᵢ‖², and that of the zero solution; Gram matrices (groups, h, h)."""
     rest = torch.eye(G.shape[-1], dtype=G.dtype) - E @ D
     return (rest * (G @ rest @ K)).sum(), (G * K).sum()
 
@@ -144,7 +144,7 @@ def kept_ratio(score, kept, by_weight, count):
     return dropped(kept), dropped(keep_best(by_weight, count))
 
 
-def compared(arch, weights, part, mode, R, rank, uniform=False):
+def compared(weights, part, mode, R, rank):
     """Share of the objective that a mode loses, and that plain truncation loses."""
     found = solver_of(part, mode)(weights, *R, rank)
     finite = [x for x in vars(found).values() if isinstance(x, torch.Tensor)]
@@ -217,34 +217,79 @@ def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
                     for expert in arch.adapter.copies("up" if part == "mlp" else "q", vars(arch)):
                         weights = solver.weights(layer, part == "mlp", expert)
                         mine = R if expert is None else [R[0][expert]]
-                        ours, plain = compared(arch, weights, part, mode, mine, rank)
+                        ours, plain = compared(weights, part, mode, mine, rank)
                         where = (part, mode, rank, layer)
-                        WORST.append((ours - plain, ours / max(plain, 1e-300), ours, plain, family, case, where))
                         assert ours <= plain + TOLERANCE, (where, ours, plain)
 
 
-WORST = []
+# What other families do not share with Llama and GPT-2: the worst cases are enough.
+WORST = ("one token", "huge range, few tokens", "float16, few tokens")
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [(f, case) for f in FAMILIES for case in (CASES if f in ("llama", "gpt2") else WORST)],
+)
 def test_compressed_models_are_finite(tmp_path, family, case):
-    """Every mode, small and nearly full, in the dtype that the weights are stored in."""
+    """Every mode, at small ranks and nearly full ones, in the dtype that weights are stored in."""
     dense, _ = prepared(tmp_path, family, case)
-    arch = load_arch(dense)
-    ids = torch.arange(2, 42)[None]
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(dense, dtype="float32")(ids).logits).all()
-    for part in MODES:
-        full = arch.intermediate_size if part == "mlp" else arch.head_dim
-        for mode in fitting(arch, part):
-            for rank in (2, full - 2):
-                out = tmp_path / "small"
-                words = ["approx", dense, "--rxx", tmp_path, "-o", out]
-                for other in MODES:
-                    words += [f"--{other}", f"{mode}@{rank}" if other == part else "dense"]
-                assert main([str(word) for word in words]) == 0
-                for name, W in load_file(out / "model.safetensors").items():
-                    assert torch.isfinite(W).all(), (mode, rank, name)
-                logits = AutoModelForCausalLM.from_pretrained(out, dtype="float32")(ids).logits
-                assert torch.isfinite(logits).all(), (mode, rank)
-                shutil.rmtree(out)
+    arch, ids, out = load_arch(dense), torch.arange(2, 42)[None], tmp_path / "small"
+    modes = {part: list(fitting(arch, part)) for part in MODES}
+    for turn in range(max(map(len, modes.values()))):
+        for spare in (arch.head_dim - 2, 2):
+            words = ["approx", dense, "--rxx", tmp_path, "-o", out]
+            for part, names in modes.items():
+                full = arch.intermediate_size if part == "mlp" else arch.head_dim
+                words += [f"--{part}", f"{names[turn % len(names)]}@{full - spare}"]
+            assert main([str(word) for word in words]) == 0
+            for name, W in load_file(out / "model.safetensors").items():
+                assert torch.isfinite(W).all(), (words, name)
+            small = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+            assert torch.isfinite(small(ids).logits).all(), words
+
+
+# --- what is said before --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "advised"),
+    [("v_blocks", 128, 160), ("v_blocks", 192, None), ("down_diagonal", 192, 256)],
+)
+def test_a_short_calibration_is_said(tmp_path, capsys, kind, tokens, advised):
+    """Ten tokens for each of the 16 dimensions of a head, 256 for a diagonal."""
+    dense, out = make(tmp_path / "dense", "llama"), tmp_path / f"{kind}.safetensors"
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["collect", dense, "--text", tmp_path / "text.txt", "--tokens", tokens]
+    # A shard is a part of the whole, which is what counts.
+    words += ["--block-length", 32, "--shard", "1of2", "-o", out]
+    assert main([str(word) for word in words]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == (advised is not None)
+    if advised:
+        assert f"{tokens} tokens, {advised} or more advised" in lines[0]
+        assert "Raise tokens" in lines[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_longer_than_the_positions(tmp_path, capsys, name):
+    """Refused in a word before anything runs, or fine; that none breaks is what is tested."""
+    family, config = MODELS[name]
+    fewer = {"max_seq_len": 32} if family == "mpt" else {"max_position_embeddings": 32}
+    dense = tiny_model(tmp_path / "dense", family, **config | fewer)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ["--text", str(tmp_path / "text.txt"), "--tokens", "96"]
+    limited = FAMILIES_KNOWN[family].positions
+    out = [str(tmp_path / "v_blocks.safetensors")]
+    for length, status in ((48, 1 if limited else 0), (32, 0)):
+        for command in (["collect", str(dense)], ["eval", "ppl", str(dense)]):
+            assert main([*command, *text, "--block-length", str(length), "-o", *out]) == status
+            said = capsys.readouterr().err
+            if status:
+                assert f"{next(iter(fewer))} is 32, and block_length is 48" in said
+                assert "Traceback" not in said
+    if limited:
+        modes = ["--qk", "dense", "--ov", "identity@8", "--mlp", "dense"]
+        small = str(tmp_path / "small")
+        assert main(["approx", str(dense), "--rxx", str(tmp_path), *modes, "-o", small]) == 0
+        assert main(["eval", "ppl", small, *text, "--block-length", "48", "-o", *out]) == 1
+        assert "Lower block_length to 32" in capsys.readouterr().err
