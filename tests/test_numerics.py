@@ -1,7 +1,7 @@
 """Numerical trouble on purpose, through the real commands: finite, and no worse than truncation.
 
 The objective of a part is the functional error that its statistics measure: of scores or values
-with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs it is the
+with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs the
 paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD of
 the weights alone, or the pairs and channels whose weights are largest.
 """
