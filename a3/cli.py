@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from a3.errors import A3Error
 from a3.solutions.modes import NO_RATIO, choose
@@ -36,7 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(threads: int | None) -> None:
-    """Quiet the libraries and fix the thread count before torch starts its threads."""
+    """Quiet the libraries and fix the thread count before torch starts its threads.
+
+    Raises A3Error where a password stands in HF_ENDPOINT, which the hub's client would log.
+    """
+    if "@" in urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc:
+        raise A3Error(
+            "HF_ENDPOINT: holds a user name or password, and the hub's client writes addresses to "
+            "its log. Take it out of the address; HF_TOKEN carries the hub's token."
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_MININTERVAL", "1")
@@ -83,6 +92,13 @@ def model(model: str, wheels: Path | None, base: Path | None, out: Path) -> None
     entry = model_entry(model)
     base = base and folder(base)
     resolve_model(entry["source"], out, wheels, entry.get("licence"), base)
+
+
+def convert(model: str, out: Path) -> None:
+    """Convert pickled weights."""
+    from a3.stages.convert import convert
+
+    convert(model_entry(model)["source"], out)
 
 
 def train(model: str, text: Path, out: Path) -> None:
@@ -214,12 +230,15 @@ def recover() -> None:
 
 
 def folder(path: Path) -> Path:
-    """A model folder; raises A3Error where there is none."""
+    """A model folder; raises A3Error where there is none, or its weights are pickled."""
+    from a3.models.checkpoint import refuse_pickled
+
     if not path.is_dir():
         raise A3Error(
             f"{path}: no such folder; expected a Hugging Face folder. `a3 model NAME -o FOLDER` "
             "makes one from the catalogue, a hub repository or a GGUF file."
         )
+    refuse_pickled(path)
     return path
 
 
@@ -356,6 +375,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
     one.add_argument("--base", type=Path, help="folder that repeat_kv or train is made from")
     add_out(one, "folder")
+    one = add(commands, "convert", convert, "pickled weights (.bin) to safetensors")
+    one.add_argument("model", help="folder, or owner/name@revision")
+    add_out(one, "Hugging Face folder, new")
     one = add(commands, "train", train, "train a small model and its tokenizer on a text")
     one.add_argument("model", help="catalogue name, or JSON, whose source is train")
     one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")

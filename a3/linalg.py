@@ -39,12 +39,16 @@ def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     This is the paper's R^-½ SVD_r(R^½ W P) (Theorems 2 and 3), and its joint SVD over the heads
     of a group: with G = Cᵀ C, the left singular vectors U of S W [P₁ … P_g] are those of
     C [P₁ … P_g], that is the eigenvectors of the h × h matrix C K Cᵀ; E = C⁻¹ U_r, D = U_rᵀ C.
-    Only C, which is h × h, is inverted; K may be singular.
+    Only C, which is h × h, is inverted; K may be singular. A direction is as large in E as in D,
+    so that one which the statistics hardly see (1e7 times larger in E) fits half precision.
     """
     C, inverse = gram_factor(G)
     core = C @ K @ C.mT
     U = torch.linalg.eigh((core + core.mT) / 2).eigenvectors.flip(-1)[..., :rank]
-    return inverse @ U, U.mT @ C
+    E, D = inverse @ U, U.mT @ C
+    # By powers of two, which round nothing.
+    size = torch.exp2((D.norm(dim=-1).log2() - E.norm(dim=-2).log2()).div(2).round())
+    return E * size[..., None, :], D / size[..., None]
 
 
 def subspace_error(G: Tensor, K: Tensor, E: Tensor, D: Tensor) -> Tensor:

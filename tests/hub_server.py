@@ -41,6 +41,7 @@ class Hub:
     def __init__(self):
         self.repositories: dict[tuple[str, str], list[Repository]] = {}
         self.requests: list[str] = []
+        self.tokens: set[str | None] = set()
         self.url = ""
 
     def add(self, kind: str, name: str, repository: Repository) -> str:
@@ -69,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: dict | None = None):
         path = unquote(self.path.split("?")[0]).strip("/")
         self.hub.requests.append(f"{self.command} /{path}")
+        self.hub.tokens.add(self.headers.get("Authorization"))
         parts = path.split("/")
         if parts[0] == "api":
             self.answer_api(parts[1], "/".join(parts[2:4]), parts[4:], body or {})

@@ -22,6 +22,7 @@ COMMANDS = [
     "eval ppl",
     "eval harness",
     "model",
+    "convert",
     "train",
     "text",
     "show",

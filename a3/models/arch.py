@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
@@ -14,6 +14,7 @@ from a3.files import read_json
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
+from a3.models.load import load_config
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
@@ -89,7 +90,7 @@ def describe(folder: Path) -> Arch:
     Raises A3Error for a family that is not known, weights that are missing, truncated or of
     another shape than the config says.
     """
-    family, config = known_family(folder), AutoConfig.from_pretrained(folder)
+    family, config = known_family(folder), load_config(folder)
     fields = family.describe(config)
     checkpoint = Checkpoint(folder, family.prefix)
     for name, shape in family.shapes(fields).items():
@@ -109,7 +110,7 @@ def sketch(folder: Path) -> Arch:
 
     weights_sha256 is empty. Raises A3Error for a family that is not known.
     """
-    family, config = known_family(folder), AutoConfig.from_pretrained(folder)
+    family, config = known_family(folder), load_config(folder)
     fields = family.describe(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shlex
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,19 @@ from torch import Tensor
 from a3.errors import A3Error
 from a3.files import read_json, sha256
 
+PICKLED = "pytorch_model*.bin*"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def refuse_pickled(folder: Path) -> None:
+    """Raise A3Error, with the command that converts it, where all weights are pickled."""
+    if any(folder.glob("*.safetensors")) or not any(folder.glob(PICKLED)):
+        return
+    command = shlex.join(["a3", "convert", str(folder), "-o", f"{folder}-safetensors"])
+    raise A3Error(
+        f"{folder}: no .safetensors file; its weights are pickled (.bin), and reading a pickle can "
+        f"run any code, so a3 does not. Convert them safely: {command}"
+    )
 
 
 class Checkpoint:
@@ -37,10 +50,17 @@ class Checkpoint:
             return ["model.safetensors"]
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if away := [name for name in names if Path(name).name != name]:
+                raise A3Error(
+                    f"{index}: names {away[0]}; expected files of this folder, by their names "
+                    "alone. Do not use this model."
+                )
+            return names
+        refuse_pickled(self.folder)
         raise A3Error(
-            f"{self.folder}: no model.safetensors and no index of shards. a3 reads safetensors "
-            "only; pickled .bin weights have to be converted first."
+            f"{self.folder}: no model.safetensors and no index of shards; a3 reads no others. "
+            "Name a Hugging Face folder that has them."
         )
 
     @staticmethod

@@ -176,6 +176,7 @@ class NoRope(Family):
 class GPT2(NoRope):
     """Fused q, k, v; all weights transposed (Conv1D)."""
 
+    positions = "max_position_embeddings"
     transposed = True
     parts: ClassVar[dict[str, str]] = {
         "q": "attn.c_attn",
@@ -221,6 +222,7 @@ class GPTBigCode(GPT2):
 class OPT(NoRope):
     """Separate projections; the MLP lies in the layer itself."""
 
+    positions = "max_position_embeddings"
     prefix = "model"
     layer_path = "decoder.layers"
     attention_name = "self_attn"
@@ -245,6 +247,7 @@ class OPT(NoRope):
 class GPTNeo(NoRope):
     """Separate q, k, v without biases; the softmax has no scale; some layers see a window only."""
 
+    positions = "max_position_embeddings"
     attention_name = "attn.attention"
     parts: ClassVar[dict[str, str]] = {
         "q": "attn.attention.q_proj",
@@ -321,6 +324,7 @@ class Falcon(Bloom):
 class Mpt(NoRope):
     """ALiBi; fused q, k, v; no biases at all."""
 
+    positions = "max_seq_len"
     layer_path = "blocks"
     parts: ClassVar[dict[str, str]] = {
         "q": "attn.Wqkv",
@@ -446,6 +450,7 @@ class Glm(Family):
 class GPTJ(Family):
     """Pairs are neighbours, of the first rotary_dim dimensions; biases in the MLP only."""
 
+    positions = "max_position_embeddings"
     rope_layout = "neighbours"
     prefix = "transformer"
     layer_path = "h"

@@ -71,6 +71,8 @@ class Family:
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"
+    # The config's key for how many positions there are, where the model breaks beyond them.
+    positions: ClassVar[str | None] = None
     # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
     transposed: ClassVar[bool] = False
     # Parts that share a module are fused in it, in this order.

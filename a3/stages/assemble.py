@@ -21,6 +21,8 @@ from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
 
+# Tokenizer, chat template, model card and licence; neither weights nor pickles nor code.
+TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks = tuple[int, int, int | list[int]]
 
@@ -185,6 +187,8 @@ def write_config(
     ]
     config = read_json(dense / "config.json")
     config["model_type"] = LazyConfig.model_type
+    # Code for the dense model, which does not travel.
+    config.pop("auto_map", None)
     config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
     config["a3"] = {
         "family": arch.family,
@@ -213,6 +217,6 @@ def pairs_name(arch: Arch, layer: int) -> str:
 
 
 def travels(path: Path) -> bool:
-    """Whether a file of the dense folder goes with the compressed one: anything but weights."""
-    weights = path.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".gguf"))
-    return path.is_file() and not weights and not path.name.startswith(".")
+    """Whether a file of the dense folder goes with the compressed one: text, but no code."""
+    text = any(path.match(pattern) for pattern in TRAVELS)
+    return path.is_file() and text and not path.name.startswith(".") and ".index." not in path.name

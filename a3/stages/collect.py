@@ -1,7 +1,9 @@
 """Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
 
 import math
+import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_json, sha256, write_json
 from a3.models.arch import Arch, load_arch
+from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
 from a3.provenance import provenance
 from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
+
+# An h × h block has rank h from h tokens on. Of N it is known, in its worst direction, to about
+# 2 sqrt(h / N): to a half or so with ten tokens a dimension.
+TOKENS_A_DIMENSION = 10
+# And a mean square to about sqrt(2 / N): to 9 %, as with fewer tokens experts are not compressed.
+TOKENS_A_DIAGONAL = 256
 
 
 def collect(
@@ -42,13 +50,15 @@ def collect(
     evaluation; of `shard` "0of4" only the first of four runs of blocks. With `stream`, and where
     the weights do not fit the memory at hand, one layer at a time is in memory. Writes one
     safetensors file a kind, and its seconds in `<kind>.timing.json`. Raises A3Error for an unknown
-    kind, a text too short for one block a shard, or sums that are not finite.
+    kind, a text too short for one block a shard, blocks longer than the model has positions, or
+    sums that are not finite.
     """
     for kind in outputs:
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    require_positions(model_folder, block_length)
+    tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
         tokenizer,
@@ -57,6 +67,7 @@ def collect(
         seed=seed,
         bos=bos,
     )
+    warn_if_short(arch, outputs, blocks.numel())
     if shard is not None:
         run_of = share(len(blocks), shard, "blocks")
         blocks = blocks[run_of.start : run_of.stop]
@@ -68,8 +79,8 @@ def collect(
         attach = partial(attach_all, arch, accumulators)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
-        trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
-        run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
+        trunk = load_model(model_folder, dtype).base_model
+        run(trunk.to(device), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
@@ -111,6 +122,23 @@ def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: boo
         f"{'; one layer at a time' if streamed else ''}",
         flush=True,
     )
+
+
+def warn_if_short(arch: Arch, outputs: Iterable[str], tokens: int) -> None:
+    """Say on stderr where so few tokens leave statistics that are singular or mostly noise."""
+    forms = {KINDS[kind].form for kind in outputs}
+    advised = max(
+        TOKENS_A_DIMENSION * arch.head_dim if "blocks" in forms else 0,
+        TOKENS_A_DIAGONAL if "diagonal" in forms else 0,
+    )
+    if tokens < advised:
+        print(
+            f"collect: warning: the calibration is short: {tokens} tokens, {advised} or more "
+            f"advised for heads of {arch.head_dim}. Solutions follow these tokens closely and "
+            "others badly. Raise tokens, or give more text.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:

@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from a3.cost import Cost, approx_cost, collect_cost, harness_cost, perplexity_cost, stream_cost
 from a3.dtypes import WIDTHS
@@ -28,6 +27,7 @@ from a3.files import sha256
 from a3.memory import GIB, memory_at_hand, require_memory
 from a3.models.arch import load_arch, sizes, sketch
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.load import load_config
 from a3.solutions.modes import PARTS, choose, find_mode
 from a3.stages.approximate import solver_of
 from a3.stages.collect import attach_all
@@ -193,7 +193,7 @@ class Trial:
 
     def one_layer(self, dtype: str) -> nn.Module:
         """The trunk with one layer; made-up weights, zero embeddings (which take no memory)."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = load_config(self.folder)
         config.num_hidden_layers = 1
         trunk = empty_trunk(config, dtype, self.device).eval()
         for name, weight in list(trunk.named_parameters()):

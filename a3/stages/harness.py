@@ -9,7 +9,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
@@ -17,6 +16,7 @@ from a3.errors import A3Error
 from a3.files import write_json
 from a3.harness import task_config
 from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_model, load_tokenizer
 from a3.provenance import provenance
 
 # lm-eval sorts requests by length, so that a batch pads little; larger ones gain nothing on a CPU.
@@ -43,10 +43,10 @@ def harness(
     """
     chosen, manager = find_task(task, items)
     checkpoint_sha256 = Checkpoint(model_folder).sha256()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    model = load_model(model_folder, dtype).to(device)
     wrapped = HFLM(
         pretrained=model,
-        tokenizer=AutoTokenizer.from_pretrained(model_folder),
+        tokenizer=load_tokenizer(model_folder),
         batch_size=CPU_BATCH if device == "cpu" else "auto",
     )
     start = time.perf_counter()

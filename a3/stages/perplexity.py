@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
@@ -15,6 +15,7 @@ from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_json
 from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.provenance import provenance
 
 
@@ -36,9 +37,10 @@ def perplexity(
     Documents are joined, cut into blocks without overlap and scored block by block: each token but
     a block's first, given those before it in the block. `perplexity` = exp(mean loss in nats a
     token); its standard error is the blocks' by the delta method. Raises A3Error for a text too
-    short, and for losses that are not finite.
+    short, blocks longer than the model has positions, and losses that are not finite.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    require_positions(model_folder, block_length)
+    tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
         tokenizer,
@@ -48,7 +50,7 @@ def perplexity(
         bos=bos,
     )
     checkpoint_sha256 = Checkpoint(model_folder).sha256()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    model = load_model(model_folder, dtype).to(device)
     start = time.perf_counter()
     losses = block_losses(model, blocks.to(device))
     seconds = time.perf_counter() - start

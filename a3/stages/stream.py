@@ -16,12 +16,13 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from a3.dtypes import WIDTHS
 from a3.memory import memory_at_hand
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_config
 
 # Share of the memory at hand that resident weights may take: activations need some as well.
 RESIDENT_SHARE = 0.6
@@ -79,7 +80,7 @@ def run_streamed(
     `attach(trunk, layer)` hooks the statistics of a layer onto it and returns the handles.
     """
     checkpoint, device = Checkpoint(folder, arch.adapter.prefix), blocks.device
-    trunk = empty_trunk(AutoConfig.from_pretrained(folder), dtype, device).eval()
+    trunk = empty_trunk(load_config(folder), dtype, device).eval()
     load(trunk, outside_layers(arch, checkpoint), dtype, device)
     layers = trunk.get_submodule(arch.adapter.layer_path)
     originals = list(layers)

@@ -14,7 +14,7 @@ Before it starts, `a3 collect` refuses experiments that do not fit the model.
 
 COLLECT = (
     "a3 collect {params.model:q} --text {input.text:q} {params.settings:q} {params.shard:q}"
-    " --experiments {params.experiments:q} --threads {params.threads} --device {params.device}"
+    " --experiments {params.experiments:q} --threads {params.threads} --device {params.device:q}"
     " -o {output.rxx:q} &> {log:q}"
 )
 

@@ -25,7 +25,7 @@ rule eval_ppl:
         code=fingerprint("a3.stages.perplexity"),
     shell:
         "a3 eval ppl {params.model:q} --text {input.text:q} --name {wildcards.text:q}"
-        " {params.settings:q} --threads {params.threads} --device {params.device}"
+        " {params.settings:q} --threads {params.threads} --device {params.device:q}"
         " -o {output.result:q} &> {log:q}"
 
 
@@ -54,4 +54,4 @@ rule eval_harness:
         code=fingerprint("a3.stages.harness"),
     shell:
         "a3 eval harness {params.model:q} {params.task:q} {params.settings:q}"
-        " --threads {params.threads} --device {params.device} -o {output.result:q} &> {log:q}"
+        " --threads {params.threads} --device {params.device:q} -o {output.result:q} &> {log:q}"
