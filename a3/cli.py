@@ -74,10 +74,9 @@ def train(model: str, text: Path, out: Path) -> None:
 
 def text(text: str, wheels: Path | None, out: Path) -> None:
     """Make docs.jsonl."""
-    from a3.documents import write_documents
-    from a3.stages.text import documents
+    from a3.stages.text import make_documents
 
-    write_documents(out, documents(text_entry(text), wheels))
+    make_documents(text_entry(text), wheels, out)
 
 
 def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:

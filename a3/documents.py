@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from a3.errors import A3Error
 from a3.files import whole_file
@@ -86,6 +86,18 @@ def decode(content: bytes, name: str) -> str:
     if not text.strip():
         raise A3Error(f"{name}: the file holds no text. Choose another, or build it again.")
     return text
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; raises A3Error where transformers cannot read it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    # What the libraries say of a file that they cannot read is of any type.
+    except Exception as error:
+        raise A3Error(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}). Fetch or "
+            "build the folder again."
+        ) from error
 
 
 def token_blocks(

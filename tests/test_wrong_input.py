@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_model
 from transformers import AutoConfig, MambaConfig
@@ -18,8 +17,11 @@ from transformers import AutoConfig, MambaConfig
 from a3.cli import main
 from a3.config import check_row
 from a3.errors import A3Error
-from a3.models.arch import describe
+from a3.files import seal
+from a3.models.arch import describe, read_config
+from a3.models.families import FAMILIES
 from a3.solutions.modes import check_fit, choose, kinds_needed
+from a3.statistics import Rxx, sum_hash
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 BLOCK = ["--tokens", "256", "--block-length", "64"]
@@ -155,7 +157,7 @@ def test_a_family_that_cannot_be_compressed_says_why(tmp_path, family, reason):
 def test_a_variant_that_would_come_out_wrong_is_named(tmp_path, family, variant):
     AutoConfig.for_model(family, **variant).save_pretrained(tmp_path)
     with pytest.raises(A3Error, match=f"{next(iter(variant))}.*not supported"):
-        describe(tmp_path)
+        read_config(tmp_path, FAMILIES[family], tensors=1000)
 
 
 def test_no_such_model_folder(work, tmp_path, capsys):
@@ -231,13 +233,13 @@ def test_rxx_that_is_not_finite(work, tmp_path, capsys, value):
 
 
 def copy_rxx(work, target, spoil=None, **record):
-    """Copy the statistics with one value replaced or other metadata."""
+    """Copy the statistics, sealed, with one value replaced or other metadata."""
     for path in (work / "rxx").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["a3"]) | record
         tensors = load_file(path)
         if spoil is not None and path.stem == "v_blocks":
             tensors["layers.1"][1, 2, 3] = spoil
+        sums = {key: sum_hash(value) for key, value in tensors.items()}
+        metadata = seal(Rxx(path, path.stem).settings | record | {"sums": sums})
         save_file(tensors, target / path.name, {"a3": json.dumps(metadata)})
 
 

@@ -18,12 +18,12 @@ from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import whole_folder
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, find_mode
-from a3.stages.assemble import Part, assemble, outside, pairs_name, staying, write_part
+from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
@@ -55,7 +55,10 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         parts = [folder / f".{number}.safetensors" for number in numbers]
         for number, path in zip(numbers, parts, strict=True):
             solve_run(solver, plan, number, path)
-        assemble(model_folder, arch, parts, folder)
+        said = read_parts(parts)
+        for path in parts:
+            path.with_suffix(".json").unlink()
+        assemble(model_folder, arch, said, parts, folder)
 
 
 def approximate_part(
@@ -94,16 +97,16 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
         reports.append(report)
         seconds.append(took)
     said = {
-        "number": number,
         "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
         "ranks": solver.ranks,
         "provenance": provenance(
             __name__,
             weights_sha256=arch.weights_sha256,
-            statistics={kind: rxx.record for kind, rxx in solver.statistics.items()},
+            model=model_source(dense.folder),
+            statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
         ),
     }
-    write_part(out, tensors, Part(said, reports, seconds))
+    write_part(out, tensors, number=number, said=said, layers=reports, seconds=seconds)
 
 
 class LayerSolver:

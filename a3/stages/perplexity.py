@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
-from a3.documents import load_documents, token_blocks
+from a3.documents import load_documents, load_tokenizer, token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, write_json
-from a3.models.checkpoint import Checkpoint
+from a3.files import sha256, write_record
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.provenance import provenance
 
 
@@ -38,7 +38,8 @@ def perplexity(
     token); its standard error is the blocks' by the delta method. Raises A3Error for a text too
     short, and for losses that are not finite.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    checkpoint = Checkpoint(model_folder)
+    tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
         tokenizer,
@@ -47,7 +48,7 @@ def perplexity(
         seed=None,
         bos=bos,
     )
-    checkpoint_sha256 = Checkpoint(model_folder).sha256()
+    checkpoint.verify_all()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
     start = time.perf_counter()
     losses = block_losses(model, blocks.to(device))
@@ -75,12 +76,12 @@ def perplexity(
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * error,
         "block_nll": losses.tolist(),
-        "checkpoint_sha256": checkpoint_sha256,
-        "provenance": provenance(__name__),
+        "checkpoint_sha256": checkpoint.sha256(),
+        "provenance": provenance(__name__, model=model_source(model_folder)),
     }
-    write_json(out, record)
+    write_record(out, record)
     speed = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-    write_json(out.with_suffix(".timing.json"), speed)
+    write_record(out.with_suffix(".timing.json"), speed)
 
 
 def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:

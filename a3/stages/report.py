@@ -27,7 +27,7 @@ from a3.stages.tables import (
 )
 
 # Statistics differ between the rows of one method only by kind; all else is how text was read.
-NOT_SETTINGS = {"stage", "code", "libraries", "kind", "weights_sha256"}
+NOT_SETTINGS = {"stage", "code", "libraries", "kind", "weights_sha256", "model", "sha256"}
 
 
 def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
