@@ -182,6 +182,13 @@ def show(table: Path) -> None:
     print(f"report: {table / 'report.html'}")
 
 
+def verify(results: Path) -> None:
+    """Check all artifacts."""
+    from a3.stages.verify import verify
+
+    verify(results)
+
+
 def recover() -> None:
     """Clean up after a killed Snakemake."""
     from a3.recover import recover
@@ -359,6 +366,8 @@ def parser() -> argparse.ArgumentParser:
     add_out(one, "report.html")
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
+    one = add(commands, "verify", verify, "check every artifact of a results folder")
+    one.add_argument("results", type=Path, help="folder of models, rxx, checkpoints, eval …")
     add(commands, "recover", recover, "after snakemake was killed: cancel its Slurm jobs, unlock")
     return top
 

@@ -105,6 +105,14 @@ class Place:
         return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
 
 
+def weights_of(results: Path, evaluation: Path) -> Path:
+    """The JSON file that describes the weights of a result, by the result's path."""
+    model, *method = evaluation.relative_to(results / "eval").parts[:-2]
+    if method == [DENSE]:
+        return results / "models" / model / "arch.json"
+    return results.joinpath("checkpoints", model, *method, "approx.json")
+
+
 @dataclass(frozen=True)
 class Run:
     """A row with its files: weights (arch.json or approx.json) and one result per text and task."""
