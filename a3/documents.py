@@ -56,12 +56,17 @@ def parse(line: str, where: str) -> Document:
     """One line of a .jsonl file; raises A3Error that says where it is."""
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise A3Error(f"{where}: not JSON ({error}). Write one JSON object a line.") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
         raise A3Error(f"{where}: found {found}, expected an object whose text is a string.")
-    return Document(str(fields.get("title", "")), fields["text"])
+    document = Document(str(fields.get("title", "")), fields["text"])
+    try:
+        f"{document.title}{document.text}".encode()
+    except UnicodeEncodeError as error:
+        raise A3Error(f"{where}: half a surrogate pair ({error}). Correct the line.") from error
+    return document
 
 
 def read_text(path: Path) -> str:
@@ -88,15 +93,15 @@ def decode(content: bytes, name: str) -> str:
     return text
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; raises A3Error where transformers cannot read it."""
+def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, or of a GGUF file in it; A3Error where it cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     # What the libraries say of a file that they cannot read is of any type.
     except Exception as error:
         raise A3Error(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}). Fetch or "
-            "build the folder again."
+            f"{folder / (gguf_file or '')}: its tokenizer cannot be read ({type(error).__name__}: "
+            f"{error}). Fetch or build it again."
         ) from error
 
 

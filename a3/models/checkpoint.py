@@ -14,6 +14,7 @@ from a3.files import read_json, read_record, sha256
 
 # What says of a folder, under "files", which content a stage wrote.
 RECORDS = ("arch.json", "approx.json", "train.json")
+CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -28,10 +29,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
-        self._recorded = recorded_files(folder)
-        for name in self._recorded:
-            if not name.endswith(".safetensors"):
-                self.verify(name)
+        self._recorded = check_small(folder)
         self._files = {name: self.open(folder / name) for name in self._names()}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
         bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
@@ -76,8 +74,7 @@ class Checkpoint:
     def verify(self, name: str) -> None:
         """Raise A3Error where a file is not the one that the folder's record names."""
         if name in self._recorded:
-            text = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
-            check_file(self.folder / name, self._recorded[name], text)
+            check_file(self.folder / name, self._recorded[name], CHANGED)
 
     def verify_all(self) -> None:
         """Hold every recorded file to its hash, for who reads the folder otherwise."""
@@ -151,6 +148,18 @@ def recorded_files(folder: Path) -> dict[str, str]:
                 raise A3Error(f"{folder / name}: no files in it. Delete it and build it again.")
             return record["files"]
     return {}
+
+
+def check_small(folder: Path) -> dict[str, str]:
+    """Hold config, tokenizer and all else but weights to the folder's record; its hashes.
+
+    Raises A3Error where a file is not the recorded one.
+    """
+    recorded = recorded_files(folder)
+    for name, expected in recorded.items():
+        if not name.endswith(".safetensors"):
+            check_file(folder / name, expected, CHANGED)
+    return recorded
 
 
 def check_file(path: Path, expected: str, what_to_do: str) -> None:

@@ -171,7 +171,18 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
 def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
     """Tensors that are in no layer: embeddings, the last norm, the head."""
     names = arch.adapter.names_in(checkpoint, None)
-    return {arch.adapter.packed_rest(name): checkpoint.tensor(name) for name in names}
+    return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
+
+
+def copied(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that stays as it is; raises A3Error where it is not finite."""
+    value = checkpoint.tensor(name)
+    if not torch.isfinite(value).all():
+        raise A3Error(
+            f"{checkpoint.folder}: tensor {name!r} holds NaN or Inf; expected finite weights. The "
+            "checkpoint is damaged: fetch it again."
+        )
+    return value
 
 
 def staying(
@@ -186,7 +197,7 @@ def staying(
     names = arch.adapter.names_in(checkpoint, layer)
     kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
     tensors = {
-        new: checkpoint.tensor(name)
+        new: copied(checkpoint, name)
         for name, new in kept.items()
         if new is not None and new not in solved
     }

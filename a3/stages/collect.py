@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from a3.documents import load_documents, load_tokenizer, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.checkpoint import check_small, model_source
+from a3.models.load import load_model
 from a3.parts import share
 from a3.provenance import provenance
 from a3.results import Record
@@ -50,7 +50,7 @@ def collect(
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
-    checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+    check_small(model_folder)
     tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
@@ -71,8 +71,7 @@ def collect(
         attach = partial(attach_all, arch, accumulators)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
-        checkpoint.verify_all()
-        trunk = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).base_model
+        trunk = load_model(model_folder, dtype).base_model
         run(trunk.to(device).eval(), arch, accumulators, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(

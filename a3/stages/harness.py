@@ -9,7 +9,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
-from transformers import AutoModelForCausalLM
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
@@ -18,6 +17,7 @@ from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.harness import task_config
 from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.load import load_model
 from a3.provenance import provenance
 
 # lm-eval sorts requests by length, so that a batch pads little; larger ones gain nothing on a CPU.
@@ -44,8 +44,7 @@ def harness(
     """
     chosen, manager = find_task(task, items)
     checkpoint = Checkpoint(model_folder)
-    checkpoint.verify_all()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    model = load_model(model_folder, dtype).to(device).eval()
     wrapped = HFLM(
         pretrained=model,
         tokenizer=load_tokenizer(model_folder),

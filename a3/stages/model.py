@@ -6,16 +6,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from a3.documents import load_tokenizer
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json, write_record
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import Checkpoint, hash_files, recorded_files, weight_map_files
 from a3.provenance import provenance
+from a3.stages.gguf import load_gguf
 from a3.stages.sources import (
     MADE,
     MODEL_FILES,
@@ -77,20 +77,19 @@ def resolve_model(
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`."""
+    """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`.
+
+    Raises A3Error as `load_gguf` does.
+    """
     if path.suffix != ".gguf" or not path.is_file():
         raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
-    place: dict[str, Any] = {
-        "pretrained_model_name_or_path": path.parent,
-        "gguf_file": path.name,
-    }
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    model = load_gguf(path)
     # The weights are no longer quantized, and must not be saved as if they were.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    load_tokenizer(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def link_model(source: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
@@ -15,6 +15,7 @@ from a3.documents import load_documents, load_tokenizer, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.load import load_model
 from a3.provenance import provenance
 
 
@@ -48,8 +49,7 @@ def perplexity(
         seed=None,
         bos=bos,
     )
-    checkpoint.verify_all()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
+    model = load_model(model_folder, dtype).to(device).eval()
     start = time.perf_counter()
     losses = block_losses(model, blocks.to(device))
     seconds = time.perf_counter() - start
