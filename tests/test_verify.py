@@ -1,13 +1,12 @@
 """`a3 verify`: a whole results folder, made here stage by stage, then damaged in every way."""
 
-import json
 import shutil
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
+from tiny import BLOCK, TAIL, run, tiny_llama, tiny_results
 
 from a3 import files
 from a3.cli import main
@@ -15,46 +14,10 @@ from a3.errors import A3Error
 from a3.files import read_record, sha256, whole_folder, write_record
 from a3.models.checkpoint import Checkpoint
 
-ROW = {"model": "tiny", "calibration": "short", "qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
-KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
-WORDS = ["river", "dog", "moon", "lake", "fox", "ocean", "water", "brown", "lazy", "jump", "first"]
-TAIL = "tiny/short/rxx-w-rxx+xkv+rxx-w/0.25"
-BLOCK = ["--block-length", "64"]
-
-
-def run(*words):
-    assert main([str(word) for word in words]) == 0
-
-
-def document(i):
-    words = [WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(40)]
-    return json.dumps({"title": f"Title {WORDS[i % 11]} {i}", "text": " ".join(words)}) + "\n"
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A results folder as the workflow leaves it, of a tiny model."""
-    folder = tmp_path_factory.mktemp("whole")
-    tiny_llama(folder / "tiny")
-    (folder / "learn.txt").write_text("A river moves towards an ocean or a lake. " * 60)
-    (folder / "score.jsonl").write_text("".join(map(document, range(60))))
-    made, texts = folder / "results", folder / "results/texts"
-    run("model", folder / "tiny", "-o", made / "models/tiny")
-    run("text", folder / "learn.txt", "-o", texts / "learn/docs.jsonl")
-    run("text", folder / "score.jsonl", "-o", texts / "score/docs.jsonl")
-    shares = json.dumps({"test": 0.5, "harness": 0.5})
-    run("split", texts / "score/docs.jsonl", "--exclude", texts / "learn/docs.jsonl",
-        "--shares", shares, "-o", texts / "score")  # fmt: skip
-    run("items", texts / "score/harness.jsonl", "--items", "4", "-o", made / "items/titles")
-    outputs = [made / f"rxx/tiny/short/{kind}.safetensors" for kind in KINDS]
-    run("collect", made / "models/tiny", "--text", texts / "learn/docs.jsonl", "--tokens", "512",
-        *BLOCK, "-o", *outputs)  # fmt: skip
-    run("approx", made / "models/tiny", "--rxx", made / "rxx/tiny/short", "--ratio", "0.25",
-        "-o", made / "checkpoints" / TAIL)  # fmt: skip
-    for model, out in (("models/tiny", "tiny/dense"), (f"checkpoints/{TAIL}", TAIL)):
-        run("eval", "ppl", made / model, "--text", texts / "score/test.jsonl", "--tokens", "256",
-            *BLOCK, "-o", made / "eval" / out / "ppl/score.json")  # fmt: skip
-    return made
+    return tiny_results(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture

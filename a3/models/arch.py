@@ -14,6 +14,7 @@ from a3.files import read_json, read_record
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
+from a3.models.load import load_whole
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
@@ -102,6 +103,8 @@ def describe(folder: Path) -> Arch:
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
     dtype = checkpoint.dtype(family.name(0, "q"))
+    # Without weights: what transformers finds missing of all else, norms and embeddings.
+    load_whole(folder, folder, device_map="meta")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     return Arch(
         **fields,
