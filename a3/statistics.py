@@ -154,7 +154,8 @@ class Rxx:
     and NaN or Inf. A sum is held to its hash when it is read.
     """
 
-    def __init__(self, path: Path, kind: str, weights_sha256: str | None = None) -> None:
+    def __init__(self, path: Path, kind: str, **model: str) -> None:
+        """`model` is what the record has to say of it: weights_sha256, config_sha256."""
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
@@ -173,12 +174,9 @@ class Rxx:
                 f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
             ) from error
         self.record = unseal(record, path)
-        self._check_record(kind, weights_sha256)
+        self._check_record({"kind": kind} | model)
 
-    def _check_record(self, kind: str, weights_sha256: str | None) -> None:
-        expected = {"kind": kind}
-        if weights_sha256 is not None:
-            expected["weights_sha256"] = weights_sha256
+    def _check_record(self, expected: dict[str, str]) -> None:
         for key, value in expected.items():
             if self.record.get(key) != value:
                 raise A3Error(

@@ -313,7 +313,7 @@ def sha_of(folder: Path) -> str:
 
 
 def read_own_config(folder: Path) -> Any:
-    return describe(folder / "tiny")
+    return describe(folder / "tiny"), sha256(folder / "tiny/config.json")
 
 
 def read_compressed(folder: Path) -> Any:
@@ -390,7 +390,7 @@ READERS = {
     "Rxx": Reader("results/rxx/tiny/short/v_blocks.safetensors", read_rxx, TENSORS),
     "dense weights": Reader("results/models/tiny/model.safetensors", read_dense, TENSORS),
     "dense weights, no record": Reader("tiny/model.safetensors", read_own, TENSORS, True, second),
-    "config.json, no record": Reader("tiny/config.json", read_own_config, JSON, True),
+    "config.json, no record": Reader("tiny/config.json", read_own_config, JSON, True, second),
     "tokenizer.json": Reader("results/models/tiny/tokenizer.json", read_dense, JSON),
     "arch.json": Reader("results/models/tiny/arch.json", read_dense, JSON),
     "compressed weights": Reader(f"{CHECKPOINT}/model.safetensors", read_compressed, TENSORS),

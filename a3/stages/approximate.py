@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import whole_folder
+from a3.files import sha256, whole_folder
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.parts import share
@@ -76,9 +76,10 @@ def solver_for(model_folder: Path, rxx_folder: Path, plan: Plan) -> "LayerSolver
     """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
     arch = load_arch(model_folder)
     ranks = plan.ranks(arch)
+    config = sha256(model_folder / "config.json")
+    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
     statistics = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256)
-        for kind in plan.kinds()
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in plan.kinds()
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
@@ -102,6 +103,7 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
         "provenance": provenance(
             __name__,
             weights_sha256=arch.weights_sha256,
+            config_sha256=sha256(dense.folder / "config.json"),
             model=model_source(dense.folder),
             statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
         ),

@@ -77,6 +77,7 @@ def collect(
     record = provenance(
         __name__,
         weights_sha256=arch.weights_sha256,
+        config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),
         text_sha256=sha256(text),
         tokens=blocks.numel(),

@@ -68,6 +68,7 @@ def harness(
     record = scores(task, found) | {
         "dtype": dtype,
         "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(model_folder / "config.json"),
         "items_sha256": None if items is None else sha256(items),
         "provenance": provenance(__name__, model=model_source(model_folder), seed=seed),
     }

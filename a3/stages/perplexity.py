@@ -77,6 +77,7 @@ def perplexity(
         "perplexity_stderr": math.exp(mean) * error,
         "block_nll": losses.tolist(),
         "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(model_folder / "config.json"),
         "provenance": provenance(__name__, model=model_source(model_folder)),
     }
     write_record(out, record)
