@@ -159,6 +159,15 @@ def test_weights_are_hashed_once_and_when_first_read(results, monkeypatch):
     assert hashed.count("model.safetensors") == 1
 
 
+def test_weights_that_the_record_does_not_name_are_not_read(results):
+    folder = results / "models/tiny"
+    record = read_record(folder / "arch.json")
+    del record["sha256"], record["files"]["model.safetensors"]
+    write_record(folder / "arch.json", record)
+    with pytest.raises(A3Error, match=r"its record does not name model\.safetensors"):
+        Checkpoint(folder)
+
+
 def test_one_damaged_weight_stops_every_stage(results, capsys):
     """Finite, of the right shape, and wrong."""
     for folder in ("models/tiny", f"checkpoints/{TAIL}"):

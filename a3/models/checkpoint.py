@@ -30,7 +30,10 @@ class Checkpoint:
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
         self._recorded = check_small(folder)
-        self._files = {name: self.open(folder / name) for name in self._names()}
+        names = self._names()
+        if self._recorded and (added := sorted(set(names) - self._recorded.keys())):
+            raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
+        self._files = {name: self.open(folder / name) for name in names}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
         bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
         # Name to (file, key in the file).
@@ -72,13 +75,14 @@ class Checkpoint:
         return self._files[file].get_tensor(key)
 
     def verify(self, name: str) -> None:
-        """Raise A3Error where a file is not the one that the folder's record names."""
+        """Raise A3Error where a file is not the one that the folder's record names; only once."""
         if name in self._recorded:
             check_file(self.folder / name, self._recorded[name], CHANGED)
+            del self._recorded[name]
 
     def verify_all(self) -> None:
         """Hold every recorded file to its hash, for who reads the folder otherwise."""
-        for name in self._recorded:
+        for name in list(self._recorded):
             self.verify(name)
 
     def shape(self, name: str) -> tuple[int, ...]:

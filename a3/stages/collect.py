@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from a3.documents import load_documents, load_tokenizer, token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, write_record
+from a3.files import read_record, sha256, write_record
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model
 from a3.parts import share
 from a3.provenance import provenance
-from a3.results import Record
 from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
@@ -98,7 +97,7 @@ def merge_shards(paths: list[Path], out: Path) -> None:
 
     Raises A3Error as `a3.statistics.merge` does.
     """
-    times = [Record.read(path.with_suffix(".timing.json")) for path in paths]
+    times = [read_record(path.with_suffix(".timing.json")) for path in paths]
     merge([Rxx(path, out.stem) for path in paths], out)
     seconds = sum(time["seconds"] for time in times)
     tokens = sum(time["seconds"] * time["tokens_per_second"] for time in times)
