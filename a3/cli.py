@@ -110,10 +110,9 @@ def train(model: str, text: Path, out: Path) -> None:
 
 def text(text: str, wheels: Path | None, out: Path) -> None:
     """Make docs.jsonl."""
-    from a3.documents import write_documents
-    from a3.stages.text import documents
+    from a3.stages.text import make_documents
 
-    write_documents(out, documents(text_entry(text), wheels))
+    make_documents(text_entry(text), wheels, out)
 
 
 def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:
@@ -217,6 +216,13 @@ def show(table: Path) -> None:
 
     print(print_table(table))
     print(f"report: {table / 'report.html'}")
+
+
+def verify(results: Path) -> None:
+    """Check all artifacts."""
+    from a3.stages.verify import verify
+
+    verify(results)
 
 
 def recover() -> None:
@@ -415,6 +421,8 @@ def parser() -> argparse.ArgumentParser:
     add_out(one, "report.html")
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
+    one = add(commands, "verify", verify, "check every artifact of a results folder")
+    one.add_argument("results", type=Path, help="folder of models, rxx, checkpoints, eval …")
     add(commands, "recover", recover, "after snakemake was killed: cancel its Slurm jobs, unlock")
     return top
 

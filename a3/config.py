@@ -26,12 +26,14 @@ def load_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise A3Error(f"{path}: no such file.") from None
-    except yaml.YAMLError as error:
+    # Not UTF-8 and dates that there are not are of type ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid YAML: {error}") from error
 
 
 def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
     """Raise A3Error that names the first wrong key, what was found and what was expected."""
+    require_text_keys(config, "the top level")
     errors = sorted(
         jsonschema.Draft202012Validator(schema).iter_errors(config),
         key=lambda error: [str(part) for part in error.absolute_path],
@@ -51,6 +53,18 @@ def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
             f"{', '.join(known)}.{hint}"
         )
     raise A3Error(f"config: {where}: {error.message}. Correct this key.")
+
+
+def require_text_keys(value: Any, where: str) -> None:
+    """Raise A3Error where a key is a number, date or the like, which no key of ours is."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise A3Error(f'config: the key {key!r} at {where}: expected text. Put it in "".')
+            require_text_keys(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            require_text_keys(item, where)
 
 
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +157,16 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
             lines = [line for line in stream if line.strip() and not line.startswith("#")]
     except OSError as error:
         raise A3Error(f"{path}: {error.strerror}. Correct experiments in the config.") from error
+    except UnicodeDecodeError as error:
+        raise A3Error(f"{path}: not UTF-8 ({error}). Save the table as UTF-8.") from error
+    try:
+        return check_table(path, lines, config)
+    except csv.Error as error:
+        raise A3Error(f"{path}: not a table ({error}). Correct it.") from error
+
+
+def check_table(path: Path, lines: list[str], config: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of the lines of a table; raises A3Error as `read_experiments` does, and csv.Error."""
     reader = csv.DictReader(lines, delimiter="\t")
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise A3Error(

@@ -56,12 +56,17 @@ def parse(line: str, where: str) -> Document:
     """One line of a .jsonl file; raises A3Error that says where it is."""
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise A3Error(f"{where}: not JSON ({error}). Write one JSON object a line.") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
         raise A3Error(f"{where}: found {found}, expected an object whose text is a string.")
-    return Document(str(fields.get("title", "")), fields["text"])
+    document = Document(str(fields.get("title", "")), fields["text"])
+    try:
+        f"{document.title}{document.text}".encode()
+    except UnicodeEncodeError as error:
+        raise A3Error(f"{where}: half a surrogate pair ({error}). Correct the line.") from error
+    return document
 
 
 def read_text(path: Path) -> str:

@@ -25,11 +25,14 @@ def item(line: str, where: str) -> dict[str, Any]:
     """One line of items.jsonl: query, choices and gold (the place of the right choice)."""
     try:
         fields = json.loads(line)
-        if fields["choices"][fields["gold"]] and fields["query"]:
-            return {key: fields[key] for key in ("choices", "gold", "query")}
-    except (ValueError, LookupError, TypeError) as error:
+        query, choices, gold = (fields[key] for key in ("query", "choices", "gold"))
+        texts = [query, *choices]
+        whole = all(isinstance(text, str) and text.encode() for text in texts)
+        if whole and isinstance(choices, list) and isinstance(gold, int) and choices[gold]:
+            return {"choices": choices, "gold": range(len(choices))[gold], "query": query}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise A3Error(f"{where}: not an item ({error!r}). Build the items again.") from error
-    raise A3Error(f"{where}: query or right choice is empty. Build the items again.")
+    raise A3Error(f"{where}: expected texts and the place of one of them. Build the items again.")
 
 
 def task_config(items_path: Path, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from a3.errors import A3Error
-from a3.files import read_json
+from a3.files import read_record
 from a3.solutions.modes import DENSE
 
 # Two results of one model stand in one table only when they agree on all of these.
@@ -51,14 +51,8 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """Read a JSON object; raises A3Error that names the file when it is missing or broken."""
-        data = read_json(path)
-        if not isinstance(data, dict):
-            raise A3Error(
-                f"{path}: expected a JSON object, found {type(data).__name__}. "
-                "Delete the file and build it again."
-            )
-        return cls(path, data)
+        """Read a sealed record; A3Error, with the file, when it is missing, broken or changed."""
+        return cls(path, read_record(path))
 
 
 @dataclass(frozen=True)
@@ -109,6 +103,14 @@ class Place:
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read."""
         return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
+
+
+def weights_of(results: Path, evaluation: Path) -> Path:
+    """The JSON file that describes the weights of a result, by the result's path."""
+    model, *method = evaluation.relative_to(results / "eval").parts[:-2]
+    if method == [DENSE]:
+        return results / "models" / model / "arch.json"
+    return results.joinpath("checkpoints", model, *method, "approx.json")
 
 
 @dataclass(frozen=True)

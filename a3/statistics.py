@@ -4,6 +4,7 @@ A kind is one statistic of one site of every layer and one file. Files hold plai
 Σ xᵀx, so that two files merge by addition; dividing by `tokens` gives R.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a3.errors import A3Error
-from a3.files import whole_file
+from a3.files import SEAL, seal, unseal, whole_file
 from a3.parts import require_all
 
 
@@ -85,14 +86,25 @@ class Accumulator:
 
 
 def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write sums and their record whole or not at all; A3Error where one is not finite."""
+    """Write sums and their sealed record whole or not at all; A3Error where one is not finite.
+
+    The record has the hash of each sum, so that no damage of the file goes unseen.
+    """
     for key, value in sums.items():
         require_finite(path, key, value)
-    # One metadata key only: safetensors writes several in random order.
-    metadata = {"a3": json.dumps(record, sort_keys=True)}
     tensors = {key: value.cpu().contiguous() for key, value in sums.items()}
+    hashes = {key: sum_hash(value) for key, value in tensors.items()}
+    # One metadata key only: safetensors writes several in random order.
+    metadata = {"a3": json.dumps(seal(record | {"sums": hashes}), sort_keys=True)}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def sum_hash(value: Tensor) -> str:
+    """Hex SHA-256 of a float64 tensor's shape and bytes."""
+    digest = hashlib.sha256(repr(tuple(value.shape)).encode())
+    digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def merge(shards: list["Rxx"], out: Path) -> None:
@@ -100,9 +112,15 @@ def merge(shards: list["Rxx"], out: Path) -> None:
 
     Raises A3Error where a shard is missing, stands twice or was collected otherwise than the first.
     """
-    records = [dict(shard.record) for shard in shards]
-    found = [record.pop("shard", None) for record in records]
-    require_all(found, out, "Collect what is missing with a3 collect --shard.")
+    records = [shard.settings for shard in shards]
+    for shard, record in zip(shards, records, strict=True):
+        if "shard" not in record:
+            raise A3Error(
+                f"{shard.path}: the statistics of a whole calibration, expected those of a shard. "
+                "Name the files that a3 collect --shard made."
+            )
+    found = [record.pop("shard") for record in records]
+    require_all(found, shards[0].path, "Collect what is missing with a3 collect --shard.")
     tokens = sum(record.pop("tokens") for record in records)
     for shard, record in zip(shards, records, strict=True):
         for key in records[0].keys() | record.keys():
@@ -111,6 +129,11 @@ def merge(shards: list["Rxx"], out: Path) -> None:
                     f"{shard.path}: {key} is {record.get(key)!r}, in {shards[0].path} "
                     f"{records[0].get(key)!r}. Collect the older one again."
                 )
+        if shard.shapes() != shards[0].shapes():
+            raise A3Error(
+                f"{shard.path}: its sums have other names or shapes than those of "
+                f"{shards[0].path}. Collect the older one again."
+            )
     sums = {key: sum(shard.sums(key) for shard in shards) for key in shards[0].names()}
     save(out, sums, records[0] | {"tokens": tokens, "shards": len(shards)})
 
@@ -128,37 +151,63 @@ class Rxx:
     """One statistics file: `R` of each layer, divided by the token count, float64.
 
     Raises A3Error for a damaged file, another kind than asked for, another model's statistics,
-    and NaN or Inf.
+    and NaN or Inf. A sum is held to its hash when it is read.
     """
 
-    def __init__(self, path: Path, kind: str, weights_sha256: str | None = None) -> None:
+    def __init__(self, path: Path, kind: str, **model: str) -> None:
+        """`model` is what the record has to say of it: weights_sha256, config_sha256."""
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
-            self.record = json.loads(self._file.metadata()["a3"])
+            record = json.loads(self._file.metadata()["a3"])
         except FileNotFoundError:
             raise A3Error(f"{path}: no such file. Collect {kind!r} first (a3 collect).") from None
-        except (SafetensorError, OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            TypeError,
+            KeyError,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise A3Error(
                 f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
             ) from error
-        expected = {"kind": kind}
-        if weights_sha256 is not None:
-            expected["weights_sha256"] = weights_sha256
+        self.record = unseal(record, path)
+        self._check_record({"kind": kind} | model)
+
+    def _check_record(self, expected: dict[str, str]) -> None:
         for key, value in expected.items():
             if self.record.get(key) != value:
                 raise A3Error(
-                    f"{path}: {key} is {self.record.get(key)!r}, expected {value!r}. These "
+                    f"{self.path}: {key} is {self.record.get(key)!r}, expected {value!r}. These "
                     "statistics were made from another model or are of another kind: collect "
                     "again for this model."
                 )
-        if not isinstance(self.record.get("tokens"), int) or self.record["tokens"] < 1:
-            raise A3Error(f"{path}: tokens is {self.record.get('tokens')!r}, expected 1 or more.")
+        tokens = self.record.get("tokens")
+        if not isinstance(tokens, int) or tokens < 1:
+            raise A3Error(f"{self.path}: tokens is {tokens!r}, expected 1 or more. Collect again.")
+        named = sorted(self.record.get("sums", {}))
+        if self.names() != named:
+            raise A3Error(
+                f"{self.path}: it has the sums {self.names()}, its record names {named}: damaged. "
+                "Collect again."
+            )
 
     @property
     def tokens(self) -> int:
         """Number of calibration tokens summed."""
         return self.record["tokens"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the statistics were collected from and how: the record without hashes of sums."""
+        return {key: value for key, value in self.record.items() if key not in ("sums", SEAL)}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The settings and the record's seal, for who reads the statistics."""
+        return self.settings | {SEAL: self.record[SEAL]}
 
     def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
         """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
@@ -172,19 +221,27 @@ class Rxx:
         """Names of all sums."""
         return sorted(self._file.keys())
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape of each sum, without reading it."""
+        return {key: self._file.get_slice(key).get_shape() for key in self.names()}
+
     def sums(self, key: str) -> Tensor:
-        """One sum as it is stored; raises A3Error where there is none."""
-        try:
-            return self._file.get_tensor(key)
-        except SafetensorError as error:
-            raise A3Error(f"{self.path}: no tensor {key!r} ({error}). Collect again.") from error
+        """One sum as it was written; raises A3Error where there is none or it was damaged."""
+        if key not in self.record["sums"]:
+            raise A3Error(f"{self.path}: no tensor {key!r}. Collect again.")
+        value = self._file.get_tensor(key)
+        if value.dtype != torch.float64 or sum_hash(value) != self.record["sums"][key]:
+            raise A3Error(
+                f"{self.path}: tensor {key!r} changed since it was written: damaged. Collect again."
+            )
+        require_finite(self.path, key, value)
+        return value
 
     def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:
         value = self.sums(key)
-        if tuple(value.shape) != shape or value.dtype != torch.float64:
+        if tuple(value.shape) != shape:
             raise A3Error(
-                f"{self.path}: tensor {key!r} is {value.dtype} {tuple(value.shape)}, expected "
-                f"float64 {shape}. Collect again."
+                f"{self.path}: tensor {key!r} is {tuple(value.shape)}, expected {shape}. Collect "
+                "again."
             )
-        require_finite(self.path, key, value)
         return value

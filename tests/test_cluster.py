@@ -1,6 +1,5 @@
 """What jobs ask a cluster for, the profiles, and what can be said of Slurm without one."""
 
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ from test_workflow import ROOT, Project
 
 from a3.cli import main
 from a3.cost import approx_cost, collect_cost, harness_cost, perplexity_cost, shapes, stream_cost
+from a3.files import write_record
 
 PROFILES = ROOT / "workflow/profiles"
 SMOLLM2 = {
@@ -108,7 +108,7 @@ def test_a_dry_run_on_every_profile(project, profile):
 def test_memory_and_time_come_from_the_model_or_the_config(project):
     model = project.folder / "results/models/tiny"
     model.mkdir(parents=True)
-    (model / "arch.json").write_text(json.dumps(SMOLLM2))
+    write_record(model / "arch.json", SMOLLM2)
     config = project.folder / "config/config.yaml"
     before = config.read_text()
     said = "{collect: {mem_mb: 7000, account: lab, partition: long}, eval: {gres: 'gpu:a100:2'}}"
@@ -124,7 +124,7 @@ def test_memory_and_time_come_from_the_model_or_the_config(project):
     assert ppl["gres"] == "gpu:a100:2"
     assert "gpu" not in approx.keys() | ppl.keys()
 
-    (model / "arch.json").write_text("{}")
+    write_record(model / "arch.json", {})
     output = dry(project, "slurm", status=1)
     assert "results/models/tiny/arch.json: KeyError('dtype'). Delete it" in output
     assert "Traceback (most recent" not in output

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from a3.errors import A3Error
+from a3.files import SEAL, read_record, write_record
 from a3.stages.figures import build_figures
 from a3.stages.report import build_report
 from a3.stages.tables import build_tables, print_table
@@ -25,11 +26,11 @@ def digest(*parts):
 
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    write_record(path, value)
 
 
 def change(path, **values):
-    write(path, json.loads(path.read_text()) | values)
+    write(path, {k: v for k, v in (read_record(path) | values).items() if k != SEAL})
 
 
 def size(share):

@@ -15,6 +15,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import a3  # noqa: F401
+from a3.cli import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -143,6 +144,11 @@ def test_outputs_are_there(settled):
     lines = (table / "results.csv").read_text().splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("tiny,dense")
+
+
+def test_a_whole_run_holds_to_its_own_hashes(settled, capsys):
+    assert main(["verify", str(settled.folder / "results")]) == 0
+    assert "not checked" not in capsys.readouterr().out
 
 
 def test_two_runs_give_the_same_bytes(settled):

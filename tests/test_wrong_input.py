@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from transformers import AutoConfig, MambaConfig
 from a3.cli import main
 from a3.config import check_row
 from a3.errors import A3Error
-from a3.models.arch import describe
+from a3.files import seal, write_record
+from a3.models.arch import describe, read_config
+from a3.models.families import FAMILIES
 from a3.solutions.modes import check_fit, choose, kinds_needed
+from a3.statistics import Rxx, sum_hash
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 BLOCK = ["--tokens", "256", "--block-length", "64"]
@@ -155,7 +159,7 @@ def test_a_family_that_cannot_be_compressed_says_why(tmp_path, family, reason):
 def test_a_variant_that_would_come_out_wrong_is_named(tmp_path, family, variant):
     AutoConfig.for_model(family, **variant).save_pretrained(tmp_path)
     with pytest.raises(A3Error, match=f"{next(iter(variant))}.*not supported"):
-        describe(tmp_path)
+        read_config(tmp_path, FAMILIES[family], tensors=1000)
 
 
 def test_no_such_model_folder(work, tmp_path, capsys):
@@ -231,13 +235,13 @@ def test_rxx_that_is_not_finite(work, tmp_path, capsys, value):
 
 
 def copy_rxx(work, target, spoil=None, **record):
-    """Copy the statistics with one value replaced or other metadata."""
+    """Copy the statistics, sealed, with one value replaced or other metadata."""
     for path in (work / "rxx").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["a3"]) | record
         tensors = load_file(path)
         if spoil is not None and path.stem == "v_blocks":
             tensors["layers.1"][1, 2, 3] = spoil
+        sums = {key: sum_hash(value) for key, value in tensors.items()}
+        metadata = seal(Rxx(path, path.stem).settings | record | {"sums": sums})
         save_file(tensors, target / path.name, {"a3": json.dumps(metadata)})
 
 
@@ -258,6 +262,109 @@ def test_damaged_rxx(work, tmp_path, capsys, damage):
         capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
     )
     assert "v_blocks.safetensors" in message
+
+
+def test_rxx_of_another_config(work, tmp_path, capsys):
+    """The same weights, read otherwise: 1 of 4 dimensions turns at another speed."""
+    shutil.copytree(work / "dense", tmp_path / "dense")
+    config = tmp_path / "dense/config.json"
+    said = json.loads(config.read_text())
+    said["rope_parameters"]["rope_theta"] *= 2
+    config.write_text(json.dumps(said))
+    message = fails(
+        capsys, "approx", tmp_path / "dense", "--rxx", work / "rxx", "--ratio", "0.2",
+        "-o", tmp_path / "o",
+    )  # fmt: skip
+    assert "config_sha256" in message
+
+
+def test_one_changed_sum_of_rxx(work, tmp_path, capsys):
+    """Finite and of the right shape: only its hash tells."""
+    copy_rxx(work, tmp_path)
+    path = tmp_path / "v_blocks.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors["layers.1"][0, 0, 0] *= 2
+    save_file(tensors, path, metadata)
+    message = fails(
+        capsys, "approx", work / "dense", "--rxx", tmp_path, "--ratio", "0.2", "-o", tmp_path / "o"
+    )
+    assert f"{path}: tensor 'layers.1' changed since it was written" in message
+
+
+@pytest.fixture(scope="module")
+def parts(work):
+    """Both parts of a compressed model."""
+    for i in range(2):
+        out = work / f"parts/{i}of2.safetensors"
+        options = ["--ratio", "0.2", "--part", f"{i}of2"]
+        assert main([str(word) for word in approx(work, out, *options)]) == 0
+    return work / "parts"
+
+
+def lose_the_json(folder):
+    (folder / "1of2.json").unlink()
+
+
+def lose_the_file(folder):
+    (folder / "1of2.safetensors").unlink()
+
+
+def write_other_json(folder):
+    (folder / "1of2.json").write_text('{"seconds": 3}')
+
+
+def write_other_record(folder):
+    write_record(folder / "1of2.json", {"seconds": 3})
+
+
+def change_the_file(folder):
+    truncate(folder / "1of2.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lose_the_json, "1of2.json: no such file"),
+        (lose_the_file, "1of2.safetensors: no such file"),
+        (write_other_json, "1of2.json: found no sha256"),
+        (write_other_record, "1of2.json: says ['seconds']: not of a part"),
+        (change_the_file, "1of2.safetensors: changed since it was written"),
+    ],
+)
+def test_parts_that_are_not_whole_are_named_as_given(work, parts, tmp_path, capsys, damage, says):
+    shutil.copytree(parts, tmp_path / "parts")
+    damage(tmp_path / "parts")
+    paths = [tmp_path / f"parts/{i}of2.safetensors" for i in range(2)]
+    message = fails(capsys, "gather", work / "dense", *paths, "-o", tmp_path / "o")
+    assert f"{tmp_path}/parts/{says}" in message
+    assert not (tmp_path / "o").exists()
+    assert not leftovers(tmp_path)
+
+
+def test_parts_of_another_model(parts, tmp_path, capsys):
+    tiny_llama(tmp_path / "other", seed=1)
+    paths = [parts / f"{i}of2.safetensors" for i in range(2)]
+    message = fails(capsys, "gather", tmp_path / "other", *paths, "-o", tmp_path / "o")
+    assert "0of2.safetensors: made of a model whose weights_sha256 is" in message
+
+
+def test_a_merge_of_what_is_no_shard(work, tmp_path, capsys):
+    path = work / "rxx/v_blocks.safetensors"
+    message = fails(capsys, "merge", path, "-o", tmp_path / "v_blocks.safetensors")
+    assert f"{path}: the statistics of a whole calibration, expected those of a shard" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_lack_a_norm(tmp_path):
+    """transformers would make it up, with a warning."""
+    tiny_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(A3Error, match=r"no tensor of the expected shape for model\.norm\.weight"):
+        describe(tmp_path)
 
 
 def test_missing_rxx_says_what_to_collect(work, tmp_path, capsys):

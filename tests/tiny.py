@@ -1,10 +1,13 @@
 """A tiny random Llama with a working tokenizer, saved as a Hugging Face folder in milliseconds."""
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from a3.cli import main
 
 VOCABULARY = 300
 LINES = [
@@ -70,3 +73,45 @@ def tiny_model(folder: Path, model_type: str, seed: int = 0, **config) -> Path:
 def tiny_llama(folder: Path, seed: int = 0, **config) -> Path:
     """As `tiny_model`, of the Llama family."""
     return tiny_model(folder, "llama", seed, **config)
+
+
+KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
+WORDS = ["river", "dog", "moon", "lake", "fox", "ocean", "water", "brown", "lazy", "jump", "first"]
+TAIL = "tiny/short/rxx-w-rxx+xkv+rxx-w/0.25"
+BLOCK = ["--block-length", "64"]
+
+
+def run(*words) -> None:
+    """A command that has to succeed."""
+    assert main([str(word) for word in words]) == 0
+
+
+def document(number: int) -> str:
+    """One line of a .jsonl text."""
+    words = [WORDS[(number * 7 + j * (number % 5 + 1)) % len(WORDS)] for j in range(40)]
+    title = f"Title {WORDS[number % 11]} {number}"
+    return json.dumps({"title": title, "text": " ".join(words)}) + "\n"
+
+
+def tiny_results(folder: Path) -> Path:
+    """A results folder as the workflow leaves it, of a tiny model; its sources beside it."""
+    tiny_llama(folder / "tiny")
+    (folder / "learn.txt").write_text("A river moves towards an ocean or a lake. " * 60)
+    (folder / "score.jsonl").write_text("".join(map(document, range(60))))
+    made, texts = folder / "results", folder / "results/texts"
+    run("model", folder / "tiny", "-o", made / "models/tiny")
+    run("text", folder / "learn.txt", "-o", texts / "learn/docs.jsonl")
+    run("text", folder / "score.jsonl", "-o", texts / "score/docs.jsonl")
+    learn, shares = texts / "learn/docs.jsonl", json.dumps({"test": 0.5, "harness": 0.5})
+    splitting = ["--exclude", learn, "--shares", shares, "-o", texts / "score"]
+    run("split", texts / "score/docs.jsonl", *splitting)
+    run("items", texts / "score/harness.jsonl", "--items", "4", "-o", made / "items/titles")
+    outputs = [made / f"rxx/tiny/short/{kind}.safetensors" for kind in KINDS]
+    collecting = ["--text", learn, "--tokens", "512", *BLOCK, "-o", *outputs]
+    run("collect", made / "models/tiny", *collecting)
+    solving = ["--rxx", made / "rxx/tiny/short", "--ratio", "0.25"]
+    run("approx", made / "models/tiny", *solving, "-o", made / "checkpoints" / TAIL)
+    scoring = ["--text", texts / "score/test.jsonl", "--tokens", "256", *BLOCK]
+    for model, out in (("models/tiny", "tiny/dense"), (f"checkpoints/{TAIL}", TAIL)):
+        run("eval", "ppl", made / model, *scoring, "-o", made / "eval" / out / "ppl/score.json")
+    return made

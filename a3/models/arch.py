@@ -1,20 +1,21 @@
 """What a dense model is: `Arch`, read from its config and safetensors, kept in arch.json."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import read_json
+from a3.files import read_json, read_record
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.models.load import load_config
+from a3.models.load import load_config, load_whole
 from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
@@ -90,12 +91,14 @@ def describe(folder: Path) -> Arch:
     Raises A3Error for a family that is not known, weights that are missing, truncated or of
     another shape than the config says.
     """
-    family, config = known_family(folder), load_config(folder)
-    fields = family.describe(config)
+    family = known_family(folder)
     checkpoint = Checkpoint(folder, family.prefix)
+    fields = read_config(folder, family, len(checkpoint.names()))
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
     dtype = checkpoint.dtype(family.name(0, "q"))
+    # Without weights: what transformers finds missing of all else, norms and embeddings.
+    load_whole(folder, device_map="meta")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     return Arch(
         **fields,
@@ -141,17 +144,45 @@ def model_type(folder: Path) -> str:
     return config["model_type"]
 
 
+def read_config(folder: Path, family: Family, tensors: int) -> dict[str, Any]:
+    """What config.json says of a model whose safetensors hold so many tensors.
+
+    Raises A3Error for a config that transformers or the adapter cannot read.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    key = CONFIG_MAPPING[config["model_type"]].attribute_map.get("num_hidden_layers")
+    check_count(path, "layers", config.get(key or "num_hidden_layers"), tensors)
+    found = family.describe(load_config(folder))
+    check_count(path, "experts", found["experts"], tensors)
+    return found
+
+
+def check_count(path: Path, what: str, count: Any, tensors: int) -> None:
+    """Raise A3Error where a config names more layers or experts than there are tensors.
+
+    Lists as long as that number are made of it, so that a wrong one would take all memory.
+    """
+    if isinstance(count, int | float) and count > tensors:
+        raise A3Error(
+            f"{path}: {count} {what}, but the safetensors hold {tensors} tensors in all. Correct "
+            "the config, or fetch the model again."
+        )
+
+
 def load_arch(folder: Path) -> Arch:
     """`Arch` of a dense folder: its arch.json where the model stage left one, else read afresh."""
-    if not (folder / "arch.json").exists():
+    path = folder / "arch.json"
+    if not path.exists():
         return describe(folder)
-    content = read_json(folder / "arch.json")
-    try:
-        return Arch(**content)
-    except TypeError as error:
+    content = read_record(path)
+    names = [field.name for field in fields(Arch)]
+    if missing := [name for name in names if name not in content]:
         raise A3Error(
-            f"{folder / 'arch.json'}: {error}. Delete it; it is made again from config.json."
-        ) from error
+            f"{path}: no {', '.join(missing)} in it: written by another version of a3. Delete it "
+            "and build it again."
+        )
+    return Arch(**{name: content[name] for name in names})
 
 
 def sizes(

@@ -5,14 +5,18 @@ import math
 import shlex
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a3.errors import A3Error
-from a3.files import read_json, sha256
+from a3.files import read_json, read_record, sha256
 
 PICKLED = "pytorch_model*.bin*"
+# What says of a folder, under "files", which content a stage wrote.
+RECORDS = ("arch.json", "approx.json", "train.json")
+CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -31,12 +35,18 @@ class Checkpoint:
     """Tensors of one folder by name; a tensor is read from disk only when it is asked for.
 
     Checkpoints saved from a bare trunk lack its name; with `prefix` they get it ("transformer").
-    Raises A3Error where the folder has no safetensors, or a file is missing or damaged.
+    Of a folder that a stage wrote, the small files are held to its record at once, and a file of
+    weights when the first of its tensors is read. Raises A3Error where the folder has no
+    safetensors, or a file is missing, damaged or not the recorded one.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
-        self._files = {name: self.open(folder / name) for name in self._names()}
+        self._recorded = check_small(folder)
+        names = self._names()
+        if self._recorded and (added := sorted(set(names) - self._recorded.keys())):
+            raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
+        self._files = {name: self.open(folder / name) for name in names}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
         bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
         # Name to (file, key in the file).
@@ -50,13 +60,7 @@ class Checkpoint:
             return ["model.safetensors"]
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            if away := [name for name in names if Path(name).name != name]:
-                raise A3Error(
-                    f"{index}: names {away[0]}; expected files of this folder, by their names "
-                    "alone. Do not use this model."
-                )
-            return names
+            return weight_map_files(index)
         refuse_pickled(self.folder)
         raise A3Error(
             f"{self.folder}: no model.safetensors and no index of shards; a3 reads no others. "
@@ -81,7 +85,19 @@ class Checkpoint:
         """One tensor, in the dtype it is stored in."""
         self.shape(name)
         file, key = self._where[name]
+        self.verify(file)
         return self._files[file].get_tensor(key)
+
+    def verify(self, name: str) -> None:
+        """Raise A3Error where a file is not the one that the folder's record names; only once."""
+        if name in self._recorded:
+            check_file(self.folder / name, self._recorded[name], CHANGED)
+            del self._recorded[name]
+
+    def verify_all(self) -> None:
+        """Hold every recorded file to its hash, for who reads the folder otherwise."""
+        for name in list(self._recorded):
+            self.verify(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; raises A3Error where there is none."""
@@ -129,3 +145,70 @@ class Checkpoint:
         return (
             hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         )
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash of each file of a folder that its record names: all but records and seconds."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return {
+        path.name: sha256(path)
+        for path in paths
+        if path.name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
+    }
+
+
+def recorded_files(folder: Path) -> dict[str, str]:
+    """Hash of each file as the folder's record says; none where no stage left one."""
+    for name in RECORDS:
+        if (folder / name).exists():
+            record = read_record(folder / name)
+            if not isinstance(record.get("files"), dict):
+                raise A3Error(f"{folder / name}: no files in it. Delete it and build it again.")
+            return record["files"]
+    return {}
+
+
+def check_small(folder: Path) -> dict[str, str]:
+    """Hold config, tokenizer and all else but weights to the folder's record; its hashes.
+
+    Raises A3Error where a file is not the recorded one.
+    """
+    recorded = recorded_files(folder)
+    for name, expected in recorded.items():
+        if not name.endswith(".safetensors"):
+            check_file(folder / name, expected, CHANGED)
+    return recorded
+
+
+def check_file(path: Path, expected: str, what_to_do: str) -> None:
+    """Raise A3Error where a file is missing or its hash is another."""
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file, but its record is there. {what_to_do}")
+    if (found := sha256(path)) != expected:
+        raise A3Error(
+            f"{path}: changed since it was written: its sha256 is {found}, its record says "
+            f"{expected}. {what_to_do}"
+        )
+
+
+def model_source(folder: Path) -> dict[str, Any] | None:
+    """Where a model came from (source, revision), which travels with it; None where unknown."""
+    path = folder / "source.json"
+    return read_json(path) if path.exists() else None
+
+
+def weight_map_files(index: Path) -> list[str]:
+    """Names of the files in an index of shards; raises A3Error where it is not one."""
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
+        raise A3Error(
+            f"{index}: expected a weight_map of tensors to files of this folder. Fetch or build "
+            "it again."
+        )
+    return sorted(set(names.values()))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file, and no path out of its folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

@@ -1,4 +1,4 @@
-"""Model folders by transformers: a3 never runs code that comes with a model, nor unpickles."""
+"""What transformers loads: nothing that it forgives goes unseen, and no code of a model is run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +14,49 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from a3.dtypes import WIDTHS
 from a3.errors import A3Error
+from a3.memory import require_memory
+from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The config of a folder; raises A3Error as `loaded` does."""
-    return loaded(AutoConfig.from_pretrained, folder)
+def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
+    """The config of a folder; raises A3Error where it cannot be read."""
+    return loaded(AutoConfig, folder, **options)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; raises A3Error as `loaded` does."""
-    return loaded(AutoTokenizer.from_pretrained, folder)
+def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; raises A3Error where it cannot be read."""
+    return loaded(AutoTokenizer, folder, **options)
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The model of a folder, in a dtype, ready to run; raises A3Error as `loaded` does."""
-    options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
-    return loaded(AutoModelForCausalLM.from_pretrained, folder, **options).eval()
+    """The model of a dense or compressed folder, every recorded file of it held to its hash.
+
+    Raises A3Error where its weights do not fit the memory at hand, a file changed, transformers
+    cannot read it, or a tensor is missing.
+    """
+    checkpoint = Checkpoint(folder)
+    needed = checkpoint.parameters() * WIDTHS[dtype]
+    require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
+    checkpoint.verify_all()
+    return load_whole(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
+    """A model of which no tensor is missing; raises A3Error as `load_model` does.
+
+    transformers only warns of a tensor that is missing, and makes one up at random.
+    """
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = loaded(AutoModelForCausalLM, folder, **options)
+    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise A3Error(
+            f"{folder / options.get('gguf_file', '')}: no tensor of the expected shape for "
+            f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}. Fetch or build it again."
+        )
+    return model
 
 
 def require_positions(folder: Path, block_length: int) -> None:
@@ -47,14 +72,16 @@ def require_positions(folder: Path, block_length: int) -> None:
         )
 
 
-def loaded(load: Callable, folder: Path, **options: Any) -> Any:
-    """What transformers loads from a folder; A3Error where that is refused, as for remote code."""
-    # Left out, trust_remote_code makes transformers ask at the terminal.
+def loaded(of: Callable, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` of an auto class; A3Error for all that goes wrong, remote code among it."""
     try:
-        return load(folder, trust_remote_code=False, local_files_only=True, **options)
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
+        # Left out, trust_remote_code makes transformers ask at the terminal.
+        return of.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+    # What the libraries say of files that they cannot read is of any type.
+    except Exception as error:
         raise A3Error(
-            f"{folder}: transformers cannot load it: {reason} a3 runs no code that comes with a "
-            "model (trust_remote_code stays off). Take a model of a family that transformers has."
+            f"{folder / options.get('gguf_file', '')}: {of.__name__} of transformers cannot read "
+            f"it ({type(error).__name__}: {str(error).strip()}). Fetch or build it again. "
+            "a3 runs no code that comes with a model: it has to be of a family that transformers "
+            "has."
         ) from error

@@ -127,7 +127,7 @@ def parse_choice(part: str, cell: str, ratio: str) -> Choice:
 
 def parse_size(text: str, where: str) -> Decimal | int:
     """A rank (an integer from 1 on) or a ratio; raises A3Error, which starts with `where`."""
-    if re.fullmatch(r"[1-9][0-9]*", text):
+    if re.fullmatch(r"[1-9][0-9]{0,17}", text):
         return int(text)
     try:
         return parse_ratio(text)

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from a3.cost import LARGEST_PART
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import whole_folder
+from a3.files import sha256, whole_folder
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import DENSE, PARTS, find_mode
-from a3.stages.assemble import Part, assemble, outside, pairs_name, staying, write_part
+from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
@@ -54,7 +54,10 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
         parts = [folder / f".{number}.safetensors" for number in numbers]
         for number, path in zip(numbers, parts, strict=True):
             solve_run(solver, plan, number, path)
-        assemble(model_folder, arch, parts, folder)
+        said = read_parts(parts)
+        for path in parts:
+            path.with_suffix(".json").unlink()
+        assemble(model_folder, arch, said, parts, folder)
 
 
 def approximate_part(
@@ -72,9 +75,10 @@ def solver_for(model_folder: Path, rxx_folder: Path, plan: Plan) -> "LayerSolver
     """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
     arch = load_arch(model_folder)
     ranks = plan.ranks(arch)
+    config = sha256(model_folder / "config.json")
+    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
     statistics = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, arch.weights_sha256)
-        for kind in plan.kinds()
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in plan.kinds()
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
@@ -93,16 +97,17 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
         reports.append(report)
         seconds.append(took)
     said = {
-        "number": number,
         "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
         "ranks": solver.ranks,
         "provenance": provenance(
             __name__,
             weights_sha256=arch.weights_sha256,
-            statistics={kind: rxx.record for kind, rxx in solver.statistics.items()},
+            config_sha256=sha256(dense.folder / "config.json"),
+            model=model_source(dense.folder),
+            statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
         ),
     }
-    write_part(out, tensors, Part(said, reports, seconds))
+    write_part(out, tensors, number=number, said=said, layers=reports, seconds=seconds)
 
 
 class LayerSolver:

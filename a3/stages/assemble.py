@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from a3 import LazyConfig
 from a3.errors import A3Error
-from a3.files import read_json, whole_file, whole_folder, write_json
+from a3.files import (
+    SEAL,
+    read_json,
+    read_record,
+    sha256,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_record,
+)
 from a3.models.arch import Arch, load_arch, sizes
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import RECORDS, Checkpoint, check_file, hash_files
 from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
@@ -29,27 +38,47 @@ Ranks = tuple[int, int, int | list[int]]
 
 @dataclass(frozen=True)
 class Part:
-    """What is said of a part: its plan and provenance, and each layer's report and seconds."""
+    """What is said of a part: its plan and provenance, and each layer's report and seconds.
 
+    `content_sha256` is the hash of the tensors' file.
+    """
+
+    number: str
     said: dict[str, Any]
     layers: list[dict[str, Any]]
     seconds: list[dict[str, float]]
+    content_sha256: str
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], part: Part) -> None:
+def write_part(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
     """Write the tensors of some layers to `path`, and what is said of them beside it in JSON."""
     with whole_file(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
-    write_json(path.with_suffix(".json"), asdict(part))
+    write_record(path.with_suffix(".json"), asdict(Part(**said, content_sha256=sha256(path))))
+
+
+def read_part(path: Path) -> Part:
+    """What is said of the part in the file `path`.
+
+    Raises A3Error where it or the JSON beside it is missing, damaged or of another kind.
+    """
+    beside = path.with_suffix(".json")
+    said = {key: value for key, value in read_record(beside).items() if key != SEAL}
+    if said.keys() != {field.name for field in fields(Part)}:
+        raise A3Error(f"{beside}: says {sorted(said)}: not of a part. Make it with a3 approx.")
+    part = Part(**said)
+    check_file(path, part.content_sha256, "Make the part again with a3 approx --part.")
+    return part
 
 
 def read_parts(paths: list[Path]) -> list[Part]:
     """What is said of all parts of one model, in order.
 
-    Raises A3Error where a part is missing, stands twice or was made otherwise than the first.
+    Raises A3Error as `read_part` does, and where a part is missing, stands twice or was made
+    otherwise than the first.
     """
-    parts = [Part(**read_json(path.with_suffix(".json"))) for path in paths]
-    numbers = [part.said.pop("number") for part in parts]
+    parts = [read_part(path) for path in paths]
+    numbers = [part.number for part in parts]
     require_all(numbers, paths[0].parent, "Make what is missing with a3 approx --part.")
     for path, part in zip(paths, parts, strict=True):
         if part.said != parts[0].said:
@@ -63,28 +92,41 @@ def read_parts(paths: list[Path]) -> list[Part]:
 def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
     """Make the Hugging Face folder `out` of all parts of a model, whole or not at all.
 
-    Raises A3Error as `read_parts` does.
+    Raises A3Error as `read_parts` does, and for the parts of another model.
     """
-    arch = load_arch(model_folder)
+    arch, parts = load_arch(model_folder), read_parts(paths)
+    require_base(arch, paths[0], parts[0])
     with whole_folder(out) as folder:
         near = paths[0].stat().st_dev == folder.stat().st_dev
         bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
         for path, copy in zip(paths, copies, strict=True):
             bring(path, copy)
-            bring(path.with_suffix(".json"), copy.with_suffix(".json"))
-        assemble(model_folder, arch, copies, folder)
+        assemble(model_folder, arch, parts, copies, folder)
 
 
-def assemble(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
-    """Make a Hugging Face folder of the parts that lie in it already."""
-    parts = read_parts(paths)
+def require_base(arch: Arch, path: Path, part: Part) -> None:
+    """Raise A3Error unless the part was made of this model."""
+    found = part.said["provenance"]["weights_sha256"]
+    if found != arch.weights_sha256:
+        raise A3Error(
+            f"{path}: made of a model whose weights_sha256 is {found}, this one's is "
+            f"{arch.weights_sha256}. Name that model's folder, or make the parts again."
+        )
+
+
+def assemble(
+    model_folder: Path, arch: Arch, parts: list[Part], paths: list[Path], folder: Path
+) -> None:
+    """Make a Hugging Face folder of the parts whose files lie in it already."""
     reports = [report for part in parts for report in part.layers]
     seconds = [took for part in parts for took in part.seconds]
     ranks = [layer_ranks(arch, report) for report in reports]
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
     checkpoint = Checkpoint(folder)
+    total = sum(sum(took.values()) for took in seconds)
+    write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
     record = parts[0].said | {
         "base": arch.to_json(),
         "layers": reports,
@@ -93,10 +135,9 @@ def assemble(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) ->
             "compressed": sizes(arch.to_json(), ranks, checkpoint.parameters(), arch.dtype),
         },
         "weights_sha256": checkpoint.sha256(),
+        "files": hash_files(folder),
     }
-    write_json(folder / "approx.json", record)
-    total = sum(sum(took.values()) for took in seconds)
-    write_json(folder / "timing.json", {"seconds": total, "layers": seconds})
+    write_record(folder / "approx.json", record)
 
 
 def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
@@ -104,7 +145,6 @@ def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Pat
     names = weight_files(len(paths))
     for path, name in zip(paths, names, strict=False):
         path.rename(folder / name)
-        path.with_suffix(".json").unlink()
     if len(paths) > 1:
         rest = outside(Checkpoint(model_folder, arch.adapter.prefix), arch)
         save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
@@ -133,7 +173,18 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
 def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
     """Tensors that are in no layer: embeddings, the last norm, the head."""
     names = arch.adapter.names_in(checkpoint, None)
-    return {arch.adapter.packed_rest(name): checkpoint.tensor(name) for name in names}
+    return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
+
+
+def copied(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that stays as it is; raises A3Error where it is not finite."""
+    value = checkpoint.tensor(name)
+    if not torch.isfinite(value).all():
+        raise A3Error(
+            f"{checkpoint.folder}: tensor {name!r} holds NaN or Inf; expected finite weights. The "
+            "checkpoint is damaged: fetch it again."
+        )
+    return value
 
 
 def staying(
@@ -148,7 +199,7 @@ def staying(
     names = arch.adapter.names_in(checkpoint, layer)
     kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
     tensors = {
-        new: checkpoint.tensor(name)
+        new: copied(checkpoint, name)
         for name, new in kept.items()
         if new is not None and new not in solved
     }
@@ -207,7 +258,7 @@ def write_config(
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", "arch.json") and travels(path):
+        if path.name not in ("config.json", *RECORDS) and travels(path):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
-from a3.files import read_json, sha256, write_json
+from a3.files import read_record, sha256, write_record
 from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
 from a3.provenance import provenance
@@ -57,6 +58,7 @@ def collect(
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
+    check_small(model_folder)
     require_positions(model_folder, block_length)
     tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
@@ -85,6 +87,8 @@ def collect(
     record = provenance(
         __name__,
         weights_sha256=arch.weights_sha256,
+        config_sha256=sha256(model_folder / "config.json"),
+        model=model_source(model_folder),
         text_sha256=sha256(text),
         tokens=blocks.numel(),
         block_length=block_length,
@@ -96,7 +100,7 @@ def collect(
     for kind, path in outputs.items():
         accumulators[kind].save(path, record)
         timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-        write_json(path.with_suffix(".timing.json"), timing)
+        write_record(path.with_suffix(".timing.json"), timing)
 
 
 def merge_shards(paths: list[Path], out: Path) -> None:
@@ -104,12 +108,12 @@ def merge_shards(paths: list[Path], out: Path) -> None:
 
     Raises A3Error as `a3.statistics.merge` does.
     """
+    times = [read_record(path.with_suffix(".timing.json")) for path in paths]
     merge([Rxx(path, out.stem) for path in paths], out)
-    times = [read_json(path.with_suffix(".timing.json")) for path in paths]
     seconds = sum(time["seconds"] for time in times)
     tokens = sum(time["seconds"] * time["tokens_per_second"] for time in times)
     timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    write_json(out.with_suffix(".timing.json"), timing)
+    write_record(out.with_suffix(".timing.json"), timing)
 
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:

@@ -13,9 +13,9 @@ from lm_eval.utils import hash_string
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
 from a3.errors import A3Error
-from a3.files import write_json
+from a3.files import sha256, write_record
 from a3.harness import task_config
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer
 from a3.provenance import provenance
 
@@ -42,7 +42,7 @@ def harness(
     items only. Raises A3Error where lm-eval knows no such task or its data cannot be had.
     """
     chosen, manager = find_task(task, items)
-    checkpoint_sha256 = Checkpoint(model_folder).sha256()
+    checkpoint = Checkpoint(model_folder)
     model = load_model(model_folder, dtype).to(device)
     wrapped = HFLM(
         pretrained=model,
@@ -64,8 +64,15 @@ def harness(
             log_samples=True,
         )
     seconds = time.perf_counter() - start
-    write_json(out, scores(task, found) | {"dtype": dtype, "checkpoint_sha256": checkpoint_sha256})
-    write_json(out.with_suffix(".timing.json"), {"seconds": seconds})
+    record = scores(task, found) | {
+        "dtype": dtype,
+        "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(model_folder / "config.json"),
+        "items_sha256": None if items is None else sha256(items),
+        "provenance": provenance(__name__, model=model_source(model_folder), seed=seed),
+    }
+    write_record(out, record)
+    write_record(out.with_suffix(".timing.json"), {"seconds": seconds})
 
 
 def find_task(task: str, items: Path | None) -> tuple[Any, TaskManager]:
@@ -99,7 +106,6 @@ def scores(task: str, found: dict[str, Any]) -> dict[str, Any]:
         "version": found["versions"][task],
         "task_hash": task_hash(found["samples"][task]),
         "lm_eval": lm_eval.__version__,
-        "provenance": provenance(__name__),
     }
 
 

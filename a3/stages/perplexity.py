@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 import a3.models.compressed  # noqa: F401
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, write_json
-from a3.models.checkpoint import Checkpoint
+from a3.files import sha256, write_record
+from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.provenance import provenance
 
@@ -40,6 +40,7 @@ def perplexity(
     short, blocks longer than the model has positions, and losses that are not finite.
     """
     require_positions(model_folder, block_length)
+    checkpoint = Checkpoint(model_folder)
     tokenizer = load_tokenizer(model_folder)
     blocks = token_blocks(
         load_documents(text),
@@ -49,7 +50,6 @@ def perplexity(
         seed=None,
         bos=bos,
     )
-    checkpoint_sha256 = Checkpoint(model_folder).sha256()
     model = load_model(model_folder, dtype).to(device)
     start = time.perf_counter()
     losses = block_losses(model, blocks.to(device))
@@ -77,12 +77,13 @@ def perplexity(
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * error,
         "block_nll": losses.tolist(),
-        "checkpoint_sha256": checkpoint_sha256,
-        "provenance": provenance(__name__),
+        "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(model_folder / "config.json"),
+        "provenance": provenance(__name__, model=model_source(model_folder)),
     }
-    write_json(out, record)
+    write_record(out, record)
     speed = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-    write_json(out.with_suffix(".timing.json"), speed)
+    write_record(out.with_suffix(".timing.json"), speed)
 
 
 def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:

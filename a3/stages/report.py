@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from a3.errors import A3Error
-from a3.files import read_json, whole_file
+from a3.files import SEAL, read_json, whole_file
 from a3.provenance import provenance
 from a3.results import Place, Record
 from a3.solutions.modes import NO_RATIO
@@ -27,7 +27,16 @@ from a3.stages.tables import (
 )
 
 # Statistics differ between the rows of one method only by kind; all else is how text was read.
-NOT_SETTINGS = {"stage", "code", "libraries", "kind", "weights_sha256"}
+NOT_SETTINGS = {
+    "stage",
+    "code",
+    "libraries",
+    "kind",
+    "weights_sha256",
+    "config_sha256",
+    "model",
+    SEAL,
+}
 
 
 def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
@@ -176,15 +185,19 @@ def _rebuild(results: Path, frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     root = Path(results.name) if results.is_absolute() else results
     for _, row in frame.iterrows():
         place = place_of(row)
-        targets = [
-            place.weights(root),
-            *(place.perplexity(root, text) for text in names(frame, "perplexity")),
-            *(place.harness(root, task) for task in names(frame, "value")),
-        ]
+        files, targets = (
+            [
+                place.weights(folder),
+                *(place.perplexity(folder, text) for text in names(frame, "perplexity")),
+                *(place.harness(folder, task) for task in names(frame, "value")),
+            ]
+            for folder in (results, root)
+        )
+        seals = [Record.read(path)[SEAL] for path in files]
         ratio = "" if place.ratio == NO_RATIO else f", ratio {place.ratio}"
         how = "" if place.is_dense else f"{ratio}, calibration {place.calibration}"
         yield {
             "title": f"{place.model}: {place.method}{how}",
             "weights_sha256": row["weights_sha256"],
-            "targets": [target.as_posix() for target in targets],
+            "targets": [(t.as_posix(), seal) for t, seal in zip(targets, seals, strict=True)],
         }

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from a3.dtypes import WIDTHS
+from a3.errors import A3Error
 from a3.memory import memory_at_hand
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
@@ -84,6 +85,8 @@ def run_streamed(
     load(trunk, outside_layers(arch, checkpoint), dtype, device)
     layers = trunk.get_submodule(arch.adapter.layer_path)
     originals = list(layers)
+    inside = f"{arch.adapter.layer_path}."
+    require_loaded(folder, {n: p for n, p in trunk.named_parameters() if not n.startswith(inside)})
     stored = Stored()
     with (
         torch.inference_mode(),
@@ -96,6 +99,7 @@ def run_streamed(
         for index, layer in enumerate(originals):
             tensors = arch.adapter.layer_tensors(checkpoint, index, arch.to_json())
             load(trunk, tensors, dtype, device)
+            require_loaded(folder, dict(layer.named_parameters(f"{inside}{index}")))
             handles = attach(trunk, index)
             layers[index] = present = Present(layer)
             for number, block in enumerate(blocks):
@@ -142,6 +146,12 @@ def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch
         set_module_tensor_to_device(
             trunk, name, device, value=tensors[name], dtype=getattr(torch, dtype)
         )
+
+
+def require_loaded(folder: Path, parameters: dict[str, Tensor]) -> None:
+    """Raise A3Error where the checkpoint gave a parameter no value."""
+    if lost := sorted(name for name, value in parameters.items() if value.is_meta):
+        raise A3Error(f"{folder}: no tensor for {', '.join(lost)}. Fetch or build it again.")
 
 
 def fits(arch: Arch, dtype: str) -> bool:

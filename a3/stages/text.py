@@ -21,7 +21,8 @@ from a3.documents import (
     write_documents,
 )
 from a3.errors import A3Error
-from a3.files import sha256, whole_file, write_json
+from a3.files import sha256, whole_file, write_record
+from a3.provenance import provenance
 from a3.stages.sources import TABLES, hub_rows, source_kind, table_rows, wheel_file, wheel_members
 
 FORMATS = ("doc-tags", "summaries", "text", "lines", "jsonl", "dataset")
@@ -39,6 +40,20 @@ CHOICES = 4
 SMALL_WORDS = {"and", "for", "from", "the", "with"}
 
 # --- documents ------------------------------------------------------------------------------------
+
+
+def make_documents(spec: dict[str, Any], wheels: Path | None, out: Path) -> None:
+    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON."""
+    if out.suffix != ".jsonl":
+        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
+    write_documents(out, documents(spec, wheels))
+    say(out, text=spec)
+
+
+def say(path: Path, **settings: Any) -> None:
+    """Write the content hash of a file and what made it beside it in JSON."""
+    made = {"files": {path.name: sha256(path)}, "provenance": provenance(__name__, **settings)}
+    write_record(path.with_suffix(".json"), made)
 
 
 def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:
@@ -185,7 +200,7 @@ def exclude_and_split(
         )
     for split, kept in splits.items():
         write_documents(out_dir / f"{split}.jsonl", kept)
-    write_json(
+    write_record(
         out_dir / "split.json",
         {
             "documents": {"found": len(found)} | {split: len(splits[split]) for split in SPLITS},
@@ -195,6 +210,8 @@ def exclude_and_split(
                 for path in (docs_path, *exclude_paths)
             },
             "shares": shares,
+            "files": {f"{split}.jsonl": sha256(out_dir / f"{split}.jsonl") for split in SPLITS},
+            "provenance": provenance(__name__),
         },
     )
 
@@ -269,6 +286,8 @@ def choose_split(document: Document, shares: dict[str, float]) -> str:
 def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None:
     """Write items.jsonl: choose the title, out of 4, of a description in which it is masked.
 
+    What made them lies beside them in items.json.
+
     Each item has query, choices and gold. A description is the first 20 words of a document of at
     least that many; the 3 other titles are those of other documents, drawn by `seed`.
     Raises A3Error when there are too few documents.
@@ -285,6 +304,7 @@ def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None
     with whole_file(out_dir / "items.jsonl") as temporary:
         lines = (json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n" for fields in made)
         temporary.write_text("".join(lines), encoding="utf-8")
+    say(out_dir / "items.jsonl", items=items, seed=seed, text_sha256=sha256(docs_path))
 
 
 def item(document: Document, titles: list[str], draw: random.Random) -> dict[str, Any]:

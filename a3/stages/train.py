@@ -27,7 +27,8 @@ from transformers import (
 
 from a3.documents import Document, load_documents, token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, whole_folder, write_json
+from a3.files import sha256, whole_folder, write_record
+from a3.models.checkpoint import hash_files
 from a3.provenance import provenance
 
 BOS, EOS = "<s>", "</s>"
@@ -98,8 +99,9 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        report = {"loss": loss, "unigram_loss": unigrams, "losses": losses, "provenance": record}
-        write_json(folder / "train.json", report)
+        report = {"loss": loss, "unigram_loss": unigrams, "losses": losses}
+        made = {"files": hash_files(folder), "provenance": record}
+        write_record(folder / "train.json", report | made)
 
 
 def train_tokenizer(documents: Sequence[Document], size: int) -> PreTrainedTokenizerFast:

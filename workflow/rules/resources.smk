@@ -6,7 +6,7 @@ On one machine nothing of it limits anything.
 import errno
 
 from a3.cost import approx_cost, collect_cost, harness_cost, perplexity_cost, shapes
-from a3.files import read_json
+from a3.files import read_record
 
 # Each job runs a Snakemake of its own around its command, which takes this many MiB.
 SNAKEMAKE = 500
@@ -46,9 +46,11 @@ def arch_of(input):
     if not Path(name).exists():
         raise FileNotFoundError(errno.ENOENT, "yet to be made", name)
     try:
-        record = read_json(Path(name))
+        record = read_record(Path(name))
         return shapes(record["base"] if Path(name).name == "approx.json" else record)
-    except (A3Error, LookupError, TypeError) as error:
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+    except (LookupError, TypeError) as error:
         raise WorkflowError(f"{name}: {error!r}. Delete it; it is made again.") from None
 
 

@@ -5,7 +5,8 @@ rule text:
     input:
         sources("texts", "text"),
     output:
-        f"{RESULTS}/texts/{{text}}/docs.jsonl",
+        docs=f"{RESULTS}/texts/{{text}}/docs.jsonl",
+        said=f"{RESULTS}/texts/{{text}}/docs.json",
     log:
         f"{LOGS}/texts/{{text}}.log",
     conda:
@@ -15,7 +16,7 @@ rule text:
         wheels=f"{RESULTS}/wheels",
         code=fingerprint("a3.stages.text"),
     shell:
-        "a3 text {params.spec:q} --wheels {params.wheels:q} -o {output:q} &> {log:q}"
+        "a3 text {params.spec:q} --wheels {params.wheels:q} -o {output.docs:q} &> {log:q}"
 
 
 rule split:
@@ -47,6 +48,7 @@ rule items:
         lambda wildcards: f"{RESULTS}/texts/{entry('harness', wildcards.task)['text']}/harness.jsonl",
     output:
         f"{RESULTS}/items/{{task}}/items.jsonl",
+        f"{RESULTS}/items/{{task}}/items.json",
     log:
         f"{LOGS}/items/{{task}}.log",
     conda:
