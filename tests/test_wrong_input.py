@@ -330,7 +330,7 @@ def change_the_file(folder):
         (lose_the_file, "1of2.safetensors: no such file"),
         (write_other_json, "1of2.json: found no sha256"),
         (write_other_record, "1of2.json: says ['seconds']: not of a part"),
-        (change_the_file, "1of2.safetensors: changed since it was written"),
+        (change_the_file, "1of2.safetensors: truncated or damaged"),
     ],
 )
 def test_parts_that_are_not_whole_are_named_as_given(work, parts, tmp_path, capsys, damage, says):
@@ -437,3 +437,16 @@ def test_statistics_in_two_files_are_the_sum(work):
     """Files hold sums: this is what makes merging shards an addition."""
     tensors = load_file(work / "rxx" / "v_blocks.safetensors")
     assert all(value.dtype == torch.float64 for value in tensors.values())
+
+
+def test_a_part_that_changed_is_found_by_who_reads_its_weights(work, parts, tmp_path, capsys):
+    """gather takes over the hash that the part's own job said, and does not read it all again."""
+    shutil.copytree(parts, tmp_path / "parts")
+    paths = [tmp_path / f"parts/{i}of2.safetensors" for i in range(2)]
+    content = bytearray(paths[1].read_bytes())
+    content[-1] ^= 1
+    paths[1].write_bytes(content)
+    assert main(["gather", *map(str, (work / "dense", *paths)), "-o", str(tmp_path / "o")]) == 0
+    text = ["--text", work / "text.txt", *BLOCK]
+    message = fails(capsys, "eval", "ppl", tmp_path / "o", *text, "-o", tmp_path / "p.json")
+    assert "o/model-00002-of-00003.safetensors: changed since it was written" in message

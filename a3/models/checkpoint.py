@@ -141,17 +141,23 @@ class Checkpoint:
 
     @cached_property
     def _sha256(self) -> str:
-        hashes = [sha256(self.folder / name) for name in self._files]
-        return (
-            hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        )
+        return combined([sha256(self.folder / name) for name in self._files])
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """Hash of each file of a folder that its record names: all but records and seconds."""
+def combined(hashes: list[str]) -> str:
+    """Content hash of weights in several files: of the one, or of all hashes in order."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
+    """Hash of each file of a folder that its record names: all but records and seconds.
+
+    Files whose hash is `known` are not read.
+    """
+    known = known or {}
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     return {
-        path.name: sha256(path)
+        path.name: known[path.name] if path.name in known else sha256(path)
         for path in paths
         if path.name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
     }

@@ -25,7 +25,7 @@ from a3.files import (
     write_record,
 )
 from a3.models.arch import Arch, load_arch, sizes
-from a3.models.checkpoint import RECORDS, Checkpoint, check_file, hash_files
+from a3.models.checkpoint import RECORDS, Checkpoint, combined, hash_files
 from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
@@ -58,17 +58,19 @@ def write_part(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
 
 
 def read_part(path: Path) -> Part:
-    """What is said of the part in the file `path`.
+    """What is said of the part in the file `path`, of which no more than the header is read.
 
-    Raises A3Error where it or the JSON beside it is missing, damaged or of another kind.
+    Whoever reads the weights later holds them to the hash that is said here. Raises A3Error where
+    the file or the JSON beside it is missing, truncated, damaged or of another kind.
     """
     beside = path.with_suffix(".json")
     said = {key: value for key, value in read_record(beside).items() if key != SEAL}
     if said.keys() != {field.name for field in fields(Part)}:
         raise A3Error(f"{beside}: says {sorted(said)}: not of a part. Make it with a3 approx.")
-    part = Part(**said)
-    check_file(path, part.content_sha256, "Make the part again with a3 approx --part.")
-    return part
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file. Make the part again with a3 approx --part.")
+    Checkpoint.open(path)
+    return Part(**said)
 
 
 def read_parts(paths: list[Path]) -> list[Part]:
@@ -124,7 +126,10 @@ def assemble(
     ranks = [layer_ranks(arch, report) for report in reports]
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
-    checkpoint = Checkpoint(folder)
+    checkpoint, names = Checkpoint(folder), weight_files(len(paths))
+    hashes = (part.content_sha256 for part in parts)
+    # Of several parts, one file more has what is in no layer.
+    files = hash_files(folder, dict(zip(names, hashes, strict=False)))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
     record = parts[0].said | {
@@ -134,8 +139,8 @@ def assemble(
             "dense": arch.size,
             "compressed": sizes(arch.to_json(), ranks, checkpoint.parameters(), arch.dtype),
         },
-        "weights_sha256": checkpoint.sha256(),
-        "files": hash_files(folder),
+        "weights_sha256": combined([files[name] for name in names]),
+        "files": files,
     }
     write_record(folder / "approx.json", record)
 
