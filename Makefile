@@ -19,8 +19,8 @@ attention: $(READY)  ## every attention type on real weights, one part at a time
 	snakemake --configfile config/config.yaml config/attention.yaml
 	a3 show results/tables/attention
 
-test: $(READY) lint  ## the whole test suite
-	python -m pytest
+test: $(READY) lint  ## the whole test suite, on two cores
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and apt
 	tests/cluster/run

@@ -97,7 +97,8 @@ def test_a_whole_run_unpickles_nothing_and_leaves_no_pickle(tmp_path, no_pickle)
     results = whole_run(tmp_path)
     files = [path for path in results.rglob("*") if path.is_file()]
     assert len(files) > 20
-    for path in files:
+    # safetensors start with the length of their header, which may be any two bytes.
+    for path in (path for path in files if path.suffix != ".safetensors"):
         start = path.read_bytes()[:4]
         # Protocols 2 to 5, and the zip that torch.save writes.
         assert not re.match(rb"\x80[\x02-\x05]|PK\x03\x04", start), path
@@ -400,7 +401,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"w": "../outside/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(A3Error, match=r"outside/model\.safetensors.*names alone"):
+    with pytest.raises(A3Error, match=r"index\.json: expected .* files of this folder"):
         Checkpoint(folder)
 
 
