@@ -114,25 +114,25 @@ class Job:
 def workflow(n: int, took: Measured, rate: float) -> list[Job]:
     """The jobs of collect and approx in n shards and n runs of layers, in an order that may run.
 
-    `rate` is bytes a second at which files are read, hashed or written.
+    Weights are read and hashed, statistics read, hashed and added, at `rate` bytes a second.
     """
-    heads = 2 * SHAPES["num_attention_heads"] // 2 + 2 * SHAPES["num_key_value_heads"]
-    sums = LAYERS * 8 * (heads * 128**2 + SHAPES["intermediate_size"])
-    read = 2 * PARAMETERS / rate
-    shards = [
-        Job(f"collect {i}", took.start + read + took.token * LAYERS * TOKENS / n) for i in range(n)
-    ]
+    weights = 2 * PARAMETERS
+    heads = SHAPES["num_attention_heads"] + 2 * SHAPES["num_key_value_heads"]
+    sums = LAYERS * 8 * (heads * 128**2 + SHAPES["intermediate_size"]) / len(KINDS)
+    whole = took.start + 2 * weights / rate
+    shards = [Job(f"collect {i}", whole + took.token * LAYERS * TOKENS / n) for i in range(n)]
     merges = [
-        Job(f"merge {kind}", took.start + (n + 1) * sums / len(KINDS) / rate, shards)
-        for kind in KINDS
+        Job(f"merge {kind}", took.start + 3 * (n + 1) * sums / rate, shards) for kind in KINDS
     ]
     ready = merges if n > 1 else shards
-    runs = [len(range(LAYERS * i // n, LAYERS * (i + 1) // n)) for i in range(n)]
-    parts = [Job(f"approx {i}", took.start + took.layer * k, ready) for i, k in enumerate(runs)]
+    layer = took.layer + 2 * weights / LAYERS / rate
+    runs = [LAYERS * (i + 1) // n - LAYERS * i // n for i in range(n)]
+    parts = [Job(f"approx {i}", took.start + layer * k, ready) for i, k in enumerate(runs)]
     if n == 1:
         return [*shards, *parts]
+    # Embeddings and head are read, hashed and written again; parts are linked.
     outside = 2 * 2 * 128256 * SHAPES["hidden_size"]
-    gather = Job("gather", took.start + 2 * outside / rate, parts)
+    gather = Job("gather", took.start + 4 * outside / rate, parts)
     return [*shards, *merges, *parts, gather]
 
 
@@ -152,21 +152,12 @@ def table(took: Measured, rate: float) -> pd.DataFrame:
     rows = []
     for n in WORKERS:
         ended = simulate(workflow(n, took, rate), n)
-        collected = max(
-            end for name, end in ended.items() if "approx" not in name and name != "gather"
-        )
+        collected = max(end for name, end in ended.items() if name.startswith(("collect", "merge")))
         whole = max(ended.values())
-        rows.append(
-            {
-                "jobs at once": n,
-                "collect h": collected / 3600,
-                "approx min": (whole - collected) / 60,
-                "all h": whole / 3600,
-            }
-        )
-    frame = pd.DataFrame(rows)
-    frame["times faster"] = frame["all h"].iloc[0] / frame["all h"]
-    frame["approx times faster"] = frame["approx min"].iloc[0] / frame["approx min"]
+        rows.append((n, collected / 3600, (whole - collected) / 60, whole / 3600))
+    frame = pd.DataFrame(rows, columns=["jobs at once", "collect h", "approx min", "all h"])
+    for name in frame.columns[1:]:
+        frame[f"{name.split()[0]} ×"] = frame[name].iloc[0] / frame[name]
     return frame
 
 
