@@ -1,7 +1,7 @@
 """What a job takes, memory and arithmetic, from the model's shapes alone.
 
-Estimates to ask a cluster for, on the safe side: measured peaks are 0.75 to 0.9 of them
-(docs/cluster.md). Read by the Snakefile at every start, so nothing heavy is imported here.
+Estimates to ask a cluster for, on the safe side: measured peaks are 0.7 to 1 of them
+(docs/scale.md). Read by the Snakefile at every start, so nothing heavy is imported here.
 `arch` is `shapes` of arch.json throughout.
 """
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from a3.dtypes import WIDTHS
 
-# Python with torch and transformers (and lm-eval) imported, in bytes.
-LIBRARIES = 500 * 2**20
+# Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
+LIBRARIES = 550 * 2**20
+SOLVERS = 400 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
 HARNESS_TOKENS = 8 * 256
 # Files of weights are at most so large where a layer is not larger; a job holds one of them.
@@ -81,19 +82,20 @@ def stream_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str
 
 
 def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
-    """Cost of one of `jobs` that share the layers: what it makes, and one layer while it is solved.
+    """Cost of one of `jobs` that share the layers: what it reads and makes, and one layer as well.
 
-    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them.
-    Attention is solved in float64. Every product of a solution has a head's size h as its smallest
-    dimension, so that arithmetic goes as parameters times h.
+    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them; what
+    it was made from is mapped, and counts while there is room. Attention is solved in float64.
+    Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
+    goes as parameters times h.
     """
     parameters = arch["size"]["parameters"]
-    layer = parameters // arch["layers"]
-    attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
     width = WIDTHS[arch["dtype"]]
+    layer = width * (parameters // arch["layers"])
+    attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
     made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
-    memory = 2 * max(made, width * layer) + 3 * 8 * attention + 2 * width * layer
-    return Cost(LIBRARIES + memory, 10.0 * parameters * arch["head_dim"] / jobs)
+    memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
+    return Cost(SOLVERS + memory, 10.0 * parameters * arch["head_dim"] / jobs)
 
 
 def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
