@@ -1,7 +1,7 @@
 """Before anything runs: what the jobs will cost on this machine, and a refusal of what cannot be.
 
-Models that are not built yet have no shapes; their jobs are planned at the next start, and each job
-looks at its own memory when it begins.
+Models that are neither built yet nor a local folder have no shapes; their jobs are planned at the
+next start, and each job looks at its own memory when it begins.
 """
 
 import subprocess
@@ -29,8 +29,8 @@ onstart:
 def announce():
     """Print `a3 plan` of the jobs that will run; raises WorkflowError where it refuses."""
     heavy = [job for job in workflow.dag.needrun_jobs() if job.rule.name in STAGES]
-    there = [job for job in heavy if Path(model_of(job), "arch.json").exists()]
-    for model in sorted({model_of(job) for job in heavy} - {model_of(job) for job in there}):
+    there = [job for job in heavy if model_of(job)]
+    for model in sorted({job.wildcards.model for job in heavy if not model_of(job)}):
         print(f"{model} is not built yet: its jobs are not in the plan", file=sys.stderr)
     if not there:
         return
@@ -45,8 +45,13 @@ def announce():
 
 
 def model_of(job):
-    """The folder of the dense model of a job."""
-    return f"{RESULTS}/models/{job.wildcards.model}"
+    """The folder of the dense model of a job, or the local one that it will be made from; or None."""
+    built = f"{RESULTS}/models/{job.wildcards.model}"
+    local = entry("models", job.wildcards.model)["source"].get("path")
+    folders = [
+        folder for folder in (built, local) if folder and Path(folder, "config.json").exists()
+    ]
+    return folders[0] if folders else None
 
 
 def planned(job):
