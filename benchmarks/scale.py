@@ -5,10 +5,10 @@
     python benchmarks/scale.py dense --text docs.jsonl
 
 First the model given is collected and solved by one job of one thread, and by two such jobs at
-once. Then one layer of the shapes of LLaMA-3.1-70B (random weights, bfloat16) is collected and
-solved here, and what the workflow's jobs would take for all 80 is simulated: shards, merge of each
-kind, runs of layers, gather, each job as soon as what it needs is there and one of n workers is
-free. Reading the weights is part of what is measured; a shared disk slower than this one is not.
+once. Then layers of the shapes of LLaMA-3.1-70B (random weights, bfloat16) are collected and
+solved here, two of them by one job and by two. From that, what the workflow's jobs would take for
+all 80 is simulated: shards, merge of each kind, runs of layers, gather, each job as soon as what it
+needs is there and one of n workers is free. Reading and hashing goes at --rate.
 """
 
 import argparse
@@ -98,6 +98,10 @@ def measure(work: Path) -> Measured:
             seconds(["collect", model, *blocks, *dtype, "-o", *outputs(rxx)]),
             seconds(["approx", model, "--rxx", rxx, "--ratio", "0.2", "-o", work / "small"]),
         )
+    whole = ["approx", model, "--rxx", rxx, "--ratio", "0.2", "--part"]
+    parts = [[*whole, part, "-o", work / f"{part}.safetensors"] for part in ("0of2", "1of2")]
+    one, both = seconds([*whole, "0of1", "-o", work / "0of1.safetensors"]), seconds(*parts)
+    print(f"two large layers: {one:.1f} s by one job, {both:.1f} s by two: {one / both:.2f} times")
     (one, first), (two, second) = took[1], took[2]
     return Measured(start=first - (second - first), token=(two - one) / TRIED, layer=second - first)
 
