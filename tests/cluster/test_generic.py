@@ -40,6 +40,8 @@ def test_every_heavy_job_is_submitted(project, undisturbed, tmp_path):
     calls = [path.read_text() for path in sorted(jobs.glob("*.call"))]
     assert len(calls) == len(CHAIN)
     for call in calls:
-        assert re.search(r"-l select=1:ncpus=1:mem=(?:9\d{2}|1\d{3})mb:ngpus=0 -l walltime=10:00 ", call)
+        assert re.search(
+            r"-l select=1:ncpus=1:mem=(?:9|1\d)\d{2}mb:ngpus=0 -l walltime=10:00 ", call
+        )
     assert {path.read_text() for path in jobs.glob("*.code")} == {"0\n"}
     check_same(project, undisturbed)
