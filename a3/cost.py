@@ -25,6 +25,7 @@ GPU_FLOPS = 1e13
 # What of arch.json is read here.
 FIELDS = (
     "dtype",
+    "experts",
     "head_dim",
     "heads",
     "hidden_size",
@@ -96,6 +97,20 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
     made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
     memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
     return Cost(SOLVERS + memory, 10.0 * parameters * arch["head_dim"] / jobs)
+
+
+def merge_cost(arch: dict[str, Any], shards: int) -> Cost:
+    """Cost of adding one kind's sums of all shards: the largest kind, and one shard's of it."""
+    widest = arch["layers"] * max(
+        arch["heads"] * arch["head_dim"] ** 2, max(1, arch["experts"]) * arch["intermediate_size"]
+    )
+    return Cost(LIBRARIES + 2 * 8 * widest, 100.0 * shards * widest)
+
+
+def gather_cost(arch: dict[str, Any]) -> Cost:
+    """Cost of linking all parts: embeddings and head, which are in none of them, are copied."""
+    outside = 2 * WIDTHS[arch["dtype"]] * arch["vocab_size"] * arch["hidden_size"]
+    return Cost(LIBRARIES + 2 * outside, 100.0 * outside)
 
 
 def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:

@@ -16,6 +16,7 @@ from a3.files import write_record
 PROFILES = ROOT / "workflow/profiles"
 SMOLLM2 = {
     "dtype": "float32",
+    "experts": 0,
     "head_dim": 64,
     "heads": 9,
     "hidden_size": 576,
@@ -28,6 +29,7 @@ SMOLLM2 = {
 # The same shapes as a model of 70B in bfloat16 has.
 LLAMA_70B = {
     "dtype": "bfloat16",
+    "experts": 0,
     "head_dim": 128,
     "heads": 64,
     "hidden_size": 8192,
@@ -76,7 +78,7 @@ def test_estimates_follow_the_model():
 
 def test_shapes_are_what_is_read():
     assert shapes(SMOLLM2 | {"family": "llama"}) == SMOLLM2
-    with pytest.raises(KeyError, match="heads"):
+    with pytest.raises(KeyError, match="experts"):
         shapes({"dtype": "float32", "head_dim": 64})
 
 

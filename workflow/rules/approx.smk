@@ -63,6 +63,8 @@ if JOBS > 1:
             f"{LOGS}/checkpoints/{RUN}.gather.log",
         conda:
             "../../environment.yaml"
+        resources:
+            **resources("approx", cost_of_gather, beside=True),
         params:
             model=subpath(input.arch, parent=True),
             out=CHECKPOINT,

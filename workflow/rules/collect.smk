@@ -75,6 +75,7 @@ if SHARDED:
 
     rule merge:
         input:
+            arch=f"{RESULTS}/models/{{model}}/arch.json",
             rxx=lambda wildcards: shards("safetensors", wildcards),
             timing=lambda wildcards: shards("timing.json", wildcards),
         output:
@@ -86,6 +87,8 @@ if SHARDED:
             calibration="|".join(map(re.escape, SHARDED)),
         conda:
             "../../environment.yaml"
+        resources:
+            **resources("approx", cost_of_merge, beside=True),
         params:
             code=fingerprint("a3.stages.collect"),
         shell:

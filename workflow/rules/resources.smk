@@ -5,7 +5,15 @@ On one machine nothing of it limits anything.
 
 import errno
 
-from a3.cost import approx_cost, collect_cost, harness_cost, perplexity_cost, shapes
+from a3.cost import (
+    approx_cost,
+    collect_cost,
+    gather_cost,
+    harness_cost,
+    merge_cost,
+    perplexity_cost,
+    shapes,
+)
 from a3.files import read_record
 
 # Each job runs a Snakemake of its own around its command, which takes this many MiB.
@@ -14,9 +22,14 @@ SNAKEMAKE = 500
 ASKED = {"partition": "slurm_partition", "account": "slurm_account", "gpu": "gpu", "gres": "gres"}
 
 
-def resources(stage, cost):
-    """Resources of a rule; a job that is tried again asks for a multiple of memory and time."""
+def resources(stage, cost, beside=False):
+    """Resources of a rule; a job that is tried again asks for a multiple of memory and time.
+
+    A small rule `beside` a stage has its partition and account, and memory and time of its own.
+    """
     said = C["resources"].get(stage, {})
+    if beside:
+        said = {key: said[key] for key in ("partition", "account") if key in said}
     on_gpu = C["device"] != "cpu" and stage != "approx"
 
     def mem_mb(wildcards, input, attempt):
@@ -59,6 +72,16 @@ def cost_of_collect(arch, wildcards):
     chosen = entry("calibrations", wildcards.calibration)
     tokens = chosen["tokens"] // chosen["shards"]
     return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
+
+
+def cost_of_merge(arch, wildcards):
+    """Cost of adding the shards of one kind."""
+    return merge_cost(arch, entry("calibrations", wildcards.calibration)["shards"])
+
+
+def cost_of_gather(arch, wildcards):
+    """Cost of joining the parts of a checkpoint."""
+    return gather_cost(arch)
 
 
 def cost_of_approx(arch, wildcards):
