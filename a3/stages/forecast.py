@@ -39,8 +39,8 @@ from a3.statistics import KINDS, Accumulator
 START = 5.0
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
 SCORED = 16384
-# Of the harness: tokens of an item with one of its four answers. Tasks differ; see docs/scale.md.
-ITEM_TOKENS = 128
+# Of the harness: tokens of a short item with one of its four answers. Tasks differ.
+ITEM_TOKENS = 32
 # Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
 CERTAIN = 1 / 1.5
 # A layer is tried with as many tokens, groups and channels as keep it to seconds.
