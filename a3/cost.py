@@ -14,7 +14,7 @@ from a3.dtypes import WIDTHS
 LIBRARIES = 550 * 2**20
 SOLVERS = 400 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
-HARNESS_TOKENS = 8 * 256
+HARNESS_TOKENS = 8 * 96
 # Files of weights are at most so large where a layer is not larger; a job holds one of them.
 LARGEST_PART = 2**30
 # Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.

@@ -39,8 +39,8 @@ from a3.statistics import KINDS, Accumulator
 START = 5.0
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
 SCORED = 16384
-# Of the harness: tokens of a short item with one of its four answers. Tasks differ.
-ITEM_TOKENS = 32
+# Of the harness: tokens of a short item with one of its four answers, and items a batch.
+ITEM_TOKENS, BATCH = 20, 8
 # Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
 CERTAIN = 1 / 1.5
 # A layer is tried with as many tokens, groups and channels as keep it to seconds.
@@ -158,7 +158,8 @@ class Trial:
         """One lm-eval task of items with four answers."""
         length = ITEM_TOKENS * (1 + shots)
         cost = harness_cost(self.shapes, items, shots, dtype)
-        return cost, 0, 2 * START + 4 * items * length * self.token_seconds(row, length, dtype)
+        each = self.token_seconds(row, BATCH * length, dtype)
+        return cost, 0, 2 * START + 4 * items * length * each
 
     def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
         """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""
