@@ -73,6 +73,8 @@ def plan(
     found = [Job(**job) for job in jobs]
     if model is not None:
         found += stages_of(folder(model), row, settings)
+    if not found:
+        raise A3Error("plan: no model. Name a Hugging Face folder; its config.json is enough.")
     estimates = forecast(found)
     print(table(estimates, cores))
     refuse(estimates, results, here=not elsewhere)

@@ -67,6 +67,8 @@ def test_the_command_needs_no_weights(tmp_path, capsys):
     stages = [line.split()[1] for line in said.splitlines()[1:5]]
     assert stages == ["collect", "approx", "ppl", "ppl"]
     assert "together" in said
+    assert main(["plan"]) == 1
+    assert "plan: no model. Name" in capsys.readouterr().err
     assert main([*plan, "--qk", "svd"]) == 1
     assert "'svd'" in capsys.readouterr().err
 
