@@ -74,9 +74,7 @@ def flap(weights: MLPWeights, R: Tensor, mean: Tensor, rank: int) -> MLPSolution
     dropped[solution.channels] = False
     bias = mean[dropped] @ weights.down[dropped].double()
     whole = (R * row_power(weights.down)).sum()
-    return replace(
-        solution, bias=bias, relative_error=relative(power[dropped].sum(), whole).item()
-    )
+    return replace(solution, bias=bias, relative_error=relative(power[dropped].sum(), whole).item())
 
 
 def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:

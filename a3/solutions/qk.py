@@ -210,9 +210,7 @@ def _scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float) -> 
     return mq.unflatten(0, (len(mk), -1)).sum(1) * mk
 
 
-def _pair_scores(
-    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float = 1.0
-) -> Tensor:
+def _pair_scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float = 1.0) -> Tensor:
     """Sum of the scores of each pair (f, f + rope_dims / 2): (G, pairs)."""
     score = _scores(weights, Gq, Gk, power)
     return score[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)

@@ -187,7 +187,9 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
 
 def layer_factors(report: dict[str, Any]) -> dict[str, int]:
     """Ranks of the matrices of a layer that became a product of two, by name."""
-    return {name: rank for said in report.values() for name, rank in said.get("factors", {}).items()}
+    return {
+        name: rank for said in report.values() for name, rank in said.get("factors", {}).items()
+    }
 
 
 def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
