@@ -15,8 +15,8 @@ class Kind:
 
     `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
-    diagonal (Σ x²), abs (Σ |x|) or mean (Σ x). Of the form fisher, no activation but gradients are
-    looked at: Σ over blocks of the squared gradients of weights, summed over each row (a3.stages.fisher).
+    diagonal (Σ x²), abs (Σ |x|) or mean (Σ x). Of the form fisher, gradients are looked at: Σ over
+    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher).
     """
 
     site: str

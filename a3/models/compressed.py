@@ -106,10 +106,10 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias, `down_bias` that the family does not have; `factors`, the rank of
-    each matrix that is a product of two, one dictionary a layer; qk_norm; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks` and
-    `mlp_ranks`, one number a layer (of experts, one list a layer). head_dim stays the dense one,
-    because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
+    `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
+    layer); `factors`, a dictionary a layer, the rank of each matrix that is a product of two.
+    head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

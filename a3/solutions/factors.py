@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from a3.errors import A3Error
 from a3.linalg import relative, two_factors
 
 
@@ -78,11 +79,14 @@ def shares(losses: list[float], kept: float) -> list[float]:
 
     `losses` are the least ‖X (W - A B)‖ over the calibration tokens X when all keep alike. SVD-LLM
     v2, algorithm 1: the share to remove is in proportion to 1 / log(loss), so that the matrices
-    that lose much are spared. Raises ValueError where a loss is not above 1, for which the published
+    that lose much are spared. Raises A3Error where a loss is not above 1, for which the published
     formula has no meaning.
     """
     if min(losses) <= 1:
-        raise ValueError(f"a loss is {min(losses)}")
+        raise A3Error(
+            f"svd-llm-v2: a matrix loses {min(losses):.3g} (norm over all calibration tokens), "
+            "and its formula needs more than 1. Calibrate on more tokens, or take svd-llm."
+        )
     weights = 1 / torch.tensor(losses, dtype=torch.float64).log()
     removed = len(losses) * (1 - kept) * weights / weights.sum()
     return (1 - removed).clamp(min=0).tolist()
