@@ -201,14 +201,13 @@ def test_magnitudes_of_rope_pairs(mode):
     grams = gram(R, weights.q), gram(R, weights.k)
     given = (*grams, power) if mode == "wanda" else grams
     found = (qk.wanda if mode == "wanda" else qk.abs_w)(weights, *given, 4)
+    norms = power.sqrt() if mode == "wanda" else torch.ones(D).double()
     for group in range(G):
         score = torch.zeros(h // 2, dtype=torch.float64)
-        columns = [weights.k[group], *weights.grouped(weights.q)[group]]
-        for W in columns:
-            for f in range(h // 2):
-                for j in (f, f + h // 2):
-                    norms = power.sqrt() if mode == "wanda" else torch.ones(D).double()
-                    score[f] += sum(W[i, j].abs() * norms[i] for i in range(D))
+        for head in range(group * H // G, (group + 1) * H // G):
+            importance = [W.abs() * norms[:, None] for W in (weights.q[head], weights.k[group])]
+            columns = importance[0].norm(dim=0) * importance[1].norm(dim=0)
+            score += columns.square().view(2, -1).sum(0)
         assert found.pairs[group].tolist() == sorted(score.argsort(descending=True)[:2].tolist())
 
 

@@ -105,27 +105,29 @@ def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKS
 
 
 def abs_w(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
-    """Keeps the RoPE pairs of the largest weights: Σ |w| over all that would go with the pair."""
-    return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, None))
+    """As `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
+    power = torch.ones(weights.o.shape[-1], dtype=Gk.dtype, device=Gk.device)
+    return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
 
 
 def wanda(
     weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: Tensor, rank: int
 ) -> QKSolution:
-    """As `abs_w` with Wanda's importance of a weight, |w_ij| ‖x_i‖ (Sun et al. 2023, arXiv
-    2306.11695, equation 1), in its structured form: summed over all that would go with the pair.
+    """As `rxx_w_rxx` with no more than the diagonal of R, which is what Wanda looks at.
 
-    `power` (d,) is E[x_i²] of the attention input.
+    Wanda's importance of a weight is |w_ij| ‖x_i‖ (Sun et al. 2023, arXiv 2306.11695, equation 1);
+    a column's is the root of its squares' sum, and a pair's that of CR: products of query and key
+    columns. (Sums of both in place of products drop keys that are few and large, and with them the
+    model: docs/log.md.) `power` (d,) is E[x_i²] of the attention input; biases do not count.
     """
     return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
 
 
-def _magnitudes(weights: AttentionWeights, power: Tensor | None) -> Tensor:
-    """Σ |w_ij| ‖x_i‖ over the queries and keys of each pair, (G, pairs); biases do not count."""
-    norms = torch.ones(weights.o.shape[-1]).double() if power is None else power.sqrt()
-    q, k = (norms @ W[:, : len(norms)].abs() for W in (weights.q, weights.k))
-    both = q.unflatten(0, (len(k), -1)).sum(1) + k
-    return both[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)
+def _magnitudes(weights: AttentionWeights, power: Tensor) -> Tensor:
+    """Σ_j (Σ_i w_q,ij² ‖x_i‖²) (Σ_i w_k,ij² ‖x_i‖²) over the group's heads, (G, pairs)."""
+    q, k = (power @ W[:, : len(power)].square() for W in (weights.q, weights.k))
+    score = q.unflatten(0, (len(k), -1)).sum(1) * k
+    return score[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)
 
 
 def _shared(weights: AttentionWeights, E: Tensor, D: Tensor, error: Tensor) -> QKSolution:
