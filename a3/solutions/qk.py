@@ -94,7 +94,7 @@ def _keep_pairs(
     if weights.q_gain is not None:
         Gq, Gk = scaled(Gq, weights.q_gain), scaled(Gk, weights.k_gain)
     Gq = weights.grouped(Gq).sum(1)
-    score = _pair_scores(Gq, Gk, weights.rope_dims)
+    score = pair_scores(Gq, Gk, weights.rope_dims)
     if uniform:
         score = score.sum(0, keepdim=True).expand_as(score)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
@@ -141,7 +141,7 @@ def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str) -> Tensor:
     return (gain[..., None, :] @ kept)[..., 0, :] * scalar
 
 
-def _pair_scores(Gq: Tensor, Gk: Tensor, rope_dims: int) -> Tensor:
+def pair_scores(Gq: Tensor, Gk: Tensor, rope_dims: int) -> Tensor:
     """CR score of each pair (f, f + rope_dims / 2): Gram matrices (G, h, h) to (G, pairs)."""
     score = Gq.diagonal(dim1=-2, dim2=-1) * Gk.diagonal(dim1=-2, dim2=-1)
     return score[..., :rope_dims].unflatten(-1, (2, -1)).sum(-2)
