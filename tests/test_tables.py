@@ -318,7 +318,7 @@ def test_second_build_is_byte_identical(results):
         build_figures(results, [experiment("small")], TEXTS, TASKS, out / "figures")
         files = sorted(path for path in out.rglob("*") if path.is_file())
         built.append({path.relative_to(out): path.read_bytes() for path in files})
-    assert len(built[0]) == 3 + 4 * 2 + 1
+    assert len(built[0]) == 5 + 5 * 2 + 1
     assert built[0] == built[1]
 
 
@@ -338,7 +338,7 @@ def test_figures_of_each_model(tmp_path):
     experiments = [experiment("a"), experiment("b", qk="dense", ratio="0.4")]
     write_results(tmp_path, experiments)
     assert figure_names(tmp_path, experiments) == [
-        *("perplexity-a", "harness-a", "layer-error-a", "rope-pairs-a"),
+        *("perplexity-a", "harness-a", "layer-error-a", "rope-pairs-a", "rope-groups-a"),
         *("perplexity-b", "harness-b", "layer-error-b"),  # QK is dense: no pairs to show
     ]
 
@@ -354,7 +354,7 @@ def test_figures_take_wide_ranges_many_methods_and_perfect_layers(tmp_path):
     layers = json.loads(approx.read_text())["layers"]
     layers[0]["qk"]["relative_error"] = 0.0
     change(approx, layers=layers)
-    assert len(figure_names(tmp_path, experiments)) == 4
+    assert len(figure_names(tmp_path, experiments)) == 5
 
 
 def test_svg_has_no_date_and_no_version(results):
@@ -372,7 +372,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     assert [row["ratio"] for row in rows(out / "results.csv")] == ["0", "-", "0.2", "0.2"]
     cells = [cell.strip() for cell in print_table(out).splitlines()[3].split("|")]
     assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
-    assert len(figure_names(tmp_path, experiments)) == 4
+    assert len(figure_names(tmp_path, experiments)) == 5
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
     assert "rows with sizes of their own stand there only" in captions[0]["caption"]
     svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
@@ -386,7 +386,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
 def test_figures_without_a_nominal_ratio(tmp_path):
     own = experiment("a", qk="rxx-w-rxx@6", ov="xkv@0.3", ratio="-", mlp="dense")
     write_results(tmp_path, [own])
-    assert len(figure_names(tmp_path, [own])) == 4
+    assert len(figure_names(tmp_path, [own])) == 5
     assert "nominal" not in (tmp_path / "figures" / "captions.json").read_text()
 
 
@@ -443,7 +443,7 @@ def test_report_fetches_nothing(html):
 def test_report_has_tables_figures_and_targets(html):
     page = Page(html)
     assert sum(tag == "table" for tag, _ in page.tags) == 5
-    assert sum(tag == "img" for tag, _ in page.tags) == 4
+    assert sum(tag == "img" for tag, _ in page.tags) == 5
     values = [attributes["data-value"] for tag, attributes in page.tags if tag == "td"]
     assert str(math.exp(3.3)) in values  # sorted by the full number, shown as
     assert "27.11 ± 0.50" in page.text

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -14,6 +15,7 @@ from a3.stages.drawing import COMPONENTS, Drawing, colour_bar, colour_map, no_fr
 
 # Less lost energy than this is drawn as this.
 LEAST = 1e-4
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def spectra_drawing(dense: Run, path: Path) -> Drawing:
@@ -33,17 +35,19 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
     model, calibration = dense.place.model, path.stem
     figure.suptitle(f"{model}, {calibration}", x=0.01, ha="left", fontsize=11)
     for part, above, below in zip(COMPONENTS, maps, curves, strict=True):
-        ranks, full = record["ranks"][part], record["full"][part]
+        # Without full rank, where nothing is lost.
+        ranks, full = record["ranks"][part][:-1], record["full"][part]
         lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][part]])
-        shares, least = np.array(ranks) / full, lost.clip(LEAST)
-        image = above.pcolormesh(
-            shares,
-            np.arange(len(lost)),
-            least,
+        shares = np.array(ranks) / full
+        half = (shares[-1] - shares[0]) / max(1, len(ranks) - 1) / 2
+        image = above.imshow(
+            lost.clip(LEAST),
             norm=LogNorm(LEAST, 1),
             cmap=colour_map("viridis_r"),
+            aspect="auto",
+            # Ranks are evenly spaced but for their rounding.
+            extent=(shares[0] - half, shares[-1] + half, len(lost) - 0.5, -0.5),
         )
-        above.invert_yaxis()
         above.set_title(f"{COMPONENTS[part]}, of {full}")
         above.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         no_frame(above)
@@ -52,20 +56,23 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
             below.plot(shares, np.where(values > 0, values, np.nan), color=colour, linewidth=0.9)
         below.set_yscale("log")
         below.set_ylim(LEAST, 1)
+        below.minorticks_off()
+        below.yaxis.set_major_formatter(PLAIN)
         below.grid(color="#dddddd", linewidth=0.7)
         below.set_xlabel("rank kept")
         for axes in (above, below):
-            axes.set_xlim(shares[0], 1)
+            axes.set_xlim(0, 1)
+            axes.set_xticks((0, 0.25, 0.5, 0.75, 1))
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     maps[0].set_ylabel("layer")
     curves[0].set_ylabel("energy lost")
-    for axes in curves:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    colour_bar(figure, image, maps, "energy lost")
-    layers = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, len(lost) - 1))
-    layers.set_cmap(matplotlib.colors.ListedColormap(depth))
+    bar = colour_bar(figure, image, maps, "energy lost")
+    bar.formatter = PLAIN
+    bar.minorticks_off()
+    layers = ScalarMappable(Normalize(-0.5, len(lost) - 0.5), ListedColormap(depth))
     bar = colour_bar(figure, layers, curves, "layer")
     bar.locator = MaxNLocator(6, integer=True)
+    bar.minorticks_off()
     caption = (
         f"{model}, {calibration}: share of the energy (squared norm) of each layer's functional "
         "matrices that is lost where a rank is kept, as the statistics alone tell it: squared "
@@ -77,5 +84,5 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
 
 
 def _mean(curves: list[list[float]], ranks: int) -> np.ndarray:
-    """Mean over a layer's groups or experts (ranks); NaN where there is none."""
-    return np.mean(curves, axis=0) if curves else np.full(ranks, np.nan)
+    """Mean over a layer's groups or experts at the first ranks (ranks); NaN where there is none."""
+    return np.mean(curves, axis=0)[:ranks] if curves else np.full(ranks, np.nan)

@@ -285,6 +285,22 @@ def _deltas_by_seed(frame: pd.DataFrame, text: str) -> list[Column]:
     return [mean, *each]
 
 
+def free_columns(path: Path) -> list[Column]:
+    """The columns of a .csv as they are, under their names; none where there is no such file."""
+    if not path.is_file():
+        return []
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    found = []
+    for name in frame:
+        if pd.api.types.is_numeric_dtype(frame[name]):
+            found.append(_column(frame, name, name, _plain))
+        else:
+            texts = frame[name].fillna("").astype(str).tolist()
+            kind = "text" if any(column.kind == "key" for column in found) else "key"
+            found.append(Column(name, texts, texts, kind))
+    return found
+
+
 def text_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
     """Columns of plain text from rows; the first is the key."""
     kinds = ("key", *("text" for _ in titles[1:]))
@@ -396,6 +412,11 @@ def _plus_minus(text: str, error: float) -> str:
 def _short(value: float) -> str:
     """Two decimals while they mean something."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _plain(value: float) -> str:
+    """Whole numbers and large ones without decimals, others to four digits."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _signed(value: float) -> str:
