@@ -169,7 +169,7 @@ def test_statistics_of_another_model_are_refused(tmp_path):
     run("model", tiny_llama(tmp_path / "other", seed=1), "-o", dense)
     with pytest.raises(A3Error, match="were made from another model"):
         spectra(dense, rxx, tmp_path / "spectra.json")
-    (rxx / "v_blocks.safetensors").unlink()
+    (rxx / "q_blocks.safetensors").unlink()
     with pytest.raises(A3Error, match="no such file"):
         spectra(tmp_path / "dense", rxx, tmp_path / "spectra.json")
 
