@@ -17,7 +17,7 @@ from a3.files import SEAL, read_json, sha256, whole_file
 from a3.provenance import PACKAGE, provenance
 from a3.results import Place, Record
 from a3.solutions.modes import NO_RATIO
-from a3.stages.compare import settings
+from a3.stages.compare import WORSE, differences, settings, verdict
 from a3.stages.tables import (
     Column,
     columns,
@@ -51,7 +51,7 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
     frame = read_table(tables / "results.csv")
     page = _template().render(
         title=tables.name,
-        summary=_summary(frame),
+        summary=_summary(results, frame),
         results=columns(frame),
         comparisons=_optional(tables / "comparisons.csv", comparison_columns, comparison_note),
         seeds=_optional(tables / "seeds.csv", seed_columns, seed_note),
@@ -89,7 +89,7 @@ def _template() -> Any:
     return environment.get_template("report.html.jinja")
 
 
-def _summary(frame: pd.DataFrame) -> str:
+def _summary(results: Path, frame: pd.DataFrame) -> str:
     """What the table says, in a few sentences: dense figures, and the best row at each ratio."""
     said = []
     for model, group in frame.groupby("model", sort=False):
@@ -102,7 +102,7 @@ def _summary(frame: pd.DataFrame) -> str:
             uniform = [row for row in compressed if place_of(row).nominal is not None]
             ratios = sorted({row["ratio"] for row in uniform}, key=float)
             if ratios:
-                best = "; ".join(_best(uniform, ratio, text) for ratio in ratios)
+                best = "; ".join(_best(results, uniform, ratio, text) for ratio in ratios)
                 said.append(f"Best of the smallest models at each ratio: {best}.")
     return " ".join(said)
 
@@ -115,18 +115,28 @@ def _dense_sentence(dense: pd.Series, text: str) -> str:
     )
 
 
-def _best(rows: list[pd.Series], ratio: str, text: str) -> str:
+def _best(results: Path, rows: list[pd.Series], ratio: str, text: str) -> str:
     """The least perplexity at a ratio among the smallest models: those that compress every part.
 
     A row that compresses one part alone loses less and saves less; it is not what to compare with.
+    Methods that the blocks do not tell from the best are named beside it.
     """
     at_ratio = [row for row in rows if row["ratio"] == ratio]
     fewest = min(row["parameters"] for row in at_ratio)
     smallest = [row for row in at_ratio if row["parameters"] <= 1.005 * fewest]
     best = min(smallest, key=lambda row: row[f"{text}.perplexity"])
+    losses = [place_of(row).perplexity(results, text) for row in (best, *smallest)]
+    first, *others = (Record.read(path)["block_nll"] for path in losses)
+    level = {
+        place_of(row).method
+        for row, nll in zip(smallest, others, strict=True)
+        if verdict(*differences(first, nll).values(), lower_is_better=True) != WORSE
+    } - {place_of(best).method}
+    also = f" (not told from it by two standard errors: {', '.join(sorted(level))})"
     return (
         f"at {float(ratio):g}, {best[f'{text}.perplexity']:.2f} "
-        f"({best[f'{text}.perplexity_delta']:+.2f}) by {place_of(best).method}, which keeps "
+        f"({best[f'{text}.perplexity_delta']:+.2f}) by {place_of(best).method}"
+        f"{also if level else ''}, which keeps "
         f"{best['parameters_ratio']:.1%} of the parameters and "
         f"{best['kv_bytes_per_token_ratio']:.1%} of the KV cache"
     )

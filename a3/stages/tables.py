@@ -188,7 +188,8 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 class Column:
     """A column for people: rounded texts, and the values that they sort by (None: nothing there).
 
-    `kind` is number, text, or key: the text that tells one row from the next.
+    `kind` is number, text, short (a text that is not wrapped), or key: the text that tells one row
+    from the next.
     """
 
     title: str
@@ -250,7 +251,7 @@ def comparison_columns(frame: pd.DataFrame) -> list[Column]:
         name, _, measure = key.removesuffix("_delta").rpartition(".")
         found.append(_column(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
         said = frame[f"{name}.verdict"].fillna("–").tolist()
-        found.append(Column(f"{name} verdict", said, said, "text"))
+        found.append(Column(f"{name} verdict", said, said, "short"))
     kept = _column(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
     return [*found, kept]
 
@@ -265,7 +266,7 @@ def seed_columns(frame: pd.DataFrame) -> list[Column]:
             mean.texts[:] = map(_plus_minus, mean.texts, frame[f"{key}_sd"])
             ends = zip(frame[f"{key}_min"], frame[f"{key}_max"], strict=True)
             range_ = [f"{show(low)} – {show(high)}" for low, high in ends]
-            found += [mean, Column(f"{text} {measure}, range", range_, range_, "text")]
+            found += [mean, Column(f"{text} {measure}, range", range_, range_, "short")]
         if f"{text}.nll_delta_mean" in frame:
             found += _deltas_by_seed(frame, text)
     return found
