@@ -1,17 +1,21 @@
 """Spectra against the slow dense reference, and as the workflow makes them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import reference
 import torch
 from test_solutions import G, H, attention, gram, h, inputs
+from test_tables import TASKS, TEXTS, digest, experiment, write, write_results
 from tiny import BLOCK, KINDS, run, tiny_llama, tiny_model
 
 from a3.errors import A3Error
 from a3.files import read_record
 from a3.models.family import MLPWeights
 from a3.solutions import mlp, ov, qk
+from a3.stages.drawing import COMPONENTS
+from a3.stages.figures import build_figures
 from a3.stages.spectra import lost_beyond, ov_energy, qk_energy, ranks_of, spectra
 
 N = 40
@@ -182,3 +186,39 @@ def test_mlp_scores_are_those_of_the_solution():
     score = reference.root(R)[0].square().sum(0) * down.square().sum(1)
     (lost,) = lost_beyond(score.sort(descending=True).values, [30])
     assert lost.item() == pytest.approx(mlp.rxx_w(weights, R.diagonal(), 30).relative_error)
+
+
+# --- the figure ---
+
+
+def drawn(results, experiments, spectra_):
+    build_figures(results, experiments, TEXTS, TASKS, results / "figures", spectra_)
+    captions = json.loads((results / "figures/captions.json").read_text())
+    return {each["name"]: each["caption"] for each in captions}
+
+
+def said(results, model, weights):
+    """A spectra record with experts that no token reached in its second layer."""
+    ranks, curve = [2, 4], [0.25, 0.0]
+    path = results / "spectra" / model / "wiki.json"
+    write(path, {
+        "full": dict.fromkeys(COMPONENTS, 4),
+        "ranks": {part: ranks for part in COMPONENTS},
+        "lost": {part: [[curve], [curve] if part != "mlp" else []] for part in COMPONENTS},
+        "provenance": {"weights_sha256": weights},
+    })  # fmt: skip
+    return path
+
+
+def test_a_figure_of_each_models_spectra(tmp_path):
+    experiments = [experiment("a"), experiment("b")]
+    write_results(tmp_path, experiments)
+    found = drawn(tmp_path, experiments, [said(tmp_path, "b", digest("b"))])
+    assert [name for name in found if name.startswith("spectra")] == ["spectra-b-wiki"]
+    assert "Values: spectra/b/wiki.json" in found["spectra-b-wiki"]
+
+
+def test_spectra_of_other_weights_are_refused(tmp_path):
+    write_results(tmp_path, [experiment("a")])
+    with pytest.raises(A3Error, match=r"spectra/a/wiki\.json: made of weights whose hash is fff"):
+        drawn(tmp_path, [experiment("a")], [said(tmp_path, "a", "f" * 64)])

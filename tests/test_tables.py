@@ -357,6 +357,23 @@ def test_figures_take_wide_ranges_many_methods_and_perfect_layers(tmp_path):
     assert len(figure_names(tmp_path, experiments)) == 5
 
 
+def test_groups_are_drawn_one_by_one_where_they_are_few_and_differ(tmp_path):
+    write_results(tmp_path, [experiment("a")])
+    assert "rope-groups-a" in figure_names(tmp_path, [experiment("a")])
+    approx = tmp_path / CHECKPOINT.parents[3] / "a/wiki/rxx-w-rxx+xkv+rxx-w/0.2/approx.json"
+    layers = json.loads(approx.read_text())["layers"]
+    for count, alike in ((9, False), (10, False), (2, True)):
+        change(tmp_path / "models/a/arch.json", kv_heads=count)
+        groups = [[0, 1, 2 if alike or group else 3] for group in range(count)]
+        change(
+            approx,
+            layers=[layer | {"qk": layer["qk"] | {"rope_pairs": groups}} for layer in layers],
+        )
+        found = figure_names(tmp_path, [experiment("a")])
+        assert ("rope-groups-a" in found) == (count == 9)
+        assert "rope-pairs-a" in found
+
+
 def test_svg_has_no_date_and_no_version(results):
     figure_names(results, [experiment("small")])
     text = (results / "figures" / "perplexity-small.svg").read_text()
@@ -457,6 +474,17 @@ def test_report_has_tables_figures_and_targets(html):
         "seed 0, tokens 32768",
     ):
         assert said in page.text
+
+
+def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
+    """The other method has less perplexity by 0.05 nats, ± 0.05; then ± 0.005."""
+    experiments = [experiment("small"), experiment("small", qk="other")]
+    write_results(tmp_path, experiments)
+    path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
+    level = "by other+xkv+rxx-w (not told from it by two standard errors: rxx-w-rxx+xkv+rxx-w), "
+    for nll, expected in (([3.1, 3.4], level), ([3.045, 3.455], "by other+xkv+rxx-w, which keeps")):
+        change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
+        assert expected in Page(report(tmp_path, experiments)).text
 
 
 def test_report_tells_nothing_of_this_machine(html, tmp_path_factory):

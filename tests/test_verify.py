@@ -98,7 +98,10 @@ def test_what_is_gone_is_said_and_not_wrong(results, capsys):
     shutil.rmtree(results / "texts")
     assert main(["verify", str(results)]) == 0
     said = capsys.readouterr().out
-    assert "not checked, since it is not there: statistics of a checkpoint or spectra of 8 artifacts" in said
+    assert (
+        "not checked, since it is not there: statistics of a checkpoint or spectra of 8 artifacts"
+        in said
+    )
     assert "not checked, since it is not there: text or items of 3 artifacts" in said
 
 

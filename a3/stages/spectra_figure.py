@@ -39,13 +39,13 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
         ranks, full = record["ranks"][part][:-1], record["full"][part]
         lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][part]])
         shares = np.array(ranks) / full
-        half = (shares[-1] - shares[0]) / max(1, len(ranks) - 1) / 2
+        half = shares[0] / 2
         image = above.imshow(
             lost.clip(LEAST),
             norm=LogNorm(LEAST, 1),
             cmap=colour_map("viridis_r"),
             aspect="auto",
-            # Ranks are evenly spaced but for their rounding.
+            # Ranks are the multiples of the first but for their rounding.
             extent=(shares[0] - half, shares[-1] + half, len(lost) - 0.5, -0.5),
         )
         above.set_title(f"{COMPONENTS[part]}, of {full}")
