@@ -18,7 +18,7 @@ rule spectra:
         **resources("approx", cost_of_approx),
     params:
         model=subpath(input.arch, parent=True),
-        rxx=RXX,
+        rxx=lambda wildcards, input: Path(input.rxx[0]).parent,
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.spectra"),
     shell:
