@@ -81,7 +81,7 @@ def test_the_verdict_is_of_the_paired_error_over_blocks(results, nll, said):
     error = np.std(expected, ddof=1) / math.sqrt(2)
     assert float(row["encyclopedia.nll_delta_stderr"]) == pytest.approx(error)
     assert row["encyclopedia.blocks"] == "2"
-    assert row["encyclopedia.verdict"] == said
+    assert row["encyclopedia.nll_verdict"] == said
     assert not any(key.startswith("titles") for key in row)  # these results have no item_scores
 
 
@@ -107,7 +107,7 @@ def test_items_are_paired_and_higher_is_better(results):
     assert float(row["titles.acc_delta"]) == pytest.approx(0.5)
     error = np.std(difference, ddof=1) / math.sqrt(10)
     assert float(row["titles.acc_delta_stderr"]) == pytest.approx(error)
-    assert (row["titles.items"], row["titles.verdict"]) == ("10", BETTER)
+    assert (row["titles.items"], row["titles.acc_verdict"]) == ("10", BETTER)
     text = print_table(out)
     assert "## Comparisons" in text
     assert "| +0.5000 ± 0.1667 | better" in text

@@ -85,7 +85,7 @@ def _comparison(run: Run, other: Run) -> dict[str, Any]:
         found = differences(other.perplexity[text]["block_nll"], record["block_nll"])
         row |= {f"{text}.nll_{key}": value for key, value in found.items()}
         row[f"{text}.blocks"] = record["blocks"]
-        row[f"{text}.verdict"] = verdict(*found.values(), lower_is_better=True)
+        row[f"{text}.nll_verdict"] = verdict(*found.values(), lower_is_better=True)
     for task, record in run.harness.items():
         scores = [each.data.get("item_scores") for each in (other.harness[task], record)]
         if None in scores:
@@ -95,7 +95,7 @@ def _comparison(run: Run, other: Run) -> dict[str, Any]:
         metric = record["metric"]
         row |= {f"{task}.{metric}_{key}": value for key, value in found.items()}
         row[f"{task}.items"] = record["items"]
-        row[f"{task}.verdict"] = verdict(*found.values(), lower_is_better=metric in LOWER)
+        row[f"{task}.{metric}_verdict"] = verdict(*found.values(), lower_is_better=metric in LOWER)
     return row
 
 

@@ -250,7 +250,7 @@ def comparison_columns(frame: pd.DataFrame) -> list[Column]:
     for key in [key for key in frame if key.endswith("_delta")]:
         name, _, measure = key.removesuffix("_delta").rpartition(".")
         found.append(_column(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
-        said = frame[f"{name}.verdict"].fillna("–").tolist()
+        said = frame[f"{name}.{measure}_verdict"].fillna("–").tolist()
         found.append(Column(f"{name} verdict", said, said, "short"))
     kept = _column(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
     return [*found, kept]
