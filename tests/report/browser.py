@@ -93,6 +93,7 @@ class Browser:
 
     def look(self, width, height, scheme, mobile=False):
         """Set the window's size and whether the reader likes it light or dark."""
+        self.width = width
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
