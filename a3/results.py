@@ -21,6 +21,8 @@ PERPLEXITY_PROTOCOL = (
     "tokens_scored",
 )
 HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
+# Statistics that spectra are made of.
+SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 
 
 def weight_files(parts: int) -> list[str]:
@@ -103,6 +105,10 @@ class Place:
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read."""
         return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
+
+    def spectra(self, results: Path) -> Path:
+        """The spectra of the model's functional matrices on the calibration."""
+        return results / "spectra" / self.model / f"{self.calibration}.json"
 
 
 def weights_of(results: Path, evaluation: Path) -> Path:

@@ -16,7 +16,7 @@ from a3.config import (
 )
 from a3.errors import A3Error
 from a3.provenance import fingerprint
-from a3.results import Place, weight_files
+from a3.results import SPECTRA_KINDS, Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
 
 prefer_own_scripts()
@@ -56,6 +56,12 @@ EVALUATED = [
         *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
     )
 ]
+# Of each model and calibration, where the table needs those statistics anyway.
+SPECTRA = sorted(
+    str(place.spectra(Path(RESULTS)))
+    for place in {Place(row["model"], row["calibration"]) for row in ROWS}
+    if set(SPECTRA_KINDS) <= set(KINDS)
+)
 
 
 wildcard_constraints:
