@@ -120,8 +120,7 @@ def interleave(
         document = parts[part][places[part]]
         mixed.append(document)
         places[part] += 1
-        # One more, so that empty documents count too.
-        used[part] += len(document.text) + 1
+        used[part] += len(document.text)
 
 
 def permuted(documents: Sequence[Document], seed: int) -> list[Document]:
@@ -133,7 +132,7 @@ def permuted(documents: Sequence[Document], seed: int) -> list[Document]:
         random.Random(seed).shuffle(found)
     if len(parts) == 1:
         return parts.popitem()[1]
-    shares = {part: sum(len(d.text) + 1 for d in found) for part, found in parts.items()}
+    shares = {part: max(1, sum(len(d.text) for d in found)) for part, found in parts.items()}
     return interleave(parts, shares)
 
 
