@@ -12,6 +12,7 @@ import torch
 import yaml
 from lm_eval.tasks import TaskManager
 from test_text import Guess
+from test_workflow import Project
 from tiny import LINES, run, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -600,3 +601,29 @@ def test_the_calibration_study_is_whole():
     config = load_yaml(ROOT / "config/config.yaml") | load_yaml(ROOT / "config/calibration.yaml")
     rows = read_experiments(ROOT / config["experiments"], complete(config, SCHEMA))
     assert [row["calibration"] for row in rows] == list(config["calibrations"])
+
+
+def test_the_workflow_takes_names_mixtures_and_local_tasks(local, tmp_path):
+    """A mixture and a local task built for real; what is named in the catalogue as a dry run."""
+    project = Project(tmp_path / "project")
+    project.edit(
+        "config/config.yaml",
+        "  learn: {",
+        "  half: {source: {mix: {learn: 0.5, score: 0.5}}}\n  learn: {",
+    )
+    project.edit(
+        "config/config.yaml", "harness:\n", f"harness:\n  mine: {{yaml: {local}/task.yaml}}\n"
+    )
+    project.edit("config/config.yaml", "[score]", "[score, wikitext-2-2048]")
+    project.edit("config/config.yaml", "[titles]", "[titles, mine, mmlu]")
+    made = ["results/texts/half/docs.jsonl", "results/eval/tiny/dense/harness/mine.json"]
+    rules, _ = project.snakemake(*made)
+    assert rules == ["eval_harness", "model", "text", "text", "text"]
+    assert len(read_record(project.folder / made[1])["item_scores"]) == 6
+    assert project.snakemake("-n", *made)[0] == []
+    (local / "shown.json").write_text((local / "test.json").read_text())
+    assert project.snakemake("-n", *made)[0] == ["eval_harness"]
+    rules, output = project.snakemake("-n", "--printshellcmds")
+    assert (rules.count("eval_ppl"), rules.count("eval_harness")) == (4, 6)
+    for words in ("--tokens all --block-length 2048 --bos-once --join empty-line", "--shots 5"):
+        assert words in output
