@@ -3,7 +3,8 @@
 Two rules make the same files by the same command: `collect_together` makes all kinds that the
 experiments need in one pass over the text; `collect` makes one kind. The first is preferred where
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
-is, so that a new or removed kind is built alone.
+is, so that a new or removed kind is built alone. Where some calibrations need fewer kinds than
+others, `collect_others` is their `collect_together`.
 
 A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
 blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
@@ -61,14 +62,38 @@ if len(KINDS) > 1:
             f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
         benchmark:
             f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(set(CALIBRATED) - set(OTHERS)),
 
-    if some_are_missing():
+    if some_are_missing(set(CALIBRATED) - set(OTHERS)):
 
         ruleorder: collect > collect_together
 
     else:
 
         ruleorder: collect_together > collect
+
+
+if len(OTHER_KINDS) > 1:
+
+    use rule collect as collect_others with:
+        output:
+            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in OTHER_KINDS],
+            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in OTHER_KINDS],
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+        benchmark:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(OTHERS),
+
+    if some_are_missing(OTHERS):
+
+        ruleorder: collect > collect_others
+
+    else:
+
+        ruleorder: collect_others > collect
 
 
 if SHARDED:
@@ -84,7 +109,7 @@ if SHARDED:
         log:
             f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.merge.log",
         wildcard_constraints:
-            calibration="|".join(map(re.escape, SHARDED)),
+            calibration=one_of(SHARDED),
         conda:
             "../../environment.yaml"
         resources:
@@ -99,3 +124,7 @@ if SHARDED:
     if len(KINDS) > 1:
 
         ruleorder: merge > collect_together
+
+    if len(OTHER_KINDS) > 1:
+
+        ruleorder: merge > collect_others

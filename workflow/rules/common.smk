@@ -42,7 +42,15 @@ TRAINED = [
     f"{RESULTS}/trained/{{model}}/{name}"
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
+# Calibrations of which as many kinds of statistics are needed as of any, and the others.
 KINDS = kinds_of(ROWS)
+CALIBRATED = {row["calibration"]: [] for row in ROWS}
+for row in ROWS:
+    CALIBRATED[row["calibration"]].append(row)
+OTHERS = [name for name, rows in CALIBRATED.items() if kinds_of(rows) != KINDS]
+if len(OTHERS) == len(CALIBRATED):
+    OTHERS = []
+OTHER_KINDS = kinds_of([row for name in OTHERS for row in CALIBRATED[name]])
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
@@ -92,6 +100,11 @@ def entry(section, name):
         known = ", ".join(sorted(C[section]))
         raise WorkflowError(f"{section} has no {name!r} in the configuration; it has {known}.")
     return C[section][name]
+
+
+def one_of(names):
+    """A wildcard's constraint."""
+    return "|".join(map(re.escape, names))
 
 
 def sources(section, key):
@@ -162,13 +175,22 @@ def shards(ending, wildcards):
     return [f"{folder}/shards/{i}of{count}/{wildcards.kind}.{ending}" for i in range(count)]
 
 
-def some_are_missing():
+def kinds_together(calibration):
+    """The statistics that one pass over a calibration collects."""
+    return OTHER_KINDS if calibration in OTHERS else KINDS
+
+
+def some_are_missing(calibrations):
     """Whether, in some folder that is collected to, one kind is there and another one is not."""
-    for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
+    collected = {(row["model"], row["calibration"]) for row in ROWS}
+    for model, calibration in collected:
+        if calibration not in calibrations:
+            continue
+        kinds = kinds_together(calibration)
         folder = Path(RXX.format(model=model, calibration=calibration))
         for place in (folder, *folder.glob("shards/*")):
-            there = {kind for kind in KINDS if (place / f"{kind}.safetensors").exists()}
-            if there and there != set(KINDS):
+            there = {kind for kind in kinds if (place / f"{kind}.safetensors").exists()}
+            if there and there != set(kinds):
                 return True
     return False
 

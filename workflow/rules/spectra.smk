@@ -15,7 +15,7 @@ rule spectra:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_approx),
+        **resources("approx", cost_of_spectra),
     params:
         model=subpath(input.arch, parent=True),
         rxx=lambda wildcards, input: Path(input.rxx[0]).parent,
