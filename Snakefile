@@ -27,6 +27,7 @@ localrules:
     split,
     items,
     tables,
+    speed_table,
     figures,
     report,
 
@@ -36,3 +37,4 @@ rule all:
     input:
         f"{TABLE}/report.html",
         f"{TABLE}/results.md",
+        f"{TABLE}/speed.md" if C["evaluate"]["speed"] else [],

@@ -207,6 +207,13 @@ def tables(**inputs: Any) -> None:
     build_tables(**inputs)
 
 
+def speed_table(**inputs: Any) -> None:
+    """Build the table of speeds."""
+    from a3.stages.speed_table import build_speed_table
+
+    build_speed_table(**inputs)
+
+
 def figures(**inputs: Any) -> None:
     """Build figures."""
     from a3.stages.figures import build_figures
@@ -445,6 +452,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--perplexity", nargs="*", default=[])
         one.add_argument("--harness", nargs="*", default=[])
         add_out(one, "folder")
+    one = add(commands, "speed-table", speed_table, "speed.csv, speed.md")
+    one.add_argument("--results", type=Path, required=True)
+    one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
+    one.add_argument("--speed", nargs="+", required=True)
+    add_out(one, "folder")
     one = add(commands, "report", report, "self-contained HTML report")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)

@@ -18,6 +18,7 @@ STAGES = {
     "approx_part": "approx",
     "eval_ppl": "ppl",
     "eval_harness": "harness",
+    "eval_speed": "speed",
 }
 
 
@@ -71,6 +72,8 @@ def planned(job):
         settings |= {"row": row_of(wildcards.run)}
         if stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
+        elif stage == "speed":
+            settings |= entry("speed", wildcards.speed)
         else:
             chosen = entry("harness", wildcards.task)
             settings |= chosen | {"items": items_of(chosen)}
