@@ -109,15 +109,14 @@ def test_the_same_tokens_as_generate(results):
     candidate = stage.of_folder(results / "checkpoints" / TAIL, "float32", "cpu")
     subject = stage.Subject(candidate, stage.Clock("cpu"), ["sdpa"])
     ids, seen = torch.tensor([[0, 5, 9, 40]]), []
-    subject.model.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].tolist()))
+    hook = subject.model.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
     with torch.inference_mode():
         subject.run(ids, 3)
-        steps = list(seen)
+        hook.remove()
         expected = subject.model.generate(
             ids, max_new_tokens=3, do_sample=False, eos_token_id=None
         )[0, 4:]
-    assert steps[0] == [0, 5, 9, 40]
-    assert [token for step in steps[1:] for token in step] == expected.tolist()
+    assert seen == [ids[0].tolist(), *([token] for token in expected.tolist())]
 
 
 def test_models_and_implementations_take_turns(results, tmp_path, monkeypatch):
@@ -276,7 +275,7 @@ def test_wrong_input_is_named(results, tmp_path, capsys, words, says):
 
 
 def test_more_tokens_than_positions(tmp_path, capsys):
-    folder = tiny_model(tmp_path / "gpt2", "gpt2", n_positions=32)
+    folder = tiny_model(tmp_path / "gpt2", "gpt2", max_position_embeddings=32)
     refused("eval", "speed", folder, "--prompt", "30", "-o", tmp_path / "speed.json")
     assert "and prompt + new_tokens is 62" in capsys.readouterr().err
 
@@ -355,7 +354,7 @@ def test_the_rule(tmp_path):
     project.edit("config/config.yaml", "harness: [titles]", "harness: [titles]\n  speed: [quick]")
     rules, output = project.snakemake("-n", "-p")
     assert rules.count("eval_speed") == rules.count("speed_table") == 1
-    (command,) = re.findall(r"^ *(a3 eval speed .*)$", output, re.MULTILINE)
+    (command,) = re.findall(r"^Shell command: (a3 eval speed .*)$", output, re.MULTILINE)
     assert command == (
         "a3 eval speed results/models/tiny "
         f"results/checkpoints/{TAIL} --batch 1 --prompt 6 --new-tokens 32 --repeats 5 "
