@@ -28,6 +28,7 @@ localrules:
     split,
     items,
     tables,
+    speed_table,
     figures,
     report,
 
@@ -37,3 +38,4 @@ rule all:
     input:
         f"{TABLE}/report.html",
         f"{TABLE}/results.md",
+        f"{TABLE}/speed.md" if C["evaluate"]["speed"] else [],

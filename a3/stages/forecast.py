@@ -20,7 +20,15 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from a3.cost import Cost, approx_cost, collect_cost, harness_cost, perplexity_cost, stream_cost
+from a3.cost import (
+    Cost,
+    approx_cost,
+    collect_cost,
+    harness_cost,
+    perplexity_cost,
+    speed_cost,
+    stream_cost,
+)
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
@@ -56,10 +64,10 @@ TRIAL_SIZE = 512
 class Job:
     """`count` equal jobs on the model of a folder.
 
-    `stage` is collect, approx, ppl or harness. `settings`: threads, device, and of collect kinds,
-    tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share one
-    checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness row,
-    items, shots, dtype.
+    `stage` is collect, approx, ppl, harness or speed. `settings`: threads, device, and of collect
+    kinds, tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share
+    one checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness
+    row, items, shots, dtype; of speed row, attention, batch, prompt, new_tokens, repeats, dtype.
     """
 
     model: str
@@ -169,6 +177,28 @@ class Trial:
         each = self.token_seconds(row, BATCH * length, dtype)
         return cost, 0, 2 * START + 4 * items * length * each
 
+    def speed(
+        self,
+        row: dict[str, str],
+        attention: list[str],
+        batch: int,
+        prompt: int,
+        new_tokens: int,
+        repeats: int,
+        dtype: str,
+        **_: Any,
+    ) -> tuple[Cost, int, float]:
+        """Timing a compressed model beside the dense one; the cache's growth is left out."""
+        models = [self.shapes | {"size": size} for size in (self.arch.size, self.compressed(row))]
+        counts = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+        cost = speed_cost(models, len(attention), dtype=dtype, **counts)
+        each = sum(
+            tokens * self.token_seconds(modes, length, dtype)
+            for modes in ({}, row)
+            for tokens, length in ((batch * prompt, prompt), (batch * new_tokens, batch))
+        )
+        return cost, 0, START + (repeats + 1) * len(attention) * each
+
     def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
         """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""
         head = 2 * self.arch.hidden_size * self.arch.vocab_size
@@ -179,13 +209,18 @@ class Trial:
     def compressed(self, row: dict[str, str]) -> dict[str, int]:
         """Sizes of a row's checkpoint, its biases counted as if they all stayed."""
         arch = self.arch
-        full = dict(zip(PARTS, (arch.head_dim, arch.head_dim, arch.intermediate_size), strict=True))
-        kept = full | (Plan(choose(row)).ranks(arch) if row else {})
-        gone = {part: full[part] - kept[part] for part in PARTS}
+        plan = Plan(choose(row) if row else {})
+        kept, factors = plan.dense_sizes(arch), plan.factors(arch)
+        gone = {part: arch.full_rank(part) - kept[part] for part in PARTS}
         matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
         layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
-        parameters = arch.size["parameters"] - arch.layers * arch.hidden_size * layer
-        return sizes(self.shapes, [tuple(kept.values())] * arch.layers, parameters, arch.dtype)
+        fewer = arch.hidden_size * layer
+        for part in PARTS:
+            for name, (m, n) in arch.matrix_shapes(part).items():
+                fewer += m * n - factors[name] * (m + n) if name in factors else 0
+        parameters = arch.size["parameters"] - arch.layers * fewer
+        every = [tuple(kept.values())] * arch.layers, parameters, arch.dtype
+        return sizes(self.shapes, *every, [factors] * arch.layers)
 
     # --- trials, in seconds ---
 
@@ -251,14 +286,9 @@ class Trial:
 
     def factor_seconds(self, part: str, mode: str) -> float:
         """Of the factors of a part's matrices, from smaller ones of the same proportions."""
-        arch = self.arch
-        d, h, n = arch.hidden_size, arch.head_dim, arch.intermediate_size
-        heads, groups = arch.heads * h, arch.kv_heads * h
-        shapes = {"q": (d, heads), "k": (d, groups), "v": (d, groups), "o": (heads, d)}
-        shapes |= {"gate": (d, n), "up": (d, n), "down": (n, d)}
         kinds, total = find_mode(part, mode).factors, 0.0
-        for name, (m, columns) in shapes.items():
-            if name not in kinds or (name == "gate" and arch.mlp == "2-layer"):
+        for name, (m, columns) in self.arch.matrix_shapes(part).items():
+            if name not in kinds:
                 continue
             scale = min(1.0, TRIAL_SIZE / max(m, columns))
             m, columns = (max(2, int(size * scale)) for size in (m, columns))
