@@ -511,8 +511,8 @@ def summary(record: dict[str, Any]) -> str:
         {
             "model": row["name"],
             "attention": row["attention"],
-            **{f"{phase} tokens/s": shown(row, phase, ".1f") for phase in PHASES},
-            **{f"{phase} ratio": shown(row, f"{phase}_ratio", ".3f") for phase in PHASES},
+            **{f"{phase} tokens/s": shown(row, phase) for phase in PHASES},
+            **{f"{phase} ratio": shown(row, f"{phase}_ratio") for phase in PHASES},
             "parameters": f"{row['parameters_ratio']:.3f}",
             "KV cache": f"{row['kv_bytes_per_token_ratio']:.3f}",
             "FLOPs": f"{row['flops_per_token_ratio']:.3f}",
@@ -528,6 +528,7 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
-def shown(row: dict[str, Any], key: str, places: str) -> str:
-    """A median and its spread."""
+def shown(row: dict[str, Any], key: str) -> str:
+    """A median and its spread, with as many places as a number of its size needs."""
+    places = ".1f" if row[key] >= 10 else ".3f"
     return f"{row[key]:{places}} ± {row[f'{key}_iqr']:{places}}"
