@@ -124,6 +124,13 @@ def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: P
     exclude_and_split(documents, exclude, shares, out)
 
 
+def mix(texts: list[Path], out: Path) -> None:
+    """Mix texts."""
+    from a3.stages.mix import mix
+
+    mix(texts, out)
+
+
 def items(documents: Path, items: int, seed: int, out: Path) -> None:
     """Make harness items."""
     from a3.stages.text import harness_items
@@ -210,6 +217,20 @@ def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> No
     from a3.stages.report import build_report
 
     build_report(results, tables, config, out)
+
+
+def paper_rows(table: Path, **inputs: Any) -> None:
+    """Join one model's results for a table of the paper."""
+    from a3.stages.paper import build_rows
+
+    build_rows(table, **inputs)
+
+
+def paper_compare(table: Path, out: Path) -> None:
+    """Compare with the paper."""
+    from a3.stages.paper import compare
+
+    compare(table, out)
 
 
 def show(table: Path) -> None:
@@ -400,6 +421,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
     one.add_argument("--shares", type=parse_json, default={}, help="JSON: dev, test, harness")
     add_out(one, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
+    one = add(commands, "mix", mix, "one text of several, in equal shares of characters")
+    one.add_argument("texts", type=Path, nargs="+", help="docs.jsonl of each")
+    add_out(one, "docs.jsonl")
     one = add(commands, "items", items, "make multiple-choice items: title from description")
     one.add_argument("documents", type=Path, help="harness.jsonl")
     one.add_argument("--items", type=int, required=True)
@@ -421,6 +445,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tables", type=Path, required=True)
     one.add_argument("--config", type=parse_json, required=True, help="JSON")
     add_out(one, "report.html")
+    paper = commands.add_parser("paper", help="the paper's tables", description="Paper's tables.")
+    kinds = paper.add_subparsers(metavar="KIND", required=True)
+    text_ = "config/paper/TABLE.yaml, with config/paper.yaml beside its folder"
+    one = add(kinds, "rows", paper_rows, "one model's group of rows, from its results")
+    one.add_argument("table", type=Path, help=text_)
+    one.add_argument("--model", required=True, help="name in config/paper.yaml")
+    one.add_argument("--results", type=Path, required=True)
+    add_out(one, "<model>.csv")
+    one = add(kinds, "compare", paper_compare, "ours beside the published figures")
+    one.add_argument("table", type=Path, help=text_)
+    add_out(one, "folder of <model>.csv, for comparison.csv, .md, .svg and .png")
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
     one = add(commands, "verify", verify, "check every artifact of a results folder")

@@ -3,7 +3,8 @@
 Two rules make the same files by the same command: `collect_together` makes all kinds that the
 experiments need in one pass over the text; `collect` makes one kind. The first is preferred where
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
-is, so that a new or removed kind is built alone.
+is, so that a new or removed kind is built alone. `collect_paper` is `collect_together` of the
+paper's tables.
 
 A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
 blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
@@ -43,7 +44,7 @@ rule collect:
         shard=lambda wildcards: ["--shard", Path(wildcards.shard).name] if wildcards.shard else [],
         # A parameter that takes the input makes nothing stale when it changes (Snakemake looks at
         # the input instead): a new row is checked, and leaves the statistics as they are.
-        experiments=lambda wildcards, input: experiments_of(wildcards.model),
+        experiments=lambda wildcards, input: experiments_of(wildcards),
         threads=C["threads"]["collect"],
         device=C["device"],
         code=fingerprint("a3.stages.collect"),
@@ -61,14 +62,38 @@ if len(KINDS) > 1:
             f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
         benchmark:
             f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(row["calibration"] for row in ROWS),
 
-    if some_are_missing():
+    if some_are_missing(ROWS, KINDS):
 
         ruleorder: collect > collect_together
 
     else:
 
         ruleorder: collect_together > collect
+
+
+if PAPER:
+
+    use rule collect as collect_paper with:
+        output:
+            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in PAPER_KINDS],
+            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in PAPER_KINDS],
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+        benchmark:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(PAPER_CALIBRATIONS),
+
+    if some_are_missing(PAPER_ROWS, PAPER_KINDS):
+
+        ruleorder: collect > collect_paper
+
+    else:
+
+        ruleorder: collect_paper > collect
 
 
 if SHARDED:
@@ -84,7 +109,7 @@ if SHARDED:
         log:
             f"{LOGS}/rxx/{{model}}/{{calibration}}/{{kind}}.merge.log",
         wildcard_constraints:
-            calibration="|".join(map(re.escape, SHARDED)),
+            calibration=one_of(SHARDED),
         conda:
             "../../environment.yaml"
         resources:
@@ -99,3 +124,7 @@ if SHARDED:
     if len(KINDS) > 1:
 
         ruleorder: merge > collect_together
+
+    if PAPER:
+
+        ruleorder: merge > collect_paper

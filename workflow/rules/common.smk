@@ -15,6 +15,7 @@ from a3.config import (
     wheels_of,
 )
 from a3.errors import A3Error
+from a3.paper import Paper
 from a3.provenance import fingerprint
 from a3.results import Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
@@ -25,6 +26,14 @@ SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
 
 try:
     C = complete(config, load_yaml(SCHEMA))
+    # What the report shows; the paper's tables add entries of their own.
+    CONFIGURED = json.dumps(C, sort_keys=True)
+    if "paper" in C:
+        PAPER = Paper(Path(workflow.basedir, "config/paper.yaml"))
+        C = complete(PAPER.join(config), load_yaml(SCHEMA))
+        PAPER_ROWS = PAPER.rows(C["paper"]["models"])
+    else:
+        PAPER, PAPER_ROWS = None, []
     ROWS = read_experiments(Path(C["experiments"]), C)
 except A3Error as error:
     raise WorkflowError(str(error)) from None
@@ -40,9 +49,14 @@ TRAINED = [
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
 KINDS = kinds_of(ROWS)
+# The paper's tables have calibrations of their own, so that they make no other statistics larger. Of
+# these, one pass collects what the paper's own modes read, which is small and part of every table.
+PAPER_CALIBRATIONS = list(PAPER.spec["calibrations"]) if PAPER else []
+PAPER_KINDS = PAPER.kinds() if PAPER else []
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
+MIXED = [name for name, text in C["texts"].items() if "mix" in text["source"]]
 SHARDED = [name for name, entry in C["calibrations"].items() if entry["shards"] > 1]
 # Every row of the table, each model's dense row included.
 PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))
@@ -82,6 +96,11 @@ def entry(section, name):
         known = ", ".join(sorted(C[section]))
         raise WorkflowError(f"{section} has no {name!r} in the configuration; it has {known}.")
     return C[section][name]
+
+
+def one_of(names):
+    """A wildcard's constraint."""
+    return "|".join(re.escape(name) for name in sorted(set(names)))
 
 
 def sources(section, key):
@@ -139,9 +158,10 @@ def settings(section, key, names):
     return options
 
 
-def experiments_of(model):
-    """The rows of one model as JSON, for the command line."""
-    return json.dumps([row for row in ROWS if row["model"] == model])
+def experiments_of(wildcards):
+    """The rows of one model, in the table or the paper's, as JSON, for the command line."""
+    rows = PAPER_ROWS if wildcards.calibration in PAPER_CALIBRATIONS else ROWS
+    return json.dumps([row for row in rows if row["model"] == wildcards.model])
 
 
 def shards(ending, wildcards):
@@ -150,13 +170,13 @@ def shards(ending, wildcards):
     return [f"{folder}/shards/{i}of{count}/{wildcards.kind}.{ending}" for i in range(count)]
 
 
-def some_are_missing():
+def some_are_missing(rows, kinds):
     """Whether, in some folder that is collected to, one kind is there and another one is not."""
-    for model, calibration in {(row["model"], row["calibration"]) for row in ROWS}:
+    for model, calibration in {(row["model"], row["calibration"]) for row in rows}:
         folder = Path(RXX.format(model=model, calibration=calibration))
         for place in (folder, *folder.glob("shards/*")):
-            there = {kind for kind in KINDS if (place / f"{kind}.safetensors").exists()}
-            if there and there != set(KINDS):
+            there = {kind for kind in kinds if (place / f"{kind}.safetensors").exists()}
+            if there and there != set(kinds):
                 return True
     return False
 

@@ -1,0 +1,92 @@
+"""The paper's tables: ours beside the published figures. `snakemake paper_table1` prints one.
+
+`results/paper/table1/llama-2-7b.csv` is one model's group of rows and can be asked for alone. The
+comparison reads every group that is there; those of models that `paper.models` does not name are
+taken as they are, and not built again.
+"""
+
+from a3.files import sha256
+
+GROUPS = f"{RESULTS}/paper"
+TABLES = Path(PAPER.path.with_suffix(""))
+
+
+def groups_of(table):
+    """The groups of rows that a comparison builds."""
+    try:
+        models = PAPER.models_of(PAPER.tables[table], C["paper"]["models"])
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+    return [f"{GROUPS}/{table}/{model}.csv" for model in models]
+
+
+def other_groups(table):
+    """The groups that are there beside them, and their content: a change makes a new comparison."""
+    there = {str(path) for path in Path(GROUPS, table).glob("*.csv")} - set(groups_of(table))
+    return {path: sha256(Path(path)) for path in sorted(there) if Path(path).stem in PAPER.models}
+
+
+rule paper_rows:
+    input:
+        definition=[f"{TABLES}/{{table}}.yaml", str(PAPER.path)],
+        results=lambda wildcards: [
+            str(path)
+            for path in PAPER.files(
+                PAPER.tables[wildcards.table], wildcards.model, Path(RESULTS)
+            )
+        ],
+    output:
+        f"{GROUPS}/{{table}}/{{model}}.csv",
+    log:
+        f"{LOGS}/paper/{{table}}/{{model}}.log",
+    wildcard_constraints:
+        table=one_of(PAPER.tables),
+        model=one_of(PAPER.models),
+    localrule: True
+    conda:
+        "../../environment.yaml"
+    params:
+        results=lambda wildcards: RESULTS,
+        code=fingerprint("a3.stages.paper"),
+    shell:
+        "a3 paper rows {input.definition[0]:q} --model {wildcards.model:q}"
+        " --results {params.results:q} -o {output:q} &> {log:q}"
+
+
+rule paper_comparison:
+    input:
+        definition=[f"{TABLES}/{{table}}.yaml", str(PAPER.path)],
+        published=lambda wildcards: str(PAPER.tables[wildcards.table].source),
+        groups=lambda wildcards: groups_of(wildcards.table),
+    output:
+        multiext(f"{GROUPS}/{{table}}/comparison", ".csv", ".md", ".svg", ".png"),
+    log:
+        f"{LOGS}/paper/{{table}}/comparison.log",
+    wildcard_constraints:
+        table=one_of(PAPER.tables),
+    localrule: True
+    conda:
+        "../../environment.yaml"
+    params:
+        others=lambda wildcards: other_groups(wildcards.table),
+        out=subpath(output[0], parent=True),
+        code=fingerprint("a3.stages.paper"),
+    shell:
+        "a3 paper compare {input.definition[0]:q} -o {params.out:q} &> {log:q}"
+
+
+# Without output: whoever asks sees the table, built anew or not.
+for name in PAPER.tables:
+
+    rule:
+        name:
+            f"paper_{name}"
+        input:
+            f"{GROUPS}/{name}/comparison.md",
+        log:
+            f"{LOGS}/paper/{name}/shown.log",
+        localrule: True
+        conda:
+            "../../environment.yaml"
+        shell:
+            "cat {input:q} | tee {log:q}"
