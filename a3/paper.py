@@ -1,8 +1,8 @@
 """The paper's tables: what each published figure is of, and which results of ours answer to it.
 
-`config/paper.yaml` holds what the tables share, `config/paper/<table>.yaml` one table or figure, and
-`config/paper/published/` the paper's figures as they are. Read by the Snakefile at every start, so
-nothing heavy is imported here.
+`config/paper.yaml` holds what the tables share, `config/paper/<table>.yaml` one table or figure,
+and `config/paper/published/` the paper's figures as they are. Read by the Snakefile at every start,
+so nothing heavy is imported here.
 """
 
 import csv

@@ -44,7 +44,7 @@ rule collect:
         shard=lambda wildcards: ["--shard", Path(wildcards.shard).name] if wildcards.shard else [],
         # A parameter that takes the input makes nothing stale when it changes (Snakemake looks at
         # the input instead): a new row is checked, and leaves the statistics as they are.
-        experiments=lambda wildcards, input: experiments_of(wildcards),
+        experiments=lambda wildcards, input: experiments_of(wildcards.model),
         threads=C["threads"]["collect"],
         device=C["device"],
         code=fingerprint("a3.stages.collect"),

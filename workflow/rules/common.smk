@@ -158,10 +158,9 @@ def settings(section, key, names):
     return options
 
 
-def experiments_of(wildcards):
-    """The rows of one model, in the table or the paper's, as JSON, for the command line."""
-    rows = PAPER_ROWS if wildcards.calibration in PAPER_CALIBRATIONS else ROWS
-    return json.dumps([row for row in rows if row["model"] == wildcards.model])
+def experiments_of(model):
+    """The rows of one model as JSON, for the command line."""
+    return json.dumps([row for row in ROWS if row["model"] == model])
 
 
 def shards(ending, wildcards):
