@@ -124,13 +124,6 @@ def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: P
     exclude_and_split(documents, exclude, shares, out)
 
 
-def mix(texts: list[Path], out: Path) -> None:
-    """Mix texts."""
-    from a3.stages.mix import mix
-
-    mix(texts, out)
-
-
 def items(documents: Path, items: int, seed: int, out: Path) -> None:
     """Make harness items."""
     from a3.stages.text import harness_items
@@ -421,9 +414,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
     one.add_argument("--shares", type=parse_json, default={}, help="JSON: dev, test, harness")
     add_out(one, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
-    one = add(commands, "mix", mix, "one text of several, in equal shares of characters")
-    one.add_argument("texts", type=Path, nargs="+", help="docs.jsonl of each")
-    add_out(one, "docs.jsonl")
     one = add(commands, "items", items, "make multiple-choice items: title from description")
     one.add_argument("documents", type=Path, help="harness.jsonl")
     one.add_argument("--items", type=int, required=True)

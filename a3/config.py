@@ -85,8 +85,6 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     for name, model in whole["models"].items():
         check_made(name, model["source"], whole)
     for name, text in whole["texts"].items():
-        for other in text["source"].get("mix", []):
-            defined("text", other, whole["texts"], f"texts.{name}.source.mix")
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
     for section in ("perplexity", "harness"):
@@ -134,24 +132,17 @@ def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> Non
             )
 
 
-def parts_of(text: str, config: dict[str, Any]) -> list[str]:
-    """The texts that a mixture is made of; of another text, itself."""
-    mixed = config["texts"][text]["source"].get("mix", [])
-    return [part for other in mixed for part in parts_of(other, config)] or [text]
-
-
-def texts_seen(row: dict[str, str], config: dict[str, Any]) -> list[tuple[str, str]]:
+def texts_seen(row: dict[str, str], config: dict[str, Any]) -> dict[str, str]:
     """Texts that calibration or training has used for one row: what used it, and its name."""
     calibration = row["calibration"]
-    text = config["calibrations"][calibration]["text"]
-    seen = [(f"calibration {calibration!r}", part) for part in parts_of(text, config)]
+    seen = {f"calibration {calibration!r}": config["calibrations"][calibration]["text"]}
     model = row["model"]
     source = config["models"][model]["source"]
     if "repeat_kv" in source:
         model = source["repeat_kv"]
         source = config["models"][model]["source"]
     if "train" in source:
-        seen.append((f"model {model!r}", source["train"]["text"]))
+        seen[f"model {model!r}"] = source["train"]["text"]
     return seen
 
 
@@ -208,7 +199,7 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
         choose(row)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
-    for what, seen in texts_seen(row, config):
+    for what, seen in texts_seen(row, config).items():
         for section in ("perplexity", "harness"):
             for name in config["evaluate"][section]:
                 text = config[section][name].get("text")

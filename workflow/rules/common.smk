@@ -56,7 +56,6 @@ PAPER_KINDS = PAPER.kinds() if PAPER else []
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
-MIXED = [name for name, text in C["texts"].items() if "mix" in text["source"]]
 SHARDED = [name for name, entry in C["calibrations"].items() if entry["shards"] > 1]
 # Every row of the table, each model's dense row included.
 PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))

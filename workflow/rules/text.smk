@@ -19,32 +19,6 @@ rule text:
         "a3 text {params.spec:q} --wheels {params.wheels:q} -o {output.docs:q} &> {log:q}"
 
 
-if MIXED:
-
-    rule mix:
-        input:
-            lambda wildcards: [
-                f"{RESULTS}/texts/{other}/docs.jsonl"
-                for other in entry("texts", wildcards.text)["source"]["mix"]
-            ],
-        output:
-            docs=f"{RESULTS}/texts/{{text}}/docs.jsonl",
-            said=f"{RESULTS}/texts/{{text}}/docs.json",
-        log:
-            f"{LOGS}/texts/{{text}}.log",
-        wildcard_constraints:
-            text=one_of(MIXED),
-        localrule: True
-        conda:
-            "../../environment.yaml"
-        params:
-            code=fingerprint("a3.stages.mix"),
-        shell:
-            "a3 mix {input:q} -o {output.docs:q} &> {log:q}"
-
-    ruleorder: mix > text
-
-
 rule split:
     """Drop documents that occur in calibration text; split the rest once, by hash."""
     input:
