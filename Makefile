@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention test test-cluster lint clean
+.PHONY: run full attention baselines test test-cluster lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -18,6 +18,10 @@ full: $(READY)  ## the same with the large sizes
 attention: $(READY)  ## every attention type on real weights, one part at a time
 	snakemake --configfile config/config.yaml config/attention.yaml
 	a3 show results/tables/attention
+
+baselines: $(READY)  ## all methods at equal sizes, three seeds of the headline rows
+	snakemake --configfile config/config.yaml config/baselines.yaml
+	a3 show results/tables/baselines
 
 test: $(READY) lint  ## the whole test suite, on two cores
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile

@@ -5,10 +5,12 @@ Estimates to ask a cluster for, on the safe side: measured peaks are 0.7 to 1 of
 `arch` is `shapes` of arch.json throughout.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from a3.dtypes import WIDTHS
+from a3.kinds import KINDS, shape_of, statistics_memory
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
 LIBRARIES = 550 * 2**20
@@ -32,6 +34,7 @@ FIELDS = (
     "intermediate_size",
     "kv_heads",
     "layers",
+    "mlp_inputs",
     "size",
     "vocab_size",
 )
@@ -59,36 +62,49 @@ def shapes(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in FIELDS}
 
 
-def collect_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
-    """Cost of one pass over `tokens` calibration tokens, with the statistics of every kind.
+def collect_cost(
+    arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
+) -> Cost:
+    """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
     The float64 copies of the widest activation of one block are what a hook holds at a time.
+    Gradients need one pass more, which takes three times as long as one without, with the
+    activations of all layers and the gradients of all weights in memory.
     """
-    heads, h = arch["heads"] + 2 * arch["kv_heads"] + arch["heads"], arch["head_dim"]
-    statistics = 8 * arch["layers"] * (heads * h * h + arch["intermediate_size"])
+    h, kinds = arch["head_dim"], tuple(kinds)
     widest = max(arch["intermediate_size"], arch["heads"] * h)
     copies = 3 * 8 * block_length * widest
-    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies + statistics
-    return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
+    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
+    memory += statistics_memory(arch, kinds)
+    passes = 1.0
+    if any(KINDS[kind].form == "fisher" for kind in kinds):
+        passes += 3
+        memory += WIDTHS[dtype] * arch["size"]["parameters"]
+        memory += arch["layers"] * forward_memory(arch, block_length)
+        memory += 3 * 4 * block_length * arch["vocab_size"]
+    return Cost(LIBRARIES + memory, passes * tokens * arch["size"]["flops_per_token"])
 
 
-def stream_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+def stream_cost(
+    arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
+) -> Cost:
     """Cost of the same pass with one layer at a time in memory; hidden states are in a file."""
     resident = weights_memory(arch, dtype)
     outside = 2 * arch["vocab_size"] * arch["hidden_size"]
     layer = max(0, arch["size"]["parameters"] - outside) // arch["layers"]
     held = resident * min(1, (outside + layer) / arch["size"]["parameters"])
-    whole = collect_cost(arch, tokens, block_length, dtype)
+    whole = collect_cost(arch, tokens, block_length, dtype, kinds)
     return Cost(whole.memory - resident + int(held), whole.flops)
 
 
-def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
+def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) -> Cost:
     """Cost of one of `jobs` that share the layers: what it reads and makes, and one layer as well.
 
     A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them; what
     it was made from is mapped, and counts while there is room. Attention is solved in float64.
     Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
-    goes as parameters times h.
+    goes as parameters times h; but those that read full matrices of statistics (`kinds`) factor
+    them and the weights.
     """
     parameters = arch["size"]["parameters"]
     width = WIDTHS[arch["dtype"]]
@@ -96,15 +112,19 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1) -> Cost:
     attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
     made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
     memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
-    return Cost(SOLVERS + memory, 10.0 * parameters * arch["head_dim"] / jobs)
+    full = [kind for kind in kinds if KINDS[kind].form == "full"]
+    widest = max((shape_of(KINDS[kind], arch)[-1] for kind in full), default=0)
+    flops = 10.0 * parameters * arch["head_dim"] + 10.0 * len(full) * arch["layers"] * widest**3
+    if full:
+        # Some copies of the largest matrix, and of the layer's weights in float64.
+        memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]
+    return Cost(SOLVERS + memory, flops / jobs)
 
 
-def merge_cost(arch: dict[str, Any], shards: int) -> Cost:
-    """Cost of adding one kind's sums of all shards: the largest kind, and one shard's of it."""
-    widest = arch["layers"] * max(
-        arch["heads"] * arch["head_dim"] ** 2, max(1, arch["experts"]) * arch["intermediate_size"]
-    )
-    return Cost(LIBRARIES + 2 * 8 * widest, 100.0 * shards * widest)
+def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
+    """Cost of adding one kind's sums of all shards: one file's of it, and another's."""
+    size = statistics_memory(arch, [kind])
+    return Cost(LIBRARIES + 2 * size, 100.0 * shards * size / 8)
 
 
 def gather_cost(arch: dict[str, Any]) -> Cost:

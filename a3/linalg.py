@@ -44,7 +44,7 @@ def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     C, inverse = gram_factor(G)
     core = C @ K @ C.mT
-    U = torch.linalg.eigh((core + core.mT) / 2).eigenvectors.flip(-1)[..., :rank]
+    U = torch.linalg.eigh(_symmetric(core)).eigenvectors.flip(-1)[..., :rank]
     E, D = inverse @ U, U.mT @ C
     # By powers of two, which round nothing.
     size = torch.exp2((D.norm(dim=-1).log2() - E.norm(dim=-2).log2()).div(2).round())
@@ -55,6 +55,63 @@ def subspace_error(G: Tensor, K: Tensor, E: Tensor, D: Tensor) -> Tensor:
     """Σᵢ ‖S W (1 − E D) Pᵢ‖² / Σᵢ ‖S W Pᵢ‖² of `shared_subspace`'s problem, over all batches."""
     residual = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) - E @ D
     return relative((residual * (G @ residual @ K)).sum(), (G * K).sum())
+
+
+def two_factors(
+    W: Tensor, R: Tensor, rank: int, of_output: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-r product A B in place of one matrix W (m, n), by the metric R of its input.
+
+    Returns A (m, r), B (r, n), which minimise tr((W - A B)ᵀ R (W - A B)), and the loss by rank: its
+    entry r is the minimum. R is (m, m) or, where it is diagonal, (m,); or Wᵀ R W (n, n), where that
+    is known of the output. SVD_r(R^½ W) and R^-½ of it are had from one eigendecomposition of
+    min(m, n) dimensions: V of Wᵀ R W = V Λ Vᵀ makes R^½ W V_r V_rᵀ the best approximation of
+    R^½ W, so that W V_r and V_rᵀ need no inverse of R.
+    """
+    m, n = W.shape
+    if of_output or n < m:
+        M = R if of_output else W.mT @ (R[:, None] * W if R.dim() == 1 else R @ W)
+        values, V = torch.linalg.eigh(_symmetric(M))
+        V = V.flip(-1)[:, :rank]
+        A, B = W @ V, V.mT
+    else:
+        C, inverse = gram_factor(torch.diag(R) if R.dim() == 1 else R)
+        values, U = torch.linalg.eigh(_symmetric(C @ (W @ W.mT) @ C.mT))
+        U = U.flip(-1)[:, :rank]
+        A, B = inverse @ U, U.mT @ (C @ W)
+    return A, B, torch.cat((values.new_zeros(1), values.clamp(min=0).cumsum(0))).flip(0)
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    """G without the rounding that makes it differ from its transpose."""
+    return (G + G.mT) / 2
+
+
+def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
+    """The diagonal of C (C + λ 1)⁻¹: C (n, n) positive semidefinite to (n,)."""
+    lifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
+    return 1 - ridge * inverse.diagonal()
+
+
+def take_over(C: Tensor, kept: Tensor, W: Tensor) -> Tensor:
+    """Least-squares refit of the kept rows of W: (C_SS)⁻¹ C_S: W = W_S + (C_SS)⁻¹ C_SD W_D.
+
+    C (n, n) is the autocorrelation of the input of W (n, d); S are the `kept` (r,) channels, D the
+    others. A singular C_SS is lifted at the level of its rounding noise, after its channels are
+    scaled alike. Where nothing is dropped W comes back as it is.
+    """
+    dropped = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    dropped[kept] = False
+    scale = C.diagonal()[kept].sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    C_SS = C[kept][:, kept] / (scale[:, None] * scale)
+    lift = NOISE * len(kept) * torch.eye(len(kept), dtype=C.dtype, device=C.device)
+    dead = (C.diagonal()[kept] <= 0).to(C.dtype)
+    root = torch.linalg.cholesky(C_SS + lift + torch.diag(dead))
+    C_SD = C[kept][:, dropped] / scale[:, None]
+    moved = torch.cholesky_solve(C_SD @ W[dropped], root) / scale[:, None]
+    return W[kept] + moved
 
 
 def relative(error: Tensor, total: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ A kind is one statistic of one site of every layer and one file. Files hold plai
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,18 @@ from torch import Tensor
 
 from a3.errors import A3Error
 from a3.files import SEAL, seal, unseal, whole_file
+from a3.kinds import KINDS
 from a3.parts import require_all
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Which activation is looked at, and which part of its Σ xᵀx is kept.
-
-    `site` is the output of q, k or v (before RoPE), or the input of o or down. `form` is blocks
-    (one h × h block a head) or diagonal (width).
-    """
-
-    site: str
-    form: str
-
-    def shape(self, width: int, heads: int) -> tuple[int, ...]:
-        """Shape of the sum for a site of this width; `heads` is for blocks."""
-        return (heads, width // heads, width // heads) if self.form == "blocks" else (width,)
-
-
-# With q = x W_q, the block of a head is W_qᵀ R W_q: all that a solution needs of R (linalg.py).
-KINDS = {
-    "q_blocks": Kind("q", "blocks"),
-    "k_blocks": Kind("k", "blocks"),
-    "v_blocks": Kind("v", "blocks"),
-    "o_proj_blocks": Kind("o_input", "blocks"),
-    "down_diagonal": Kind("down_input", "diagonal"),
-}
-
-
 def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
-    """The kept part of Σ xᵀx over tokens: x (tokens, width) float64; `heads` is for blocks."""
+    """The kept sum over tokens: x (tokens, width) float64; `heads` is for blocks."""
     if form == "blocks":
         per_head = x.unflatten(1, (heads, -1)).movedim(1, 0)
         return per_head.mT @ per_head
-    return x.square().sum(0)
+    if form == "full":
+        return x.T @ x
+    return {"diagonal": x.square, "abs": x.abs, "mean": lambda: x}[form]().sum(0)
 
 
 class Accumulator:
@@ -65,6 +41,10 @@ class Accumulator:
     def add(self, layer: int, x: Tensor) -> None:
         """Add a block's tokens: x (tokens, width), float64."""
         self._add(f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads))
+
+    def add_sum(self, layer: int, value: Tensor) -> None:
+        """Add a block's sum that was taken elsewhere, float64."""
+        self._add(f"layers.{layer}", value)
 
     def add_experts(self, layer: int, sums: Tensor, counts: Tensor) -> None:
         """Add a block's sums over the tokens of each expert (E, …), and their counts (E,)."""

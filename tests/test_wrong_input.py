@@ -61,8 +61,8 @@ def leftovers(folder):
 
 
 def test_a_mode_that_is_not_known_lists_those_that_are(work, tmp_path, capsys):
-    message = fails(capsys, *approx(work, tmp_path / "o", "--ratio", "0.2", "--qk", "svd"))
-    assert "'svd'" in message
+    message = fails(capsys, *approx(work, tmp_path / "o", "--ratio", "0.2", "--qk", "guess"))
+    assert "'guess'" in message
     assert "rxx-w-rxx" in message
     assert not list(tmp_path.iterdir())
 

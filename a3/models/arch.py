@@ -12,11 +12,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json, read_record
+from a3.kinds import Kind, heads_of, shape_of
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.models.load import load_config, load_whole
-from a3.statistics import Kind
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
@@ -26,7 +26,8 @@ FLOPS_CONTEXT = 1024
 class Arch:
     """One dense model: all that collect and approx need to know of its shape.
 
-    `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated);
+    `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated), and
+    `mlp_inputs` counts the matrices that read its input (gate and up may be fused);
     `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
     rotated dimensions of a head; `nope_layers` are layers without RoPE in a model that has it
     elsewhere; `qk_norm` says over what q and k are normed before RoPE: head, layer or None;
@@ -37,6 +38,7 @@ class Arch:
     family: str
     attention: str
     mlp: str
+    mlp_inputs: int
     layers: int
     hidden_size: int
     heads: int
@@ -67,17 +69,17 @@ class Arch:
         """Whether q and k of this layer are rotated."""
         return self.rope_layout is not None and layer not in self.nope_layers
 
+    def full_rank(self, part: str) -> int:
+        """The size that compression makes smaller: of a head, or the intermediate one."""
+        return self.intermediate_size if part == "mlp" else self.head_dim
+
     def heads_of(self, site: str) -> int:
-        """Heads of an activation that statistics look at (a3.statistics.Kind)."""
-        return self.kv_heads if site in "kv" else self.heads
+        """Heads of an activation that statistics look at (a3.kinds.Kind)."""
+        return heads_of(site, vars(self))
 
     def statistic_shape(self, kind: Kind) -> tuple[int, ...]:
         """Shape of one layer's statistic of a kind."""
-        heads = self.heads_of(kind.site)
-        if kind.site == "down_input":
-            shape = kind.shape(self.intermediate_size, heads)
-            return (self.experts, *shape) if self.experts else shape
-        return kind.shape(heads * self.head_dim, heads)
+        return shape_of(kind, vars(self))
 
     @property
     def adapter(self) -> Family:
@@ -190,23 +192,36 @@ def sizes(
     ranks: list[tuple[int, int, int | list[int]]],
     parameters: int,
     dtype: str,
+    factors: list[dict[str, int]] | None = None,
 ) -> dict[str, int]:
     """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
 
     `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
-    went to all alike. A multiply-add counts as two FLOPs; attention products are counted against
-    FLOPS_CONTEXT keys; router and LM head are included.
+    went to all alike. `factors` has the rank of each matrix that is a product of two, per layer;
+    keys that are so alone are cached as the product's middle (Palu). A multiply-add counts as two
+    FLOPs; attention products are counted against FLOPS_CONTEXT keys; router and LM head are
+    included.
     """
     width = WIDTHS[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
-    matrices = 3 if fields["mlp"] == "3-layer" else 2
     experts, active = fields["experts"], fields["experts_per_token"]
     linear = attention = cache = 0
-    for qk, ov, channels in ranks:
-        mlp = mean(channels) if isinstance(channels, list) else channels
-        linear += d * (H + G) * (qk + ov) + matrices * d * mlp * (active or 1) + d * experts
+    for (qk, ov, channels), own in zip(ranks, factors or [{}] * len(ranks), strict=True):
+        n = mean(channels) if isinstance(channels, list) else channels
+        shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
+        shapes |= {"up": (d, n), "down": (n, d)}
+        if fields["mlp"] == "3-layer":
+            # Fused with up, gate stands for both where it is a product.
+            shapes |= {"gate": (d, n)}
+            if "gate" in own and "up" not in own:
+                shapes |= {"gate": (d, 2 * n), "up": (d, 0)}
+        for name, (inputs, outputs) in shapes.items():
+            size = own[name] * (inputs + outputs) if name in own else inputs * outputs
+            linear += size * (active or 1) if name in ("gate", "up", "down") else size
+        linear += d * experts
         attention += H * (qk + ov) * FLOPS_CONTEXT
-        cache += G * (qk + ov) * width
+        keys = own["k"] if "k" in own and "q" not in own else G * qk
+        cache += (keys + G * ov) * width
     return {
         "parameters": parameters,
         "kv_bytes_per_token": cache,

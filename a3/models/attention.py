@@ -27,6 +27,25 @@ def widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+class LowRank(nn.Linear):
+    """A linear layer whose matrix is a product of two: the encoder's, then its own."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
+        super().__init__(rank, outputs, bias)
+        self.encoder = nn.Linear(inputs, rank, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) to (..., outputs)."""
+        return super().forward(self.encoder(x))
+
+
+def linear(inputs: int, outputs: int, bias: bool, rank: int | None) -> nn.Linear:
+    """A linear layer, of two factors where there is a rank."""
+    if rank is None:
+        return nn.Linear(inputs, outputs, bias=bias)
+    return LowRank(inputs, outputs, rank, bias)
+
+
 class HeadNorm(nn.Module):
     """RMS norm of q or k with each head's own gains, over each head or over all heads together."""
 
@@ -71,11 +90,13 @@ class A3Attention(nn.Module):
         # The family's own eager attention caps scores where the family does.
         family = import_module(type(dense).__module__)
         self.eager = getattr(family, "eager_attention_forward", eager_attention_forward)
-        d, bias = config.hidden_size, a3["qkv_bias"]
-        self.q_proj = nn.Linear(d, a3["heads"] * self.qk_rank, bias=bias)
-        self.k_proj = nn.Linear(d, a3["kv_heads"] * self.qk_rank, bias=bias)
-        self.v_proj = nn.Linear(d, a3["kv_heads"] * self.ov_rank, bias=bias)
-        self.o_proj = nn.Linear(a3["heads"] * self.ov_rank, d, bias=a3["o_bias"])
+        d, bias, ranks = config.hidden_size, a3["qkv_bias"], a3["factors"][layer_idx]
+        queries, keys = a3["heads"] * self.qk_rank, a3["kv_heads"] * self.qk_rank
+        values, outputs = a3["kv_heads"] * self.ov_rank, a3["heads"] * self.ov_rank
+        self.q_proj = linear(d, queries, bias, ranks.get("q"))
+        self.k_proj = linear(d, keys, bias, ranks.get("k"))
+        self.v_proj = linear(d, values, bias, ranks.get("v"))
+        self.o_proj = linear(outputs, d, a3["o_bias"], ranks.get("o"))
         self.q_norm = self.k_norm = None
         if a3["qk_norm"]:
             over_heads = a3["qk_norm"] == "layer"

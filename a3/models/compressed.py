@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from a3 import LazyConfig
-from a3.models.attention import ATTENTION, A3Attention
+from a3.models.attention import ATTENTION, A3Attention, LowRank
 from a3.models.families import FAMILIES
 from a3.models.family import Family
 
@@ -74,6 +74,9 @@ class Compressed:
             for part in ("up", "gate", "down"):
                 if part in family.parts:
                     self.resize(family, index, part, rank)
+            # A product of two stands under the name of the first of the parts that are fused.
+            for part in config.a3["factors"][index].keys() & family.parts.keys() - set("qkvo"):
+                self.factor(family, index, part, config.a3["factors"][index][part])
         self.post_init()
 
     def resize(self, family: Family, layer: int, part: str, rank: int) -> None:
@@ -84,8 +87,18 @@ class Compressed:
         if isinstance(linear, Conv1D):
             resized: nn.Module = Conv1D(outputs, inputs)
         else:
-            resized = nn.Linear(inputs, outputs, bias=linear.bias is not None)
+            added = part == "down" and self.config.a3["down_bias"]
+            resized = nn.Linear(inputs, outputs, bias=added or linear.bias is not None)
         self.set_submodule(name, resized)
+
+    def factor(self, family: Family, layer: int, part: str, rank: int) -> None:
+        """Replace one projection of the MLP by a product of two."""
+        name = family.name(layer, part).removesuffix(".weight")
+        dense = self.get_submodule(name)
+        inputs, outputs = family.sizes(
+            part, self.config.a3["mlp_ranks"][layer], self.config.hidden_size
+        )
+        self.set_submodule(name, LowRank(inputs, outputs, rank, dense.bias is not None))
 
 
 @cache
@@ -93,9 +106,10 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias; qk_norm; rope, nope_layers; `rope_pairs`, `qk_ranks`, `ov_ranks` and
-    `mlp_ranks`, one number a layer (of experts, one list a layer). head_dim stays the dense one,
-    because RoPE's frequencies derive from it.
+    scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
+    `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
+    layer); `factors`, a dictionary a layer, the rank of each matrix that is a product of two.
+    head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

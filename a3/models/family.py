@@ -145,6 +145,7 @@ class Family:
             "family": config.model_type,
             "attention": f"{grouped}-rope" if layout else grouped,
             "mlp": "3-layer" if "gate" in self.places else "2-layer",
+            "mlp_inputs": len(self.first_of_mlp),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "heads": heads,
@@ -213,6 +214,12 @@ class Family:
     def fused(self, part: str) -> list[str]:
         """Parts that lie in the same tensor as `part`, itself included, in order."""
         return [other for other in self.places if self.places[other] == self.places[part]]
+
+    @property
+    def first_of_mlp(self) -> list[list[str]]:
+        """The modules that read the MLP's input, each as the parts that are fused in it."""
+        parts = [part for part in ("gate", "up") if part in self.places]
+        return [self.fused(part) for part in parts if self.fused(part)[0] == part]
 
     @property
     def repacked(self) -> bool:

@@ -1,15 +1,18 @@
 """MLP: keep r of n intermediate channels (paper section 3.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from a3.linalg import keep_best, relative
+from a3.linalg import keep_best, relative, ridge_leverage, take_over
 from a3.models.family import MLPWeights
 
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+# Of MoDeGPT's ridge, as a share of the mean square of a channel.
+RIDGE = 1e-2
 # Columns of W_down that are in float64 at a time.
 CHUNK = 256
 
@@ -19,7 +22,8 @@ class MLPSolution:
     """up and gate (d̂, r), down (r, d); channels (r,) kept, ascending.
 
     `relative_error` is the dropped share of Σ_j ‖r_j‖² ‖w_j‖²: the functional error without the
-    cross terms between dropped channels, which the diagonal of R cannot tell.
+    cross terms between dropped channels, which the diagonal of R cannot tell. `bias` (d,) is to be
+    added to the output; None for nothing.
     """
 
     up: Tensor
@@ -27,6 +31,7 @@ class MLPSolution:
     down: Tensor
     channels: Tensor
     relative_error: float
+    bias: Tensor | None = None
 
 
 def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
@@ -41,6 +46,60 @@ def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
 def rxx(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
     """Score ‖r_j‖² alone; R is the diagonal (n,)."""
     return _keep_channels(weights, R, R * row_power(weights.down), rank)
+
+
+def abs_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
+    """Score Σ_k |w_jk| over row j of W_down; R, the diagonal (n,), is for the error alone."""
+    return _keep_channels(weights, row_sums(weights.down), R * row_power(weights.down), rank)
+
+
+def wanda(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
+    """Score ‖x_j‖ Σ_k |w_jk|: Wanda's importance |w_jk| ‖x_j‖ (Sun et al. 2023, arXiv 2306.11695,
+    equation 1) summed over the row of W_down that goes with a channel, as Wanda-sp has it (An et
+    al. 2023, arXiv 2312.11983, section 4). R is the diagonal (n,).
+    """
+    score = R.sqrt() * row_sums(weights.down)
+    return _keep_channels(weights, score, R * row_power(weights.down), rank)
+
+
+def flap(weights: MLPWeights, R: Tensor, mean: Tensor, rank: int) -> MLPSolution:
+    """Score Var(x_j) ‖w_j‖²; the means of dropped channels go into the output's bias.
+
+    FLAP (An et al. 2023, arXiv 2312.11983, equations 4 and 6), with the same ratio in all layers.
+    R and mean (n,) are E[x_j²] and E[x_j]. `relative_error` is of what is left after the bias.
+    """
+    power = (R - mean.square()).clamp(min=0) * row_power(weights.down)
+    solution = _keep_channels(weights, power, power, rank)
+    dropped = torch.ones_like(mean, dtype=torch.bool)
+    dropped[solution.channels] = False
+    bias = mean[dropped] @ weights.down[dropped].double()
+    whole = (R * row_power(weights.down)).sum()
+    return replace(solution, bias=bias, relative_error=relative(power[dropped].sum(), whole).item())
+
+
+def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
+    """Nyström: channels of the largest ridge leverage [C (C + λ 1)⁻¹]_jj, and W_down refitted.
+
+    MoDeGPT's type I (Lin et al. 2024, arXiv 2408.09632, algorithm 1), C (n, n) the autocorrelation
+    of the down-projection's input: W_down becomes (C_SS)⁻¹ C_S: W_down. The paper's λ = 1 belongs
+    to a sum over its calibration; here λ is RIDGE times the mean of C's diagonal.
+    """
+    score = ridge_leverage(C, RIDGE * C.diagonal().mean().item())
+    W = weights.down.double()
+    kept = keep_best(score, rank)
+    down = take_over(C, kept, W)
+    left = W.clone()
+    left[kept] -= down
+    lost, whole = ((X * (C @ X)).sum() for X in (left, W))
+    solution = _keep_channels(weights, score, score, rank)
+    return replace(
+        solution, down=down.to(weights.down.dtype), relative_error=relative(lost, whole).item()
+    )
+
+
+def row_sums(W: Tensor) -> Tensor:
+    """Sums of |w| over the rows of W (n, d), in float64 without a copy of W in it."""
+    return sum(columns.double().abs().sum(1) for columns in W.split(CHUNK, dim=1))
 
 
 def row_power(W: Tensor) -> Tensor:

@@ -13,7 +13,12 @@ from a3.errors import A3Error
 
 ROPE = ("mha-rope", "gqa-rope")
 NOPE = ("mha", "gqa")
+# MLPs; `experts` are many gated ones in a layer.
+MLPS = ("2-layer", "3-layer")
+EXPERTS = "experts"
 PARTS = ("qk", "ov", "mlp")
+# The matrices of each part.
+MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
 # Stands for the ratio where every compressed part has a size of its own.
@@ -22,10 +27,18 @@ NO_RATIO = "-"
 
 @dataclass(frozen=True)
 class Mode:
-    """The statistics that a solution reads, in its order, and the types it fits."""
+    """The statistics that a solution reads, in its order, and the types it fits.
+
+    Where a mode makes `factors`, every matrix of the part becomes a product of two, and `kinds` are
+    the metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
+    stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
+    the product between the factors is what is cached (`latent`), it has the heads' smaller size.
+    """
 
     kinds: tuple[str, ...]
     fits: tuple[str, ...]
+    factors: dict[str, str | None] | None = None
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,23 +53,67 @@ class Choice:
         return f"{self.mode}@{self.size}"
 
 
+def two_factors(part: str, metrics: dict[str, str] | None = None) -> Mode:
+    """A mode that factors the matrices of a part, each by the metric of its input."""
+    named = {name: metrics and metrics[name] for name in MATRICES[part]}
+    kinds = tuple(dict.fromkeys(kind for kind in named.values() if kind))
+    return Mode(kinds, MLPS if part == "mlp" else NOPE + ROPE, named)
+
+
+# Which statistic is the metric of a matrix's input. With less output than input, that of the output
+# says as much (a3.linalg.two_factors), and is smaller.
+METRICS: dict[str, dict[str, str] | None] = {
+    "svd": None,
+    "fwsvd": dict.fromkeys("qkv", "attention_fisher")
+    | {"o": "o_proj_fisher"}
+    | dict.fromkeys(("gate", "up"), "mlp_fisher")
+    | {"down": "down_fisher"},
+    "asvd": dict.fromkeys("qkv", "attention_input_abs")
+    | {"o": "o_proj_input_abs"}
+    | dict.fromkeys(("gate", "up"), "mlp_input_abs")
+    | {"down": "down_input_abs"},
+    "svd-llm": dict.fromkeys("qkv", "attention_input")
+    | {"o": "o_proj_input"}
+    | dict.fromkeys(("gate", "up"), "mlp_input")
+    | {"down": "down_output"},
+}
+METRICS["svd-llm-v2"] = METRICS["svd-llm"]
+FACTORED = {
+    part: {name: two_factors(part, metrics) for name, metrics in METRICS.items()} for part in PARTS
+}
+QK = ("q_blocks", "k_blocks")
+
 MODES: dict[str, dict[str, Mode]] = {
     "qk": {
-        "qk": Mode(("q_blocks", "k_blocks"), NOPE),
+        "qk": Mode(QK, NOPE),
         "q-only": Mode(("q_blocks",), NOPE),
         "k-only": Mode(("k_blocks",), NOPE),
         "identity": Mode((), NOPE),
-        "rxx-w-rxx": Mode(("q_blocks", "k_blocks"), ROPE),
-        "rxx-w-rxx-uniform": Mode(("q_blocks", "k_blocks"), ROPE),
+        "rxx-w-rxx": Mode(QK, ROPE),
+        "rxx-w-rxx-uniform": Mode(QK, ROPE),
+        "abs-w": Mode(QK, ROPE),
+        "wanda": Mode((*QK, "attention_input_diagonal"), ROPE),
+        "modegpt": Mode(QK, NOPE + ROPE),
+        "palu": Mode(("k_blocks",), NOPE),
+        "palu-rope": Mode(("attention_input",), ROPE, {"k": "attention_input"}, latent=True),
+        **FACTORED["qk"],
     },
     "ov": {
         "xkv": Mode(("v_blocks",), NOPE + ROPE),
         "axkv": Mode(("o_proj_blocks",), NOPE + ROPE),
         "identity": Mode((), NOPE + ROPE),
+        "modegpt": Mode(("v_blocks",), NOPE + ROPE),
+        "palu": Mode(("v_blocks",), NOPE + ROPE),
+        **FACTORED["ov"],
     },
     "mlp": {
-        "rxx-w": Mode(("down_diagonal",), ("2-layer", "3-layer")),
-        "rxx": Mode(("down_diagonal",), ("2-layer", "3-layer")),
+        "rxx-w": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
+        "rxx": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
+        "abs-w": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
+        "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
+        "flap": Mode(("down_diagonal", "down_mean"), MLPS),
+        "modegpt": Mode(("down_input",), MLPS),
+        **FACTORED["mlp"],
     },
 }
 

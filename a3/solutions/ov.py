@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from a3.linalg import shared_subspace, subspace_error
@@ -39,13 +40,38 @@ def axkv(weights: AttentionWeights, S: Tensor, rank: int) -> OVSolution:
     return _solve(weights, weights.grouped(S).mean(1), rank)
 
 
+def modegpt(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
+    """MoDeGPT's type III (Lin et al. 2024, arXiv 2408.09632, algorithm 3): two SVDs in a row, of
+    C^½ W_v = U Σ Vᵀ and of Σ Vᵀ W_o, which are one of C^½ W_v W_o: the same as `xkv`.
+    """
+    return _solve(weights, Gv, rank)
+
+
+def palu(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
+    """Low-rank values, head by head, their second factor fused into the output projection.
+
+    Palu (Chang et al. 2024, arXiv 2407.21118, section 3: whitened SVD of W_v; "multi-head"
+    decomposition). It does not look at W_o, which `relative_error` does, as in `xkv`.
+    """
+    alone = torch.eye(Gv.shape[-1], dtype=Gv.dtype, device=Gv.device).expand_as(Gv)
+    return _shrink(weights, Gv, *shared_subspace(Gv, alone, rank))
+
+
 def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:
-    """G (groups, h, h) is the Gram matrix of the values; K sums W_o,i W_o,iᵀ over the group."""
+    """G (groups, h, h) is the Gram matrix of the values."""
+    return _shrink(weights, G, *shared_subspace(G, _outputs(weights), rank))
+
+
+def _outputs(weights: AttentionWeights) -> Tensor:
+    """Σ W_o,i W_o,iᵀ over the heads of each group, (groups, h, h)."""
     o = weights.grouped(weights.o)
-    K = (o @ o.mT).sum(1)
-    E, D = shared_subspace(G, K, rank)
+    return (o @ o.mT).sum(1)
+
+
+def _shrink(weights: AttentionWeights, G: Tensor, E: Tensor, D: Tensor) -> OVSolution:
+    """Values W_v E and outputs D W_o, with E (groups, h, r) and D (groups, r, h)."""
     return OVSolution(
         v=weights.v @ E,
-        o=(D[:, None] @ o).flatten(0, 1),
-        relative_error=subspace_error(G, K, E, D).item(),
+        o=(D[:, None] @ weights.grouped(weights.o)).flatten(0, 1),
+        relative_error=subspace_error(G, _outputs(weights), E, D).item(),
     )

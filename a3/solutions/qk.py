@@ -59,12 +59,19 @@ def _share_keys(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) ->
     """Gq (H, h, h) and Gk (G, h, h) are the Gram matrices of queries and keys."""
     K = weights.grouped(Gq).sum(1)
     E, D = shared_subspace(Gk, K, rank)
-    return QKSolution(
-        q=(weights.grouped(weights.q) @ D.mT[:, None]).flatten(0, 1),
-        k=weights.k @ E,
-        pairs=None,
-        relative_error=subspace_error(Gk, K, E, D).item(),
-    )
+    return _shared(weights, E, D, subspace_error(Gk, K, E, D))
+
+
+def palu(weights: AttentionWeights, Gk: Tensor, rank: int) -> QKSolution:
+    """Low-rank keys, head by head, their second factor fused into the queries.
+
+    Palu (Chang et al. 2024, arXiv 2407.21118, section 3: whitened SVD of W_k; "multi-head"
+    decomposition), which without RoPE needs no more at run time than a smaller head. It looks at
+    the keys alone: `relative_error` is the share of Σ ‖R^½ W_k‖² that is lost.
+    """
+    alone = torch.eye(Gk.shape[-1], dtype=Gk.dtype, device=Gk.device).expand_as(Gk)
+    E, D = shared_subspace(Gk, alone, rank)
+    return _shared(weights, E, D, subspace_error(Gk, alone, E, D))
 
 
 def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
@@ -73,30 +80,79 @@ def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> Q
     Score of pair f: Σ_{j in f} ‖(R^½ W_q)_j‖² ‖(R^½ W_k)_j‖², summed over the query heads of the
     group. `rank` is even. Squared column norms are the diagonals of Gq and Gk: no square root.
     """
-    return _keep_pairs(weights, Gq, Gk, rank, uniform=False)
+    return _keep_pairs(weights, Gq, Gk, rank, _pair_scores(weights, Gq, Gk))
 
 
 def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
     """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
-    return _keep_pairs(weights, Gq, Gk, rank, uniform=True)
+    score = _pair_scores(weights, Gq, Gk)
+    return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
+
+
+def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
+    """CR selection by ‖C_q^½ e_j‖ ‖C_k^½ e_j‖ (MoDeGPT, Lin et al. 2024, arXiv 2408.09632,
+    algorithm 2), C the autocorrelations of queries and keys.
+
+    Of dimensions, or, where they are rotated, of RoPE pairs, whose scores are the sums of their
+    dimensions'; over the query heads of a group likewise.
+    """
+    if weights.rope_dims:
+        return _keep_pairs(weights, Gq, Gk, rank, _pair_scores(weights, Gq, Gk, power=0.5))
+    kept = keep_best(_scores(weights, Gq, Gk, power=0.5), rank)
+    D = torch.eye(Gk.shape[-1], dtype=Gk.dtype, device=Gk.device)[kept]
+    K = weights.grouped(Gq).sum(1)
+    return _shared(weights, D.mT, D, subspace_error(Gk, K, D.mT, D))
+
+
+def abs_w(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
+    """As `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
+    power = torch.ones(weights.o.shape[-1], dtype=Gk.dtype, device=Gk.device)
+    return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
+
+
+def wanda(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: Tensor, rank: int
+) -> QKSolution:
+    """As `rxx_w_rxx` with no more than the diagonal of R, which is what Wanda looks at.
+
+    Wanda's importance of a weight is |w_ij| ‖x_i‖ (Sun et al. 2023, arXiv 2306.11695, equation 1);
+    a column's is the root of its squares' sum, and a pair's that of CR: products of query and key
+    columns. (Sums of both in place of products drop keys that are few and large, and with them the
+    model: docs/log.md.) `power` (d,) is E[x_i²] of the attention input; biases do not count.
+    """
+    return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
+
+
+def _magnitudes(weights: AttentionWeights, power: Tensor) -> Tensor:
+    """Σ_j (Σ_i w_q,ij² ‖x_i‖²) (Σ_i w_k,ij² ‖x_i‖²) over the group's heads, (G, pairs)."""
+    q, k = (power @ W[:, : len(power)].square() for W in (weights.q, weights.k))
+    score = q.unflatten(0, (len(k), -1)).sum(1) * k
+    return score[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)
+
+
+def _shared(weights: AttentionWeights, E: Tensor, D: Tensor, error: Tensor) -> QKSolution:
+    """Keys W_k E and queries W_q Dᵀ, with E (G, h, r) and D (G, r, h)."""
+    return QKSolution(
+        q=(weights.grouped(weights.q) @ D.mT[:, None]).flatten(0, 1),
+        k=weights.k @ E,
+        pairs=None,
+        relative_error=error.item(),
+    )
 
 
 def _keep_pairs(
-    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int, uniform: bool
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int, score: Tensor
 ) -> QKSolution:
-    """Where only a part of the head is rotated, the rest is low rank, as in `qk`.
+    """Keep the pairs of the best `score` (G, pairs).
 
-    The rank is split between the two, alike for all groups of the layer, where the error is least.
-    The new heads hold the kept pairs first. Where q and k are normed, Gq and Gk are those of the
-    normed vectors before the norm's gains.
+    Where only a part of the head is rotated, the rest is low rank, as in `qk`. The rank is split
+    between the two, alike for all groups of the layer, where the error is least. The new heads hold
+    the kept pairs first. Where q and k are normed, Gq and Gk are those of the normed vectors before
+    the norm's gains.
     """
     mq, mk = (G.diagonal(dim1=-2, dim2=-1) for G in (Gq, Gk))
-    if weights.q_gain is not None:
-        Gq, Gk = scaled(Gq, weights.q_gain), scaled(Gk, weights.k_gain)
+    Gq, Gk = _with_gains(weights, Gq, Gk)
     Gq = weights.grouped(Gq).sum(1)
-    score = _pair_scores(Gq, Gk, weights.rope_dims)
-    if uniform:
-        score = score.sum(0, keepdim=True).expand_as(score)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     for count in range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1):
@@ -120,6 +176,13 @@ def _keep_pairs(
     )
 
 
+def _with_gains(weights: AttentionWeights, Gq: Tensor, Gk: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices after the gains of the norms of q and k, where there are any."""
+    if weights.q_gain is None:
+        return Gq, Gk
+    return scaled(Gq, weights.q_gain), scaled(Gk, weights.k_gain)
+
+
 def scaled(G: Tensor, gain: Tensor) -> Tensor:
     """Gram matrices (..., h, h) of vectors whose dimensions are multiplied by gain (..., h)."""
     return G * gain[..., :, None] * gain[..., None, :]
@@ -141,10 +204,18 @@ def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str) -> Tensor:
     return (gain[..., None, :] @ kept)[..., 0, :] * scalar
 
 
-def _pair_scores(Gq: Tensor, Gk: Tensor, rope_dims: int) -> Tensor:
-    """CR score of each pair (f, f + rope_dims / 2): Gram matrices (G, h, h) to (G, pairs)."""
-    score = Gq.diagonal(dim1=-2, dim2=-1) * Gk.diagonal(dim1=-2, dim2=-1)
-    return score[..., :rope_dims].unflatten(-1, (2, -1)).sum(-2)
+def _scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float) -> Tensor:
+    """CR score (‖C_q^½ e_j‖² ‖C_k^½ e_j‖²)^power of each dimension j, summed over the group's
+    query heads: Gram matrices (H, h, h) and (G, h, h) to (G, h)."""
+    Gq, Gk = _with_gains(weights, Gq, Gk)
+    mq, mk = (G.diagonal(dim1=-2, dim2=-1).clamp(min=0) ** power for G in (Gq, Gk))
+    return mq.unflatten(0, (len(mk), -1)).sum(1) * mk
+
+
+def _pair_scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float = 1.0) -> Tensor:
+    """Sum of the scores of each pair (f, f + rope_dims / 2): (G, pairs)."""
+    score = _scores(weights, Gq, Gk, power)
+    return score[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)
 
 
 def _pairs_and_rest(

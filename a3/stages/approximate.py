@@ -23,12 +23,15 @@ from a3.models.checkpoint import Checkpoint, model_source
 from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
+from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import DENSE, PARTS, find_mode
 from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan
 from a3.statistics import KINDS, Rxx
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
+# Modes that share out a ratio among the layers.
+ALLOCATED = ("svd-llm-v2",)
 # What a solution of each part replaces.
 REPLACED = {
     "qk": ("q", "k", "q_gain", "k_gain"),
@@ -82,7 +85,11 @@ def solver_for(model_folder: Path, rxx_folder: Path, plan: Plan) -> "LayerSolver
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
-    return LayerSolver(arch, dense, statistics, modes, ranks)
+    solver = LayerSolver(arch, dense, statistics, modes, ranks)
+    for part in modes:
+        if modes[part] in ALLOCATED:
+            solver.allocate(part)
+    return solver
 
 
 def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None:
@@ -127,6 +134,8 @@ class LayerSolver:
         self.modes = modes
         self.ranks = ranks
         self.fields = arch.to_json()
+        # The share that each matrix keeps, by its name in every layer, where it is not the same.
+        self.kept: dict[str, list[float]] = {}
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
         """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
@@ -156,6 +165,8 @@ class LayerSolver:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Compressed tensors of one part of a layer, and what approx.json says of it."""
         name = self.layer_mode(part, layer)
+        if find_mode(part, name).factors is not None:
+            return self.solve_factors(part, layer, weights)
         rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
         solution = solver_of(part, name)(weights, *rxx, self.ranks[part])
         tensors = self.pack(layer, solution, REPLACED[part])
@@ -167,7 +178,96 @@ class LayerSolver:
         if part == "qk" and solution.pairs is not None:
             said["rope_pairs"] = solution.pairs.tolist()
             tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
+        if part == "mlp" and solution.bias is not None:
+            tensors |= self.with_bias(layer, solution.bias)
+            said["bias"] = True
         return tensors, said
+
+    def solve_factors(
+        self, part: str, layer: int, weights: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `solve_part`, each matrix on its own: a product of two, or, where all of it is kept,
+        as it was. The report has the rank of each product.
+        """
+        arch, adapter, mode = self.arch, self.arch.adapter, find_mode(part, self.modes[part])
+        matrices = self.matrices(part, layer, weights)
+        kept = self.ranks[part] / arch.full_rank(part)
+        if mode.latent:
+            ranks = {"k": arch.kv_heads * self.ranks[part] if kept < 1 else None}
+        else:
+            ranks = {
+                name: matrix.rank_for(self.kept[name][layer] if name in self.kept else kept)
+                for name, matrix in matrices.items()
+            }
+        solution = factorise(matrices, ranks)
+        stay = [name for name in REPLACED[part] if adapter.repacked and part != "mlp"]
+        tensors = self.pack(layer, weights, tuple(stay))
+        dtype = getattr(torch, arch.dtype)
+        for name, (A, B) in solution.factors.items():
+            where = adapter.packed_name(layer, name).removesuffix(".weight")
+            tensors[f"{where}.encoder.weight"] = A.T.to(dtype).contiguous()
+            tensors[f"{where}.weight"] = B.T.to(dtype).contiguous()
+        return tensors, {
+            "mode": self.modes[part],
+            "rank": self.ranks[part],
+            "factors": {name: rank for name, rank in ranks.items() if rank is not None},
+            "relative_error": solution.relative_error,
+        }
+
+    def matrices(self, part: str, layer: int, weights: Any) -> dict[str, Matrix]:
+        """The matrices of a part without their biases, and their metrics; float64.
+
+        Matrices of the MLP that lie in one are factored as one, by the name of the first.
+        """
+        d = self.arch.hidden_size
+        if part == "mlp":
+            found = {
+                together[0]: torch.cat([getattr(weights, p)[:d] for p in together], 1).double()
+                for together in self.arch.adapter.first_of_mlp
+            } | {"down": weights.down.double()}
+        elif part == "ov":
+            found = {"v": weights.v[:, :d].movedim(0, 1).flatten(1), "o": weights.o.flatten(0, 1)}
+        else:
+            found = {p: getattr(weights, p)[:, :d].movedim(0, 1).flatten(1) for p in "qk"}
+        kinds = find_mode(part, self.modes[part]).factors
+        return {
+            name: Matrix(W, *self.metric(kinds[name], name, layer))
+            for name, W in found.items()
+            if name in kinds
+        }
+
+    def metric(self, kind: str | None, name: str, layer: int) -> tuple[Tensor | None, bool]:
+        """The metric of one matrix, and whether it is that of its output."""
+        if kind is None:
+            return None, False
+        R = self.rxx(kind, layer)
+        if R.dim() == 2 and KINDS[kind].form == "fisher":
+            firsts = [together[0] for together in self.arch.adapter.first_of_mlp]
+            R = R[firsts.index(name) if name in firsts else "qkv".index(name)]
+        return R, kind == "down_output"
+
+    def allocate(self, part: str) -> None:
+        """Share out what a part keeps among the layers, matrices of one name among each other."""
+        kept = self.ranks[part] / self.arch.full_rank(part)
+        if kept == 1:
+            return
+        losses: dict[str, list[float]] = {}
+        kinds = find_mode(part, self.modes[part]).factors
+        for layer in tqdm(range(self.arch.layers), unit="layer", desc=f"ratios of {part}"):
+            found = self.matrices(part, layer, self.weights(layer, part == "mlp"))
+            for name, matrix in found.items():
+                least = matrix.factor(0)[2]
+                rank = min(matrix.rank_for(kept), len(least) - 1)
+                tokens = self.statistics[kinds[name]].tokens
+                losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
+        self.kept |= {name: shares(found, kept) for name, found in losses.items()}
+
+    def with_bias(self, layer: int, bias: Tensor) -> dict[str, Tensor]:
+        """The output bias of a layer's MLP with something added; it may have had none."""
+        name = self.arch.adapter.name(layer, "down", "bias")
+        if self.arch.adapter.has_bias("down", self.fields):
+            bias = bias + self.checkpoint.tensor(name).double()
+        return {name: bias.to(getattr(torch, self.arch.dtype))}
 
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `solve_part`, of experts: each on its own, copied where few tokens reached it.
@@ -204,9 +304,13 @@ class LayerSolver:
         }
 
     def layer_mode(self, part: str, layer: int) -> str:
-        """The mode for one layer: `qk` for the scores of a layer without RoPE among those with."""
+        """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.
+
+        Where matrices are factored one by one, rotations make no difference.
+        """
         nope = part == "qk" and layer in self.arch.nope_layers
-        return "qk" if nope else self.modes[part]
+        factored = find_mode(part, self.modes[part]).factors is not None
+        return "qk" if nope and not factored else self.modes[part]
 
     def weights(self, layer: int, of_mlp: bool, expert: int | None = None) -> Any:
         """Dense weights of attention or MLP, float64; A3Error where they are not finite."""

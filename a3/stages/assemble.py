@@ -137,7 +137,13 @@ def assemble(
         "layers": reports,
         "size": {
             "dense": arch.size,
-            "compressed": sizes(arch.to_json(), ranks, checkpoint.parameters(), arch.dtype),
+            "compressed": sizes(
+                arch.to_json(),
+                ranks,
+                checkpoint.parameters(),
+                arch.dtype,
+                [layer_factors(report) for report in reports],
+            ),
         },
         "weights_sha256": combined([files[name] for name in names]),
         "files": files,
@@ -166,13 +172,24 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
 
 
 def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
-    """Sizes of a layer, the dense ones where a part is not compressed."""
-    full = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
-    qk, ov, mlp = (report.get(part, {}).get("rank", full[part]) for part in PARTS)
+    """Sizes of a layer, the dense ones where a part is not compressed, or only factored."""
+    qk, ov, mlp = (
+        arch.full_rank(part)
+        if part not in report or "factors" in report[part]
+        else report[part]["rank"]
+        for part in PARTS
+    )
     if arch.experts:
         stay = [arch.intermediate_size] * arch.experts
         return qk, ov, report.get("mlp", {}).get("expert_ranks", stay)
     return qk, ov, mlp
+
+
+def layer_factors(report: dict[str, Any]) -> dict[str, int]:
+    """Ranks of the matrices of a layer that became a product of two, by name."""
+    return {
+        name: rank for said in report.values() for name, rank in said.get("factors", {}).items()
+    }
 
 
 def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
@@ -260,6 +277,8 @@ def write_config(
         "qk_ranks": qk_ranks,
         "ov_ranks": ov_ranks,
         "mlp_ranks": mlp_ranks,
+        "factors": [layer_factors(report) for report in reports],
+        "down_bias": any(report.get("mlp", {}).get("bias", False) for report in reports),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in sorted(dense.iterdir()):

@@ -21,6 +21,7 @@ from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
 from a3.provenance import provenance
+from a3.stages.fisher import run_backward
 from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
@@ -29,6 +30,8 @@ from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 TOKENS_A_DIMENSION = 10
 # And a mean square to about sqrt(2 / N): to 9 %, as with fewer tokens experts are not compressed.
 TOKENS_A_DIAGONAL = 256
+# Projections whose inputs are looked at; other sites are the outputs of those they name.
+SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
 
 
 def collect(
@@ -58,6 +61,7 @@ def collect(
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
     arch = load_arch(model_folder)
+    require_kinds(arch, outputs)
     check_small(model_folder)
     require_positions(model_folder, block_length)
     tokenizer = load_tokenizer(model_folder)
@@ -76,13 +80,25 @@ def collect(
     streamed = not fits(arch, dtype) if stream is None else stream
     announce(arch, outputs, blocks, streamed)
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
+    hooked, fisher = (
+        {kind: one for kind, one in accumulators.items() if (KINDS[kind].form == "fisher") == is_}
+        for is_ in (False, True)
+    )
     start = time.perf_counter()
     if streamed:
-        attach = partial(attach_all, arch, accumulators)
+        if fisher:
+            raise A3Error(
+                f"{', '.join(fisher)}: gradients need the whole model in memory, and its weights "
+                "do not fit. Take another mode, or a machine with more memory."
+            )
+        attach = partial(attach_all, arch, hooked)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
-        trunk = load_model(model_folder, dtype).base_model
-        run(trunk.to(device), arch, accumulators, blocks.to(device))
+        model = load_model(model_folder, dtype).to(device)
+        if hooked:
+            run(model.base_model, arch, hooked, blocks.to(device))
+        if fisher:
+            run_backward(model, arch, fisher, blocks.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
@@ -114,6 +130,18 @@ def merge_shards(paths: list[Path], out: Path) -> None:
     tokens = sum(time["seconds"] * time["tokens_per_second"] for time in times)
     timing = {"seconds": seconds, "tokens_per_second": tokens / seconds}
     write_record(out.with_suffix(".timing.json"), timing)
+
+
+def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
+    """Raise A3Error for statistics that a mixture of experts does not have."""
+    for kind in kinds:
+        site, form = KINDS[kind].site, KINDS[kind].form
+        of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
+        if arch.experts and of_mlp and (site, form) != ("down_input", "diagonal"):
+            raise A3Error(
+                f"statistic {kind!r}: not there for a mixture of experts, of which each has an "
+                "MLP. Take down_diagonal."
+            )
 
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
@@ -174,11 +202,15 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     site = KINDS[accumulator.kind].site
     if site == "down_input" and arch.experts:
         return attach_experts(trunk, arch, layer, accumulator)
-    part = site.removesuffix("_input")
+    part = SITES.get(site, site)
     module = trunk.get_submodule(arch.adapter.module(layer, part))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        accumulator.add(layer, activation(output, part, arch))
+        if part == "down":
+            bias = 0.0 if module.bias is None else module.bias.double()
+            accumulator.add(layer, output.flatten(0, -2).double() - bias)
+        else:
+            accumulator.add(layer, activation(output, part, arch))
 
     def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         accumulator.add(layer, inputs[0].flatten(0, -2).double())

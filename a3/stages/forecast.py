@@ -28,8 +28,9 @@ from a3.memory import GIB, memory_at_hand, require_memory
 from a3.models.arch import load_arch, sizes, sketch
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.load import load_config
+from a3.solutions.factors import Matrix
 from a3.solutions.modes import PARTS, choose, find_mode
-from a3.stages.approximate import solver_of
+from a3.stages.approximate import ALLOCATED, solver_of
 from a3.stages.collect import attach_all
 from a3.stages.plan import Plan
 from a3.stages.stream import empty_trunk
@@ -41,10 +42,14 @@ START = 5.0
 SCORED = 16384
 # Of the harness: tokens of a short item with one of its four answers, and items a batch.
 ITEM_TOKENS, BATCH = 20, 8
+# A pass with gradients, in passes without.
+BACKWARD = 3
 # Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
 CERTAIN = 1 / 1.5
 # A layer is tried with as many tokens, groups and channels as keep it to seconds.
 TRIAL_FLOPS, TRIAL_GROUPS, TRIAL_CHANNELS = 5e10, 4, 4096
+# And decompositions, whose time goes with the cube of it, with so many dimensions.
+TRIAL_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -125,13 +130,16 @@ class Trial:
     ) -> tuple[Cost, int, float]:
         """One pass over `tokens` tokens; layer by layer where the weights do not fit."""
         arch = self.arch
-        cost = collect_cost(self.shapes, tokens, block_length, dtype)
+        cost = collect_cost(self.shapes, tokens, block_length, dtype, kinds)
         disk = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in kinds)
         disk *= 8 * arch.layers
         if cost.memory > memory_at_hand():
-            cost = stream_cost(self.shapes, tokens, block_length, dtype)
+            cost = stream_cost(self.shapes, tokens, block_length, dtype, kinds)
             disk += tokens * arch.hidden_size * WIDTHS[dtype]
-        each = self.layer_seconds(block_length, dtype, tuple(kinds))
+        hooked = tuple(kind for kind in kinds if KINDS[kind].form != "fisher")
+        each = self.layer_seconds(block_length, dtype, hooked)
+        if len(hooked) < len(kinds):
+            each += BACKWARD * self.layer_seconds(block_length, dtype, ())
         return cost, disk, START + tokens * arch.layers * each
 
     def approx(self, row: dict[str, str], jobs: int = 1, **_: Any) -> tuple[Cost, int, float]:
@@ -143,7 +151,7 @@ class Trial:
         seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
         seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
         disk = written * WIDTHS[self.arch.dtype] // jobs
-        return approx_cost(self.shapes, jobs), disk, START + seconds / jobs
+        return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
 
     def ppl(
         self, row: dict[str, str], tokens: int, block_length: int, dtype: str, **_: Any
@@ -217,19 +225,47 @@ class Trial:
 
     def _part_seconds(self, part: str, mode: str, rank: int) -> float:
         """Of the solution of one part of a layer."""
+        if find_mode(part, mode).factors is not None:
+            return self.factor_seconds(part, mode)
         solve, kinds = solver_of(part, mode), find_mode(part, mode).kinds
         if part == "mlp":
-            channels = min(self.arch.intermediate_size, TRIAL_CHANNELS)
-            share = channels / self.arch.intermediate_size / max(1, self.arch.experts)
-            rank = max(1, int(rank * channels / self.arch.intermediate_size))
-            weights, statistics = self.mlp_weights(channels), [torch.rand(channels).double()]
+            full = any(KINDS[kind].form == "full" for kind in kinds)
+            channels = min(self.arch.intermediate_size, TRIAL_SIZE if full else TRIAL_CHANNELS)
+            scale = channels / self.arch.intermediate_size
+            share = (scale**3 if full else scale) / max(1, self.arch.experts)
+            rank = max(1, int(rank * scale))
+            weights = self.mlp_weights(channels)
+            statistics = [gram(1, channels)[0] if full else random(channels) for _ in kinds]
         else:
             groups = min(self.arch.kv_heads, TRIAL_GROUPS)
             share = groups / self.arch.kv_heads
             weights, h = self.attention_weights(groups), self.arch.head_dim
             count = {site: groups if site in "kv" else len(weights.q) for site in "qkvo"}
-            statistics = [gram(count[KINDS[kind].site[0]], h) for kind in kinds]
-        return self.clock(lambda: solve(weights, *statistics[: len(kinds)], rank)) / share
+            statistics = [
+                gram(count[KINDS[kind].site[0]], h)
+                if KINDS[kind].form == "blocks"
+                else random(self.arch.hidden_size)
+                for kind in kinds
+            ]
+        return self.clock(lambda: solve(weights, *statistics, rank)) / share
+
+    def factor_seconds(self, part: str, mode: str) -> float:
+        """Of the factors of a part's matrices, from smaller ones of the same proportions."""
+        arch = self.arch
+        d, h, n = arch.hidden_size, arch.head_dim, arch.intermediate_size
+        heads, groups = arch.heads * h, arch.kv_heads * h
+        shapes = {"q": (d, heads), "k": (d, groups), "v": (d, groups), "o": (heads, d)}
+        shapes |= {"gate": (d, n), "up": (d, n), "down": (n, d)}
+        kinds, total = find_mode(part, mode).factors, 0.0
+        for name, (m, columns) in shapes.items():
+            if name not in kinds or (name == "gate" and arch.mlp == "2-layer"):
+                continue
+            scale = min(1.0, TRIAL_SIZE / max(m, columns))
+            m, columns = (max(2, int(size * scale)) for size in (m, columns))
+            R = gram(1, m)[0] if kinds[name] else None
+            matrix = Matrix(random(m, columns), R)
+            total += self.clock(partial(matrix.factor, 1)) / scale**3
+        return 2 * total if mode in ALLOCATED else total
 
     def attention_weights(self, groups: int) -> AttentionWeights:
         """Of some key/value heads and their queries."""

@@ -5,7 +5,15 @@ from pathlib import Path
 
 from a3.errors import A3Error
 from a3.models.arch import Arch, load_arch
-from a3.solutions.modes import DENSE, Choice, check_fit, choose, kinds_needed, rank_of
+from a3.solutions.modes import (
+    DENSE,
+    EXPERTS,
+    Choice,
+    check_fit,
+    choose,
+    kinds_needed,
+    rank_of,
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,9 @@ class Plan:
 
 def part_rank(arch: Arch, part: str, choice: Choice) -> int:
     """Rank of one part; raises A3Error where its mode or size does not fit the model."""
-    check_fit(part, choice.mode, arch.mlp if part == "mlp" else arch.attention)
-    full = arch.intermediate_size if part == "mlp" else arch.head_dim
+    mlp = EXPERTS if arch.experts else arch.mlp
+    check_fit(part, choice.mode, mlp if part == "mlp" else arch.attention)
+    full = arch.full_rank(part)
     # A head that is rotated whole consists of pairs.
     multiple = 2 if part == "qk" and arch.rope_dims == arch.head_dim else 1
     least = 2 if part == "qk" and arch.rope_layout else 1

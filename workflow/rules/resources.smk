@@ -71,12 +71,14 @@ def cost_of_collect(arch, wildcards):
     """Cost of one job of a calibration."""
     chosen = entry("calibrations", wildcards.calibration)
     tokens = chosen["tokens"] // chosen["shards"]
-    return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
+    kinds = [wildcards.kind] if "kind" in wildcards.keys() else KINDS
+    return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"], kinds)
 
 
 def cost_of_merge(arch, wildcards):
     """Cost of adding the shards of one kind."""
-    return merge_cost(arch, entry("calibrations", wildcards.calibration)["shards"])
+    shards = entry("calibrations", wildcards.calibration)["shards"]
+    return merge_cost(arch, shards, wildcards.kind)
 
 
 def cost_of_gather(arch, wildcards):
@@ -86,7 +88,7 @@ def cost_of_gather(arch, wildcards):
 
 def cost_of_approx(arch, wildcards):
     """Cost of one job of a checkpoint."""
-    return approx_cost(arch, C["approx_jobs"])
+    return approx_cost(arch, C["approx_jobs"], kinds_needed(choose(wildcards)))
 
 
 def cost_of_perplexity(arch, wildcards):
