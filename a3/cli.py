@@ -16,6 +16,8 @@ from a3.errors import A3Error
 from a3.solutions.modes import NO_RATIO, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
+# The keys of a3.documents.JOINS.
+JOINS = ("empty-line", "space", "nothing")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,11 +112,11 @@ def train(model: str, text: Path, out: Path) -> None:
     train(read_recipe(model_entry(model)["source"]), text, out)
 
 
-def text(text: str, wheels: Path | None, out: Path) -> None:
+def text(text: str, wheels: Path | None, texts: Path | None, out: Path) -> None:
     """Make docs.jsonl."""
     from a3.stages.text import make_documents
 
-    make_documents(text_entry(text), wheels, out)
+    make_documents(text_entry(text), wheels, texts, out)
 
 
 def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:
@@ -276,7 +278,8 @@ def text_entry(name: str) -> dict[str, Any]:
 
 def entry(name: str, section: str, local: str) -> dict[str, Any]:
     """JSON of an entry, a local path, a name of the catalogue, or owner/name@revision."""
-    from a3.config import CATALOGUE, load_yaml
+    from a3.config import CATALOGUE
+    from a3.files import load_yaml
 
     if name.startswith("{"):
         return parse_json(name)
@@ -375,12 +378,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
     one.add_argument("--name", help="what the result calls the text (default: the file's name)")
     one.add_argument("--split", default="test", help="what the result calls its part")
+    one.add_argument("--source", type=Path, help="docs.json: where the text is from")
+    text_ = "between two documents"
+    one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
     add_out(one, "result, JSON")
-    add_run(add_blocks(one, tokens=16384, seed=False))
+    add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
     one = add(kinds, "harness", harness, "one task of lm-eval")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument("--task", required=True, help="lm-eval's name; with --items any name")
+    one.add_argument("--task", required=True, help="lm-eval's name; of a local task any")
     one.add_argument("--items", type=Path, help="items.jsonl (query, choices, gold); offline")
+    one.add_argument("--yaml", type=Path, help="a local task, with its data files; offline")
+    one.add_argument("--metric", help="score reported (default: the task's first)")
     one.add_argument("--shots", type=int, help="examples shown (default: the task's)")
     one.add_argument("--limit", type=int, help="only the first items")
     one.add_argument("--seed", type=int, default=0, help="chooses the examples shown")
@@ -408,6 +416,8 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "text", text, "make docs.jsonl")
     one.add_argument("text", help="file, catalogue name, or JSON as in the config")
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
+    text_ = "folder of texts that a mixture is made of, NAME/docs.jsonl"
+    one.add_argument("--texts", type=Path, help=text_)
     add_out(one, "docs.jsonl")
     one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
     one.add_argument("documents", type=Path, help="docs.jsonl")
@@ -480,15 +490,26 @@ def add_modes(one: argparse.ArgumentParser) -> None:
         one.add_argument(f"--{part}", default=mode, help=text)
 
 
-def add_blocks(one: argparse.ArgumentParser, tokens: int, seed: bool) -> argparse.ArgumentParser:
-    """How text is cut into blocks."""
-    one.add_argument("--tokens", type=int, default=tokens, help="tokens to use")
+def add_blocks(
+    one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
+) -> argparse.ArgumentParser:
+    """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
+    count, text = (count_or_all, "tokens to use, or all") if scored else (int, "tokens to use")
+    one.add_argument("--tokens", type=count, default=tokens, help=text)
     one.add_argument("--block-length", type=int, default=1024, help="tokens a block")
     bos = argparse.BooleanOptionalAction
     one.add_argument("--bos", action=bos, default=True, help="each block starts with BOS")
+    if scored:
+        text = "BOS before the whole text only, where the tokenizer adds one"
+        one.add_argument("--bos-once", action="store_const", const="once", dest="bos", help=text)
     if seed:
         one.add_argument("--seed", type=int, default=0, help="order of the documents")
     return one
+
+
+def count_or_all(word: str) -> int | str:
+    """A number of tokens, or all."""
+    return word if word == "all" else int(word)
 
 
 def add_run(one: argparse.ArgumentParser) -> None:

@@ -11,24 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
 from a3.errors import A3Error
+from a3.files import load_yaml
 from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+# What the catalogue has entries of.
+SECTIONS = ("models", "texts", "perplexity", "harness")
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
-
-
-def load_yaml(path: Path) -> Any:
-    """Parse a YAML file; raises A3Error that names the file and the line."""
-    try:
-        return yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise A3Error(f"{path}: no such file.") from None
-    # Not UTF-8 and dates that there are not are of type ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise A3Error(f"{path}: not valid YAML: {error}") from error
 
 
 def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -68,16 +59,15 @@ def require_text_keys(value: Any, where: str) -> None:
 
 
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """Validate, add the catalogue's models and texts, and check that every name is defined.
+    """Validate, add the catalogue's entries, and check that every name is defined.
 
     Returns a new dictionary in which each calibration, perplexity and harness entry has all of
     its keys (the schema's defaults where the file says nothing).
     """
     validate(config, schema)
     catalogue = load_yaml(CATALOGUE)
-    whole = with_defaults(config, schema, schema.get("$defs", {}))
-    for key in ("models", "texts"):
-        whole[key] = catalogue[key] | whole[key]
+    named = {key: catalogue[key] | config.get(key, {}) for key in SECTIONS}
+    whole = with_defaults(config | named, schema, schema.get("$defs", {}))
     for section in ("calibrations", "perplexity", "harness"):
         for name, entry in whole[section].items():
             if "text" in entry:
@@ -85,6 +75,7 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     for name, model in whole["models"].items():
         check_made(name, model["source"], whole)
     for name, text in whole["texts"].items():
+        check_mixture(name, whole["texts"])
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
     for section in ("perplexity", "harness"):
@@ -115,6 +106,31 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
             f"config: {where} names the {what} {name!r}, which is not defined; defined are "
             f"{', '.join(sorted(table)) or 'none'}."
         )
+
+
+def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ()) -> None:
+    """Raise A3Error where a mixture is of itself or of texts not defined, or its sum is not 1."""
+    shares = texts[name]["source"].get("mix", {})
+    where = f"texts.{name}.source.mix"
+    if shares and abs(sum(shares.values()) - 1) > 1e-6:
+        raise A3Error(f"config: {where}: the shares' sum is {sum(shares.values())}. Make it 1.")
+    for part in shares:
+        defined("text", part, texts, where)
+        if part in (*above, name):
+            raise A3Error(f"config: {where} names {part!r}, which is a mixture of it. Take it out.")
+        check_mixture(part, texts, (*above, name))
+
+
+def parts_of(name: str, texts: dict[str, Any]) -> list[str]:
+    """The texts that a text is a mixture of, at any depth; itself where it is none."""
+    mix = texts[name]["source"].get("mix", {})
+    return [part for other in mix for part in parts_of(other, texts)] if mix else [name]
+
+
+def excluded(name: str, texts: dict[str, Any]) -> list[str]:
+    """The texts that a text excludes; of a mixture, all that it is of."""
+    found = [part for other in texts[name].get("exclude", []) for part in parts_of(other, texts)]
+    return list(dict.fromkeys(found))
 
 
 def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> None:
@@ -199,15 +215,35 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
         choose(row)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
-    for what, seen in texts_seen(row, config).items():
-        for section in ("perplexity", "harness"):
-            for name in config["evaluate"][section]:
-                text = config[section][name].get("text")
-                if text and seen not in config["texts"][text].get("exclude", []):
-                    raise A3Error(
-                        f"{where}: {what} uses the text {seen!r}, and {section} {name!r} is scored "
-                        f"on {text!r} without excluding it. Add {seen!r} to texts.{text}.exclude."
-                    )
+    texts = config["texts"]
+    scored = [(s, n) for s in ("perplexity", "harness") for n in config["evaluate"][s]]
+    for what, used in texts_seen(row, config).items():
+        for seen in parts_of(used, texts):
+            for section, name in scored:
+                check_unseen(f"{where}: {what}", seen, section, name, config)
+
+
+def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str, Any]) -> None:
+    """Raise A3Error where an entry is scored on a text that was `seen`, and does not leave it out.
+
+    A protocol that scores all of a text, as published, leaves nothing out: only the same text is
+    refused there.
+    """
+    entry, texts = config[section][name], config["texts"]
+    text = entry.get("text")
+    if text is None:
+        return
+    if entry.get("split") == "all":
+        if seen in parts_of(text, texts):
+            raise A3Error(
+                f"{what} uses the text {seen!r}, and {section} {name!r} is scored on all of it. "
+                "Calibrate on another text."
+            )
+    elif seen not in excluded(text, texts):
+        raise A3Error(
+            f"{what} uses the text {seen!r}, and {section} {name!r} is scored on {text!r} without "
+            f"excluding it. Add {seen!r} to texts.{text}.exclude."
+        )
 
 
 def kinds_of(rows: list[dict[str, str]]) -> list[str]:

@@ -19,6 +19,9 @@ SOLVERS = 400 * 2**20
 HARNESS_TOKENS = 8 * 96
 # Files of weights are at most so large where a layer is not larger; a job holds one of them.
 LARGEST_PART = 2**30
+# Of a text that is scored whole: bytes a token, at least, and tokens where it is not there yet.
+BYTES_PER_TOKEN = 3
+WHOLE_TEXT = 1_000_000
 # Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
 CPU_FLOPS = 1e10
 GPU_FLOPS = 1e13

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from a3.errors import A3Error
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -131,6 +133,17 @@ def read_json(path: Path) -> Any:
         raise A3Error(f"{path}: not valid JSON ({error}). Delete it and build it again.") from error
     except OSError as error:
         raise A3Error(f"{path}: cannot be read ({error.strerror}). Correct the path.") from error
+
+
+def load_yaml(path: Path) -> Any:
+    """Parse a YAML file; raises A3Error that names the file and the line."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise A3Error(f"{path}: no such file.") from None
+    # Not UTF-8 and dates that there are not are of type ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise A3Error(f"{path}: not valid YAML: {error}") from error
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

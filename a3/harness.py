@@ -36,17 +36,20 @@ def item(line: str, where: str) -> dict[str, Any]:
 
 
 def task_config(items_path: Path, name: str) -> dict[str, Any]:
-    """What `simple_evaluate(tasks=[...])` takes in place of a task's name; zero-shot."""
+    """What `simple_evaluate(tasks=[...])` takes in place of a task's name.
+
+    Examples shown are other items of the file.
+    """
     return {
         "task": name,
         "custom_dataset": load_items,
         "dataset_kwargs": {"path": str(items_path)},
         "test_split": "test",
+        "fewshot_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{query}}",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
-        "num_fewshot": 0,
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
             for metric in ("acc", "acc_norm")

@@ -11,16 +11,21 @@ from a3.solutions.modes import DENSE
 
 # Two results of one model stand in one table only when they agree on all of these.
 PERPLEXITY_PROTOCOL = (
+    "source",
     "text_sha256",
     "split",
+    "join",
     "block_length",
     "stride",
     "bos",
     "dtype",
     "blocks",
     "tokens_scored",
+    "token_ids_sha256",
 )
 HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
+# Both models are scored by the same code.
+CODE = "provenance.code"
 
 
 def weight_files(parts: int) -> list[str]:
@@ -169,9 +174,11 @@ def read_runs(
         for run in runs:
             _same_base(dense, run)
             for text in perplexity:
-                _same_protocol(dense.perplexity[text], run.perplexity[text], PERPLEXITY_PROTOCOL)
+                _same_protocol(
+                    dense.perplexity[text], run.perplexity[text], (*PERPLEXITY_PROTOCOL, CODE)
+                )
             for task in harness:
-                _same_protocol(dense.harness[task], run.harness[task], HARNESS_PROTOCOL)
+                _same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
         groups.append((dense, runs))
     return groups
 

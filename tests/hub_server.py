@@ -68,10 +68,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.loads(self.rfile.read(length) or b"{}"))
 
     def answer(self, body: dict | None = None):
-        path = unquote(self.path.split("?")[0]).strip("/")
-        self.hub.requests.append(f"{self.command} /{path}")
+        # Branches may have slashes in their names.
+        parts = [unquote(part) for part in self.path.split("?")[0].strip("/").split("/")]
+        self.hub.requests.append(f"{self.command} /{'/'.join(parts)}")
         self.hub.tokens.add(self.headers.get("Authorization"))
-        parts = path.split("/")
         if parts[0] == "api":
             self.answer_api(parts[1], "/".join(parts[2:4]), parts[4:], body or {})
         elif parts[0] == "datasets":

@@ -1,14 +1,19 @@
 """Models and data sets of a hub, for real, from a stand-in for it on this machine."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from hub_server import Repository, running
 from tiny import tiny_llama
+
+from a3.config import CATALOGUE
+from a3.files import load_yaml
 
 ROOT = Path(__file__).parent.parent
 # huggingface_hub reads its settings when it is imported: each case is a process of its own.
@@ -17,13 +22,18 @@ import json, sys, time
 from pathlib import Path
 from a3.errors import A3Error
 from a3.stages.model import resolve_model
-from a3.stages.text import documents
+from a3.files import read_record
+from a3.stages.text import documents, make_documents
 time.sleep = lambda seconds: None  # between the hub client's five tries
 for job, source in json.loads(sys.argv[1]):
     try:
         if job == "model":
             resolve_model(source, Path("models/m"))
             print(json.loads(Path("models/m/source.json").read_text()))
+        elif job == "made":
+            make_documents(source, None, None, Path("docs.jsonl"))
+            texts = [document.text for document in documents(source)]
+            print(json.dumps([read_record(Path("docs.json"))["source"], texts]))
         else:
             print([document.text for document in documents({"source": source})])
     except A3Error as error:
@@ -154,3 +164,73 @@ def test_chosen_files_of_a_data_set_then_offline(hub, run):
     assert whole == "['early one', 'early two', 'late one']"
     assert again == "['late one']"
     assert run(("text", source), HF_HUB_OFFLINE="1") == ["['late one']"]
+
+
+def parquet(path: Path, **columns) -> bytes:
+    pandas.DataFrame(columns).to_parquet(path)
+    return path.read_bytes()
+
+
+CARD = b"""---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: test, path: wikitext-2-raw-v1/test-*}
+---
+"""
+
+
+def test_the_catalogues_data_sets(hub, run, tmp_path):
+    """Repositories of the same layout as the hub's, read by the catalogue's entries."""
+    one = tmp_path / "one.parquet"
+    lines = ["", " = Robert Boulter = \n", "", " He is an actor . \n"]
+    documents = [{"text": f"page {i}", "url": "https://x"} for i in range(3)]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in documents).encode())
+    repositories = {
+        "wikitext-2": {
+            "README.md": CARD,
+            "wikitext-2-raw-v1/test-00000-of-00001.parquet": parquet(one, text=lines),
+            "wikitext-103-raw-v1/test-00000-of-00001.parquet": b"not downloaded",
+        },
+        "c4-validation": {
+            "en/c4-validation.00000-of-00008.json.gz": packed,
+            "en/c4-validation.00001-of-00008.json.gz": b"not downloaded",
+        },
+        "slimpajama-validation": {
+            "data/validation-00000-of-00001-4fb685.parquet": parquet(
+                one, text=["a", "b"], n=[1, 2]
+            ),
+            "data/train-00000-of-00048-ab2b35.parquet": b"not downloaded",
+        },
+        "ptb": {
+            "penn_treebank/test/0000.parquet": parquet(
+                one, sentence=["no it was n't", "<unk> <N>"]
+            ),
+            "penn_treebank/train/0000.parquet": b"not downloaded",
+        },
+    }
+    expected = {
+        "wikitext-2": lines,
+        "c4-validation": ["page 0", "page 1", "page 2"],
+        "slimpajama-validation": ["a", "b"],
+        "ptb": ["no it was n't", "<unk> <N>"],
+    }
+    entries = load_yaml(CATALOGUE)["texts"]
+    commits, jobs = {}, []
+    for name, files in repositories.items():
+        entry = entries[name]
+        source = entry["source"]
+        branches = ("refs/convert/parquet",) if name == "ptb" else ("main",)
+        commits[name] = hub.add("datasets", source["hub"], Repository(files, branches))
+        if name != "ptb":  # whose branch is named
+            source["revision"] = commits[name]
+        jobs.append(("made", entry))
+    for name, said in zip(repositories, run(*jobs), strict=True):
+        source, texts = json.loads(said)
+        assert source.startswith(f"{entries[name]['source']['hub']}@{commits[name]}, ")
+        assert texts == expected[name]
+    assert run(*jobs, HF_HUB_OFFLINE="1") == run(*jobs)
+    unwanted = ("train", "wikitext-103", "00001-of-00008.json")
+    files = [request for request in hub.requests if "/resolve/" in request]
+    assert files
+    assert not any(word in request for request in files for word in unwanted)

@@ -16,7 +16,6 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tiny import tiny_tokenizer
 
-from a3 import documents as reading
 from a3.documents import Document, load_documents, token_blocks, write_documents
 from a3.errors import A3Error
 from a3.files import read_json, sha256
@@ -300,7 +299,7 @@ def test_more_tokens_give_the_same_blocks_first(tokenizer, some):
     few = token_blocks(some, tokenizer, 32, 64, 3, False)
     every = token_blocks(some, tokenizer, 32, 10**6, 3, False)
     assert torch.equal(few, every[:2])
-    ids = reading.token_ids([document.text for document in some], tokenizer, 10**6)
+    ids = tokenizer("\n\n".join(d.text for d in some))["input_ids"]
     assert len(every) == len(ids) // 32
 
 
@@ -368,13 +367,16 @@ def test_no_bos_is_an_error(some):
 
 def test_the_catalogue_is_whole():
     catalogue = yaml.safe_load((PACKAGE / "catalogue.yaml").read_text())
-    assert set(catalogue) == {"models", "texts"}
+    assert set(catalogue) == {"models", "texts", "perplexity", "harness"}
     for entry in [*catalogue["models"].values(), *catalogue["texts"].values()]:
         assert entry["licence"]
         if "wheel" in entry["source"]:
             wheel = entry["source"]["wheel"]
             assert set(wheel) == {"name", "version", "sha256", "member"}
             assert re.fullmatch("[0-9a-f]{64}", wheel["sha256"])
+        elif "hub" in entry["source"]:  # a commit, or the hub's own conversion
+            revision = "[0-9a-f]{40}|refs/convert/parquet"
+            assert re.fullmatch(revision, entry["source"]["revision"])
         else:  # made here of another entry (test_train.py)
             assert entry["source"].keys() <= {"repeat_kv", "train"}
     for text in catalogue["texts"].values():

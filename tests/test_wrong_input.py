@@ -421,7 +421,7 @@ def test_text_of_calibration_is_not_scored_unnoticed():
     config = {
         "models": {"m": {"source": {}}},
         "calibrations": {"c": {"text": "seen"}},
-        "texts": {"seen": {}, "other": {}},
+        "texts": {"seen": {"source": {}}, "other": {"source": {}}},
         "perplexity": {"p": {"text": "other"}},
         "harness": {},
         "evaluate": {"perplexity": ["p"], "harness": []},

@@ -1,5 +1,6 @@
 """Stage eval ppl: perplexity of a dense or compressed folder on a text's blocks."""
 
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -11,9 +12,9 @@ from transformers import PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.compressed  # noqa: F401
-from a3.documents import load_documents, token_blocks
+from a3.documents import load_documents, scored_blocks
 from a3.errors import A3Error
-from a3.files import sha256, write_record
+from a3.files import read_record, sha256, write_record
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.provenance import provenance
@@ -26,30 +27,28 @@ def perplexity(
     *,
     name: str,
     split: str,
-    tokens: int,
+    source: Path | None,
+    tokens: int | str,
     block_length: int,
-    bos: bool,
+    bos: bool | str,
+    join: str,
     dtype: str,
     device: str,
 ) -> None:
     """Score `tokens` tokens and write `out` (JSON), with the protocol and every block's loss.
 
-    Documents are joined, cut into blocks without overlap and scored block by block: each token but
+    Documents are joined and cut as `scored_blocks` says, and scored block by block: each token but
     a block's first, given those before it in the block. `perplexity` = exp(mean loss in nats a
-    token); its standard error is the blocks' by the delta method. Raises A3Error for a text too
-    short, blocks longer than the model has positions, and losses that are not finite.
+    token); its standard error is the blocks' by the delta method. `bits_per_byte` is the same loss
+    in bits, over the UTF-8 bytes of the scored tokens' text. `source` is the record beside
+    docs.jsonl, which says where the text is from. Raises A3Error for a text too short, blocks
+    longer than the model has positions, and losses that are not finite.
     """
     require_positions(model_folder, block_length)
     checkpoint = Checkpoint(model_folder)
     tokenizer = load_tokenizer(model_folder)
-    blocks = token_blocks(
-        load_documents(text),
-        tokenizer,
-        block_length=block_length,
-        tokens=tokens,
-        seed=None,
-        bos=bos,
-    )
+    blocks, sizes = scored_blocks(load_documents(text), tokenizer, block_length, tokens, bos, join)
+    bytes_scored = int(sizes[:, 1:].sum())
     model = load_model(model_folder, dtype).to(device)
     start = time.perf_counter()
     losses = block_losses(model, blocks.to(device))
@@ -62,17 +61,23 @@ def perplexity(
         )
     mean = losses.mean().item()
     error = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    tokens_scored = len(losses) * (block_length - 1)
     record = {
         "kind": "perplexity",
         "text": name,
         "split": split,
+        "source": None if source is None else read_record(source)["source"],
         "text_sha256": sha256(text),
+        "join": join,
         "block_length": block_length,
         "stride": block_length,
         "bos": bos,
         "dtype": dtype,
         "blocks": len(losses),
-        "tokens_scored": len(losses) * (block_length - 1),
+        "tokens_scored": tokens_scored,
+        "token_ids_sha256": hashlib.sha256(blocks.numpy().astype("<i8").tobytes()).hexdigest(),
+        "bytes_scored": bytes_scored,
+        "bits_per_byte": mean * tokens_scored / math.log(2) / bytes_scored,
         "nll": mean,
         "perplexity": math.exp(mean),
         "perplexity_stderr": math.exp(mean) * error,

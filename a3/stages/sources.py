@@ -255,6 +255,17 @@ def configuration_rows(source: dict[str, Any], _: str) -> Dataset:
     return builder.as_dataset(split=source.get("split", "train"))
 
 
+def hub_commit(source: dict[str, Any]) -> str:
+    """The commit of a hub data set that its revision names. Raises A3Error as `hub_call` does."""
+    repo, revision = source["hub"], source["revision"]
+    api = HfApi()
+    return hub_call(
+        repo,
+        revision,
+        lambda: api.resolve_revision(repo, repo_type="dataset", revision=revision).resolved,
+    )
+
+
 def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
     """`call()`, with what can go wrong at the hub said as an A3Error."""
     where = f"hub: {repo}, revision: {revision}"

@@ -117,6 +117,7 @@ def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
     return {
         "perplexity": record["perplexity"],
         "perplexity_stderr": record["perplexity_stderr"],
+        "bits_per_byte": record["bits_per_byte"],
         "perplexity_delta": record["perplexity"] - dense["perplexity"],
         "nll_delta": record["nll"] - dense["nll"],
         "nll_delta_stderr": float(pd.Series(differences).sem()),

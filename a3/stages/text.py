@@ -6,7 +6,8 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from a3.documents import (
     Document,
     decode,
+    interleave,
     load_documents,
     parse_lines,
     read_text,
@@ -23,7 +25,16 @@ from a3.documents import (
 from a3.errors import A3Error
 from a3.files import sha256, whole_file, write_record
 from a3.provenance import provenance
-from a3.stages.sources import TABLES, hub_rows, source_kind, table_rows, wheel_file, wheel_members
+from a3.stages.sources import (
+    PLACES,
+    TABLES,
+    hub_commit,
+    hub_rows,
+    source_kind,
+    table_rows,
+    wheel_file,
+    wheel_members,
+)
 
 FORMATS = ("doc-tags", "summaries", "text", "lines", "jsonl", "dataset")
 SUFFIXES = {suffix: "dataset" for suffix in TABLES} | {".txt": "text", ".jsonl": "jsonl"}
@@ -42,18 +53,66 @@ SMALL_WORDS = {"and", "for", "from", "the", "with"}
 # --- documents ------------------------------------------------------------------------------------
 
 
-def make_documents(spec: dict[str, Any], wheels: Path | None, out: Path) -> None:
-    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON."""
+def make_documents(
+    spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
+) -> None:
+    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON.
+
+    A mixture is made of the docs.jsonl of its parts in the folder `texts`.
+    """
     if out.suffix != ".jsonl":
         raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
-    write_documents(out, documents(spec, wheels))
-    say(out, text=spec)
+    if source_kind(spec["source"], (*PLACES, "mix")) == "mix":
+        shares = spec["source"]["mix"]
+        paths = {name: part_of(texts, name) for name in shares}
+        write_documents(out, mixture(paths, shares))
+        inputs = {f"{name}/docs.jsonl": sha256(path) for name, path in paths.items()}
+        say(out, text=spec, inputs=inputs)
+    else:
+        write_documents(out, documents(spec, wheels))
+        say(out, text=spec)
 
 
 def say(path: Path, **settings: Any) -> None:
     """Write the content hash of a file and what made it beside it in JSON."""
     made = {"files": {path.name: sha256(path)}, "provenance": provenance(__name__, **settings)}
+    if "text" in settings:
+        made["source"] = described(settings["text"]["source"])
     write_record(path.with_suffix(".json"), made)
+
+
+def described(source: dict[str, Any]) -> str:
+    """Where a text is from, in one line: of a hub data set its commit, whatever names it."""
+    if "hub" in source:
+        said = [f"{source['hub']}@{hub_commit(source)}"]
+        said += [
+            f"{key} {source[key]}"
+            for key in ("config", "files", "split", "column")
+            if key in source
+        ]
+        return ", ".join(said)
+    if "wheel" in source:
+        return "{name}=={version}, {member}".format(**source["wheel"])
+    if "mix" in source:
+        return " + ".join(f"{share} {name}" for name, share in sorted(source["mix"].items()))
+    return "a local file"
+
+
+def part_of(texts: Path | None, name: str) -> Path:
+    """The documents of one part of a mixture; raises A3Error where they are not there."""
+    path = (texts or Path()) / name / "docs.jsonl"
+    if texts is None or not path.is_file():
+        raise A3Error(f"{path}: no such part of the mixture. Make the text {name} first (--texts).")
+    return path
+
+
+def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Document]:
+    """Documents of several files, each with its part's name, as `interleave` mixes them."""
+    parts = {
+        name: [replace(document, part=name) for document in load_documents(path)]
+        for name, path in sorted(paths.items())
+    }
+    return interleave(parts, shares)
 
 
 def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:
@@ -150,7 +209,10 @@ def summaries(name: str, content: str) -> list[Document]:
 
 
 def dataset_documents(source: dict[str, Any]) -> list[Document]:
-    """Each row's `column` (default text) as a document, and its `title` where there is one."""
+    """Each row's `column` (default text) as a document, and its `title` where there is one.
+
+    Empty rows too, which `min_chars` leaves out unless it is 0: some protocols join them.
+    """
     column = source.get("column", "text")
     # A local file is read through a temporary cache: nothing stale, nothing left behind.
     with tempfile.TemporaryDirectory() as cache:
@@ -166,7 +228,7 @@ def dataset_documents(source: dict[str, Any]) -> list[Document]:
             )
         titles = rows["title"] if "title" in found else [""] * len(rows)
         pairs = zip(titles, rows[column], strict=True)
-        return [Document(str(title or ""), text) for title, text in pairs if text]
+        return [Document(str(title or ""), text or "") for title, text in pairs]
 
 
 # --- what may not be evaluated on -----------------------------------------------------------------

@@ -103,8 +103,11 @@ class Verifier:
         return record
 
     def text(self, path: Path) -> None:
-        """The documents of a text, and the wheel that they came in."""
-        self.wheel(path, self.files(path)["provenance.text.source"])
+        """The documents of a text, and the wheel or the texts that they came from."""
+        record = self.files(path)
+        self.wheel(path, record["provenance.text.source"])
+        for name, expected in record["provenance"].get("inputs", {}).items():
+            self.same(path, f"inputs {name}", expected, self.results / "texts" / name)
 
     def model(self, path: Path) -> None:
         """A dense model, and the wheel that it came in, or the model that it was made from."""

@@ -8,17 +8,20 @@ from snakemake.exceptions import WorkflowError
 
 from a3.config import (
     complete,
+    excluded,
     kinds_of,
-    load_yaml,
     prefer_own_scripts,
     read_experiments,
     wheels_of,
 )
+from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.errors import A3Error
+from a3.files import load_yaml
 from a3.paper import Paper
 from a3.provenance import fingerprint
 from a3.results import Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
+from a3.tasks import data_files, read_task
 
 prefer_own_scripts()
 
@@ -56,6 +59,7 @@ PAPER_KINDS = PAPER.kinds() if PAPER else []
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
+BOS_OPTIONS = {True: "--bos", False: "--no-bos", "once": "--bos-once"}
 SHARDED = [name for name, entry in C["calibrations"].items() if entry["shards"] > 1]
 # Every row of the table, each model's dense row included.
 PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))
@@ -103,7 +107,7 @@ def one_of(names):
 
 
 def sources(section, key):
-    """What a model or text is made from: a wheel, a path, another model, or nothing (hub)."""
+    """What a model or text is made from: a wheel, a path, others of it, or nothing (hub)."""
 
     def files(wildcards):
         source = entry(section, wildcards[key])["source"]
@@ -115,6 +119,8 @@ def sources(section, key):
             return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
         if "train" in source:
             return expand(TRAINED, model=wildcards[key])
+        if "mix" in source:
+            return [f"{RESULTS}/texts/{part}/docs.jsonl" for part in source["mix"]]
         return [source["path"]] if "path" in source else []
 
     return files
@@ -149,7 +155,7 @@ def settings(section, key, names):
         for name in names:
             option = f"--{name.replace('_', '-')}"
             if name == "bos":
-                words.append("--bos" if chosen[name] else "--no-bos")
+                words.append(BOS_OPTIONS[chosen[name]])
             elif name in chosen:
                 words += [option, str(chosen[name])]
         return words
@@ -177,6 +183,12 @@ def some_are_missing(rows, kinds):
             if there and there != set(kinds):
                 return True
     return False
+
+
+def excluded_by(text):
+    """The texts whose documents are taken out of a text."""
+    entry("texts", text)
+    return excluded(text, C["texts"])
 
 
 def calibration_text(wildcards):
@@ -215,17 +227,41 @@ def model_files(wildcards):
 def scored_text(wildcards):
     """The part of a text that a perplexity entry scores."""
     chosen = entry("perplexity", wildcards.text)
-    return f"{RESULTS}/texts/{chosen['text']}/{chosen['split']}.jsonl"
+    part = "docs" if chosen["split"] == "all" else chosen["split"]
+    return f"{RESULTS}/texts/{chosen['text']}/{part}.jsonl"
 
 
-def task_items(wildcards):
-    """The items of a local task; nothing for one of lm-eval's own."""
-    local = "text" in entry("harness", wildcards.task)
-    return [f"{RESULTS}/items/{wildcards.task}/items.jsonl"] if local else []
+def scored_source(wildcards):
+    """What says where the text of a perplexity entry is from."""
+    return f"{RESULTS}/texts/{entry('perplexity', wildcards.text)['text']}/docs.json"
+
+
+def tokens_scored(wildcards):
+    """How many tokens a perplexity entry scores; of a whole text a guess, by its size if it is there."""
+    chosen, path = entry("perplexity", wildcards.text), Path(scored_text(wildcards))
+    if chosen["tokens"] != "all":
+        return chosen["tokens"]
+    return path.stat().st_size // BYTES_PER_TOKEN if path.exists() else WHOLE_TEXT
+
+
+def task_files(wildcards):
+    """The items or the YAML and data files of a local task; nothing for one of lm-eval's own."""
+    chosen = entry("harness", wildcards.task)
+    if "text" in chosen:
+        return [f"{RESULTS}/items/{wildcards.task}/items.jsonl"]
+    if "yaml" not in chosen:
+        return []
+    try:
+        return [chosen["yaml"], *data_files(read_task(Path(chosen["yaml"])))]
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
 
 
 def task_options(wildcards, input):
-    """Which task, and where its items are."""
-    if input.local:
+    """Which task, and where its items or its YAML are."""
+    chosen = entry("harness", wildcards.task)
+    if "text" in chosen:
         return ["--task", wildcards.task, "--items", *input.local]
-    return ["--task", entry("harness", wildcards.task)["task"]]
+    if "yaml" in chosen:
+        return ["--task", wildcards.task, "--yaml", chosen["yaml"]]
+    return ["--task", chosen["task"]]

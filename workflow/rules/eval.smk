@@ -5,6 +5,7 @@ rule eval_ppl:
     input:
         model=model_files,
         text=scored_text,
+        source=scored_source,
     output:
         result=f"{RESULTS}/eval/{{model}}/{{run}}/ppl/{{text}}.json",
         timing=f"{RESULTS}/eval/{{model}}/{{run}}/ppl/{{text}}.timing.json",
@@ -19,12 +20,15 @@ rule eval_ppl:
         **resources("eval", cost_of_perplexity),
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
-        settings=settings("perplexity", "text", ("split", "tokens", "block_length", "bos", "dtype")),
+        settings=settings(
+            "perplexity", "text", ("split", "tokens", "block_length", "bos", "join", "dtype")
+        ),
         threads=C["threads"]["eval"],
         device=C["device"],
         code=fingerprint("a3.stages.perplexity"),
     shell:
         "a3 eval ppl {params.model:q} --text {input.text:q} --name {wildcards.text:q}"
+        " --source {input.source:q}"
         " {params.settings:q} --threads {params.threads} --device {params.device:q}"
         " -o {output.result:q} &> {log:q}"
 
@@ -32,7 +36,7 @@ rule eval_ppl:
 rule eval_harness:
     input:
         model=model_files,
-        local=task_items,
+        local=task_files,
     output:
         result=f"{RESULTS}/eval/{{model}}/{{run}}/harness/{{task}}.json",
         timing=f"{RESULTS}/eval/{{model}}/{{run}}/harness/{{task}}.timing.json",
@@ -48,7 +52,7 @@ rule eval_harness:
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         task=task_options,
-        settings=settings("harness", "task", ("shots", "limit", "seed", "dtype")),
+        settings=settings("harness", "task", ("metric", "shots", "limit", "seed", "dtype")),
         threads=C["threads"]["eval"],
         device=C["device"],
         code=fingerprint("a3.stages.harness"),

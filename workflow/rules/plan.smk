@@ -73,6 +73,7 @@ def planned(job):
         settings |= {"row": row_of(wildcards.run)}
         if stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
+            settings["tokens"] = tokens_scored(wildcards)
         else:
             chosen = entry("harness", wildcards.task)
             settings |= chosen | {"items": items_of(chosen)}

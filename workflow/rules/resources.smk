@@ -94,7 +94,8 @@ def cost_of_approx(arch, wildcards):
 def cost_of_perplexity(arch, wildcards):
     """Cost of scoring one text."""
     chosen = entry("perplexity", wildcards.text)
-    return perplexity_cost(arch, chosen["tokens"], chosen["block_length"], chosen["dtype"])
+    tokens = tokens_scored(wildcards)
+    return perplexity_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
 
 
 def items_of(chosen):

@@ -14,9 +14,11 @@ rule text:
     params:
         spec=spec("texts", "text"),
         wheels=f"{RESULTS}/wheels",
+        texts=f"{RESULTS}/texts",
         code=fingerprint("a3.stages.text"),
     shell:
-        "a3 text {params.spec:q} --wheels {params.wheels:q} -o {output.docs:q} &> {log:q}"
+        "a3 text {params.spec:q} --wheels {params.wheels:q} --texts {params.texts:q}"
+        " -o {output.docs:q} &> {log:q}"
 
 
 rule split:
@@ -24,8 +26,7 @@ rule split:
     input:
         docs=f"{RESULTS}/texts/{{text}}/docs.jsonl",
         exclude=lambda wildcards: [
-            f"{RESULTS}/texts/{other}/docs.jsonl"
-            for other in entry("texts", wildcards.text).get("exclude", [])
+            f"{RESULTS}/texts/{other}/docs.jsonl" for other in excluded_by(wildcards.text)
         ],
     output:
         expand(f"{RESULTS}/texts/{{{{text}}}}/{{split}}.jsonl", split=("dev", "test", "harness")),

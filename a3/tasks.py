@@ -1,0 +1,41 @@
+"""A local task of lm-eval: its YAML, read as data, and the data files that it names.
+
+Read by the Snakefile at every start, so nothing heavy is imported here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from a3.errors import A3Error
+from a3.files import load_yaml
+
+# What `datasets` reads of local files; anything else it would look for at the hub.
+READERS = ("csv", "json", "parquet")
+
+
+def read_task(path: Path) -> dict[str, Any]:
+    """The YAML of a local task; all of the task is in it and in its data files.
+
+    Raises A3Error where it cannot be read, has Python in it (`!function`), includes another file,
+    or has no local data.
+    """
+    task = load_yaml(path)
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+        raise A3Error(f"{path}: expected a task of lm-eval with its name under task. Correct it.")
+    if "include" in task:
+        raise A3Error(f"{path}: include is not supported. Write all of the task in this file.")
+    if task.get("dataset_path") not in READERS or not data_files(task):
+        raise A3Error(
+            f"{path}: dataset_path is {task.get('dataset_path')!r}, with files {data_files(task)}; "
+            f"expected one of {', '.join(READERS)}, and dataset_kwargs.data_files."
+        )
+    return task
+
+
+def data_files(task: dict[str, Any]) -> list[str]:
+    """The data files of a task: of one name, a list, or {split: one or several}."""
+    found = (task.get("dataset_kwargs") or {}).get("data_files") or []
+    groups = list(found.values()) if isinstance(found, dict) else [found]
+    return [
+        str(name) for group in groups for name in ([group] if isinstance(group, str) else group)
+    ]
