@@ -33,6 +33,7 @@ localrules:
     split,
     items,
     tables,
+    speed_table,
     figures,
     report,
 
@@ -42,3 +43,4 @@ rule all:
     input:
         f"{TABLE}/report.html",
         f"{TABLE}/results.md",
+        f"{TABLE}/speed.md" if C["evaluate"]["speed"] else [],

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from a3.errors import A3Error
-from a3.solutions.modes import NO_RATIO, choose
+from a3.solutions.modes import NO_RATIO, PARTS, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The keys of a3.documents.JOINS.
@@ -193,11 +193,27 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     harness(folder(model), task, out, **settings)
 
 
+def speed(models: list[Path], ratio: list[str], layers: int | None, **options: Any) -> None:
+    """Time models beside each other."""
+    from a3.stages.speed import speed
+
+    modes = {part: options.pop(part) for part in PARTS}
+    rows = [modes | {"ratio": one} for one in ratio]
+    speed([folder(model) for model in models], rows=rows, layers=layers, **options)
+
+
 def tables(**inputs: Any) -> None:
     """Build tables."""
     from a3.stages.tables import build_tables
 
     build_tables(**inputs)
+
+
+def speed_table(**inputs: Any) -> None:
+    """Build the table of speeds."""
+    from a3.stages.speed_table import build_speed_table
+
+    build_speed_table(**inputs)
 
 
 def figures(**inputs: Any) -> None:
@@ -371,7 +387,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
     add_out(one, "compressed Hugging Face folder")
 
-    evaluate = commands.add_parser("eval", help="perplexity or harness", description="Evaluate.")
+    evaluate = commands.add_parser(
+        "eval", help="perplexity, harness or speed", description="Evaluate."
+    )
     kinds = evaluate.add_subparsers(metavar="KIND", required=True)
     one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
@@ -392,6 +410,24 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shots", type=int, help="examples shown (default: the task's)")
     one.add_argument("--limit", type=int, help="only the first items")
     one.add_argument("--seed", type=int, default=0, help="chooses the examples shown")
+    add_out(one, "result, JSON")
+    add_run(one)
+
+    one = add(kinds, "speed", speed, "tokens/s of models, interleaved in one process")
+    text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
+    one.add_argument("models", type=Path, nargs="+", help=text_)
+    text_ = "time the dense model and those of these ratios, all with random weights"
+    one.add_argument("--ratio", nargs="+", default=[], help=text_)
+    add_parts(one)
+    text_ = "with --ratio: run only so many layers, and extrapolate (default: all)"
+    one.add_argument("--layers", type=int, help=text_)
+    one.add_argument("--batch", type=int, default=1, help="sequences")
+    one.add_argument("--prompt", type=int, default=256, help="tokens of each, put in at once")
+    one.add_argument("--new-tokens", type=int, default=32, help="tokens of each, one by one")
+    one.add_argument("--repeats", type=int, default=5, help="rounds over all models")
+    attention = ["eager", "sdpa"]
+    text_ = "transformers' implementations"
+    one.add_argument("--attention", nargs="+", choices=attention, default=attention, help=text_)
     add_out(one, "result, JSON")
     add_run(one)
 
@@ -440,6 +476,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--perplexity", nargs="*", default=[])
         one.add_argument("--harness", nargs="*", default=[])
         add_out(one, "folder")
+    one = add(commands, "speed-table", speed_table, "speed.csv, speed.md")
+    one.add_argument("--results", type=Path, required=True)
+    one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
+    one.add_argument("--speed", nargs="+", required=True)
+    add_out(one, "folder")
     one = add(commands, "report", report, "self-contained HTML report")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)
@@ -485,6 +526,11 @@ def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
     text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
     one.add_argument("--ratio", default=NO_RATIO, help=text)
+    add_parts(one)
+
+
+def add_parts(one: argparse.ArgumentParser) -> None:
+    """The mode of each part."""
     text = "mode; with a ratio (@0.3) or rank (@48) of its own; or dense to leave it"
     for part, mode in (("qk", "rxx-w-rxx"), ("ov", "xkv"), ("mlp", "rxx-w")):
         one.add_argument(f"--{part}", default=mode, help=text)

@@ -78,7 +78,7 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         check_mixture(name, whole["texts"])
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
-    for section in ("perplexity", "harness"):
+    for section in ("perplexity", "harness", "speed"):
         for name in whole["evaluate"][section]:
             defined(section, name, whole[section], f"evaluate.{section}")
     return whole

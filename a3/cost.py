@@ -22,6 +22,8 @@ LARGEST_PART = 2**30
 # Of a text that is scored whole: bytes a token, at least, and tokens where it is not there yet.
 BYTES_PER_TOKEN = 3
 WHOLE_TEXT = 1_000_000
+# A step of generation reads all weights, and takes as long as one with so many sequences.
+DECODE_ROWS = 16
 # Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
 CPU_FLOPS = 1e10
 GPU_FLOPS = 1e13
@@ -147,6 +149,36 @@ def harness_cost(arch: dict[str, Any], items: int, shots: int, dtype: str) -> Co
     """Cost of one lm-eval task with `items` items of four choices; each shot is one item more."""
     tokens = HARNESS_TOKENS * (1 + shots)
     return perplexity_cost(arch, items * 4 * tokens // 8, tokens, dtype)
+
+
+def speed_cost(
+    archs: list[dict[str, Any]],
+    attentions: int,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    dtype: str,
+) -> Cost:
+    """Cost of timing models, all of them in memory, and a round to warm up.
+
+    The products of generation are counted as those of DECODE_ROWS sequences at least: time is asked
+    for by them.
+    """
+    held = [
+        batch * forward_memory(arch, prompt)
+        + batch * (prompt + new_tokens) * kv_bytes(arch["size"], arch["dtype"], dtype)
+        for arch in archs
+    ]
+    tokens = batch * prompt + new_tokens * max(batch, DECODE_ROWS)
+    flops = sum(arch["size"]["flops_per_token"] for arch in archs)
+    memory = sum(weights_memory(arch, dtype) for arch in archs) + max(held)
+    return Cost(LIBRARIES + memory, attentions * (repeats + 1) * tokens * flops)
+
+
+def kv_bytes(size: dict[str, int], stored: str, dtype: str) -> int:
+    """KV-cache bytes a token of a model run in `dtype`, from its size as stored."""
+    return size["kv_bytes_per_token"] * WIDTHS[dtype] // WIDTHS[stored]
 
 
 def weights_memory(arch: dict[str, Any], dtype: str) -> int:

@@ -12,16 +12,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from a3.config import kinds_of, load_yaml
+from a3.config import kinds_of
 from a3.errors import A3Error
+from a3.files import load_yaml
 from a3.results import Place, timing
 from a3.solutions.modes import DENSE, PARTS
 
 # Sections of the workflow's configuration that paper.yaml adds to.
-SECTIONS = ("models", "texts", "calibrations", "perplexity", "harness")
+SECTIONS = ("models", "texts", "calibrations", "perplexity", "harness", "speed")
 # Kinds of measures that are read from entries of a section.
 SECTION_OF = {"perplexity": "perplexity", "delta": "perplexity", "accuracy": "harness"}
-SPEED = ("prefill", "decode", "memory")
+SPEED = ("prefill", "decode", "memory", "flops")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A figure of ours: the cell, the row of results, and the entry that it is read from."""
+    """A figure of ours: the cell, the row of results, and the entry that it is read from.
+
+    `timed` is the compressed row whose record of speed it stands in: that has the dense model's
+    too.
+    """
 
     cell: Cell
     place: Place
     entry: str
+    timed: Place | None = None
 
     def files(self, results: Path) -> list[Path]:
         """The results that it is read from; each model's dense ones are needed as well."""
@@ -88,13 +94,8 @@ class Wanted:
         if kind == "seconds":
             return [timing(place.weights(results))]
         if kind in SPEED:
-            return [speed_path(results, place, self.entry)]
+            return [self.timed.speed(results, self.entry)]
         return [place.weights(results)]
-
-
-def speed_path(results: Path, place: Place, entry: str) -> Path:
-    """The speed result of one entry."""
-    return place.perplexity(results, entry).parent.parent / "speed" / f"{entry}.json"
 
 
 class Table:
@@ -240,23 +241,30 @@ class Paper:
                 cell = Cell(entry.get("paper", model), row, measure)
                 if cell.kind == "error" and getattr(place, cell.name) == DENSE:
                     continue
+                if cell.kind in ("delta", "seconds") and place.is_dense:
+                    continue
                 section = protocol.get(SECTION_OF.get(cell.kind, ""), {})
                 speed = protocol["speed"].get(row.setting, "") if cell.kind in SPEED else ""
                 if "paper" not in entry:
                     own = replace(row, calibration=protocol["calibrations"][row.calibration])
                     cell = replace(cell, row=own)
                 found.append(Wanted(cell, place, section.get(cell.name, speed)))
-        return found
+        compressed = [one for one in found if not one.place.is_dense]
+        timed = {one.entry: one.place for one in reversed(compressed)}
+        return [
+            replace(one, timed=timed[one.entry] if one.place.is_dense else one.place)
+            if one.cell.kind in SPEED
+            else one
+            for one in found
+        ]
 
     def files(self, table: Table, model: str, results: Path) -> list[Path]:
         """The results that a model's group of rows is made of, the dense ones included."""
         found = {Place(model).weights(results): None}
         for one in self.wanted(table, model):
-            for place in (Place(model), one.place):
-                # Solving a dense model takes no time.
-                if not (one.cell.kind == "seconds" and place.is_dense):
-                    found |= dict.fromkeys(replace(one, place=place).files(results))
-            found[one.place.weights(results)] = None
+            if one.cell.kind in SECTION_OF:
+                found |= dict.fromkeys(replace(one, place=Place(model)).files(results))
+            found |= dict.fromkeys((one.place.weights(results), *one.files(results)))
         return list(found)
 
     def models_of(self, table: Table, chosen: list[str]) -> list[str]:

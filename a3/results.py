@@ -23,6 +23,7 @@ PERPLEXITY_PROTOCOL = (
     "tokens_scored",
     "token_ids_sha256",
 )
+SPEED_PROTOCOL = ("batch", "prompt", "new_tokens", "repeats", "attention", "dtype", "threads")
 HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
 # Both models are scored by the same code.
 CODE = "provenance.code"
@@ -105,6 +106,10 @@ class Place:
         """The harness result on one task."""
         return results / "eval" / self._tail / "harness" / f"{task}.json"
 
+    def speed(self, results: Path, speed: str) -> Path:
+        """The speed of a compressed run, and of the dense model beside it."""
+        return results / "eval" / self._tail / "speed" / f"{speed}.json"
+
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read."""
         return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
@@ -181,6 +186,37 @@ def read_runs(
                 _same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
         groups.append((dense, runs))
     return groups
+
+
+def read_speeds(
+    results: Path, experiments: Iterable[Mapping[str, str]], speed: Sequence[str]
+) -> list[tuple[Place, str, Record]]:
+    """The compressed rows' records of each entry `speed`, in order: place, entry's name, record.
+
+    Raises A3Error where one was taken from other weights than those that now lie beside it, dense
+    or compressed, or two of one model and entry were taken by different protocols.
+    """
+    places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
+    found: list[tuple[Place, str, Record]] = []
+    first: dict[tuple[str, str], Record] = {}
+    for place in dict.fromkeys(place for place in places if not place.is_dense):
+        for name in speed:
+            record = Record.read(place.speed(results, name))
+            check_speed(record, Record.read(place.weights(results)))
+            _same_protocol(first.setdefault((place.model, name), record), record, SPEED_PROTOCOL)
+            found.append((place, name, record))
+    return found
+
+
+def check_speed(record: Record, weights: Record) -> None:
+    """Raise A3Error unless a speed is of the weights in approx.json and of their dense model's."""
+    found = [model["checkpoint_sha256"] for model in record["models"]]
+    expected = [weights["base.weights_sha256"], weights["weights_sha256"]]
+    if found != expected:
+        raise A3Error(
+            f"{record.path}: checkpoint_sha256 of its models is {found}, but {weights.path} says "
+            f"{expected}: the speed is of other weights. Delete it and build it again."
+        )
 
 
 def _read_run(

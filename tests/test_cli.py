@@ -21,6 +21,7 @@ COMMANDS = [
     "approx",
     "eval ppl",
     "eval harness",
+    "eval speed",
     "model",
     "convert",
     "train",

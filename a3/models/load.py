@@ -59,16 +59,19 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def require_positions(folder: Path, block_length: int) -> None:
-    """Raise A3Error where blocks are longer than the model, dense or compressed, has positions."""
+def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:
+    """Raise A3Error where a model, dense or compressed, has positions for fewer `tokens`.
+
+    `said` is what the user calls their number.
+    """
     config = load_config(folder)
     name = config.a3["family"] if hasattr(config, "a3") else config.model_type
     key = FAMILIES[name].positions if name in FAMILIES else None
-    if key is not None and block_length > getattr(config, key):
+    if key is not None and tokens > getattr(config, key):
         raise A3Error(
-            f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and block_length is "
-            f"{block_length}: the model has no positions for so many tokens. Lower block_length "
-            f"to {getattr(config, key)}."
+            f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and {said} is {tokens}: "
+            f"the model has no positions for so many tokens. Lower {said} to "
+            f"{getattr(config, key)}."
         )
 
 

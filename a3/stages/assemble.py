@@ -251,15 +251,31 @@ def write_config(
     dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
 ) -> None:
     """The config, and all that travels: tokenizer, chat template, generation config."""
-    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     pairs = [
         len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
-        if arch.has_rope(layer)
-        else 0
-        for layer, report in enumerate(reports)
+        for report in reports
     ]
-    config = read_json(dense / "config.json")
-    config["model_type"] = LazyConfig.model_type
+    config = compressed_config(read_json(dense / "config.json"), arch, ranks, pairs, reports)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in sorted(dense.iterdir()):
+        if path.name not in ("config.json", *RECORDS) and travels(path):
+            shutil.copyfile(path, folder / path.name)
+
+
+def compressed_config(
+    dense: dict[str, Any],
+    arch: Arch,
+    ranks: list[Ranks],
+    pairs: list[int],
+    reports: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of a compressed model's config.json, from the dense one's.
+
+    `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `reports` (what was
+    solved) have one item a layer.
+    """
+    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
+    config = dense | {"model_type": LazyConfig.model_type}
     # Code for the dense model, which does not travel.
     config.pop("auto_map", None)
     config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
@@ -273,17 +289,14 @@ def write_config(
         "qk_norm": arch.qk_norm,
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
-        "rope_pairs": pairs,
+        "rope_pairs": [n if arch.has_rope(layer) else 0 for layer, n in enumerate(pairs)],
         "qk_ranks": qk_ranks,
         "ov_ranks": ov_ranks,
         "mlp_ranks": mlp_ranks,
         "factors": [layer_factors(report) for report in reports],
         "down_bias": any(report.get("mlp", {}).get("bias", False) for report in reports),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", *RECORDS) and travels(path):
-            shutil.copyfile(path, folder / path.name)
+    return config
 
 
 def pairs_name(arch: Arch, layer: int) -> str:

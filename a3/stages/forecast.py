@@ -20,7 +20,15 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from a3.cost import Cost, approx_cost, collect_cost, harness_cost, perplexity_cost, stream_cost
+from a3.cost import (
+    Cost,
+    approx_cost,
+    collect_cost,
+    harness_cost,
+    perplexity_cost,
+    speed_cost,
+    stream_cost,
+)
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
@@ -56,10 +64,10 @@ TRIAL_SIZE = 512
 class Job:
     """`count` equal jobs on the model of a folder.
 
-    `stage` is collect, approx, ppl or harness. `settings`: threads, device, and of collect kinds,
-    tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share one
-    checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness row,
-    items, shots, dtype.
+    `stage` is collect, approx, ppl, harness or speed. `settings`: threads, device, and of collect
+    kinds, tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share
+    one checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness
+    row, items, shots, dtype; of speed row, attention, batch, prompt, new_tokens, repeats, dtype.
     """
 
     model: str
@@ -168,6 +176,28 @@ class Trial:
         cost = harness_cost(self.shapes, items, shots, dtype)
         each = self.token_seconds(row, BATCH * length, dtype)
         return cost, 0, 2 * START + 4 * items * length * each
+
+    def speed(
+        self,
+        row: dict[str, str],
+        attention: list[str],
+        batch: int,
+        prompt: int,
+        new_tokens: int,
+        repeats: int,
+        dtype: str,
+        **_: Any,
+    ) -> tuple[Cost, int, float]:
+        """Timing a compressed model beside the dense one; the cache's growth is left out."""
+        models = [self.shapes | {"size": size} for size in (self.arch.size, self.compressed(row))]
+        counts = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+        cost = speed_cost(models, len(attention), dtype=dtype, **counts)
+        each = sum(
+            tokens * self.token_seconds(modes, length, dtype)
+            for modes in ({}, row)
+            for tokens, length in ((batch * prompt, prompt), (batch * new_tokens, batch))
+        )
+        return cost, 0, START + (repeats + 1) * len(attention) * each
 
     def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
         """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""

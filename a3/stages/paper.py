@@ -15,8 +15,18 @@ from matplotlib.figure import Figure
 
 from a3.errors import A3Error
 from a3.files import whole_file
-from a3.paper import KEYS, SPEED, Cell, Paper, Row, Table, Wanted, speed_path
-from a3.results import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL, Place, Record, Run, read_runs, timing
+from a3.paper import KEYS, SPEED, Cell, Paper, Row, Table, Wanted
+from a3.results import (
+    HARNESS_PROTOCOL,
+    PERPLEXITY_PROTOCOL,
+    SPEED_PROTOCOL,
+    Place,
+    Record,
+    Run,
+    check_speed,
+    read_runs,
+    timing,
+)
 from a3.stages.figures import COLOURS, GREY, STYLE
 
 # Decimals of each kind of figure; the rest have two.
@@ -35,7 +45,7 @@ PROTOCOL = {
     "perplexity": PERPLEXITY_PROTOCOL,
     "delta": PERPLEXITY_PROTOCOL,
     "accuracy": HARNESS_PROTOCOL,
-}
+} | dict.fromkeys(SPEED, (*SPEED_PROTOCOL, "device_name"))
 
 
 def read_table(path: Path) -> tuple[Paper, Table]:
@@ -115,10 +125,8 @@ def measured(dense: Run, run: Run, one: Wanted, results: Path) -> tuple[float | 
     if kind == "seconds":
         spent = Record.read(timing(run.weights.path))["layers"]
         return sum(layer[name] for layer in spent), None
-    if kind == "flops":
-        return run.size["flops_per_token"] / dense.size["flops_per_token"], None
     if kind in SPEED:
-        return speed(run, dense, one, results), None
+        return speed(run, one, results), None
     return None, None
 
 
@@ -132,20 +140,25 @@ def delta(dense: Record, run: Record) -> tuple[float, float]:
     return p - q, float(pd.Series([p * a - q * b for a, b in pairs]).sem())
 
 
-def speed(run: Run, dense: Run, one: Wanted, results: Path) -> float:
-    """A figure of a speed result, for the attention implementation that the row names."""
-    attention = one.cell.row.setting if one.cell.row.setting in ("eager", "sdpa") else "sdpa"
+def speed(run: Run, one: Wanted, results: Path) -> float | None:
+    """A figure of a speed record; None where the device does not measure it.
 
-    def median(place: Place, key: str) -> float:
-        record = Record.read(speed_path(results, place, one.entry))
-        return record[f"attention.{attention}.{key}"]
-
+    Of a row whose setting is an attention implementation, that one's. Raises A3Error where the
+    record is of other weights.
+    """
+    record = Record.read(one.files(results)[0])
+    check_speed(record, Record.read(one.timed.weights(results)))
+    dense, own = record["models"] if not run.place.is_dense else record["models"][:1] * 2
+    setting = one.cell.row.setting
+    attention = setting if setting in record["attention"] else record["attention"][-1]
+    rates, dense_rates = own["attention"][attention], dense["attention"][attention]
+    if one.cell.kind == "flops":
+        return own["flops_per_token_paper"] / dense["flops_per_token_paper"]
     if one.cell.kind == "prefill":
-        return median(run.place, "prefill_tokens_per_second.median")
+        return rates["prefill"]["median"]
     if one.cell.kind == "memory":
-        return median(run.place, "peak_memory_bytes.median") / 1e6
-    key = "decode_tokens_per_second.median"
-    return median(run.place, key) - median(dense.place, key)
+        return rates["peak_memory_bytes"] and rates["peak_memory_bytes"] / 1e6
+    return rates["decode"]["median"] - dense_rates["decode"]["median"]
 
 
 # --- ours beside the published figures ---
@@ -206,6 +219,8 @@ def compared(paper: Paper, table: Table, out: Path) -> list[Compared]:
             notes = () if published is None else notes_of(table, cell)
             value, error = ours.get(cell, (None, None))
             why_not = paper.why_not(table, names.get(model), cell.row)
+            if cell in ours and value is None:
+                why_not = "not measured on this device"
             target = None if why_not else str(out / f"{names[model]}.csv")
             differs = all(table.notes[i - 1].get("differs", True) for i in notes)
             found.append(Compared(cell, published, value, error, notes, differs, why_not, target))

@@ -17,7 +17,7 @@ from a3.errors import A3Error
 from a3.files import SEAL, sha256
 from a3.models.checkpoint import RECORDS, check_file, recorded_files
 from a3.provenance import LIBRARIES, fingerprint
-from a3.results import Record, weights_of
+from a3.results import Record, check_speed, weights_of
 from a3.statistics import Rxx
 
 AGAIN = "Delete it and build it again."
@@ -64,6 +64,7 @@ class Verifier:
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "harness results": ("eval/**/harness/*.json", self.harness),
+            "speeds": ("eval/**/speed/*.json", self.speed),
         }
         seconds = ("rxx", "eval", "checkpoints")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
@@ -186,6 +187,14 @@ class Verifier:
         record = self.result(path)
         if record["items_sha256"] is not None:
             self.known(record, "items_sha256", self.items)
+
+    def speed(self, path: Path) -> None:
+        """A speed, and the weights, compressed and dense, that it is of."""
+        record, weights = self.record(path), weights_of(self.results, path)
+        if not weights.exists():
+            self.missing["model or checkpoint"] += 1
+            return
+        check_speed(record, Record.read(weights))
 
     def result(self, path: Path) -> Record:
         """A result of evaluation, and the weights that it is of."""

@@ -73,6 +73,12 @@ EVALUATED = [
         *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
     )
 ]
+SPEEDS = [
+    str(place.speed(Path(RESULTS), name))
+    for place in PLACES
+    for name in C["evaluate"]["speed"]
+    if not place.is_dense
+]
 
 
 wildcard_constraints:
@@ -89,6 +95,7 @@ wildcard_constraints:
     mlp=r"[\w@.-]+",
     ratio=r"[\d.]+|-",
     task=r"[\w.-]+",
+    speed=r"[\w.-]+",
     # The dense model, or calibration/modes/ratio of a compressed one.
     run=f"{DENSE}|[^/]+/[^/]+/[^/]+",
 
@@ -156,6 +163,8 @@ def settings(section, key, names):
             option = f"--{name.replace('_', '-')}"
             if name == "bos":
                 words.append(BOS_OPTIONS[chosen[name]])
+            elif isinstance(chosen.get(name), list):
+                words += [option, *chosen[name]]
             elif name in chosen:
                 words += [option, str(chosen[name])]
         return words

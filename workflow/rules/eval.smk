@@ -1,4 +1,4 @@
-"""Stages eval ppl and eval harness, of dense and compressed models alike."""
+"""Stages eval ppl, harness and speed, of dense and compressed models alike."""
 
 
 rule eval_ppl:
@@ -59,3 +59,35 @@ rule eval_harness:
     shell:
         "a3 eval harness {params.model:q} {params.task:q} {params.settings:q}"
         " --threads {params.threads} --device {params.device:q} -o {output.result:q} &> {log:q}"
+
+
+rule eval_speed:
+    """Time a compressed model and the dense one beside it, with nothing else on the machine."""
+    input:
+        dense=f"{RESULTS}/models/{{model}}/config.json",
+        model=model_files,
+    output:
+        f"{RESULTS}/eval/{{model}}/{{run}}/speed/{{speed}}.json",
+    log:
+        f"{LOGS}/eval/{{model}}/{{run}}/speed/{{speed}}.log",
+    benchmark:
+        f"{LOGS}/eval/{{model}}/{{run}}/speed/{{speed}}.benchmark.tsv"
+    wildcard_constraints:
+        run="[^/]+/[^/]+/[^/]+",
+    conda:
+        "../../environment.yaml"
+    # On one machine all cores, so that no other job disturbs it; it runs on those of the config.
+    threads: workflow.cores if workflow.local_exec else C["threads"]["eval"]
+    resources:
+        **resources("eval", cost_of_speed),
+    params:
+        models=lambda wildcards, input: [Path(p).parent for p in (input.dense, input.model[0])],
+        settings=settings(
+            "speed", "speed", ("batch", "prompt", "new_tokens", "repeats", "dtype", "attention")
+        ),
+        threads=C["threads"]["eval"],
+        device=C["device"],
+        code=fingerprint("a3.stages.speed"),
+    shell:
+        "a3 eval speed {params.models:q} {params.settings:q} --threads {params.threads}"
+        " --device {params.device:q} -o {output:q} &> {log:q}"

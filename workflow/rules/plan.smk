@@ -19,6 +19,7 @@ STAGES = {
     "approx_part": "approx",
     "eval_ppl": "ppl",
     "eval_harness": "harness",
+    "eval_speed": "speed",
 }
 
 
@@ -74,6 +75,8 @@ def planned(job):
         if stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
             settings["tokens"] = tokens_scored(wildcards)
+        elif stage == "speed":
+            settings |= entry("speed", wildcards.speed)
         else:
             chosen = entry("harness", wildcards.task)
             settings |= chosen | {"items": items_of(chosen)}

@@ -13,6 +13,7 @@ from a3.cost import (
     merge_cost,
     perplexity_cost,
     shapes,
+    speed_cost,
 )
 from a3.files import read_record
 
@@ -107,3 +108,9 @@ def cost_of_harness(arch, wildcards):
     """Cost of one task."""
     chosen = entry("harness", wildcards.task)
     return harness_cost(arch, items_of(chosen), chosen["shots"], chosen["dtype"])
+
+
+def cost_of_speed(arch, wildcards):
+    """Cost of timing two models; both count as dense."""
+    chosen = dict(entry("speed", wildcards.speed))
+    return speed_cost([arch, arch], len(chosen.pop("attention")), **chosen)

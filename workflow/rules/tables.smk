@@ -26,6 +26,27 @@ rule tables:
         f"a3 tables {EVERYTHING} -o {{params.out:q}} &> {{log:q}}"
 
 
+rule speed_table:
+    input:
+        SPEEDS,
+        [place.weights(Path(RESULTS)) for place in PLACES],
+    output:
+        multiext(f"{TABLE}/", "speed.csv", "speed.md"),
+    log:
+        f"{LOGS}/tables/{C['table']}.speed.log",
+    conda:
+        "../../environment.yaml"
+    params:
+        results=lambda wildcards: RESULTS,
+        rows=json.dumps(ROWS),
+        speed=C["evaluate"]["speed"],
+        out=subpath(output[0], parent=True),
+        code=fingerprint("a3.stages.speed_table"),
+    shell:
+        "a3 speed-table --results {params.results:q} --experiments {params.rows:q}"
+        " --speed {params.speed:q} -o {params.out:q} &> {log:q}"
+
+
 rule figures:
     input:
         EVALUATED,
