@@ -24,7 +24,6 @@ if PAPER:
     include: "workflow/rules/paper.smk"
 
 
-
 # On a cluster these stay on the machine that Snakemake runs on: nodes are often offline.
 localrules:
     wheel,

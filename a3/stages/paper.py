@@ -12,6 +12,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from a3.errors import A3Error
 from a3.files import whole_file
@@ -276,7 +277,7 @@ def markdown(table: Table, found: list[Compared]) -> str:
     parts = [f"# {table.spec['title']}", f"Ours (published, difference); {table.source.name}."]
     for model in dict.fromkeys(one.cell.model for one in found):
         group = [one for one in found if one.cell.model == model]
-        parts += [f"## {model}", model_table(group)]
+        parts += [f"## {model}", model_table(table, group)]
         missing = [one for one in group if one.ours is None]
         targets = dict.fromkeys(one.target for one in missing if one.target)
         reasons = dict.fromkeys(one.why_not for one in missing if one.why_not)
@@ -289,14 +290,21 @@ def markdown(table: Table, found: list[Compared]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def model_table(group: list[Compared]) -> str:
+def measures_of(table: Table, group: list[Compared]) -> list[str]:
+    """The measures of a model's figures, in the order of the table."""
+    order = [measure for measure, _ in table.measures]
+    found = dict.fromkeys(one.cell.measure for one in group)
+    return sorted(found, key=lambda m: order.index(m) if m in order else -1)
+
+
+def model_table(table: Table, group: list[Compared]) -> str:
     """One model's rows: the keys that differ between them, and a column for each measure."""
     keys = telling(group)
     rows: dict[Row, dict[str, str]] = {}
     for one in group:
         names = {key: getattr(one.cell.row, key) for key in keys}
         rows.setdefault(one.cell.row, names)[one.cell.measure] = cell_text(one)
-    measures = dict.fromkeys(one.cell.measure for one in group)
+    measures = measures_of(table, group)
     frame = pd.DataFrame(list(rows.values()), columns=[*keys, *measures]).fillna("–")
     align = ["left"] * len(keys) + ["right"] * len(measures)
     return str(
@@ -305,10 +313,12 @@ def model_table(group: list[Compared]) -> str:
 
 
 def telling(group: list[Compared]) -> list[str]:
-    """The keys that tell rows apart; at least the method."""
-    rows = [one.cell.row for one in group if one.cell.row.method != "original"]
-    found = [key for key in KEYS if len({getattr(row, key) for row in rows}) > 1]
-    return [key for key in KEYS if key in found or key == "method"]
+    """The keys that tell rows apart; the method where nothing does, or one of them is dense."""
+    rows = [one.cell.row for one in group]
+    own = [row for row in rows if row.method != "original"]
+    found = [key for key in KEYS if len({getattr(row, key) for row in own}) > 1]
+    method = not found or len(own) < len(rows)
+    return [key for key in KEYS if key in found or (key == "method" and method)]
 
 
 def cell_text(one: Compared) -> str:
@@ -349,32 +359,29 @@ LOG = 10  # A wider range than this is drawn on a logarithmic scale.
 
 
 def drawn(table: Table, found: list[Compared]) -> Figure:
-    """Ours and published figures as dots: a line of axes for each model, a row for each row."""
+    """Ours and published figures as dots: a band for each model, axes in it for each measure."""
     groups = [
         [one for one in found if one.cell.model == model]
         for model in dict.fromkeys(one.cell.model for one in found)
     ]
-    measures = [list(dict.fromkeys(one.cell.measure for one in group)) for group in groups]
-    rows = [list(dict.fromkeys(one.cell.row for one in group)) for group in groups]
-    heights = [len(labels) + 4 for labels in rows]
+    measures = [measures_of(table, group) for group in groups]
+    heights = [0.9 + 0.19 * len({one.cell.row for one in group}) for group in groups]
     wide = max(map(len, measures))
-    size = (2.2 + 2.6 * wide, 0.7 + 0.19 * sum(heights))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(groups), wide, squeeze=False, height_ratios=heights)
-    for group, names, labels, line in zip(groups, measures, rows, grid, strict=True):
+    figure = Figure(figsize=(max(2.2 + 2.6 * wide, 7), 0.5 + sum(heights)), layout="constrained")
+    figure.suptitle(f"{table.spec['title']}: ours (filled), published (hollow)", fontsize=11)
+    bands = figure.subfigures(len(groups), height_ratios=heights, squeeze=False)[:, 0]
+    for group, names, band in zip(groups, measures, bands, strict=True):
+        band.suptitle(group[0].cell.model, fontweight="bold", fontsize=10, x=0.01, ha="left")
+        rows, keys = list(dict.fromkeys(one.cell.row for one in group)), telling(group)
+        line = band.subplots(1, wide, squeeze=False)[0]
         for axes, measure in zip(line, names, strict=False):
-            dots(axes, [one for one in group if one.cell.measure == measure], labels)
-            axes.set_title(measure, fontsize=9, loc="center")
-        keys = telling(group)
-        line[0].set_yticks(
-            range(len(labels)), [" ".join(getattr(r, k) for k in keys) for r in labels], fontsize=8
-        )
-        line[0].set_title(group[0].cell.model, fontweight="bold", loc="left", pad=18)
-        for axes in line[1 : len(names)]:
-            axes.set_yticks(range(len(labels)), [])
+            dots(axes, [one for one in group if one.cell.measure == measure], rows)
+            axes.set_title(measure, fontsize=9)
+            axes.set_yticks(range(len(rows)), [])
+        labels = [" ".join(getattr(row, key) for key in keys) for row in rows]
+        line[0].set_yticks(range(len(rows)), labels)
         for axes in line[len(names) :]:
             axes.set_axis_off()
-    figure.suptitle(f"{table.spec['title']}: ours (filled), published (hollow)", fontsize=11)
     return figure
 
 
@@ -385,16 +392,22 @@ def dots(axes: Axes, cells: list[Compared], rows: list[Row]) -> None:
         y = rows.index(one.cell.row)
         both = [value for value in (one.published, one.ours) if value is not None]
         values += both
-        axes.hlines(y, min(both, default=0), max(both, default=0), color=GREY, linewidth=1)
         if one.published is not None:
-            axes.scatter([one.published], [y], s=26, **HOLLOW)
+            axes.scatter([one.published], [y], s=44, **HOLLOW)
         if one.ours is not None:
             axes.scatter([one.ours], [y], s=22, **FILLED)
-    if values and min(values) > 0 and max(values) > LOG * min(values):
-        axes.set_xscale("log")
+        if len(both) == 2:
+            axes.hlines(y, min(both), max(both), color=GREY, linewidth=1)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="both", color="#e4e4e4", linewidth=0.7)
     axes.tick_params(labelsize=8, length=0)
+    perplexity = cells[0].cell.kind in ("perplexity", "delta")
+    if perplexity and values and min(values) > 0 and max(values) > LOG * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        wide = max(values) > 300 * min(values)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:

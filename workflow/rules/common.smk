@@ -16,7 +16,7 @@ from a3.config import (
 )
 from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.errors import A3Error
-from a3.files import load_yaml
+from a3.files import load_yaml, sha256
 from a3.paper import Paper
 from a3.provenance import fingerprint
 from a3.results import Place, weight_files
@@ -52,6 +52,7 @@ TRAINED = [
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
 KINDS = kinds_of(ROWS)
+PAPER_GROUPS = f"{RESULTS}/paper"
 # The paper's tables have calibrations of their own, so that they make no other statistics larger. Of
 # these, one pass collects what the paper's own modes read, which is small and part of every table.
 PAPER_CALIBRATIONS = list(PAPER.spec["calibrations"]) if PAPER else []
@@ -198,6 +199,22 @@ def excluded_by(text):
     """The texts whose documents are taken out of a text."""
     entry("texts", text)
     return excluded(text, C["texts"])
+
+
+def paper_groups(table):
+    """The groups of rows that a comparison with the paper builds."""
+    try:
+        models = PAPER.models_of(PAPER.tables[table], C["paper"]["models"])
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+    return [f"{PAPER_GROUPS}/{table}/{model}.csv" for model in models]
+
+
+def other_paper_groups(table):
+    """The groups that are there beside them, and their content: a change makes a new comparison."""
+    there = {str(path) for path in Path(PAPER_GROUPS, table).glob("*.csv")}
+    others = sorted(there - set(paper_groups(table)))
+    return {path: sha256(Path(path)) for path in others if Path(path).stem in PAPER.models}
 
 
 def calibration_text(wildcards):

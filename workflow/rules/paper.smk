@@ -5,25 +5,7 @@ comparison reads every group that is there; those of models that `paper.models` 
 taken as they are, and not built again.
 """
 
-from a3.files import sha256
-
-GROUPS = f"{RESULTS}/paper"
-TABLES = Path(PAPER.path.with_suffix(""))
-
-
-def groups_of(table):
-    """The groups of rows that a comparison builds."""
-    try:
-        models = PAPER.models_of(PAPER.tables[table], C["paper"]["models"])
-    except A3Error as error:
-        raise WorkflowError(str(error)) from None
-    return [f"{GROUPS}/{table}/{model}.csv" for model in models]
-
-
-def other_groups(table):
-    """The groups that are there beside them, and their content: a change makes a new comparison."""
-    there = {str(path) for path in Path(GROUPS, table).glob("*.csv")} - set(groups_of(table))
-    return {path: sha256(Path(path)) for path in sorted(there) if Path(path).stem in PAPER.models}
+TABLES = PAPER.path.with_suffix("")
 
 
 rule paper_rows:
@@ -31,12 +13,10 @@ rule paper_rows:
         definition=[f"{TABLES}/{{table}}.yaml", str(PAPER.path)],
         results=lambda wildcards: [
             str(path)
-            for path in PAPER.files(
-                PAPER.tables[wildcards.table], wildcards.model, Path(RESULTS)
-            )
+            for path in PAPER.files(PAPER.tables[wildcards.table], wildcards.model, Path(RESULTS))
         ],
     output:
-        f"{GROUPS}/{{table}}/{{model}}.csv",
+        f"{PAPER_GROUPS}/{{table}}/{{model}}.csv",
     log:
         f"{LOGS}/paper/{{table}}/{{model}}.log",
     wildcard_constraints:
@@ -57,9 +37,9 @@ rule paper_comparison:
     input:
         definition=[f"{TABLES}/{{table}}.yaml", str(PAPER.path)],
         published=lambda wildcards: str(PAPER.tables[wildcards.table].source),
-        groups=lambda wildcards: groups_of(wildcards.table),
+        groups=lambda wildcards: paper_groups(wildcards.table),
     output:
-        multiext(f"{GROUPS}/{{table}}/comparison", ".csv", ".md", ".svg", ".png"),
+        multiext(f"{PAPER_GROUPS}/{{table}}/comparison", ".csv", ".md", ".svg", ".png"),
     log:
         f"{LOGS}/paper/{{table}}/comparison.log",
     wildcard_constraints:
@@ -68,7 +48,7 @@ rule paper_comparison:
     conda:
         "../../environment.yaml"
     params:
-        others=lambda wildcards: other_groups(wildcards.table),
+        others=lambda wildcards: other_paper_groups(wildcards.table),
         out=subpath(output[0], parent=True),
         code=fingerprint("a3.stages.paper"),
     shell:
@@ -82,7 +62,7 @@ for name in PAPER.tables:
         name:
             f"paper_{name}"
         input:
-            f"{GROUPS}/{name}/comparison.md",
+            f"{PAPER_GROUPS}/{name}/comparison.md",
         log:
             f"{LOGS}/paper/{name}/shown.log",
         localrule: True
