@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_tables import EVALUATED, digest, experiment, write, write_results
 from test_workflow import CONFIG, Project
 from tiny import tiny_llama
 
@@ -18,8 +20,9 @@ from a3.config import check_row, complete
 from a3.errors import A3Error
 from a3.files import load_yaml, read_record
 from a3.paper import KEYS, Cell, Paper, Row
+from a3.results import SPEED_PROTOCOL
 from a3.solutions.modes import MODES, PARTS
-from a3.stages.paper import compare, compared
+from a3.stages.paper import build_rows, compare, compared
 from a3.stages.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +209,104 @@ def test_a_group_that_is_none_is_refused(tmp_path):
     (tmp_path / "llama-2-7b.csv").write_text("a,b\n1,2\n")
     with pytest.raises(A3Error, match=r"llama-2-7b.csv: no column"):
         compare(ROOT / "config/paper/table1.yaml", tmp_path)
+
+
+# --- one model's rows ----------------------------------------------------------------------------
+
+MADE_UP = """
+models: {small: {attention: gqa-rope, protocol: own}}
+texts: {}
+calibrations: {}
+perplexity: {}
+harness: {}
+speed: {}
+protocols:
+  own:
+    calibrations: {slimpajama: wiki}
+    perplexity: {wikitext2: encyclopedia}
+    harness: {boolq: titles, mmlu: titles}
+    speed: {eager: fast}
+methods: {a3: {gqa-rope: [rxx-w-rxx, xkv, rxx-w]}}
+components: {all: [qk, ov, mlp], original: []}
+"""
+EVERYTHING = """
+title: Everything
+published: all.csv
+columns: {ratio: ratio, setting: setting}
+values: [a, b, c, d, e, f, g, h, i]
+same: {model: Other}
+measures:
+  a: perplexity wikitext2
+  b: delta wikitext2
+  c: accuracy boolq
+  d: accuracy mmlu
+  e: average accuracy
+  f: seconds ov
+  g: prefill tokens/s
+  h: decode gain
+  i: flops ratio
+"""
+
+
+def write_speed(path, weights):
+    """A record of a dense model of 100 and 10 tokens/s, and one of 150 and 16."""
+    models = [
+        {
+            "checkpoint_sha256": sha,
+            "flops_per_token_paper": flops,
+            "attention": {
+                "eager": {"prefill": {"median": prefill}, "decode": {"median": decode}},
+            },
+        }
+        for sha, flops, prefill, decode in zip(weights, (8, 6), (100, 150), (10, 16), strict=True)
+    ]
+    said = dict.fromkeys((*SPEED_PROTOCOL, "device_name"), 1)
+    write(path, said | {"attention": ["eager"], "models": models})
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """A table with every kind of measure, and made-up results; returns (table, results)."""
+    write_results(tmp_path / "results", [experiment("small")])
+    weights = [digest("small"), digest("small/wiki/rxx-w-rxx+xkv+rxx-w/0.2")]
+    write_speed(tmp_path / "results" / EVALUATED / "speed/fast.json", weights)
+    (tmp_path / "paper/published").mkdir(parents=True)
+    (tmp_path / "paper.yaml").write_text(MADE_UP)
+    (tmp_path / "paper/all.yaml").write_text(EVERYTHING)
+    rows = "ratio,setting,a,b,c,d,e,f,g,h,i\n" + "".join(
+        f"{ratio},eager,1,1,1,1,1,1,1,1,1\n" for ratio in ("0", "0.2")
+    )
+    (tmp_path / "paper/published/all.csv").write_text(rows)
+    return tmp_path / "paper/all.yaml", tmp_path / "results"
+
+
+def test_every_kind_of_measure_is_read(everything, tmp_path):
+    path, results = everything
+    build_rows(path, "small", results, tmp_path / "small.csv")
+    lines = pd.read_csv(tmp_path / "small.csv", dtype={"ratio": str})
+    own = lines.set_index(["ratio", "measure"])["ours"]
+    dense, small = math.exp(3.1), math.exp(3.3)
+    assert own["0.2", "perplexity wikitext2"] == pytest.approx(small)
+    assert own["0.2", "delta wikitext2"] == pytest.approx(small - dense)
+    assert own["0.2", "accuracy boolq"] == own["0.2", "average accuracy"] == 0.70
+    assert own["0", "average accuracy"] == 0.75
+    assert own["0.2", "seconds ov"] == 1.5
+    assert own["0", "prefill tokens/s"] == 100
+    assert own["0.2", "prefill tokens/s"] == 150
+    assert own["0.2", "decode gain"] == 6
+    assert own["0.2", "flops ratio"] == 0.75
+    errors = lines.set_index(["ratio", "measure"])["stderr"]
+    # Two blocks: half the distance of (small × nll − dense × nll).
+    apart = small * (3.5 - 3.1) - dense * (3.2 - 3.0)
+    assert errors["0.2", "delta wikitext2"] == pytest.approx(abs(apart) / 2)
+    assert "block_length 1024" in lines["protocol"][0]
+
+
+def test_results_of_other_weights_are_refused(everything, tmp_path):
+    path, results = everything
+    write_speed(results / EVALUATED / "speed/fast.json", ["other", "weights"])
+    with pytest.raises(A3Error, match=r"fast.json: checkpoint_sha256"):
+        build_rows(path, "small", results, tmp_path / "small.csv")
 
 
 # --- the workflow ---------------------------------------------------------------------------------
