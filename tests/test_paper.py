@@ -71,6 +71,12 @@ def test_a_paper_model_wants_every_figure_that_can_be_built(name):
     assert published - wanted == {c for c in published if PAPER.why_not(table, model, c.row)}
 
 
+@pytest.mark.parametrize("name", ["table1", "ablation", "mixed_rank", "downstream"])
+def test_the_dense_model_is_one_row(name):
+    wanted = PAPER.wanted(PAPER.tables[name], "smollm2-135m")
+    assert len({one.cell.row for one in wanted if one.place.is_dense}) == 1
+
+
 def test_modes_follow_the_attention():
     row = Row(component="both", ratio="0.2")
     assert PAPER.place("mpt-7b", row).method == "qk+axkv+dense"
