@@ -286,7 +286,7 @@ def markdown(table: Table, found: list[Compared]) -> str:
     marks = {i for one in found for i in one.notes}
     for i, note in enumerate(table.notes, 1):
         if i in marks or not note["where"]:
-            parts.append(f"{mark(i) if note['where'] else 'Published figures:'} {note['says']}.")
+            parts.append(f"{mark(i) if note['where'] else 'Note:'} {note['says']}.")
     return "\n\n".join(parts) + "\n"
 
 
