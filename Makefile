@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines test test-cluster lint clean
+.PHONY: run full attention baselines test test-cluster test-report lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -28,6 +28,9 @@ test: $(READY) lint  ## the whole test suite, on two cores
 
 test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and apt
 	tests/cluster/run
+
+test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root and apt where it is missing
+	tests/report/run
 
 lint: $(READY) $(LINT)
 	ruff check

@@ -15,6 +15,7 @@ include: "workflow/rules/text.smk"
 include: "workflow/rules/collect.smk"
 include: "workflow/rules/approx.smk"
 include: "workflow/rules/eval.smk"
+include: "workflow/rules/spectra.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/plan.smk"
 

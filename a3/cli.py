@@ -193,6 +193,13 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     harness(folder(model), task, out, **settings)
 
 
+def spectra(model: Path, rxx: Path, out: Path) -> None:
+    """Energy by rank."""
+    from a3.stages.spectra import spectra
+
+    spectra(folder(model), rxx, out)
+
+
 def speed(models: list[Path], ratio: list[str], layers: int | None, **options: Any) -> None:
     """Time models beside each other."""
     from a3.stages.speed import speed
@@ -466,8 +473,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     add_out(one, "folder for items.jsonl")
 
+    one = add(commands, "spectra", spectra, "energy that each rank keeps, by layer and group")
+    one.add_argument("model", type=Path, help="Hugging Face folder")
+    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
+    add_out(one, "spectra, JSON")
+    add_threads(one)
     for name, command, text_ in (
-        ("tables", tables, "results.csv, results.md, seconds.csv"),
+        ("tables", tables, "results, comparisons, seeds and seconds as .csv, and results.md"),
         ("figures", figures, "SVG and PNG figures"),
     ):
         one = add(commands, name, command, text_)
@@ -475,6 +487,11 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
         one.add_argument("--perplexity", nargs="*", default=[])
         one.add_argument("--harness", nargs="*", default=[])
+        if command is tables:
+            one.add_argument("--reference", help="method that the others are compared to")
+        else:
+            text_ = "spectra.json, each in a folder of the model, named by the calibration"
+            one.add_argument("--spectra", type=Path, nargs="*", default=[], help=text_)
         add_out(one, "folder")
     one = add(commands, "speed-table", speed_table, "speed.csv, speed.md")
     one.add_argument("--results", type=Path, required=True)

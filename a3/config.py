@@ -14,6 +14,7 @@ import jsonschema
 
 from a3.errors import A3Error
 from a3.files import load_yaml
+from a3.results import Place
 from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
@@ -204,7 +205,18 @@ def check_table(path: Path, lines: list[str], config: dict[str, Any]) -> list[di
         seen.append(meaning)
     if not rows:
         raise A3Error(f"{path}: no experiments. Add a row.")
+    check_reference(rows, config.get("reference"))
     return rows
+
+
+def check_reference(rows: list[dict[str, str]], reference: str | None) -> None:
+    """Raise A3Error where the method that rows are compared to is that of none of them."""
+    methods = sorted({Place(**row).method for row in rows})
+    if reference is not None and reference not in methods:
+        raise A3Error(
+            f"reference is {reference!r}, expected the modes of a row of the table, joined by +: "
+            f"{', '.join(methods)}."
+        )
 
 
 def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:

@@ -25,6 +25,8 @@ PERPLEXITY_PROTOCOL = (
 )
 SPEED_PROTOCOL = ("batch", "prompt", "new_tokens", "repeats", "attention", "dtype", "threads")
 HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
+# Statistics that spectra are made of.
+SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 # Both models are scored by the same code.
 CODE = "provenance.code"
 
@@ -113,6 +115,10 @@ class Place:
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read."""
         return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
+
+    def spectra(self, results: Path) -> Path:
+        """The spectra of the model's functional matrices on the calibration."""
+        return results / "spectra" / self.model / f"{self.calibration}.json"
 
 
 def weights_of(results: Path, evaluation: Path) -> Path:

@@ -190,6 +190,9 @@ def test_a_result_says_what_was_scored(folder, tmp_path):
     count = sum(len(tokenizer.decode(row).encode()) for row in blocks[:, 1:])
     # A character that two blocks share decodes to one mark of three bytes in each.
     assert found["bytes_scored"] == pytest.approx(count, abs=3 * len(blocks))
+    # Of a block's first token, which is not scored, no bytes count.
+    _, sizes = scored_blocks(DOCUMENTS, tokenizer, 32, "all", "once", "space")
+    assert found["bytes_scored"] == sizes[:, 1:].sum() < sizes.sum()
     bits = losses / math.log(2) / found["bytes_scored"]
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert found["nll"] * found["tokens_scored"] == pytest.approx(losses, rel=1e-5)

@@ -326,7 +326,7 @@ def test_second_build_is_byte_identical(results):
         build_figures(results, [experiment("small")], TEXTS, TASKS, out / "figures")
         files = sorted(path for path in out.rglob("*") if path.is_file())
         built.append({path.relative_to(out): path.read_bytes() for path in files})
-    assert len(built[0]) == 3 + 4 * 2 + 1
+    assert len(built[0]) == 5 + 5 * 2 + 1
     assert built[0] == built[1]
 
 
@@ -346,7 +346,7 @@ def test_figures_of_each_model(tmp_path):
     experiments = [experiment("a"), experiment("b", qk="dense", ratio="0.4")]
     write_results(tmp_path, experiments)
     assert figure_names(tmp_path, experiments) == [
-        *("perplexity-a", "harness-a", "layer-error-a", "rope-pairs-a"),
+        *("perplexity-a", "harness-a", "layer-error-a", "rope-pairs-a", "rope-groups-a"),
         *("perplexity-b", "harness-b", "layer-error-b"),  # QK is dense: no pairs to show
     ]
 
@@ -362,7 +362,24 @@ def test_figures_take_wide_ranges_many_methods_and_perfect_layers(tmp_path):
     layers = json.loads(approx.read_text())["layers"]
     layers[0]["qk"]["relative_error"] = 0.0
     change(approx, layers=layers)
-    assert len(figure_names(tmp_path, experiments)) == 4
+    assert len(figure_names(tmp_path, experiments)) == 5
+
+
+def test_groups_are_drawn_one_by_one_where_they_are_few_and_differ(tmp_path):
+    write_results(tmp_path, [experiment("a")])
+    assert "rope-groups-a" in figure_names(tmp_path, [experiment("a")])
+    approx = tmp_path / CHECKPOINT.parents[3] / "a/wiki/rxx-w-rxx+xkv+rxx-w/0.2/approx.json"
+    layers = json.loads(approx.read_text())["layers"]
+    for count, alike in ((9, False), (10, False), (2, True)):
+        change(tmp_path / "models/a/arch.json", kv_heads=count)
+        groups = [[0, 1, 2 if alike or group else 3] for group in range(count)]
+        change(
+            approx,
+            layers=[layer | {"qk": layer["qk"] | {"rope_pairs": groups}} for layer in layers],
+        )
+        found = figure_names(tmp_path, [experiment("a")])
+        assert ("rope-groups-a" in found) == (count == 9)
+        assert "rope-pairs-a" in found
 
 
 def test_svg_has_no_date_and_no_version(results):
@@ -380,7 +397,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     assert [row["ratio"] for row in rows(out / "results.csv")] == ["0", "-", "0.2", "0.2"]
     cells = [cell.strip() for cell in print_table(out).splitlines()[3].split("|")]
     assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
-    assert len(figure_names(tmp_path, experiments)) == 4
+    assert len(figure_names(tmp_path, experiments)) == 5
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
     assert "rows with sizes of their own stand there only" in captions[0]["caption"]
     svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
@@ -394,7 +411,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
 def test_figures_without_a_nominal_ratio(tmp_path):
     own = experiment("a", qk="rxx-w-rxx@6", ov="xkv@0.3", ratio="-", mlp="dense")
     write_results(tmp_path, [own])
-    assert len(figure_names(tmp_path, [own])) == 4
+    assert len(figure_names(tmp_path, [own])) == 5
     assert "nominal" not in (tmp_path / "figures" / "captions.json").read_text()
 
 
@@ -451,7 +468,7 @@ def test_report_fetches_nothing(html):
 def test_report_has_tables_figures_and_targets(html):
     page = Page(html)
     assert sum(tag == "table" for tag, _ in page.tags) == 5
-    assert sum(tag == "img" for tag, _ in page.tags) == 4
+    assert sum(tag == "img" for tag, _ in page.tags) == 5
     values = [attributes["data-value"] for tag, attributes in page.tags if tag == "td"]
     assert str(math.exp(3.3)) in values  # sorted by the full number, shown as
     assert "27.11 ± 0.50" in page.text
@@ -465,6 +482,17 @@ def test_report_has_tables_figures_and_targets(html):
         "seed 0, tokens 32768",
     ):
         assert said in page.text
+
+
+def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
+    """The other method has less perplexity by 0.05 nats, ± 0.05; then ± 0.005."""
+    experiments = [experiment("small"), experiment("small", qk="other")]
+    write_results(tmp_path, experiments)
+    path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
+    level = "by other+xkv+rxx-w (not told from it by two standard errors: rxx-w-rxx+xkv+rxx-w), "
+    for nll, expected in (([3.1, 3.4], level), ([3.045, 3.455], "by other+xkv+rxx-w, which keeps")):
+        change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
+        assert expected in Page(report(tmp_path, experiments)).text
 
 
 def test_report_tells_nothing_of_this_machine(html, tmp_path_factory):

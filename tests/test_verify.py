@@ -37,7 +37,7 @@ def test_nothing_is_wrong_with_a_fresh_folder(results, capsys):
     assert main(["verify", str(results)]) == 0
     said = capsys.readouterr().out
     assert (
-        "checked 2 texts, 1 splits, 1 items, 1 models, 4 statistics, 1 checkpoints, "
+        "checked 2 texts, 1 splits, 1 items, 1 models, 4 statistics, 1 checkpoints, 1 spectra, "
         "2 perplexities, 7 seconds"
     ) in said
     assert "nothing is wrong" in said
@@ -70,16 +70,19 @@ def test_artifacts_of_other_ones_are_found(results, tmp_path, capsys):
     tiny_llama(tmp_path / "other", seed=1)
     run("model", tmp_path / "other", "-o", results / "models/tiny")
     lines = wrong(results, capsys)
-    assert len(lines) == 6  # four statistics, the checkpoint, the dense perplexity
+    assert len(lines) == 7  # four statistics, the checkpoint, the spectra, the dense perplexity
     assert all("models/tiny/arch.json says weights_sha256 is" in line for line in lines)
 
 
-def test_statistics_collected_again_make_the_checkpoint_stale(results, capsys):
+def test_statistics_collected_again_make_what_was_made_of_them_stale(results, capsys):
     run("collect", results / "models/tiny", "--text", results / "texts/learn/docs.jsonl",
         "--tokens", "256", *BLOCK, "-o", results / "rxx/tiny/short/v_blocks.safetensors",
         )  # fmt: skip
-    (line,) = wrong(results, capsys)
-    assert f"checkpoints/{TAIL}/approx.json: made of v_blocks whose sha256 is" in line
+    for line, name in zip(
+        wrong(results, capsys), (f"checkpoints/{TAIL}/approx.json", "spectra/tiny/short.json"),
+        strict=True,
+    ):  # fmt: skip
+        assert f"{name}: made of v_blocks whose sha256 is" in line
 
 
 def test_a_text_made_again_makes_what_has_read_it_stale(results, tmp_path, capsys):
@@ -95,7 +98,10 @@ def test_what_is_gone_is_said_and_not_wrong(results, capsys):
     shutil.rmtree(results / "texts")
     assert main(["verify", str(results)]) == 0
     said = capsys.readouterr().out
-    assert "not checked, since it is not there: statistics of a checkpoint of 4 artifacts" in said
+    assert (
+        "not checked, since it is not there: statistics of a checkpoint or spectra of 8 artifacts"
+        in said
+    )
     assert "not checked, since it is not there: text or items of 3 artifacts" in said
 
 

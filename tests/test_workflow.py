@@ -208,7 +208,7 @@ def test_a_change_of_the_perplexity_code(settled):
 def test_a_change_of_the_qk_solver(settled):
     settled.edit("a3/solutions/qk.py", "rank // 2)", "int(rank / 2))")
     rules, _ = settled.snakemake("-n")
-    assert set(rules) - {"all"} == {"approx", "eval_ppl", "eval_harness"} | DOWNSTREAM
+    assert set(rules) - {"all"} == {"approx", "eval_ppl", "eval_harness", "spectra"} | DOWNSTREAM
     settled.edit("a3/solutions/qk.py", "int(rank / 2))", "rank // 2)")
     assert settled.snakemake()[0] == []
 
@@ -216,8 +216,8 @@ def test_a_change_of_the_qk_solver(settled):
 def test_a_change_of_the_calibration(settled):
     settled.edit("config/config.yaml", "tokens: 512", "tokens: 1024")
     rules, _ = settled.snakemake("-n")
-    kinds = {"collect_together", "approx", "eval_ppl", "eval_harness"}
-    assert set(rules) - {"all"} == kinds | DOWNSTREAM
+    stages = {"collect_together", "approx", "eval_ppl", "eval_harness", "spectra"}
+    assert set(rules) - {"all"} == stages | DOWNSTREAM
     settled.edit("config/config.yaml", "tokens: 1024", "tokens: 512")
 
 
@@ -252,6 +252,7 @@ def test_one_file_by_its_path_builds_only_that(settled):
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
+        ("config/config.yaml", "models:", "reference: palu\nmodels:", "reference is 'palu'"),
         ("config/config.yaml", "calibrations:", "calibration:", "Did you mean 'calibrations'"),
         ("config/config.yaml", "tokens: 512", "tokens: many", "calibrations.short.tokens"),
         ("config/config.yaml", "exclude: [learn]", "exclude: []", "texts.score.exclude"),

@@ -111,6 +111,8 @@ def tiny_results(folder: Path) -> Path:
     run("collect", made / "models/tiny", *collecting)
     solving = ["--rxx", made / "rxx/tiny/short", "--ratio", "0.25"]
     run("approx", made / "models/tiny", *solving, "-o", made / "checkpoints" / TAIL)
+    spectra = made / "spectra/tiny/short.json"
+    run("spectra", made / "models/tiny", "--rxx", made / "rxx/tiny/short", "-o", spectra)
     scoring = ["--text", texts / "score/test.jsonl", "--tokens", "256", *BLOCK]
     for model, out in (("models/tiny", "tiny/dense"), (f"checkpoints/{TAIL}", TAIL)):
         run("eval", "ppl", made / model, *scoring, "-o", made / "eval" / out / "ppl/score.json")

@@ -73,6 +73,17 @@ class Arch:
         """The size that compression makes smaller: of a head, or the intermediate one."""
         return self.intermediate_size if part == "mlp" else self.head_dim
 
+    def matrix_shapes(self, part: str) -> dict[str, tuple[int, int]]:
+        """(in, out) of a part's matrices; those of the MLP that are one, by the first's name."""
+        d, n = self.hidden_size, self.intermediate_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if part == "qk":
+            return {"q": (d, queries), "k": (d, keys)}
+        if part == "ov":
+            return {"v": (d, keys), "o": (queries, d)}
+        fused = self.adapter.first_of_mlp
+        return {together[0]: (d, n * len(together)) for together in fused} | {"down": (n, d)}
+
     def heads_of(self, site: str) -> int:
         """Heads of an activation that statistics look at (a3.kinds.Kind)."""
         return heads_of(site, vars(self))

@@ -44,12 +44,8 @@ class Matrix:
         return two_factors(self.W, R, min(rank, *self.W.shape), self.of_output)
 
     def rank_for(self, kept: float) -> int | None:
-        """The rank whose factors have `kept` of the weights; None where all stay.
-
-        m n weights become r (m + n), so that r is kept · m n / (m + n), rounded.
-        """
-        m, n = self.W.shape
-        return None if kept >= 1 else max(1, round(kept * m * n / (m + n)))
+        """As `rank_for` of its shape."""
+        return rank_for(tuple(self.W.shape), kept)
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,15 @@ class Factors:
 
     factors: dict[str, tuple[Tensor, Tensor]]
     relative_error: float
+
+
+def rank_for(shape: tuple[int, int], kept: float) -> int | None:
+    """The rank whose factors have `kept` of the weights of a matrix (m, n); None where all stay.
+
+    m n weights become r (m + n), so that r is kept · m n / (m + n), rounded.
+    """
+    m, n = shape
+    return None if kept >= 1 else max(1, round(kept * m * n / (m + n)))
 
 
 def factorise(matrices: Mapping[str, Matrix], ranks: Mapping[str, int | None]) -> Factors:

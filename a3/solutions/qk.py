@@ -80,12 +80,12 @@ def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> Q
     Score of pair f: Σ_{j in f} ‖(R^½ W_q)_j‖² ‖(R^½ W_k)_j‖², summed over the query heads of the
     group. `rank` is even. Squared column norms are the diagonals of Gq and Gk: no square root.
     """
-    return _keep_pairs(weights, Gq, Gk, rank, _pair_scores(weights, Gq, Gk))
+    return _keep_pairs(weights, Gq, Gk, rank, pair_scores(weights, Gq, Gk))
 
 
 def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
     """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
-    score = _pair_scores(weights, Gq, Gk)
+    score = pair_scores(weights, Gq, Gk)
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
 
 
@@ -97,7 +97,7 @@ def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKS
     dimensions'; over the query heads of a group likewise.
     """
     if weights.rope_dims:
-        return _keep_pairs(weights, Gq, Gk, rank, _pair_scores(weights, Gq, Gk, power=0.5))
+        return _keep_pairs(weights, Gq, Gk, rank, pair_scores(weights, Gq, Gk, power=0.5))
     kept = keep_best(_scores(weights, Gq, Gk, power=0.5), rank)
     D = torch.eye(Gk.shape[-1], dtype=Gk.dtype, device=Gk.device)[kept]
     K = weights.grouped(Gq).sum(1)
@@ -151,7 +151,7 @@ def _keep_pairs(
     the norm's gains.
     """
     mq, mk = (G.diagonal(dim1=-2, dim2=-1) for G in (Gq, Gk))
-    Gq, Gk = _with_gains(weights, Gq, Gk)
+    Gq, Gk = with_gains(weights, Gq, Gk)
     Gq = weights.grouped(Gq).sum(1)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
@@ -176,7 +176,7 @@ def _keep_pairs(
     )
 
 
-def _with_gains(weights: AttentionWeights, Gq: Tensor, Gk: Tensor) -> tuple[Tensor, Tensor]:
+def with_gains(weights: AttentionWeights, Gq: Tensor, Gk: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices after the gains of the norms of q and k, where there are any."""
     if weights.q_gain is None:
         return Gq, Gk
@@ -207,12 +207,12 @@ def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str) -> Tensor:
 def _scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float) -> Tensor:
     """CR score (‖C_q^½ e_j‖² ‖C_k^½ e_j‖²)^power of each dimension j, summed over the group's
     query heads: Gram matrices (H, h, h) and (G, h, h) to (G, h)."""
-    Gq, Gk = _with_gains(weights, Gq, Gk)
+    Gq, Gk = with_gains(weights, Gq, Gk)
     mq, mk = (G.diagonal(dim1=-2, dim2=-1).clamp(min=0) ** power for G in (Gq, Gk))
     return mq.unflatten(0, (len(mk), -1)).sum(1) * mk
 
 
-def _pair_scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float = 1.0) -> Tensor:
+def pair_scores(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: float = 1.0) -> Tensor:
     """Sum of the scores of each pair (f, f + rope_dims / 2): (G, pairs)."""
     score = _scores(weights, Gq, Gk, power)
     return score[:, : weights.rope_dims].unflatten(-1, (2, -1)).sum(-2)

@@ -26,7 +26,7 @@ from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import DENSE, PARTS, find_mode
 from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
-from a3.stages.plan import Plan
+from a3.stages.plan import Plan, factor_ranks
 from a3.statistics import KINDS, Rxx
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
@@ -191,14 +191,9 @@ class LayerSolver:
         """
         arch, adapter, mode = self.arch, self.arch.adapter, find_mode(part, self.modes[part])
         matrices = self.matrices(part, layer, weights)
-        kept = self.ranks[part] / arch.full_rank(part)
-        if mode.latent:
-            ranks = {"k": arch.kv_heads * self.ranks[part] if kept < 1 else None}
-        else:
-            ranks = {
-                name: matrix.rank_for(self.kept[name][layer] if name in self.kept else kept)
-                for name, matrix in matrices.items()
-            }
+        ranks = factor_ranks(arch, part, mode, self.ranks[part])
+        for name in self.kept.keys() & matrices.keys():
+            ranks[name] = matrices[name].rank_for(self.kept[name][layer])
         solution = factorise(matrices, ranks)
         stay = [name for name in REPLACED[part] if adapter.repacked and part != "mlp"]
         tensors = self.pack(layer, weights, tuple(stay))

@@ -255,7 +255,10 @@ def write_config(
         len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
         for report in reports
     ]
-    config = compressed_config(read_json(dense / "config.json"), arch, ranks, pairs, reports)
+    factors = [layer_factors(report) for report in reports]
+    biased = any(report.get("mlp", {}).get("bias", False) for report in reports)
+    config = read_json(dense / "config.json")
+    config = compressed_config(config, arch, ranks, pairs, factors, biased)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in sorted(dense.iterdir()):
         if path.name not in ("config.json", *RECORDS) and travels(path):
@@ -267,12 +270,14 @@ def compressed_config(
     arch: Arch,
     ranks: list[Ranks],
     pairs: list[int],
-    reports: list[dict[str, Any]],
+    factors: list[dict[str, int]],
+    down_bias: bool,
 ) -> dict[str, Any]:
     """The content of a compressed model's config.json, from the dense one's.
 
-    `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `reports` (what was
-    solved) have one item a layer.
+    `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
+    matrices that are products of two) have one item a layer. `down_bias`: the MLP's output gets a
+    bias, whether the family has one or not.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
@@ -293,8 +298,8 @@ def compressed_config(
         "qk_ranks": qk_ranks,
         "ov_ranks": ov_ranks,
         "mlp_ranks": mlp_ranks,
-        "factors": [layer_factors(report) for report in reports],
-        "down_bias": any(report.get("mlp", {}).get("bias", False) for report in reports),
+        "factors": factors,
+        "down_bias": down_bias,
     }
     return config
 

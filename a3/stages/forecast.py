@@ -209,13 +209,18 @@ class Trial:
     def compressed(self, row: dict[str, str]) -> dict[str, int]:
         """Sizes of a row's checkpoint, its biases counted as if they all stayed."""
         arch = self.arch
-        full = dict(zip(PARTS, (arch.head_dim, arch.head_dim, arch.intermediate_size), strict=True))
-        kept = full | (Plan(choose(row)).ranks(arch) if row else {})
-        gone = {part: full[part] - kept[part] for part in PARTS}
+        plan = Plan(choose(row) if row else {})
+        kept, factors = plan.dense_sizes(arch), plan.factors(arch)
+        gone = {part: arch.full_rank(part) - kept[part] for part in PARTS}
         matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
         layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
-        parameters = arch.size["parameters"] - arch.layers * arch.hidden_size * layer
-        return sizes(self.shapes, [tuple(kept.values())] * arch.layers, parameters, arch.dtype)
+        fewer = arch.hidden_size * layer
+        for part in PARTS:
+            for name, (m, n) in arch.matrix_shapes(part).items():
+                fewer += m * n - factors[name] * (m + n) if name in factors else 0
+        parameters = arch.size["parameters"] - arch.layers * fewer
+        every = [tuple(kept.values())] * arch.layers, parameters, arch.dtype
+        return sizes(self.shapes, *every, [factors] * arch.layers)
 
     # --- trials, in seconds ---
 
@@ -281,14 +286,9 @@ class Trial:
 
     def factor_seconds(self, part: str, mode: str) -> float:
         """Of the factors of a part's matrices, from smaller ones of the same proportions."""
-        arch = self.arch
-        d, h, n = arch.hidden_size, arch.head_dim, arch.intermediate_size
-        heads, groups = arch.heads * h, arch.kv_heads * h
-        shapes = {"q": (d, heads), "k": (d, groups), "v": (d, groups), "o": (heads, d)}
-        shapes |= {"gate": (d, n), "up": (d, n), "down": (n, d)}
         kinds, total = find_mode(part, mode).factors, 0.0
-        for name, (m, columns) in shapes.items():
-            if name not in kinds or (name == "gate" and arch.mlp == "2-layer"):
+        for name, (m, columns) in self.arch.matrix_shapes(part).items():
+            if name not in kinds:
                 continue
             scale = min(1.0, TRIAL_SIZE / max(m, columns))
             m, columns = (max(2, int(size * scale)) for size in (m, columns))

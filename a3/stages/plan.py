@@ -5,12 +5,16 @@ from pathlib import Path
 
 from a3.errors import A3Error
 from a3.models.arch import Arch, load_arch
+from a3.solutions.factors import rank_for
 from a3.solutions.modes import (
     DENSE,
     EXPERTS,
+    PARTS,
     Choice,
+    Mode,
     check_fit,
     choose,
+    find_mode,
     kinds_needed,
     rank_of,
 )
@@ -35,6 +39,34 @@ class Plan:
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         return {part: part_rank(arch, part, choice) for part, choice in self.choices.items()}
+
+    def dense_sizes(self, arch: Arch) -> dict[str, int]:
+        """Sizes of heads and MLP that the model gets: full where matrices are only factored."""
+        ranks = self.ranks(arch) if self.choices else {}
+        return {
+            part: ranks[part] if part in ranks and not self.mode(part).factors else full
+            for part, full in ((part, arch.full_rank(part)) for part in PARTS)
+        }
+
+    def factors(self, arch: Arch) -> dict[str, int]:
+        """Rank of each matrix that becomes a product of two, where all layers have the same."""
+        found: dict[str, int | None] = {}
+        for part, rank in (self.ranks(arch) if self.choices else {}).items():
+            if self.mode(part).factors:
+                found |= factor_ranks(arch, part, self.mode(part), rank)
+        return {name: rank for name, rank in found.items() if rank is not None}
+
+    def mode(self, part: str) -> Mode:
+        """The mode of a part."""
+        return find_mode(part, self.choices[part].mode)
+
+
+def factor_ranks(arch: Arch, part: str, mode: Mode, rank: int) -> dict[str, int | None]:
+    """Ranks of a part's matrices as products of two, for the `rank` of the part; None: it stays."""
+    kept = rank / arch.full_rank(part)
+    if mode.latent:
+        return {"k": arch.kv_heads * rank if kept < 1 else None}
+    return {name: rank_for(shape, kept) for name, shape in arch.matrix_shapes(part).items()}
 
 
 def part_rank(arch: Arch, part: str, choice: Choice) -> int:

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +13,26 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from a3.errors import A3Error
-from a3.files import SEAL, read_json, whole_file
-from a3.provenance import provenance
+from a3.files import SEAL, read_json, sha256, whole_file
+from a3.provenance import PACKAGE, provenance
 from a3.results import Place, Record
 from a3.solutions.modes import NO_RATIO
+from a3.stages.compare import WORSE, differences, settings, verdict
 from a3.stages.tables import (
     Column,
     columns,
+    comparison_columns,
+    comparison_note,
+    free_columns,
     names,
     place_of,
     protocol,
     read_table,
     seconds_columns,
+    seed_columns,
+    seed_note,
     text_columns,
 )
-
-# Statistics differ between the rows of one method only by kind; all else is how text was read.
-NOT_SETTINGS = {
-    "stage",
-    "code",
-    "libraries",
-    "kind",
-    "weights_sha256",
-    "config_sha256",
-    "model",
-    SEAL,
-}
 
 
 def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
@@ -44,7 +40,8 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
 
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
-        tables: folder with results.csv, seconds.csv and figures/ of this table.
+        tables: folder with results.csv, comparisons.csv, seeds.csv, seconds.csv and figures/ of
+            this table; speed.csv is shown as it is where it is there.
         config: the configuration that was run; shown as it is.
         out: the HTML file.
 
@@ -54,18 +51,30 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
     frame = read_table(tables / "results.csv")
     page = _template().render(
         title=tables.name,
-        summary=_summary(frame),
+        summary=_summary(results, frame),
         results=columns(frame),
+        comparisons=_optional(tables / "comparisons.csv", comparison_columns, comparison_note),
+        seeds=_optional(tables / "seeds.csv", seed_columns, seed_note),
+        speed=free_columns(tables / "speed.csv"),
         seconds=seconds_columns(read_table(tables / "seconds.csv")),
         figures=list(_figures(tables / "figures")),
         protocol=protocol(frame),
         calibration=_calibration(results, frame),
         provenance=_provenance(results, frame),
-        rebuild=list(_rebuild(results, frame)),
+        checkout=checkout(),
+        rebuild=[_rebuild_table(results, tables, frame), *_rebuild(results, frame)],
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
     with whole_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _optional(
+    path: Path, shown: Callable[[pd.DataFrame], list[Column]], note: Callable[[pd.DataFrame], str]
+) -> dict[str, Any] | None:
+    """A table and its note; None where it has no rows."""
+    frame = read_table(path)
+    return {"columns": shown(frame), "note": note(frame)} if len(frame) else None
 
 
 def _template() -> Any:
@@ -80,7 +89,7 @@ def _template() -> Any:
     return environment.get_template("report.html.jinja")
 
 
-def _summary(frame: pd.DataFrame) -> str:
+def _summary(results: Path, frame: pd.DataFrame) -> str:
     """What the table says, in a few sentences: dense figures, and the best row at each ratio."""
     said = []
     for model, group in frame.groupby("model", sort=False):
@@ -93,7 +102,7 @@ def _summary(frame: pd.DataFrame) -> str:
             uniform = [row for row in compressed if place_of(row).nominal is not None]
             ratios = sorted({row["ratio"] for row in uniform}, key=float)
             if ratios:
-                best = "; ".join(_best(uniform, ratio, text) for ratio in ratios)
+                best = "; ".join(_best(results, uniform, ratio, text) for ratio in ratios)
                 said.append(f"Best of the smallest models at each ratio: {best}.")
     return " ".join(said)
 
@@ -106,18 +115,28 @@ def _dense_sentence(dense: pd.Series, text: str) -> str:
     )
 
 
-def _best(rows: list[pd.Series], ratio: str, text: str) -> str:
+def _best(results: Path, rows: list[pd.Series], ratio: str, text: str) -> str:
     """The least perplexity at a ratio among the smallest models: those that compress every part.
 
     A row that compresses one part alone loses less and saves less; it is not what to compare with.
+    Methods that the blocks do not tell from the best are named beside it.
     """
     at_ratio = [row for row in rows if row["ratio"] == ratio]
     fewest = min(row["parameters"] for row in at_ratio)
     smallest = [row for row in at_ratio if row["parameters"] <= 1.005 * fewest]
     best = min(smallest, key=lambda row: row[f"{text}.perplexity"])
+    losses = [place_of(row).perplexity(results, text) for row in (best, *smallest)]
+    first, *others = (Record.read(path)["block_nll"] for path in losses)
+    level = {
+        place_of(row).method
+        for row, nll in zip(smallest, others, strict=True)
+        if verdict(*differences(first, nll).values(), lower_is_better=True) != WORSE
+    } - {place_of(best).method}
+    also = f" (not told from it by two standard errors: {', '.join(sorted(level))})"
     return (
         f"at {float(ratio):g}, {best[f'{text}.perplexity']:.2f} "
-        f"({best[f'{text}.perplexity_delta']:+.2f}) by {place_of(best).method}, which keeps "
+        f"({best[f'{text}.perplexity_delta']:+.2f}) by {place_of(best).method}"
+        f"{also if level else ''}, which keeps "
         f"{best['parameters_ratio']:.1%} of the parameters and "
         f"{best['kv_bytes_per_token_ratio']:.1%} of the KV cache"
     )
@@ -174,15 +193,53 @@ def _calibration(results: Path, frame: pd.DataFrame) -> list[Column]:
     rows = set()
     for place, record in _records(results, frame):
         for made in _statistics(record):
-            settings = {key: made[key] for key in sorted(made.keys() - NOT_SETTINGS)}
-            said = ", ".join(f"{key} {value}" for key, value in settings.items())
+            said = ", ".join(f"{key} {value}" for key, value in sorted(settings(made).items()))
             rows.add((place.model, place.calibration, said))
     return text_columns(("model", "calibration", "settings"), sorted(rows))
 
 
+def checkout() -> dict[str, Any] | None:
+    """Commit of the checkout that this code lies in, and whether it was changed since.
+
+    None where there is no git, or the code is not tracked by the repository around it.
+    """
+
+    def git(*words: str) -> str | None:
+        command = ["git", "--no-optional-locks", "-C", str(PACKAGE), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else {"commit": commit, "changed": changed != ""}
+
+
+def _root(results: Path) -> Path:
+    """The results folder as targets spell it: nothing of this machine."""
+    return Path(results.name) if results.is_absolute() else results
+
+
+def _rebuild_table(results: Path, tables: Path, frame: pd.DataFrame) -> dict[str, Any]:
+    """The files of the table itself, as Snakemake targets."""
+    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "seconds")]
+    targets = [_root(results) / "tables" / tables.name / path.name for path in files]
+    drawn = {figure["name"] for figure in read_json(tables / "figures" / "captions.json")}
+    pairs = zip(frame["model"], frame["calibration"], strict=True)
+    for place in dict.fromkeys(Place(*pair) for pair in pairs):
+        if f"spectra-{place.model}-{place.calibration}" in drawn:
+            files.append(place.spectra(results))
+            targets.append(place.spectra(_root(results)))
+    return {
+        "title": f"Table {tables.name}, its comparisons, seeds and seconds, and spectra",
+        "targets": [(t.as_posix(), sha256(f)) for t, f in zip(targets, files, strict=True)],
+    }
+
+
 def _rebuild(results: Path, frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The files behind each row, as Snakemake targets."""
-    root = Path(results.name) if results.is_absolute() else results
+    root = _root(results)
     for _, row in frame.iterrows():
         place = place_of(row)
         files, targets = (

@@ -37,7 +37,7 @@ from a3.models.families import FAMILIES
 from a3.models.load import load_config, load_model, require_positions
 from a3.provenance import provenance
 from a3.results import Place
-from a3.solutions.modes import DENSE, PARTS, choose
+from a3.solutions.modes import DENSE, choose
 from a3.stages.assemble import Ranks, compressed_config
 from a3.stages.plan import Plan
 
@@ -177,18 +177,23 @@ def made_up(
     if layers is not None and not 1 <= layers <= arch.layers:
         raise A3Error(f"speed: layers is {layers}; expected 1 to {arch.layers}.")
     few = replace(arch, layers=layers or arch.layers)
-    full = dict(zip(PARTS, (arch.head_dim, arch.head_dim, arch.intermediate_size), strict=True))
-    plans = [{}, *(Plan(choose(row)).ranks(arch) for row in rows)]
+    plans = [Plan({}), *(Plan(choose(row)) for row in rows)]
     names = [DENSE, *(name_of(row) for row in rows)]
     candidates = []
     for name, plan in zip(names, plans, strict=True):
-        qk, ov, mlp = (full | plan).values()
+        said = plan.dense_sizes(arch)
+        qk, ov, mlp = said.values()
         ranks: Ranks = (qk, ov, [mlp] * arch.experts if arch.experts else mlp)
-        whole = config_of(folder, arch, ranks, compressed=bool(plan))
-        part = config_of(folder, few, ranks, compressed=bool(plan))
-        shapes, timed = shapes_of(arch, whole, ranks), shapes_of(few, part, ranks)
+        factors = plan.factors(arch)
+        whole, part = (
+            config_of(folder, of, ranks, factors, compressed=bool(plan.choices))
+            for of in (arch, few)
+        )
+        shapes = shapes_of(arch, whole, ranks, factors)
+        timed = shapes_of(few, part, ranks, factors)
         build = partial(random_model, part, dtype, device)
-        candidates.append(Candidate(name, shapes, timed, {"ranks": full | plan}, build))
+        made = {"ranks": said, "factors": factors}
+        candidates.append(Candidate(name, shapes, timed, made, build))
     return candidates
 
 
@@ -198,7 +203,9 @@ def name_of(row: dict[str, str]) -> str:
     return f"{place.method}/{place.ratio}"
 
 
-def config_of(folder: Path, arch: Arch, ranks: Ranks, *, compressed: bool) -> PreTrainedConfig:
+def config_of(
+    folder: Path, arch: Arch, ranks: Ranks, factors: dict[str, int], *, compressed: bool
+) -> PreTrainedConfig:
     """The config of the dense model, or of a compressed one with the same ranks in every layer.
 
     Of a head that is rotated in part, the pairs' share of the rank is that of the dense head; where
@@ -207,17 +214,21 @@ def config_of(folder: Path, arch: Arch, ranks: Ranks, *, compressed: bool) -> Pr
     config = load_config(folder)
     if compressed:
         pairs = min(arch.rope_dims // 2, max(1, ranks[0] * arch.rope_dims // (2 * arch.head_dim)))
-        every = [ranks] * arch.layers, [pairs] * arch.layers, [{}] * arch.layers
-        config = LazyConfig.from_dict(compressed_config(config.to_dict(), arch, *every))
+        every = ([each] * arch.layers for each in (ranks, pairs, factors))
+        config = compressed_config(config.to_dict(), arch, *every, down_bias=False)
+        config = LazyConfig.from_dict(config)
     config.num_hidden_layers = arch.layers
     return config
 
 
-def shapes_of(arch: Arch, config: PreTrainedConfig, ranks: Ranks) -> dict[str, Any]:
+def shapes_of(
+    arch: Arch, config: PreTrainedConfig, ranks: Ranks, factors: dict[str, int]
+) -> dict[str, Any]:
     """The fields of Arch for a model of these ranks."""
     fields, model = arch.to_json(), random_model(config, arch.dtype, "meta")
     parameters = sum(weight.numel() for weight in model.parameters())
-    return fields | {"size": sizes(fields, [ranks] * arch.layers, parameters, arch.dtype)}
+    every = [ranks] * arch.layers, parameters, arch.dtype, [factors] * arch.layers
+    return fields | {"size": sizes(fields, *every)}
 
 
 def random_model(config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
@@ -500,8 +511,8 @@ def summary(record: dict[str, Any]) -> str:
         {
             "model": row["name"],
             "attention": row["attention"],
-            **{f"{phase} tokens/s": shown(row, phase, ".1f") for phase in PHASES},
-            **{f"{phase} ratio": shown(row, f"{phase}_ratio", ".3f") for phase in PHASES},
+            **{f"{phase} tokens/s": shown(row, phase) for phase in PHASES},
+            **{f"{phase} ratio": shown(row, f"{phase}_ratio") for phase in PHASES},
             "parameters": f"{row['parameters_ratio']:.3f}",
             "KV cache": f"{row['kv_bytes_per_token_ratio']:.3f}",
             "FLOPs": f"{row['flops_per_token_ratio']:.3f}",
@@ -517,6 +528,7 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
-def shown(row: dict[str, Any], key: str, places: str) -> str:
-    """A median and its spread."""
+def shown(row: dict[str, Any], key: str) -> str:
+    """A median and its spread, with as many places as a number of its size needs."""
+    places = ".1f" if row[key] >= 10 else ".3f"
     return f"{row[key]:{places}} ± {row[f'{key}_iqr']:{places}}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from a3.config import check_reference
 from a3.errors import A3Error
 from a3.files import whole_file
 from a3.results import (
@@ -20,8 +21,8 @@ from a3.results import (
     timing,
 )
 from a3.solutions.modes import NO_RATIO
+from a3.stages.compare import PLACE, comparisons, differences, seeds
 
-PLACE = ("model", "calibration", "qk", "ov", "mlp", "ratio")
 SIZES = ("parameters", "kv_bytes_per_token", "flops_per_token")
 
 
@@ -31,8 +32,12 @@ def build_tables(
     perplexity: list[str],
     harness: list[str],
     out: Path,
+    reference: str | None = None,
 ) -> None:
-    """Write results.csv (full precision), results.md (rounded) and seconds.csv into `out`.
+    """Write the tables, as .csv in full precision, and results.md (rounded) into `out`.
+
+    results.csv has what was measured; comparisons.csv every row against the `reference`;
+    seeds.csv the rows that stand there with several calibration seeds; seconds.csv what it took.
 
     Args:
         results: the folder that all runs write to.
@@ -41,17 +46,22 @@ def build_tables(
         perplexity: names of the texts.
         harness: names of the tasks.
         out: the folder of this table.
+        reference: the method that the others are compared to, such as rxx-w-rxx+xkv+rxx-w.
 
     Raises:
-        A3Error: a file is missing, was taken from other weights, or mixes protocols.
+        A3Error: a file is missing, was taken from other weights, or mixes protocols; no row has
+            the reference's method.
     """
+    check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness)
     rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
     seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
     _write_csv(out / "results.csv", rows)
+    _write_csv(out / "comparisons.csv", comparisons(groups, reference))
+    _write_csv(out / "seeds.csv", seeds(groups, reference))
     _write_csv(out / "seconds.csv", seconds)
     with whole_file(out / "results.md") as temporary:
-        temporary.write_text(markdown(read_table(out / "results.csv")), encoding="utf-8")
+        temporary.write_text(markdown(out), encoding="utf-8")
 
 
 def print_table(out: Path) -> str:
@@ -63,7 +73,7 @@ def print_table(out: Path) -> str:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read results.csv or seconds.csv back, names as text and empty cells as NaN."""
+    """Read a .csv of a table back, names as text and empty cells as NaN."""
     if not path.is_file():
         raise A3Error(f"{path}: no such file. Build the table first.")
     return pd.read_csv(path, dtype=dict.fromkeys(PLACE, str), keep_default_na=False, na_values=[""])
@@ -113,14 +123,15 @@ def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
     The blocks are the same in both runs, so the error of the mean difference of negative log
     likelihood (nats a token) is that of the blocks' differences: far less than the two runs' own.
     """
-    differences = [b - a for a, b in zip(dense["block_nll"], record["block_nll"], strict=True)]
+    paired = differences(dense["block_nll"], record["block_nll"])
     return {
         "perplexity": record["perplexity"],
         "perplexity_stderr": record["perplexity_stderr"],
         "bits_per_byte": record["bits_per_byte"],
         "perplexity_delta": record["perplexity"] - dense["perplexity"],
         "nll_delta": record["nll"] - dense["nll"],
-        "nll_delta_stderr": float(pd.Series(differences).sem()),
+        "nll_delta_stderr": paired["delta_stderr"],
+        **({"bits_per_byte": record["bits_per_byte"]} if "bits_per_byte" in record.data else {}),
     }
 
 
@@ -162,9 +173,13 @@ def _speed(path: Path) -> dict[str, float]:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write `rows`, numbers exactly as they are: object columns keep ints beside empty cells."""
+    """Write `rows`, numbers exactly as they are: object columns keep ints beside empty cells.
+
+    No rows leave the headings of their places.
+    """
+    frame = pd.DataFrame(rows, dtype=object) if rows else pd.DataFrame(columns=PLACE)
     with whole_file(path) as temporary:
-        pd.DataFrame(rows, dtype=object).to_csv(temporary, index=False, lineterminator="\n")
+        frame.to_csv(temporary, index=False, lineterminator="\n")
 
 
 # --- for reading ---
@@ -174,7 +189,8 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 class Column:
     """A column for people: rounded texts, and the values that they sort by (None: nothing there).
 
-    `kind` is number, text, or key: the text that tells one row from the next.
+    `kind` is number, text, short (a text that is not wrapped), or key: the text that tells one row
+    from the next.
     """
 
     title: str
@@ -200,6 +216,9 @@ def columns(frame: pd.DataFrame) -> list[Column]:
             _column(frame, f"{text} Δ perplexity", f"{text}.perplexity_delta", _signed),
             _column(frame, f"{text} Δ nll", f"{text}.nll_delta", "{:+.4f}".format, "_stderr"),
         ]
+        if f"{text}.bits_per_byte" in frame:
+            key = f"{text}.bits_per_byte"
+            found.append(_column(frame, f"{text} bits/byte", key, "{:.4f}".format))
     for task in names(frame, "value"):
         metric = frame[f"{task}.metric"].iloc[0]
         found += [
@@ -226,6 +245,64 @@ def seconds_columns(frame: pd.DataFrame) -> list[Column]:
     return found
 
 
+def comparison_columns(frame: pd.DataFrame) -> list[Column]:
+    """The columns of comparisons.csv, rounded: differences to the reference, and verdicts."""
+    found = _names_of_rows(frame)
+    for key in [key for key in frame if key.endswith("_delta")]:
+        name, _, measure = key.removesuffix("_delta").rpartition(".")
+        found.append(_column(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
+        said = frame[f"{name}.{measure}_verdict"].fillna("–").tolist()
+        found.append(Column(f"{name} verdict", said, said, "short"))
+    kept = _column(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
+    return [*found, kept]
+
+
+def seed_columns(frame: pd.DataFrame) -> list[Column]:
+    """The columns of seeds.csv, rounded: mean, spread and range over seeds."""
+    found = [*_names_of_rows(frame), _column(frame, "seeds", "seeds", "{:.0f}".format)]
+    for text in names(frame, "perplexity_mean"):
+        for measure, show in (("perplexity", _short), ("nll", "{:.4f}".format)):
+            key = f"{text}.{measure}"
+            mean = _column(frame, f"{text} {measure}, mean ± sd", f"{key}_mean", show)
+            mean.texts[:] = map(_plus_minus, mean.texts, frame[f"{key}_sd"])
+            ends = zip(frame[f"{key}_min"], frame[f"{key}_max"], strict=True)
+            range_ = [f"{show(low)} – {show(high)}" for low, high in ends]
+            found += [mean, Column(f"{text} {measure}, range", range_, range_, "short")]
+        if f"{text}.nll_delta_mean" in frame:
+            found += _deltas_by_seed(frame, text)
+    return found
+
+
+def _deltas_by_seed(frame: pd.DataFrame, text: str) -> list[Column]:
+    """Differences to the reference: their mean with its error over seeds, and seed by seed."""
+    signed = "{:+.4f}".format
+    key = f"{text}.nll_delta_"
+    mean = _column(frame, f"{text} Δ nll to reference, mean", f"{key}mean", signed)
+    mean.texts[:] = map(_plus_minus, mean.texts, frame[f"{key}stderr"])
+    each = [
+        _column(frame, f"{text} Δ nll, seed {other.removeprefix(f'{key}seed_')}", other, signed)
+        for other in frame
+        if other.startswith(f"{key}seed_")
+    ]
+    return [mean, *each]
+
+
+def free_columns(path: Path) -> list[Column]:
+    """The columns of a .csv as they are, under their names; none where there is no such file."""
+    if not path.is_file():
+        return []
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    found = []
+    for name in frame:
+        if pd.api.types.is_numeric_dtype(frame[name]):
+            found.append(_column(frame, name, name, _plain))
+        else:
+            texts = frame[name].fillna("").astype(str).tolist()
+            kind = "text" if any(column.kind == "key" for column in found) else "key"
+            found.append(Column(name, texts, texts, kind))
+    return found
+
+
 def text_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
     """Columns of plain text from rows; the first is the key."""
     kinds = ("key", *("text" for _ in titles[1:]))
@@ -245,15 +322,41 @@ def protocol(frame: pd.DataFrame) -> list[Column]:
     return text_columns(("model", "measured on", "protocol"), rows)
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """The table and its protocol as GitHub Markdown."""
-    return (
-        f"{_markdown_table(columns(frame))}\n\n"
+def markdown(folder: Path) -> str:
+    """The tables of a folder and their protocol as GitHub Markdown."""
+    frame = read_table(folder / "results.csv")
+    said = [
+        _markdown_table(columns(frame)),
         "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
         "with the error of the paired difference over blocks. Kept shares are of the dense "
-        "model's.\n\n"
-        f"{_markdown_table(protocol(frame))}\n"
+        "model's.",
+    ]
+    for name, shown, note in (
+        ("comparisons", comparison_columns, comparison_note),
+        ("seeds", seed_columns, seed_note),
+    ):
+        found = read_table(folder / f"{name}.csv")
+        if len(found):
+            said += [f"## {name.capitalize()}", _markdown_table(shown(found)), note(found)]
+    return "\n\n".join([*said, _markdown_table(protocol(frame))]) + "\n"
+
+
+def comparison_note(frame: pd.DataFrame) -> str:
+    """What comparisons.csv compares, in a few sentences."""
+    return (
+        f"Each row against {frame['reference'].iloc[0]} of the same model, calibration and ratio: "
+        "Δ is the row's value less the reference's, over the same blocks or items, ± the standard "
+        "error of that paired difference. A row is better or worse where Δ exceeds two standard "
+        "errors; of twenty rows that do not differ, about one does so by chance."
     )
+
+
+def seed_note(frame: pd.DataFrame) -> str:
+    """What seeds.csv shows, in a few sentences."""
+    said = "The same rows with calibrations that differ in their seed only; sd is over seeds."
+    if any(key.endswith("nll_delta_mean") for key in frame):
+        said += " Δ nll is to the reference of the same seed; ± its standard error over seeds."
+    return said
 
 
 def place_of(row: Mapping[str, Any]) -> Place:
@@ -311,6 +414,11 @@ def _plus_minus(text: str, error: float) -> str:
 def _short(value: float) -> str:
     """Two decimals while they mean something."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _plain(value: float) -> str:
+    """Whole numbers and large ones without decimals, others to four digits."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _signed(value: float) -> str:

@@ -62,6 +62,7 @@ class Verifier:
             "statistics": ("rxx/**/*.safetensors", self.rxx),
             "parts": ("parts/**/*.json", self.part),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
+            "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "harness results": ("eval/**/harness/*.json", self.harness),
             "speeds": ("eval/**/speed/*.json", self.speed),
@@ -168,15 +169,15 @@ class Verifier:
         place = path.relative_to(self.results).parts
         base = self.results / "models" / place[1] / "arch.json"
         self.made_of(record, "base.weights_sha256", base)
-        for kind, said in record["provenance.statistics"].items():
-            found = self.results / "rxx" / place[1] / place[2] / f"{kind}.safetensors"
-            if not found.exists():
-                self.missing["statistics of a checkpoint"] += 1
-            elif (seal := Rxx(found, kind).record[SEAL]) != said[SEAL]:
-                raise A3Error(
-                    f"{path}: made of {kind} whose {SEAL} is {said[SEAL]}, but that of {found} is "
-                    f"{seal}. {AGAIN}"
-                )
+        self.statistics(record, self.results / "rxx" / place[1] / place[2])
+
+    def spectra(self, path: Path) -> None:
+        """Spectra, and the model and statistics that they were made of."""
+        record = self.record(path)
+        model = path.parent.name
+        arch = self.results / "models" / model / "arch.json"
+        self.made_of(record, "provenance.weights_sha256", arch)
+        self.statistics(record, self.results / "rxx" / model / path.stem)
 
     def perplexity(self, path: Path) -> None:
         """A perplexity, and the weights and text that it is of."""
@@ -215,6 +216,18 @@ class Verifier:
                 f"{record.path}: {key} is {record[key]}, but {base} says weights_sha256 is "
                 f"{expected}. {AGAIN}"
             )
+
+    def statistics(self, record: Record, folder: Path) -> None:
+        """Raise A3Error where an artifact was made of other statistics than those of `folder`."""
+        for kind, said in record["provenance.statistics"].items():
+            found = folder / f"{kind}.safetensors"
+            if not found.exists():
+                self.missing["statistics of a checkpoint or spectra"] += 1
+            elif (seal := Rxx(found, kind).record[SEAL]) != said[SEAL]:
+                raise A3Error(
+                    f"{record.path}: made of {kind} whose {SEAL} is {said[SEAL]}, but that of "
+                    f"{found} is {seal}. {AGAIN}"
+                )
 
     def known(self, record: Record, key: str, known: dict[str, Path]) -> None:
         """Raise A3Error where the content that an artifact was made of lies there no more."""

@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory):
 def project(undisturbed, tmp_path):
     """A copy that has its model and texts and nothing further."""
     copy = undisturbed.copy(tmp_path / "project")
-    for name in ("rxx", "checkpoints", "eval", "tables"):
+    for name in ("rxx", "checkpoints", "spectra", "eval", "tables"):
         shutil.rmtree(copy.folder / "results" / name)
     yield copy
     for run in copy.runs:  # where a test failed

@@ -26,7 +26,7 @@ def test_every_heavy_job_runs_on_slurm(project, undisturbed, node):
     config.write_text(config.read_text() + f"resources: {{eval: {asked}}}\n")
     run = project.start()
     rules, _ = run.finish()
-    heavy = ["approx", "collect_together", *["eval_harness"] * 2, *["eval_ppl"] * 2]
+    heavy = ["approx", "collect_together", *["eval_harness"] * 2, *["eval_ppl"] * 2, "spectra"]
     assert rules == heavy
     jobs = run.jobs()
     assert sorted(job["rule"] for job in jobs) == heavy

@@ -3,8 +3,8 @@
 Two rules make the same files by the same command: `collect_together` makes all kinds that the
 experiments need in one pass over the text; `collect` makes one kind. The first is preferred where
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
-is, so that a new or removed kind is built alone. `collect_paper` is `collect_together` of the
-paper's tables.
+is, so that a new or removed kind is built alone. Where some calibrations need fewer kinds than
+others, `collect_others` is their `collect_together`; `collect_paper` is that of the paper's tables.
 
 A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
 blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
@@ -63,9 +63,9 @@ if len(KINDS) > 1:
         benchmark:
             f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
         wildcard_constraints:
-            calibration=one_of(row["calibration"] for row in ROWS),
+            calibration=one_of(set(CALIBRATED) - set(OTHERS)),
 
-    if some_are_missing(ROWS, KINDS):
+    if some_are_missing(set(CALIBRATED) - set(OTHERS)):
 
         ruleorder: collect > collect_together
 
@@ -74,7 +74,29 @@ if len(KINDS) > 1:
         ruleorder: collect_together > collect
 
 
-if PAPER:
+if len(OTHER_KINDS) > 1:
+
+    use rule collect as collect_others with:
+        output:
+            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in OTHER_KINDS],
+            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in OTHER_KINDS],
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+        benchmark:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(OTHERS),
+
+    if some_are_missing(OTHERS):
+
+        ruleorder: collect > collect_others
+
+    else:
+
+        ruleorder: collect_others > collect
+
+
+if PAPER_CALIBRATIONS:
 
     use rule collect as collect_paper with:
         output:
@@ -87,7 +109,7 @@ if PAPER:
         wildcard_constraints:
             calibration=one_of(PAPER_CALIBRATIONS),
 
-    if some_are_missing(PAPER_ROWS, PAPER_KINDS):
+    if some_are_missing(PAPER_CALIBRATIONS):
 
         ruleorder: collect > collect_paper
 
@@ -125,6 +147,10 @@ if SHARDED:
 
         ruleorder: merge > collect_together
 
-    if PAPER:
+    if len(OTHER_KINDS) > 1:
+
+        ruleorder: merge > collect_others
+
+    if PAPER_CALIBRATIONS:
 
         ruleorder: merge > collect_paper

@@ -19,7 +19,7 @@ from a3.errors import A3Error
 from a3.files import load_yaml, sha256
 from a3.paper import Paper
 from a3.provenance import fingerprint
-from a3.results import Place, weight_files
+from a3.results import SPECTRA_KINDS, Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
 from a3.tasks import data_files, read_task
 
@@ -51,11 +51,19 @@ TRAINED = [
     f"{RESULTS}/trained/{{model}}/{name}"
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
+# Calibrations of which as many kinds of statistics are needed as of any, and the others.
 KINDS = kinds_of(ROWS)
+CALIBRATED = {row["calibration"]: [] for row in ROWS}
+for row in ROWS:
+    CALIBRATED[row["calibration"]].append(row)
+OTHERS = [name for name, rows in CALIBRATED.items() if kinds_of(rows) != KINDS]
+if len(OTHERS) == len(CALIBRATED):
+    OTHERS = []
+OTHER_KINDS = kinds_of([row for name in OTHERS for row in CALIBRATED[name]])
 PAPER_GROUPS = f"{RESULTS}/paper"
 # The paper's tables have calibrations of their own, so that they make no other statistics larger. Of
 # these, one pass collects what the paper's own modes read, which is small and part of every table.
-PAPER_CALIBRATIONS = list(PAPER.spec["calibrations"]) if PAPER else []
+PAPER_CALIBRATIONS = sorted(set(PAPER.spec["calibrations"]) - set(CALIBRATED)) if PAPER else []
 PAPER_KINDS = PAPER.kinds() if PAPER else []
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
@@ -74,6 +82,12 @@ EVALUATED = [
         *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
     )
 ]
+# Of each model and calibration, where the table needs those statistics anyway.
+SPECTRA = sorted(
+    str(place.spectra(Path(RESULTS)))
+    for place in {Place(row["model"], row["calibration"]) for row in ROWS}
+    if set(SPECTRA_KINDS) <= set(KINDS)
+)
 SPEEDS = [
     str(place.speed(Path(RESULTS), name))
     for place in PLACES
@@ -111,7 +125,7 @@ def entry(section, name):
 
 def one_of(names):
     """A wildcard's constraint."""
-    return "|".join(re.escape(name) for name in sorted(set(names)))
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def sources(section, key):
@@ -184,9 +198,20 @@ def shards(ending, wildcards):
     return [f"{folder}/shards/{i}of{count}/{wildcards.kind}.{ending}" for i in range(count)]
 
 
-def some_are_missing(rows, kinds):
+def kinds_together(calibration):
+    """The statistics that one pass over a calibration collects."""
+    if calibration in PAPER_CALIBRATIONS:
+        return PAPER_KINDS
+    return OTHER_KINDS if calibration in OTHERS else KINDS
+
+
+def some_are_missing(calibrations):
     """Whether, in some folder that is collected to, one kind is there and another one is not."""
-    for model, calibration in {(row["model"], row["calibration"]) for row in rows}:
+    collected = {(row["model"], row["calibration"]) for row in [*ROWS, *PAPER_ROWS]}
+    for model, calibration in collected:
+        if calibration not in calibrations:
+            continue
+        kinds = kinds_together(calibration)
         folder = Path(RXX.format(model=model, calibration=calibration))
         for place in (folder, *folder.glob("shards/*")):
             there = {kind for kind in kinds if (place / f"{kind}.safetensors").exists()}

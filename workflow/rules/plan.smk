@@ -14,6 +14,7 @@ from snakemake_interface_executor_plugins.settings import ExecMode
 STAGES = {
     "collect": "collect",
     "collect_together": "collect",
+    "collect_others": "collect",
     "collect_paper": "collect",
     "approx": "approx",
     "approx_part": "approx",
@@ -64,8 +65,7 @@ def planned(job):
     if stage == "collect":
         settings |= entry("calibrations", wildcards.calibration)
         kind = wildcards.get("kind")
-        together = PAPER_KINDS if job.rule.name == "collect_paper" else KINDS
-        settings |= {"kinds": [kind] if kind else list(together)}
+        settings |= {"kinds": [kind] if kind else kinds_together(wildcards.calibration)}
         settings["tokens"] //= settings["shards"]
     elif stage == "approx":
         row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}

@@ -72,7 +72,8 @@ def cost_of_collect(arch, wildcards):
     """Cost of one job of a calibration."""
     chosen = entry("calibrations", wildcards.calibration)
     tokens = chosen["tokens"] // chosen["shards"]
-    kinds = [wildcards.kind] if "kind" in wildcards.keys() else KINDS
+    alone = "kind" in wildcards.keys()
+    kinds = [wildcards.kind] if alone else kinds_together(wildcards.calibration)
     return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"], kinds)
 
 
@@ -90,6 +91,11 @@ def cost_of_gather(arch, wildcards):
 def cost_of_approx(arch, wildcards):
     """Cost of one job of a checkpoint."""
     return approx_cost(arch, C["approx_jobs"], kinds_needed(choose(wildcards)))
+
+
+def cost_of_spectra(arch, wildcards):
+    """Cost of the spectra of one calibration: less than that of a checkpoint."""
+    return approx_cost(arch)
 
 
 def cost_of_perplexity(arch, wildcards):

@@ -4,13 +4,14 @@ EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
 )
+CSV = ("results.csv", "comparisons.csv", "seeds.csv", "seconds.csv")
 
 
 rule tables:
     input:
         EVALUATED,
     output:
-        multiext(f"{TABLE}/", "results.csv", "results.md", "seconds.csv"),
+        multiext(f"{TABLE}/", *CSV, "results.md"),
     log:
         f"{LOGS}/tables/{C['table']}.log",
     conda:
@@ -20,10 +21,11 @@ rule tables:
         rows=json.dumps(ROWS),
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
+        reference=["--reference", C["reference"]] if "reference" in C else [],
         out=subpath(output[0], parent=True),
         code=fingerprint("a3.stages.tables"),
     shell:
-        f"a3 tables {EVERYTHING} -o {{params.out:q}} &> {{log:q}}"
+        f"a3 tables {EVERYTHING} {{params.reference:q}} -o {{params.out:q}} &> {{log:q}}"
 
 
 rule speed_table:
@@ -49,7 +51,8 @@ rule speed_table:
 
 rule figures:
     input:
-        EVALUATED,
+        evaluated=EVALUATED,
+        spectra=SPECTRA,
     output:
         directory(f"{TABLE}/figures"),
     log:
@@ -63,14 +66,12 @@ rule figures:
         harness=C["evaluate"]["harness"],
         code=fingerprint("a3.stages.figures"),
     shell:
-        f"a3 figures {EVERYTHING} -o {{output:q}} &> {{log:q}}"
+        f"a3 figures {EVERYTHING} --spectra {{input.spectra:q}} -o {{output:q}} &> {{log:q}}"
 
 
 rule report:
     input:
-        f"{TABLE}/results.csv",
-        f"{TABLE}/seconds.csv",
-        f"{TABLE}/figures",
+        multiext(f"{TABLE}/", *CSV, "figures"),
     output:
         f"{TABLE}/report.html",
     log:

@@ -14,7 +14,7 @@ rule text:
     params:
         spec=spec("texts", "text"),
         wheels=f"{RESULTS}/wheels",
-        texts=f"{RESULTS}/texts",
+        texts=subpath(output.docs, ancestor=2),
         code=fingerprint("a3.stages.text"),
     shell:
         "a3 text {params.spec:q} --wheels {params.wheels:q} --texts {params.texts:q}"

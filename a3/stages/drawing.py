@@ -1,0 +1,110 @@
+"""What all figures share: their look, their files, and the rows of heat maps."""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from a3.results import Run
+from a3.solutions.modes import Choice, parse_choice
+
+GREY = "#767676"
+ABSENT = "#e0e0e0"
+COMPONENTS = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
+STYLE = {
+    "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the name of its files and what one sees in it."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a heat map: the layers' errors (layers), or a map of its own (layers × …)."""
+
+    label: str
+    values: np.ndarray
+
+
+def save_drawing(drawing: Drawing, folder: Path) -> None:
+    """Write SVG and PNG without dates or versions, so that equal figures are equal files."""
+    svg = {"Date": None, "Creator": None}
+    drawing.figure.savefig(folder / f"{drawing.name}.svg", metadata=svg)
+    drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=160, metadata={"Software": None})
+
+
+def choice_of(run: Run, component: str) -> Choice:
+    """Mode and size of a component that this run compresses."""
+    return parse_choice(component, getattr(run.place, component), run.place.ratio)
+
+
+def shown(size: Decimal | int) -> str:
+    """The share that is removed, or the rank that is kept."""
+    return f"rank {size}" if isinstance(size, int) else f"{100 * float(size):g}%"
+
+
+def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[Row]:
+    """Rows of a heat map, equal ones once.
+
+    They are labelled by the component's mode and size, and by the rest only where that tells more.
+    """
+    several = len({run.place.calibration for run, _ in found}) > 1
+    groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
+    for run, values in found:
+        choice = choice_of(run, component)
+        mode = choice.mode + (f", {run.place.calibration}" if several else "")
+        group = groups.setdefault((mode, choice.size), [])
+        if not any(np.array_equal(values, other, equal_nan=True) for _, other in group):
+            group.append((run, values))
+    rows = []
+    for (mode, size), group in groups.items():
+        for run, values in group:
+            note = f" in {run.place.method}" if len(group) > 1 else ""
+            rows.append((mode + note, size, values))
+    rows.sort(key=lambda row: row[:2])
+    return [Row(f"{mode}  {shown(size)}", values) for mode, size, values in rows]
+
+
+def name_model(figure: Figure, dense: Run) -> None:
+    """The model's name above a figure."""
+    figure.suptitle(dense.place.model, x=0.01, ha="left", fontsize=11)
+
+
+def colour_map(name: str) -> Colormap:
+    """One of matplotlib's, with grey for what is not there."""
+    return matplotlib.colormaps[name].with_extremes(bad=ABSENT)
+
+
+def colour_bar(figure: Figure, image: AxesImage, grid: np.ndarray, label: str) -> Colorbar:
+    """A slim colour bar along all panels."""
+    height = figure.get_figheight()
+    bar = figure.colorbar(image, ax=grid, label=label, pad=0.015, aspect=height / 0.2)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def no_frame(axes: Axes) -> None:
+    """No frame and no tick marks around a heat map."""
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)

@@ -1,0 +1,183 @@
+"""The report in a real browser: light, dark and on a phone; `make test-report` starts these."""
+
+import math
+import shutil
+
+import pytest
+from browser import Browser
+from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
+
+from a3.files import read_record
+from a3.stages.figures import build_figures
+from a3.stages.report import build_report
+from a3.stages.tables import build_tables
+
+METHODS = ("rxx-w-rxx+xkv+rxx-w", "rxx-w-rxx-uniform+axkv+rxx", "svd-llm+svd-llm+svd-llm")
+RATIOS = ("0.1", "0.2", "0.4")
+SEEDS = (0, 1)
+LAYERS = 12
+LOOKS = {
+    "light": (1280, 900, "light"),
+    "dark": (1280, 900, "dark"),
+    "phone": (390, 844, "light", True),
+    "phone-dark": (390, 844, "dark", True),
+}
+# Least contrast of text that WCAG 2 (AA) allows.
+CONTRAST = 4.5
+# Every element with text of its own: its contrast to the first background under it.
+CONTRASTS = """
+(() => {
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => numbers(colour).slice(0, 3)
+    .map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+  const under = element => {
+    const colour = getComputedStyle(element).backgroundColor;
+    return (numbers(colour)[3] ?? 1) > 0 ? colour : under(element.parentElement);
+  };
+  return [...document.querySelectorAll("main *")]
+    .filter(element => [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+    .map(element => {
+      const pair = [light(getComputedStyle(element).color), light(under(element))];
+      return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    });
+})()
+"""
+
+
+def made(results):
+    """Results of three methods, three ratios and two calibration seeds, spectra and speed."""
+    experiments = [
+        experiment("small", *method.split("+"), ratio) | {"calibration": f"wiki-{seed}"}
+        for seed in SEEDS
+        for method in METHODS
+        for ratio in RATIOS
+    ]
+    write_results(results, experiments)
+    for index, one in enumerate(experiments):
+        modes = "+".join(one[part] for part in ("qk", "ov", "mlp"))
+        tail = f"small/{one['calibration']}/{modes}/{one['ratio']}"
+        path = results / "checkpoints" / tail / "approx.json"
+        approx = read_record(path)
+        for record in approx["provenance"]["statistics"].values():
+            record["seed"] = int(one["calibration"][-1])
+        change(path, layers=approx["layers"][:1] * LAYERS, provenance=approx["provenance"])
+        nll = [3.1 + float(one["ratio"]) * (1 + index % 5), 3.4 + float(one["ratio"])]
+        mean = sum(nll) / 2
+        scores = [(item * 7 + index) % 5 > 0 for item in range(60)]
+        scored = {"block_nll": nll, "nll": mean, "perplexity": math.exp(mean)}
+        change(results / "eval" / tail / "ppl/encyclopedia.json", **scored)
+        change(results / "eval" / tail / "harness/titles.json", item_scores=scores)
+        for kind in ("v_blocks", "down_diagonal"):
+            timing = results / f"rxx/small/{one['calibration']}/{kind}.timing.json"
+            write(timing, {"seconds": 1.0, "tokens_per_second": 1.0})
+    curve = [0.5, 0.1, 0.0]
+    for seed in SEEDS:
+        record = {
+            "full": dict.fromkeys(("qk", "ov", "mlp"), 12),
+            "ranks": {key: [4, 8, 12] for key in ("qk", "ov", "mlp")},
+            "lost": dict.fromkeys(("qk", "ov", "mlp"), [[curve, curve]] * LAYERS),
+            "provenance": {"weights_sha256": digest("small")},
+        }
+        write(results / f"spectra/small/wiki-{seed}.json", record)
+    return experiments
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    results = tmp_path_factory.mktemp("page") / "results"
+    experiments = made(results)
+    out = results / "tables" / "all"
+    build_tables(results, experiments, TEXTS, TASKS, out, METHODS[0])
+    (out / "speed.csv").write_text("model,phase,tokens/s\nsmall,prefill,1234.5\nsmall,decode,17\n")
+    spectra = sorted(results.glob("spectra/small/*.json"))
+    build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra)
+    build_report(results, out, {"experiments": "a.tsv"}, out / "report.html")
+    return out / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = Browser(shutil.which("chromium"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(params=LOOKS)
+def page(request, browser, report):
+    """The report as one reader sees it; a picture of it lies beside it."""
+    browser.look(*LOOKS[request.param])
+    browser.open(report)
+    browser.screenshot(report.with_name(f"{request.param}.png"))
+    return browser
+
+
+def test_nothing_is_wrong_and_nothing_is_fetched(page, report):
+    assert page.said("Runtime.exceptionThrown") == []
+    assert [entry["entry"]["text"] for entry in page.said("Log.entryAdded")] == []
+    assert page.said("Runtime.consoleAPICalled") == []
+    addresses = [event["request"]["url"] for event in page.said("Network.requestWillBeSent")]
+    assert report.as_uri() in addresses
+    assert [a for a in addresses if not a.startswith("data:")] == [report.as_uri()]
+
+
+def test_tables_and_figures_are_there(page):
+    headings = page.evaluate("[...document.querySelectorAll('h2')].map(h => h.id)")
+    assert headings == [
+        *("results", "comparisons", "seeds", "figures", "speed", "seconds"),
+        *("protocol", "rebuild", "provenance"),
+    ]
+    rows = page.evaluate(
+        "[...document.querySelectorAll('table')].map(t => t.tBodies[0].rows.length)"
+    )
+    runs = len(METHODS) * len(RATIOS) * len(SEEDS)
+    compared = runs - len(RATIOS) * len(SEEDS)
+    # One text and one task; two calibrations.
+    assert rows[:-1] == [runs + 1, compared, len(METHODS) * len(RATIOS), 2, runs + 1, 2, 2]
+    assert rows[-1] > 0
+    widths = page.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+    assert len(widths) == 7
+    assert min(widths) > 0
+
+
+def test_a_click_sorts(page):
+    heading = """[...document.querySelectorAll('table')[0].querySelectorAll('th button')]
+        .find(button => button.textContent === 'encyclopedia Δ perplexity')"""
+    column = f"""(() => {{
+        const index = {heading}.parentElement.cellIndex;
+        const body = document.querySelectorAll('table')[0].tBodies[0];
+        return [...body.rows].map(row => row.cells[index].dataset.value);
+    }})()"""
+    before = page.evaluate(column)
+    assert before[0] == ""  # the dense row has no distance to itself
+    numbers = sorted(float(value) for value in before[1:])
+    assert [float(value) for value in before[1:]] != numbers
+    for order in (numbers, numbers[::-1]):
+        page.evaluate(f"{heading}.click()")
+        *found, last = page.evaluate(column)
+        assert last == ""
+        assert [float(value) for value in found] == order
+
+
+def test_the_page_is_no_wider_than_the_screen(page):
+    """Held to the screen and not to innerWidth: a phone zooms out until all of a page fits."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.width
+    outside = page.evaluate(f"""[...document.querySelectorAll('main > *')]
+        .filter(element => element.getBoundingClientRect().right > {page.width})
+        .map(element => element.outerHTML.slice(0, 80))""")
+    assert outside == []
+
+
+def test_text_is_told_from_its_background(page):
+    contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 100
+    assert min(contrasts) >= CONTRAST
+
+
+def test_dark_is_dark_and_figures_keep_their_paper(page, browser):
+    dark = browser.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
+    paper = browser.evaluate("getComputedStyle(document.querySelector('.paper')).backgroundColor")
+    assert paper == "rgb(255, 255, 255)"
