@@ -20,6 +20,11 @@ include: "workflow/rules/tables.smk"
 include: "workflow/rules/plan.smk"
 
 
+if PAPER:
+
+    include: "workflow/rules/paper.smk"
+
+
 # On a cluster these stay on the machine that Snakemake runs on: nodes are often offline.
 localrules:
     wheel,

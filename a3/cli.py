@@ -237,6 +237,20 @@ def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> No
     build_report(results, tables, config, out)
 
 
+def paper_rows(table: Path, **inputs: Any) -> None:
+    """Join one model's results for a table of the paper."""
+    from a3.stages.paper import build_rows
+
+    build_rows(table, **inputs)
+
+
+def paper_compare(table: Path, out: Path) -> None:
+    """Compare with the paper."""
+    from a3.stages.paper import compare
+
+    compare(table, out)
+
+
 def show(table: Path) -> None:
     """Print a table."""
     from a3.stages.tables import print_table
@@ -489,6 +503,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tables", type=Path, required=True)
     one.add_argument("--config", type=parse_json, required=True, help="JSON")
     add_out(one, "report.html")
+    paper = commands.add_parser("paper", help="the paper's tables", description="Paper's tables.")
+    kinds = paper.add_subparsers(metavar="KIND", required=True)
+    text_ = "config/paper/TABLE.yaml, with config/paper.yaml beside its folder"
+    one = add(kinds, "rows", paper_rows, "one model's group of rows, from its results")
+    one.add_argument("table", type=Path, help=text_)
+    one.add_argument("--model", required=True, help="name in config/paper.yaml")
+    one.add_argument("--results", type=Path, required=True)
+    add_out(one, "<model>.csv")
+    one = add(kinds, "compare", paper_compare, "ours beside the published figures")
+    one.add_argument("table", type=Path, help=text_)
+    add_out(one, "folder of <model>.csv, for comparison.csv, .md, .svg and .png")
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
     one = add(commands, "verify", verify, "check every artifact of a results folder")

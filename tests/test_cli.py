@@ -27,6 +27,8 @@ COMMANDS = [
     "train",
     "text",
     "show",
+    "paper rows",
+    "paper compare",
 ]
 
 

@@ -4,7 +4,7 @@ Two rules make the same files by the same command: `collect_together` makes all 
 experiments need in one pass over the text; `collect` makes one kind. The first is preferred where
 there is nothing yet or everything is stale. Where some are there and some are missing, the second
 is, so that a new or removed kind is built alone. Where some calibrations need fewer kinds than
-others, `collect_others` is their `collect_together`.
+others, `collect_others` is their `collect_together`; `collect_paper` is that of the paper's tables.
 
 A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
 blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
@@ -96,6 +96,28 @@ if len(OTHER_KINDS) > 1:
         ruleorder: collect_others > collect
 
 
+if PAPER_CALIBRATIONS:
+
+    use rule collect as collect_paper with:
+        output:
+            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in PAPER_KINDS],
+            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in PAPER_KINDS],
+        log:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+        benchmark:
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+        wildcard_constraints:
+            calibration=one_of(PAPER_CALIBRATIONS),
+
+    if some_are_missing(PAPER_CALIBRATIONS):
+
+        ruleorder: collect > collect_paper
+
+    else:
+
+        ruleorder: collect_paper > collect
+
+
 if SHARDED:
 
     rule merge:
@@ -128,3 +150,7 @@ if SHARDED:
     if len(OTHER_KINDS) > 1:
 
         ruleorder: merge > collect_others
+
+    if PAPER_CALIBRATIONS:
+
+        ruleorder: merge > collect_paper

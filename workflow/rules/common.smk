@@ -16,7 +16,8 @@ from a3.config import (
 )
 from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.errors import A3Error
-from a3.files import load_yaml
+from a3.files import load_yaml, sha256
+from a3.paper import Paper
 from a3.provenance import fingerprint
 from a3.results import SPECTRA_KINDS, Place, weight_files
 from a3.solutions.modes import DENSE, choose, kinds_needed
@@ -28,6 +29,14 @@ SCHEMA = Path(workflow.basedir, "workflow/schemas/config.schema.yaml")
 
 try:
     C = complete(config, load_yaml(SCHEMA))
+    # What the report shows; the paper's tables add entries of their own.
+    CONFIGURED = json.dumps(C, sort_keys=True)
+    if "paper" in C:
+        PAPER = Paper(Path(workflow.basedir, "config/paper.yaml"))
+        C = complete(PAPER.join(config), load_yaml(SCHEMA))
+        PAPER_ROWS = PAPER.rows(C["paper"]["models"])
+    else:
+        PAPER, PAPER_ROWS = None, []
     ROWS = read_experiments(Path(C["experiments"]), C)
 except A3Error as error:
     raise WorkflowError(str(error)) from None
@@ -51,6 +60,11 @@ OTHERS = [name for name, rows in CALIBRATED.items() if kinds_of(rows) != KINDS]
 if len(OTHERS) == len(CALIBRATED):
     OTHERS = []
 OTHER_KINDS = kinds_of([row for name in OTHERS for row in CALIBRATED[name]])
+PAPER_GROUPS = f"{RESULTS}/paper"
+# The paper's tables have calibrations of their own, so that they make no other statistics larger. Of
+# these, one pass collects what the paper's own modes read, which is small and part of every table.
+PAPER_CALIBRATIONS = sorted(set(PAPER.spec["calibrations"]) - set(CALIBRATED)) if PAPER else []
+PAPER_KINDS = PAPER.kinds() if PAPER else []
 # Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
 WEIGHTS = weight_files(C["approx_jobs"])
 WHEELS = wheels_of(C)
@@ -111,7 +125,7 @@ def entry(section, name):
 
 def one_of(names):
     """A wildcard's constraint."""
-    return "|".join(map(re.escape, names))
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def sources(section, key):
@@ -186,12 +200,14 @@ def shards(ending, wildcards):
 
 def kinds_together(calibration):
     """The statistics that one pass over a calibration collects."""
+    if calibration in PAPER_CALIBRATIONS:
+        return PAPER_KINDS
     return OTHER_KINDS if calibration in OTHERS else KINDS
 
 
 def some_are_missing(calibrations):
     """Whether, in some folder that is collected to, one kind is there and another one is not."""
-    collected = {(row["model"], row["calibration"]) for row in ROWS}
+    collected = {(row["model"], row["calibration"]) for row in [*ROWS, *PAPER_ROWS]}
     for model, calibration in collected:
         if calibration not in calibrations:
             continue
@@ -208,6 +224,22 @@ def excluded_by(text):
     """The texts whose documents are taken out of a text."""
     entry("texts", text)
     return excluded(text, C["texts"])
+
+
+def paper_groups(table):
+    """The groups of rows that a comparison with the paper builds."""
+    try:
+        models = PAPER.models_of(PAPER.tables[table], C["paper"]["models"])
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+    return [f"{PAPER_GROUPS}/{table}/{model}.csv" for model in models]
+
+
+def other_paper_groups(table):
+    """The groups that are there beside them, and their content: a change makes a new comparison."""
+    there = {str(path) for path in Path(PAPER_GROUPS, table).glob("*.csv")}
+    others = sorted(there - set(paper_groups(table)))
+    return {path: sha256(Path(path)) for path in others if Path(path).stem in PAPER.models}
 
 
 def calibration_text(wildcards):

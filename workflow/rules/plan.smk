@@ -15,6 +15,7 @@ STAGES = {
     "collect": "collect",
     "collect_together": "collect",
     "collect_others": "collect",
+    "collect_paper": "collect",
     "approx": "approx",
     "approx_part": "approx",
     "eval_ppl": "ppl",

@@ -81,7 +81,7 @@ rule report:
     params:
         results=lambda wildcards: RESULTS,
         tables=subpath(input[0], parent=True),
-        config=json.dumps(C, sort_keys=True),
+        config=CONFIGURED,
         code=fingerprint("a3.stages.report"),
     shell:
         "a3 report --results {params.results:q} --tables {params.tables:q}"
