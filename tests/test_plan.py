@@ -79,6 +79,7 @@ def test_rows_that_say_the_same_are_refused(tmp_path):
     config = {
         "models": {"m": {"source": {}}},
         "calibrations": {"c": {"text": "t"}},
+        "texts": {"t": {"source": {"path": "t.txt"}}},
         "evaluate": {"perplexity": [], "harness": []},
     }
     table = tmp_path / "experiments.tsv"

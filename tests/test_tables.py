@@ -237,7 +237,7 @@ def test_markdown_is_rounded_and_keeps_its_columns(tmp_path):
     cells = [cell.strip() for cell in lines[3].replace("\\|", "¦").strip("|").split("|")]
     assert cells[:3] == ["a¦b", "rxx-w-rxx + xkv + rxx-w", "0.2"]
     assert cells[3:6] == ["27.11 ± 0.50", "+4.91", "+0.2000 ± 0.1000"]
-    assert cells[6:8] == ["0.700 ± 0.050", "-0.050"]
+    assert cells[6:9] == ["1.1891", "0.700 ± 0.050", "-0.050"]
     assert len({line.replace("\\|", "").count("|") for line in lines[:4]}) == 1
 
 
