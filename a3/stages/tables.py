@@ -408,6 +408,8 @@ def _plus_minus(text: str, error: float) -> str:
     """Append a standard error, with as many decimals as the number has."""
     if pd.isna(error) or text == "–":
         return text
+    if "e" in text:
+        return f"{text} ± {error:.2g}"
     return f"{text} ± {error:.{len(text.partition('.')[2])}f}"
 
 
