@@ -463,8 +463,8 @@ def paper_flops(shapes: dict[str, Any]) -> int:
     causal sequence of 2048, without embeddings and LM head; head sizes of 96, 64 and 48, which are
     (1 − c) · 128 rounded down to a multiple of 16, and intermediate sizes of (1 − c) · 13824. The
     peak memory in the same table fits these head sizes (within 2%, taking the cache for one of 4 ×
-    2048 tokens) and not those of c itself. With ours (102, 76 or 77, 51 or 52) the formula says 0.80, 0.60, 0.40.
-    It is our exact count without the LM head.
+    2048 tokens) and not those of c itself. With ours (102, 76 or 77, 51 or 52) the formula says
+    0.80, 0.60, 0.40. It is our exact count without the LM head.
     """
     head = 2 * shapes["hidden_size"] * shapes["vocab_size"]
     return shapes["size"]["flops_per_token"] - head
