@@ -32,6 +32,12 @@ FAMILIES = {
     "mixtral": ("mixtral", MOE | {"num_local_experts": 2}),
 }
 TEXT = "A river moves towards an ocean, or a lake, and 600 dogs bark at the Moon. " * 60
+# Modes that minimise an objective by their statistics; baselines minimise others.
+PAPER = {
+    "qk": ("qk", "q-only", "k-only", "identity", "rxx-w-rxx", "rxx-w-rxx-uniform"),
+    "ov": ("xkv", "axkv", "identity"),
+    "mlp": ("rxx-w", "rxx"),
+}
 # Head size 16: fewer tokens than that, and enough.
 FEW, ENOUGH = 8, 512
 # Rounding: of the objective of the zero solution.
@@ -101,9 +107,10 @@ def collected(folder, out, *, text=TEXT, tokens=ENOUGH, length=64, dtype="float3
 
 
 def fitting(arch, part):
-    """The modes of a part that fit a model, and the statistics that they read."""
+    """The paper's modes of a part that fit a model, and the statistics that they read."""
     kind = arch.mlp if part == "mlp" else arch.attention
-    return {name: mode.kinds for name, mode in MODES[part].items() if kind in mode.fits}
+    own = {name: mode for name, mode in MODES[part].items() if name in PAPER[part]}
+    return {name: mode.kinds for name, mode in own.items() if kind in mode.fits}
 
 
 # --- plain truncation -----------------------------------------------------------------------------

@@ -37,6 +37,8 @@ COLOURS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 DASHES = ("-", "--", "-.", ":")
+# A model whose perplexity is so many times the best one's is broken, and how much says nothing.
+OFF_SCALE = 50
 
 
 def build_figures(
@@ -105,7 +107,8 @@ def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
     caption = (
         f"{dense.place.model}: perplexity (lower is better) {_against(runs)}. The dashed "
         "line is the dense model. Bars are one standard error over the blocks of text; "
-        "they are shared by all curves, so differences between curves are surer than they suggest."
+        "they are shared by all curves, so differences between curves are surer than they suggest. "
+        f"Curves that leave the top end beyond {OFF_SCALE} times the best."
     )
     return Drawing(f"perplexity-{dense.place.model}", caption, figure)
 
@@ -261,13 +264,13 @@ def _kept(dense: Run, run: Run) -> float:
 
 
 def _log_if_wide(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where the worst is over five times the best."""
+    """A logarithmic axis where the worst is over five times the best; broken models leave it."""
     span = max(values) / min(values)
     if span > 5:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1, 3) if span > 100 else (1, 2, 3, 5, 7), numticks=99)
-        )
+        if span > OFF_SCALE:
+            axes.set_ylim(min(values) / 1.2, OFF_SCALE * min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=99))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
