@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from a3.errors import A3Error
-from a3.solutions.modes import NO_RATIO, PARTS, choose
+from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The keys of a3.documents.JOINS.
@@ -152,16 +152,35 @@ def merge(shards: list[Path], out: Path) -> None:
     merge_shards(shards, out)
 
 
-def approx(model: Path, rxx: Path, out: Path, part: str | None, **row: str) -> None:
+def allocate(
+    model: Path,
+    rxx: Path,
+    text: Path,
+    out: Path,
+    multiple: int,
+    uniform: list[str],
+    **row: str,
+) -> None:
+    """Share out ranks over layers and parts."""
+    from a3.stages.allocate import allocate
+    from a3.stages.plan import Plan
+
+    plan = Plan(choose(row))
+    allocate(folder(model), rxx, text, plan, out, multiple=multiple, uniform=tuple(uniform))
+
+
+def approx(
+    model: Path, rxx: Path, out: Path, part: str | None, allocation: Path | None, **row: str
+) -> None:
     """Compress with collected statistics."""
     from a3.stages.approximate import approximate, approximate_part
     from a3.stages.plan import Plan
 
     plan = Plan(choose(row))
     if part is None:
-        approximate(folder(model), rxx, plan, out)
+        approximate(folder(model), rxx, plan, out, allocation)
     else:
-        approximate_part(folder(model), rxx, plan, part, out)
+        approximate_part(folder(model), rxx, plan, part, out, allocation)
 
 
 def gather(model: Path, parts: list[Path], out: Path) -> None:
@@ -381,10 +400,22 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("shards", type=Path, nargs="+", help="one kind's files, in order")
     add_out(one, "<kind>.safetensors")
 
+    one = add(commands, "allocate", allocate, "share out the ranks of modes with ~")
+    one.add_argument("model", type=Path, help="Hugging Face folder")
+    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
+    text_ = "the text of the statistics: parts are weighed on what follows their tokens"
+    one.add_argument("--text", type=Path, required=True, help=text_)
+    add_modes(one)
+    one.add_argument("--multiple", type=int, default=1, help="ranks are multiples of it")
+    text_ = "parts whose rank is the same in all layers"
+    one.add_argument("--uniform", nargs="+", choices=PARTS, default=[], help=text_)
+    add_out(one, "the ranks, JSON")
+    add_threads(one)
     one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
+    one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
     one.add_argument("--part", help=text_)
     add_out(one, "compressed Hugging Face folder")
@@ -547,10 +578,26 @@ def add_modes(one: argparse.ArgumentParser) -> None:
 
 
 def add_parts(one: argparse.ArgumentParser) -> None:
-    """The mode of each part."""
+    """The mode of each part, or a preset for all."""
     text = "mode; with a ratio (@0.3) or rank (@48) of its own; or dense to leave it"
-    for part, mode in (("qk", "rxx-w-rxx"), ("ov", "xkv"), ("mlp", "rxx-w")):
+    for part, mode in PRESETS["a3"].items():
         one.add_argument(f"--{part}", default=mode, help=text)
+    one.add_argument(
+        "--preset",
+        choices=PRESETS,
+        action=Preset,
+        default=argparse.SUPPRESS,
+        help="modes of all parts: the paper's (default), or those that keep most of the model",
+    )
+
+
+class Preset(argparse.Action):
+    """Sets the modes of all parts; those named behind it have their own."""
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
+        """Called where the option stands."""
+        for part, mode in PRESETS[value].items():
+            setattr(namespace, part, mode)
 
 
 def add_blocks(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a3.dtypes import WIDTHS
-from a3.kinds import KINDS, shape_of, statistics_memory
+from a3.kinds import GRADIENT_FORMS, KINDS, shape_of, statistics_memory
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
 LIBRARIES = 550 * 2**20
@@ -67,13 +67,19 @@ def shapes(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in FIELDS}
 
 
+# Blocks that a3.stages.allocate scores with the dense model and three others.
+SCORED_BLOCKS = 16
+# Gradients are taken of one block in so many (a3.stages.collect).
+GRADIENT_BLOCKS = 4
+
+
 def collect_cost(
     arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
 ) -> Cost:
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
     The float64 copies of the widest activation of one block are what a hook holds at a time.
-    Gradients need one pass more, which takes three times as long as one without, with the
+    Gradients need a pass of their own, which takes three times as long as one without, with the
     activations of all layers and the gradients of all weights in memory.
     """
     h, kinds = arch["head_dim"], tuple(kinds)
@@ -82,8 +88,11 @@ def collect_cost(
     memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
     memory += statistics_memory(arch, kinds)
     passes = 1.0
-    if any(KINDS[kind].form == "fisher" for kind in kinds):
-        passes += 3
+    forms = {KINDS[kind].form for kind in kinds}
+    if forms & set(GRADIENT_FORMS):
+        # Of weights, or of activations alone.
+        passes += 3 * ("fisher" in forms)
+        passes += 3 / GRADIENT_BLOCKS * bool(forms & {"gradient", "factors"})
         memory += WIDTHS[dtype] * arch["size"]["parameters"]
         memory += arch["layers"] * forward_memory(arch, block_length)
         memory += 3 * 4 * block_length * arch["vocab_size"]
@@ -124,6 +133,13 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
         # Some copies of the largest matrix, and of the layer's weights in float64.
         memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]
     return Cost(SOLVERS + memory, flops / jobs)
+
+
+def allocate_cost(arch: dict[str, Any], block_length: int, kinds: Iterable[str]) -> Cost:
+    """Cost of the losses by rank, of each part compressed alone, and of scoring these."""
+    solved = approx_cost(arch, 1, kinds)
+    scored = perplexity_cost(arch, SCORED_BLOCKS * block_length, block_length, "float32")
+    return Cost(max(solved.memory, scored.memory), 2 * solved.flops + scored.flops)
 
 
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:

@@ -16,7 +16,9 @@ class Kind:
     `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
     diagonal (Σ x²), abs (Σ |x|) or mean (Σ x). Of the form fisher, gradients are looked at: Σ over
-    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher).
+    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher). Likewise
+    of the forms gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query
+    head, by a complex factor of each RoPE pair; a3.stages.gradients).
     """
 
     site: str
@@ -52,7 +54,13 @@ KINDS = {
     "down_mean": Kind("down_input", "mean"),
     "down_output": Kind("down", "full"),
     "down_fisher": Kind("down", "fisher"),
+    # For modes past the paper.
+    "attention_gradient": Kind("o", "gradient"),
+    "mlp_gradient": Kind("down", "gradient"),
+    "pair_gradient": Kind("q", "factors"),
 }
+# What a backward pass gives.
+GRADIENT_FORMS = ("fisher", "gradient", "factors")
 
 
 def heads_of(site: str, arch: Mapping[str, Any]) -> int:
@@ -74,6 +82,10 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
         matrices = {"qkv": (3,), "mlp": (arch["mlp_inputs"],)}
         site = "down_input" if kind.site == "down" else kind.site
         return *matrices.get(kind.site, ()), width_of(site, arch)
+    if kind.form == "gradient":
+        return arch["hidden_size"], arch["hidden_size"]
+    if kind.form == "factors":
+        return arch["heads"], arch["rope_dims"], arch["rope_dims"]
     shape = kind.shape(width_of(kind.site, arch), heads_of(kind.site, arch))
     return (arch["experts"], *shape) if arch["experts"] and kind.site == "down_input" else shape
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a3.linalg import keep_best, relative, ridge_leverage, take_over
+from a3.linalg import eliminate, keep_best, relative, ridge_leverage, root_of, take_over
 from a3.models.family import MLPWeights
 
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
-# Of MoDeGPT's ridge, as a share of the mean square of a channel.
+# The ridge of refits, as a share of the mean square of a channel; also MoDeGPT's, which its paper
+# leaves open. Chosen on text that is neither calibration nor test (docs/log.md).
 RIDGE = 1e-2
 # Columns of W_down that are in float64 at a time.
 CHUNK = 256
@@ -85,13 +86,56 @@ def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
     to a sum over its calibration; here λ is RIDGE times the mean of C's diagonal.
     """
     score = ridge_leverage(C, RIDGE * C.diagonal().mean().item())
-    W = weights.down.double()
     kept = keep_best(score, rank)
-    down = take_over(C, kept, W)
+    return _refitted(weights, C, kept, 0.0)
+
+
+def ls(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
+    """Channels as `rxx_w` chooses them, and W_down refitted to the output by least squares.
+
+    C (n, n) is the autocorrelation of the down-projection's input; the refit uses what dropped
+    channels have in common with those that stay.
+    """
+    kept = keep_best(C.diagonal() * row_power(weights.down), rank)
+    return _refitted(weights, C, kept, ridge_of(C))
+
+
+def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
+    """Channels eliminated one after another, W_down refitted each time (optimal brain surgeon).
+
+    The loss is that of the model to second order: errors of the output count by F (d, d), the
+    autocorrelation of the loss's gradients there.
+    """
+    gone, _ = obs_losses(weights, C, F, rank)
+    kept = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    kept[gone] = False
+    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C), F)
+
+
+def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ C X F) after each."""
+    W = weights.down.double() @ root_of(F)
+    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C))
+    return gone, losses / 2
+
+
+def ridge_of(C: Tensor) -> float:
+    """λ of refits with the autocorrelation C."""
+    return RIDGE * C.diagonal().mean().item()
+
+
+def _refitted(
+    weights: MLPWeights, C: Tensor, kept: Tensor, ridge: float, F: Tensor | None = None
+) -> MLPSolution:
+    """The kept channels with W_down refitted; its error is that of the output, by F if given."""
+    W = weights.down.double()
+    down = take_over(C, kept, W, ridge)
     left = W.clone()
     left[kept] -= down
-    lost, whole = ((X * (C @ X)).sum() for X in (left, W))
-    solution = _keep_channels(weights, score, score, rank)
+    lost, whole = ((X * (C @ (X if F is None else X @ F))).sum() for X in (left, W))
+    score = torch.zeros(len(C), dtype=C.dtype, device=C.device)
+    score[kept] = 1.0
+    solution = _keep_channels(weights, score, score, len(kept))
     return replace(
         solution, down=down.to(weights.down.dtype), relative_error=relative(lost, whole).item()
     )

@@ -23,6 +23,15 @@ MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
 DENSE = "dense"
 # Stands for the ratio where every compressed part has a size of its own.
 NO_RATIO = "-"
+# Behind a mode: its size is an average, shared out over layers and parts (a3.stages.allocate).
+SHARED = "~"
+# The modes that can be: they say what the model loses at each rank, in the same unit.
+SHARING = {"qk": "fisher", "ov": "joint", "mlp": "obs"}
+# The modes of the paper, and those past it that win together (docs/log.md), as options say them.
+PRESETS = {
+    "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
+    "a3-plus": {part: mode + SHARED for part, mode in SHARING.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,23 @@ class Mode:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one part: its mode, and the ratio to remove (Decimal) or the rank to keep."""
+    """What becomes of one part: its mode, and the ratio to remove (Decimal) or the rank to keep.
+
+    Where it is `shared`, the ratio is that of the model's shared parts together.
+    """
 
     mode: str
     size: Decimal | int
+    shared: bool = False
+
+    @property
+    def name(self) -> str:
+        """The mode as a table spells it: `xkv`, `obs~`."""
+        return self.mode + SHARED * self.shared
 
     def __str__(self) -> str:
         """As a table spells it: `xkv@0.3`."""
-        return f"{self.mode}@{self.size}"
+        return f"{self.name}@{self.size}"
 
 
 def two_factors(part: str, metrics: dict[str, str] | None = None) -> Mode:
@@ -96,6 +114,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "modegpt": Mode(QK, NOPE + ROPE),
         "palu": Mode(("k_blocks",), NOPE),
         "palu-rope": Mode(("attention_input",), ROPE, {"k": "attention_input"}, latent=True),
+        "fisher": Mode((*QK, "pair_gradient"), ROPE),
         **FACTORED["qk"],
     },
     "ov": {
@@ -104,6 +123,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "identity": Mode((), NOPE + ROPE),
         "modegpt": Mode(("v_blocks",), NOPE + ROPE),
         "palu": Mode(("v_blocks",), NOPE + ROPE),
+        "joint": Mode(("o_proj_input", "attention_gradient"), NOPE + ROPE),
         **FACTORED["ov"],
     },
     "mlp": {
@@ -113,6 +133,8 @@ MODES: dict[str, dict[str, Mode]] = {
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "flap": Mode(("down_diagonal", "down_mean"), MLPS),
         "modegpt": Mode(("down_input",), MLPS),
+        "ls": Mode(("down_input",), MLPS),
+        "obs": Mode(("down_input", "mlp_gradient"), MLPS),
         **FACTORED["mlp"],
     },
 }
@@ -148,9 +170,10 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
     """The choice for each part that a row ({"qk": …, "ov": …, "mlp": …, "ratio": …}) compresses.
 
     A part is `dense`, a mode, which takes the row's ratio, or a mode with a size of its own:
-    `xkv@0.3` (a ratio) or `xkv@48` (a rank). The ratio is `-` where no part takes it. Raises
-    A3Error for a mode that is not known, and a size that is missing, without use or not spelled
-    as it should be.
+    `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` shares the row's ratio out over its layers, and
+    with the other parts that have a `~`. The ratio is `-` where no part takes it. Raises A3Error
+    for a mode that is not known, and a size that is missing, without use or not spelled as it
+    should be.
     """
     ratio = row["ratio"]
     cells = {part: row[part] for part in PARTS if row[part] != DENSE}
@@ -170,6 +193,14 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
 def parse_choice(part: str, cell: str, ratio: str) -> Choice:
     """`xkv`, `xkv@0.3` or `xkv@48` of a row with this ratio; raises A3Error for the size only."""
     mode, at, size = cell.partition("@")
+    if mode.endswith(SHARED):
+        if at or ratio == NO_RATIO or mode[:-1] != SHARING[part]:
+            raise A3Error(
+                f"{part} is {cell!r}: {SHARED} shares out the ratio of all parts, by what the "
+                f"model loses in each, which {SHARING[part]} tells. Write {SHARING[part]}{SHARED}, "
+                "and a ratio."
+            )
+        return Choice(mode[:-1], parse_ratio(ratio), shared=True)
     if mode == DENSE:
         raise A3Error(f"{part} is {cell!r}: a part that stays has no size. Write {DENSE}.")
     if at:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.linalg import shared_subspace, subspace_error
+from a3.linalg import relative, root_of, shared_subspace, subspace_error, take_over
 from a3.models.family import AttentionWeights
+
+# The ridge of `joint`, as a share of the mean square of the o_proj input (docs/log.md).
+RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,81 @@ def palu(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
     """
     alone = torch.eye(Gv.shape[-1], dtype=Gv.dtype, device=Gv.device).expand_as(Gv)
     return _shrink(weights, Gv, *shared_subspace(Gv, alone, rank))
+
+
+def joint(weights: AttentionWeights, R: Tensor, F: Tensor, rank: int) -> OVSolution:
+    """Directions of each group's values eliminated, all heads' W_o refitted together each time.
+
+    R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses what heads
+    have in common, where `axkv` takes each alone. F (d, d) is the autocorrelation of the loss's
+    gradients at the output, by which errors count.
+    """
+    basis, _ = joint_losses(weights, R, F, rank)
+    H, h, _ = weights.o.shape
+    T = torch.block_diag(*basis.repeat_interleave(H // len(basis), dim=0))
+    # In the new coordinates, those to keep come first in each head.
+    kept = torch.arange(H, device=R.device)[:, None] * h + torch.arange(rank, device=R.device)
+    W, C = T.T @ weights.o.flatten(0, 1), T.T @ R @ T
+    o = take_over(C, kept.flatten(), W, ridge_of(R))
+    left = W.clone()
+    left[kept.flatten()] -= o
+    lost, whole = ((X * (C @ X @ F)).sum() for X in (left, W))
+    return OVSolution(
+        v=weights.v @ basis[..., :rank],
+        o=o.unflatten(0, (H, rank)),
+        relative_error=relative(lost, whole).item(),
+    )
+
+
+def joint_losses(
+    weights: AttentionWeights, R: Tensor, F: Tensor, least: int
+) -> tuple[Tensor, Tensor]:
+    """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
+
+    Optimal brain surgeon as in `a3.linalg.eliminate`, for directions u of the values in place of
+    channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
+    uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised eigenvalue; one of
+    each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
+    ½ tr(Xᵀ R X F) after each.
+    """
+    H, h, d = weights.o.shape
+    groups = len(weights.v)
+    P = R.clone()
+    P.diagonal().add_(ridge_of(R))
+    P = torch.cholesky_inverse(torch.linalg.cholesky(P))
+    V = weights.o.flatten(0, 1) @ root_of(F)
+    Q = torch.eye(h, dtype=R.dtype, device=R.device).expand(groups, h, h)
+    gone, losses = Q[..., :0], [R.new_zeros(())]
+    for _ in range(h - least):
+        heads = V.view(H, h, d)
+        own = P.view(H, h, H, h).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        A, B = (Q.mT @ weights.grouped(M).sum(1) @ Q for M in (heads @ heads.mT, own))
+        u = _least_direction(A, B)
+        gone = torch.cat((Q @ u, gone), dim=-1)
+        U = torch.block_diag(*gone[..., :1].repeat_interleave(H // groups, dim=0))
+        Q = Q @ torch.linalg.qr(u, mode="complete").Q[..., 1:]
+        PU, UV = P @ U, U.T @ V
+        root = torch.linalg.cholesky(U.T @ PU)
+        moved = torch.cholesky_solve(UV, root)
+        losses.append((UV * moved).sum() / 2)
+        V = V - PU @ moved
+        P = P - PU @ torch.cholesky_solve(PU.T, root)
+    return torch.cat((Q, gone), dim=-1), torch.stack(losses).cumsum(0)
+
+
+def _least_direction(A: Tensor, B: Tensor) -> Tensor:
+    """Unit u (…, w, 1) of the least uᵀ A u / uᵀ B u; A, B (…, w, w), B positive definite."""
+    root = torch.linalg.cholesky((B + B.mT) / 2)
+    core = torch.linalg.solve_triangular(root, A, upper=False)
+    core = torch.linalg.solve_triangular(root, core.mT, upper=False)
+    first = torch.linalg.eigh((core + core.mT) / 2).eigenvectors[..., :1]
+    u = torch.linalg.solve_triangular(root.mT, first, upper=True)
+    return u / u.norm(dim=-2, keepdim=True)
+
+
+def ridge_of(R: Tensor) -> float:
+    """λ of refits with the autocorrelation R."""
+    return RIDGE * R.diagonal().mean().item()
 
 
 def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:

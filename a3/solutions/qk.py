@@ -5,7 +5,7 @@ whole pairs of dimensions can go (section 3.4). The statistics are the autocorre
 head's queries and keys before RoPE, Gq = W_qᵀ R W_q (H, h, h) and Gk (G, h, h).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 
 from a3.linalg import keep_best, relative, shared_subspace, subspace_error
 from a3.models.family import AttentionWeights
+
+# The ridge of `fisher`, as a share of the mean square of a gradient by a pair's factor.
+RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,114 @@ def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: i
     """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
     score = pair_scores(weights, Gq, Gk)
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
+
+
+def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: int) -> QKSolution:
+    """RoPE pairs eliminated by their effect on the loss; those that stay make up for the others.
+
+    A pair's part in the scores of a query is linear in its two query dimensions, so that any
+    complex factor of them (a rotation and a scale, which commute with RoPE) is free at run time.
+    To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
+    (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them (`a3.stages.gradients`; real
+    parts first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
+    factors go into the norm's gains and are real. Pairs are one set a group, as in `rxx_w_rxx`; so
+    are the partial rotations' other dimensions.
+    """
+    order, _ = fisher_losses(weights, C, least=1)
+    score = torch.arange(order.shape[-1], dtype=C.dtype).expand_as(order)
+    score = torch.zeros_like(score).scatter(-1, order, score)
+    solution = _keep_pairs(weights, Gq, Gk, rank, score)
+    e = _refit_pairs(_by_group(weights, C), solution.pairs, ridge_of(C))
+    pairs = order.shape[-1]
+    return _with_factors(solution, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
+
+
+def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Pairs of each group in the order in which `fisher` drops them, and the loss.
+
+    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ C e over all heads, when
+    each group has dropped so many.
+    """
+    grouped = _by_group(weights, C)  # (G, g, parts, F, parts, F)
+    groups, heads, parts, pairs = grouped.shape[:4]
+    flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
+    eye = torch.eye(parts * pairs, dtype=C.dtype, device=C.device)
+    P = torch.linalg.inv(flat + ridge_of(C) * eye)
+    e, target = flat.new_zeros(flat.shape[:3]), flat.new_zeros(parts)
+    target[0] = 1.0
+    left = torch.ones(groups, pairs, dtype=torch.bool, device=C.device)
+    order, losses = [], [C.new_zeros(())]
+    every = torch.arange(groups, device=C.device)
+    for _ in range(pairs - least):
+        own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
+        own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
+        short = target - e.unflatten(2, (parts, pairs)).mT  # (G, g, F, parts)
+        usable = own.where(left[:, None, :, None, None], eye[:parts, :parts])
+        pull = torch.linalg.solve(usable, short)
+        cost = (short * pull).sum((1, 3)).masked_fill(~left, torch.inf)
+        drop = cost.argmin(-1)
+        losses.append(cost[every, drop].sum() / 2)
+        columns = drop[:, None] + pairs * torch.arange(parts, device=C.device)
+        PD = P.gather(3, columns[:, None, None].expand(-1, heads, len(eye), -1))
+        e = e + (PD @ pull[every, :, drop][..., None])[..., 0]
+        P = P - PD @ torch.linalg.solve(own[every, :, drop], PD.mT)
+        left[every, drop] = False
+        order.append(drop)
+    rest = left.nonzero()[:, 1].view(groups, -1)
+    return torch.cat((torch.stack(order, 1), rest), 1), torch.stack(losses).cumsum(0)
+
+
+def _by_group(weights: AttentionWeights, C: Tensor) -> Tensor:
+    """C (H, 2 F, 2 F) as (G, H / G, parts, F, parts, F); one part, the real one, with norms."""
+    split = C.unflatten(2, (2, -1)).unflatten(1, (2, -1))
+    if weights.q_gain is not None:
+        split = split[:, :1, :, :1]
+    return split.unflatten(0, (len(weights.k), -1))
+
+
+def _refit_pairs(grouped: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """e (H, parts, F) of least eᵀ (C + λ 1) e that is 1 in dropped pairs; kept (G, p)."""
+    groups, heads, parts, pairs = grouped.shape[:4]
+    flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
+    eye = torch.eye(parts * pairs, dtype=flat.dtype, device=flat.device)
+    P = torch.linalg.inv(flat + ridge * eye)
+    dropped = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
+    dropped = dropped.scatter(1, kept, False)
+    both = dropped.repeat(1, parts)
+    e = flat.new_zeros(flat.shape[:3])
+    for group in range(groups):
+        D = both[group].nonzero()[:, 0]
+        target = (pairs > D).to(flat.dtype).expand(heads, -1)
+        own = P[group][:, D]
+        e[group] = (own.mT @ torch.linalg.solve(own[..., D], target)[..., None])[..., 0]
+    return e.unflatten(2, (parts, pairs)).flatten(0, 1)
+
+
+def _loss(C: Tensor, e: Tensor) -> Tensor:
+    """Σ eᵀ C e over heads."""
+    flat = e.flatten(1)
+    return (flat * (C[:, : flat.shape[1], : flat.shape[1]] @ flat[..., None])[..., 0]).sum()
+
+
+def _with_factors(solution: QKSolution, e: Tensor, error: Tensor) -> QKSolution:
+    """Multiply the kept pairs of the queries, or the norm's gains, by 1 - e (H, parts, F)."""
+    index = solution.pairs.repeat_interleave(len(e) // len(solution.pairs), dim=0)
+    kept = e.gather(2, index[:, None].expand(-1, e.shape[1], -1))
+    p = index.shape[1]
+    scale = 1 - kept[:, :1]
+    if solution.q_gain is not None:
+        gain = solution.q_gain.clone()
+        gain[:, : 2 * p] *= scale[:, 0].repeat(1, 2)
+        return replace(solution, q_gain=gain, relative_error=error.item())
+    first, second, rest = solution.q.split((p, p, solution.q.shape[-1] - 2 * p), dim=-1)
+    turn = -kept[:, 1:]
+    turned = (scale * first - turn * second, scale * second + turn * first, rest)
+    return replace(solution, q=torch.cat(turned, dim=-1), relative_error=error.item())
+
+
+def ridge_of(C: Tensor) -> float:
+    """λ of the refit of pairs."""
+    return RIDGE * C.diagonal(dim1=-2, dim2=-1).mean().item()
 
 
 def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:

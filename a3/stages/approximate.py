@@ -5,7 +5,7 @@ several parts, each a run of layers, by as many jobs; a3.stages.assemble makes a
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import DENSE, PARTS, find_mode
+from a3.stages.allocation import read_allocation
 from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan, factor_ranks
 from a3.statistics import KINDS, Rxx
@@ -40,15 +41,18 @@ REPLACED = {
 }
 
 
-def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> None:
+def approximate(
+    model_folder: Path, rxx_folder: Path, plan: Plan, out: Path, allocation: Path | None = None
+) -> None:
     """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
 
-    Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need. Beside weights,
+    Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
+    parts that share out a ratio from `allocation` (a3.stages.allocate). Beside weights,
     config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
     Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.
     """
-    solver = solver_for(model_folder, rxx_folder, plan)
+    solver = solver_for(model_folder, rxx_folder, plan, allocation)
     arch = solver.arch
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
     count = min(arch.layers, -(-size // LARGEST_PART))
@@ -64,20 +68,29 @@ def approximate(model_folder: Path, rxx_folder: Path, plan: Plan, out: Path) -> 
 
 
 def approximate_part(
-    model_folder: Path, rxx_folder: Path, plan: Plan, number: str, out: Path
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    number: str,
+    out: Path,
+    allocation: Path | None = None,
 ) -> None:
     """Solve a run of layers, "0of4" to "3of4", and write them to the file `out`.
 
     It has all tensors of its layers, also those that stay, and of "0of1" those that are in no
     layer; what is said of them lies beside it in JSON. Raises A3Error as `approximate` does.
     """
-    solve_run(solver_for(model_folder, rxx_folder, plan), plan, number, out)
+    solve_run(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
 
 
-def solver_for(model_folder: Path, rxx_folder: Path, plan: Plan) -> "LayerSolver":
+def solver_for(
+    model_folder: Path, rxx_folder: Path, plan: Plan, allocation: Path | None
+) -> "LayerSolver":
     """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
     arch = load_arch(model_folder)
-    ranks = plan.ranks(arch)
+    ranks: dict[str, int | list[int]] = dict(plan.ranks(arch))
+    if plan.shared:
+        ranks |= read_allocation(allocation, arch, plan)
     config = sha256(model_folder / "config.json")
     model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
     statistics = {
@@ -126,8 +139,9 @@ class LayerSolver:
         checkpoint: Checkpoint,
         statistics: dict[str, Rxx],
         modes: dict[str, str],
-        ranks: dict[str, int],
+        ranks: Mapping[str, int | list[int]],
     ) -> None:
+        """`ranks` has one number a part, or one a layer."""
         self.arch = arch
         self.checkpoint = checkpoint
         self.statistics = statistics
@@ -167,12 +181,13 @@ class LayerSolver:
         name = self.layer_mode(part, layer)
         if find_mode(part, name).factors is not None:
             return self.solve_factors(part, layer, weights)
+        rank = self.rank(part, layer)
         rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
-        solution = solver_of(part, name)(weights, *rxx, self.ranks[part])
+        solution = solver_of(part, name)(weights, *rxx, rank)
         tensors = self.pack(layer, solution, REPLACED[part])
         said = {
             "mode": name,
-            "rank": self.ranks[part],
+            "rank": rank,
             "relative_error": solution.relative_error,
         }
         if part == "qk" and solution.pairs is not None:
@@ -297,6 +312,11 @@ class LayerSolver:
             "expert_tokens": counts.int().tolist(),
             "expert_ranks": ranks,
         }
+
+    def rank(self, part: str, layer: int) -> int:
+        """The rank of a part in one layer."""
+        rank = self.ranks[part]
+        return rank[layer] if isinstance(rank, list) else rank
 
     def layer_mode(self, part: str, layer: int) -> str:
         """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.

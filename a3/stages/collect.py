@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
+from a3.cost import GRADIENT_BLOCKS
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
+from a3.kinds import GRADIENT_FORMS
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
 from a3.provenance import provenance
 from a3.stages.fisher import run_backward
+from a3.stages.gradients import run_gradients
 from a3.stages.stream import fits, run_streamed
 from a3.statistics import KINDS, Accumulator, Rxx, merge, outer_sum
 
@@ -51,10 +54,11 @@ def collect(
     """Sum the statistics of each kind in `outputs` over `tokens` calibration tokens.
 
     Blocks of `block_length` tokens without padding, BOS first where `bos`, each run alone, as at
-    evaluation; of `shard` "0of4" only the first of four runs of blocks. With `stream`, and where
-    the weights do not fit the memory at hand, one layer at a time is in memory. Writes one
-    safetensors file a kind, and its seconds in `<kind>.timing.json`. Raises A3Error for an unknown
-    kind, a text too short for one block a shard, blocks longer than the model has positions, or
+    evaluation; gradients by activations are taken of one block in GRADIENT_BLOCKS, since they cost
+    three times as much and need be known less well. Of `shard` "0of4" only the first of four runs
+    of blocks. With `stream`, and where the weights do not fit the memory at hand, one layer at a
+    time is in memory. Writes one safetensors file a kind, and its seconds in `<kind>.timing.json`.
+    Raises A3Error for an unknown kind, a text too short for one block a shard, blocks longer than the model has positions, or
     sums that are not finite.
     """
     for kind in outputs:
@@ -80,16 +84,22 @@ def collect(
     streamed = not fits(arch, dtype) if stream is None else stream
     announce(arch, outputs, blocks, streamed)
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
-    hooked, fisher = (
-        {kind: one for kind, one in accumulators.items() if (KINDS[kind].form == "fisher") == is_}
-        for is_ in (False, True)
+    forms = {kind: KINDS[kind].form for kind in outputs}
+    hooked, fisher, gradients = (
+        {kind: one for kind, one in accumulators.items() if wanted(forms[kind])}
+        for wanted in (
+            lambda form: form not in GRADIENT_FORMS,
+            lambda form: form == "fisher",
+            lambda form: form in ("gradient", "factors"),
+        )
     )
+    few = blocks[::GRADIENT_BLOCKS]
     start = time.perf_counter()
     if streamed:
-        if fisher:
+        if fisher | gradients:
             raise A3Error(
-                f"{', '.join(fisher)}: gradients need the whole model in memory, and its weights "
-                "do not fit. Take another mode, or a machine with more memory."
+                f"{', '.join(fisher | gradients)}: gradients need the whole model in memory, and its "
+                "weights do not fit. Take another mode, or a machine with more memory."
             )
         attach = partial(attach_all, arch, hooked)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
@@ -99,6 +109,8 @@ def collect(
             run(model.base_model, arch, hooked, blocks.to(device))
         if fisher:
             run_backward(model, arch, fisher, blocks.to(device))
+        if gradients:
+            run_gradients(model, arch, gradients, few.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
@@ -106,7 +118,6 @@ def collect(
         config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),
         text_sha256=sha256(text),
-        tokens=blocks.numel(),
         block_length=block_length,
         seed=seed,
         bos=bos,
@@ -114,7 +125,8 @@ def collect(
         **({} if shard is None else {"shard": shard}),
     )
     for kind, path in outputs.items():
-        accumulators[kind].save(path, record)
+        seen = (few if kind in gradients else blocks).numel()
+        accumulators[kind].save(path, record | {"tokens": seen})
         timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
         write_record(path.with_suffix(".timing.json"), timing)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from a3.documents import write_documents
 from a3.errors import A3Error
+from a3.stages.allocate import allocate
 from a3.stages.approximate import approximate
 from a3.stages.collect import collect
 from a3.stages.model import resolve_model
@@ -44,4 +45,8 @@ def compress(
         outputs = {kind: work / f"{kind}.safetensors" for kind in plan.kinds()}
         if outputs:
             collect(work / "model", work / "docs.jsonl", outputs, **settings)
-        approximate(work / "model", work, plan, out)
+        allocation = None
+        if plan.shared:
+            allocation = work / "allocation.json"
+            allocate(work / "model", work, work / "docs.jsonl", plan, allocation)
+        approximate(work / "model", work, plan, out, allocation)

@@ -73,7 +73,7 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
     groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
     for run, values in found:
         choice = choice_of(run, component)
-        mode = choice.mode + (f", {run.place.calibration}" if several else "")
+        mode = choice.name + (f", {run.place.calibration}" if several else "")
         group = groups.setdefault((mode, choice.size), [])
         if not any(np.array_equal(values, other, equal_nan=True) for _, other in group):
             group.append((run, values))

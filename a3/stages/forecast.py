@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from a3.cost import (
+    GRADIENT_BLOCKS,
     Cost,
     approx_cost,
     collect_cost,
@@ -32,6 +33,7 @@ from a3.cost import (
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
+from a3.kinds import GRADIENT_FORMS, Kind
 from a3.memory import GIB, memory_at_hand, require_memory
 from a3.models.arch import load_arch, sizes, sketch
 from a3.models.family import AttentionWeights, MLPWeights
@@ -144,10 +146,11 @@ class Trial:
         if cost.memory > memory_at_hand():
             cost = stream_cost(self.shapes, tokens, block_length, dtype, kinds)
             disk += tokens * arch.hidden_size * WIDTHS[dtype]
-        hooked = tuple(kind for kind in kinds if KINDS[kind].form != "fisher")
+        forms = {KINDS[kind].form for kind in kinds}
+        hooked = tuple(kind for kind in kinds if KINDS[kind].form not in GRADIENT_FORMS)
         each = self.layer_seconds(block_length, dtype, hooked)
-        if len(hooked) < len(kinds):
-            each += BACKWARD * self.layer_seconds(block_length, dtype, ())
+        passes = ("fisher" in forms) + bool(forms & {"gradient", "factors"}) / GRADIENT_BLOCKS
+        each += passes * BACKWARD * self.layer_seconds(block_length, dtype, ())
         return cost, disk, START + tokens * arch.layers * each
 
     def approx(self, row: dict[str, str], jobs: int = 1, **_: Any) -> tuple[Cost, int, float]:
@@ -270,19 +273,29 @@ class Trial:
             share = (scale**3 if full else scale) / max(1, self.arch.experts)
             rank = max(1, int(rank * scale))
             weights = self.mlp_weights(channels)
-            statistics = [gram(1, channels)[0] if full else random(channels) for _ in kinds]
+            sizes = {"full": channels, "gradient": self.arch.hidden_size}
+            forms = [KINDS[kind].form for kind in kinds]
+            statistics = [
+                gram(1, sizes[form])[0] if form in sizes else random(channels) for form in forms
+            ]
         else:
             groups = min(self.arch.kv_heads, TRIAL_GROUPS)
             share = groups / self.arch.kv_heads
-            weights, h = self.attention_weights(groups), self.arch.head_dim
-            count = {site: groups if site in "kv" else len(weights.q) for site in "qkvo"}
-            statistics = [
-                gram(count[KINDS[kind].site[0]], h)
-                if KINDS[kind].form == "blocks"
-                else random(self.arch.hidden_size)
-                for kind in kinds
-            ]
+            weights = self.attention_weights(groups)
+            statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
         return self.clock(lambda: solve(weights, *statistics, rank)) / share
+
+    def of_heads(self, kind: Kind, groups: int, heads: int) -> Tensor:
+        """A made-up statistic of attention with some of the heads."""
+        count, arch = groups if kind.site in "kv" else heads, self.arch
+        if kind.form == "blocks":
+            return gram(count, arch.head_dim)
+        if kind.form == "factors":
+            return gram(count, arch.rope_dims)
+        if kind.form in ("full", "gradient"):
+            of_input = kind.site == "o_input"
+            return gram(1, count * arch.head_dim if of_input else arch.hidden_size)[0]
+        return random(arch.hidden_size)
 
     def factor_seconds(self, part: str, mode: str) -> float:
         """Of the factors of a part's matrices, from smaller ones of the same proportions."""

@@ -56,6 +56,11 @@ class Plan:
                 found |= factor_ranks(arch, part, self.mode(part), rank)
         return {name: rank for name, rank in found.items() if rank is not None}
 
+    @property
+    def shared(self) -> dict[str, Choice]:
+        """The parts that share out a ratio."""
+        return {part: choice for part, choice in self.choices.items() if choice.shared}
+
     def mode(self, part: str) -> Mode:
         """The mode of a part."""
         return find_mode(part, self.choices[part].mode)

@@ -8,10 +8,39 @@ JOBS = C["approx_jobs"]
 PARTS_OF_CHECKPOINT = f"{RESULTS}/parts/{RUN}"
 
 
+rule allocate:
+    """Ranks of each layer, for modes that share out a ratio (`obs~`)."""
+    input:
+        arch=f"{RESULTS}/models/{{model}}/arch.json",
+        rxx=rxx_needed,
+        text=calibration_text,
+    output:
+        f"{RESULTS}/allocations/{RUN}.json",
+    log:
+        f"{LOGS}/allocations/{RUN}.log",
+    benchmark:
+        f"{LOGS}/allocations/{RUN}.benchmark.tsv"
+    conda:
+        "../../environment.yaml"
+    threads: C["threads"]["approx"]
+    resources:
+        **resources("approx", cost_of_allocate),
+    params:
+        model=subpath(input.arch, parent=True),
+        rxx=RXX,
+        threads=C["threads"]["approx"],
+        code=fingerprint("a3.stages.allocate"),
+    shell:
+        "a3 allocate {params.model:q} --rxx {params.rxx:q} --text {input.text:q}"
+        " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
+        " --ratio {wildcards.ratio:q} --threads {params.threads} -o {output:q} &> {log:q}"
+
+
 rule approx:
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
+        allocation=allocation_needed,
     output:
         weights=f"{CHECKPOINT}/model.safetensors",
         config=f"{CHECKPOINT}/config.json",
@@ -29,13 +58,14 @@ rule approx:
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
+        allocation=lambda wildcards, input: [f"--allocation={path}" for path in input.allocation],
         out=approx_output,
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approximate"),
     shell:
         "a3 approx {params.model:q} --rxx {params.rxx:q} --qk {wildcards.qk:q} --ov {wildcards.ov:q}"
-        " --mlp {wildcards.mlp:q} --ratio {wildcards.ratio:q} --threads {params.threads}"
-        " {params.out:q} &> {log:q}"
+        " --mlp {wildcards.mlp:q} --ratio {wildcards.ratio:q} {params.allocation:q}"
+        " --threads {params.threads} {params.out:q} &> {log:q}"
 
 
 if JOBS > 1:

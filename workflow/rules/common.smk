@@ -20,7 +20,7 @@ from a3.files import load_yaml, sha256
 from a3.paper import Paper
 from a3.provenance import fingerprint
 from a3.results import SPECTRA_KINDS, Place, weight_files
-from a3.solutions.modes import DENSE, choose, kinds_needed
+from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
 from a3.tasks import data_files, read_task
 
 prefer_own_scripts()
@@ -104,10 +104,11 @@ wildcard_constraints:
     # Nothing, or the shard of a calibration that is collected in several jobs.
     part=r"\d+of\d+",
     shard=r"(/shards/\d+of\d+)?",
-    # A mode, with `@` and a size where it has its own; `-` where all parts do.
-    qk=r"[\w@.-]+",
-    ov=r"[\w@.-]+",
-    mlp=r"[\w@.-]+",
+    # A mode, with `~` where its ratio is shared out, with `@` and a size where it has its own; a
+    # ratio is `-` where all parts do.
+    qk=r"[\w@.~-]+",
+    ov=r"[\w@.~-]+",
+    mlp=r"[\w@.~-]+",
     ratio=r"[\d.]+|-",
     task=r"[\w.-]+",
     speed=r"[\w.-]+",
@@ -256,6 +257,12 @@ def rxx_needed(wildcards):
         raise WorkflowError(str(error)) from None
     folder = RXX.format(model=wildcards.model, calibration=wildcards.calibration)
     return [f"{folder}/{kind}.safetensors" for kind in kinds]
+
+
+def allocation_needed(wildcards):
+    """The ranks of layers, where some mode shares out a ratio."""
+    shared = SHARED in wildcards.qk + wildcards.ov + wildcards.mlp
+    return [f"{RESULTS}/allocations/{RUN}.json".format(**wildcards)] if shared else []
 
 
 def approx_output(wildcards, output):

@@ -6,6 +6,7 @@ On one machine nothing of it limits anything.
 import errno
 
 from a3.cost import (
+    allocate_cost,
     approx_cost,
     collect_cost,
     gather_cost,
@@ -91,6 +92,12 @@ def cost_of_gather(arch, wildcards):
 def cost_of_approx(arch, wildcards):
     """Cost of one job of a checkpoint."""
     return approx_cost(arch, C["approx_jobs"], kinds_needed(choose(wildcards)))
+
+
+def cost_of_allocate(arch, wildcards):
+    """Cost of sharing out the ranks of one checkpoint."""
+    length = entry("calibrations", wildcards.calibration)["block_length"]
+    return allocate_cost(arch, length, kinds_needed(choose(wildcards)))
 
 
 def cost_of_spectra(arch, wildcards):

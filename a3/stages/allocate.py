@@ -1,0 +1,321 @@
+"""Stage allocate: share out one budget over layers and parts by what the model loses in each.
+
+Each solution that can share says, for each rank of a layer, what the model loses to second order
+(nats a token): from weights and Rxx alone. Those curves have one scale a part, which is set by
+what compressing that part alone really costs on calibration text that the statistics have not
+seen. The ranks are then those of the least sum under the budget.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from a3.documents import load_documents, token_blocks
+from a3.errors import A3Error
+from a3.files import sha256, write_record
+from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_model, load_tokenizer
+from a3.provenance import provenance
+from a3.solutions import mlp, ov, qk
+from a3.solutions.modes import SHARING, Choice, find_mode
+from a3.stages.approximate import LayerSolver, approximate
+from a3.stages.perplexity import block_losses
+from a3.stages.plan import Plan
+from a3.statistics import Rxx
+
+# Blocks of calibration text, behind those of the statistics, on which parts are compressed alone.
+HELD_OUT = 4
+# No part of a layer keeps less than this share: a second-order loss says nothing so far away.
+LEAST = 0.125
+# A part that costs nothing that can be measured still counts by this much of its prediction.
+LEAST_FACTOR = 0.1
+# Bisections of a multiplier, which goes by powers of two from the least to the largest slope.
+HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Ranks that a part of some layers may have, descending, and the loss (nats a token) at each.
+
+    `parameters` and `cache` are what one rank costs: weights, and numbers cached a token.
+    """
+
+    part: str
+    layers: range
+    ranks: Tensor
+    loss: Tensor
+    parameters: int
+    cache: int
+
+
+def allocate(
+    model_folder: Path,
+    rxx_folder: Path,
+    text: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    multiple: int = 1,
+    uniform: tuple[str, ...] = (),
+) -> None:
+    """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`).
+
+    The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
+    which are those of weights and attention products, follow. Ranks are multiples of `multiple`,
+    and of `uniform` parts the same in all layers. `text` is that of the statistics. Raises A3Error
+    where nothing is shared out, a mode does not fit, statistics are missing or damaged, or another
+    text was calibrated on.
+    """
+    if not plan.shared:
+        raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
+    arch = load_arch(model_folder)
+    uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
+    ranks = uniformly.ranks(arch)
+    statistics = read_statistics(model_folder, rxx_folder, arch, plan)
+    solver = LayerSolver(
+        arch,
+        Checkpoint(model_folder, arch.adapter.prefix),
+        statistics,
+        {part: choice.mode for part, choice in plan.shared.items()},
+        ranks,
+    )
+    curves = [
+        curve
+        for layer in tqdm(range(arch.layers), unit="layer", desc="losses by rank")
+        for curve in curves_of(solver, layer, multiple)
+    ]
+    measured, predicted, factors = {}, {}, {}
+    blocks = held_out(model_folder, text, statistics)
+    dense = mean_loss(model_folder, blocks)
+    for part, rank in ranks.items():
+        alone = Plan({part: uniformly.choices[part]})
+        with tempfile.TemporaryDirectory() as folder:
+            approximate(model_folder, rxx_folder, alone, Path(folder, "model"))
+            measured[part] = mean_loss(Path(folder, "model"), blocks) - dense
+        predicted[part] = sum(at(curve, rank) for curve in curves if curve.part == part)
+        factors[part] = max(measured[part] / predicted[part], LEAST_FACTOR)
+    curves = together([scaled(curve, factors[curve.part]) for curve in curves], uniform)
+    budget = cost(curves, [ranks[curve.part] for curve in curves])
+    chosen = least_loss(curves, budget)
+    found = {part: [0] * arch.layers for part in ranks}
+    for curve, rank in zip(curves, chosen, strict=True):
+        for layer in curve.layers:
+            found[curve.part][layer] = rank
+    record = {
+        "kind": "allocation",
+        "modes": {part: str(choice) for part, choice in plan.shared.items()},
+        "ranks": found,
+        "uniform_ranks": ranks,
+        "multiple": multiple,
+        "uniform": list(uniform),
+        "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
+        "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
+        "nll_of_part_alone": {"predicted": predicted, "measured": measured},
+        "predicted_nll": sum(at(c, rank) for c, rank in zip(curves, chosen, strict=True)),
+        "predicted_nll_uniform": sum(at(curve, ranks[curve.part]) for curve in curves),
+        "held_out_blocks": len(blocks),
+        "weights_sha256": arch.weights_sha256,
+        "provenance": provenance(
+            __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
+        ),
+    }
+    write_record(out, record)
+
+
+def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:
+    """The statistics of the shared parts; raises A3Error as `Rxx` does."""
+    config = sha256(model_folder / "config.json")
+    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
+    kinds = {k for part, c in plan.shared.items() for k in find_mode(part, c.mode).kinds}
+    return {kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in sorted(kinds)}
+
+
+def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
+    """The loss of each shared part of a layer by rank."""
+    arch = solver.arch
+    heads = arch.heads + arch.kv_heads
+    attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
+    for part in solver.ranks:
+        name = solver.layer_mode(part, layer)
+        if name != SHARING[part]:
+            raise A3Error(
+                f"layer {layer} has no RoPE, and {name} does not say what the model loses. Give "
+                f"{part} a ratio of its own."
+            )
+        kinds = find_mode(part, name).kinds
+        rxx = [solver.rxx(kind, layer) for kind in kinds]
+        full = arch.full_rank(part)
+        least = max(1, int(LEAST * full))
+        if part == "qk":
+            pairs = arch.rope_dims // 2
+            _, loss = qk.fisher_losses(attention, rxx[-1], least=max(1, least // 2))
+            # The dimensions that are not rotated stay as long as there are pairs to drop.
+            ranks = full - 2 * torch.arange(len(loss))
+            require_whole(arch, pairs)
+        elif part == "ov":
+            _, loss = ov.joint_losses(attention, *rxx, least)
+            ranks = full - torch.arange(len(loss))
+        else:
+            _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *rxx, least)
+            ranks = full - torch.arange(len(loss))
+        kept = (ranks % multiple == 0) | (ranks == full)
+        matrices = 3 if arch.mlp == "3-layer" else 2
+        each = (matrices, 0) if part == "mlp" else (heads, arch.kv_heads)
+        yield Curve(
+            part,
+            range(layer, layer + 1),
+            ranks[kept],
+            loss[kept],
+            each[0] * arch.hidden_size,
+            each[1],
+        )
+
+
+def require_whole(arch: Arch, pairs: int) -> None:
+    """Raise A3Error where only a part of a head is rotated: its curve would say too little."""
+    if 2 * pairs != arch.head_dim:
+        raise A3Error(
+            f"qk: {arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated, and ranks "
+            "are shared out for whole RoPE only. Give qk a ratio of its own: --qk fisher@0.2."
+        )
+
+
+def held_out(model_folder: Path, text: Path, statistics: dict[str, Rxx]) -> Tensor:
+    """The blocks (N, L) of the calibration text that follow those of the statistics.
+
+    Raises A3Error where the text is another one, or has no more blocks.
+    """
+    # Of those that saw most: gradients are of fewer blocks.
+    said = max((rxx.settings for rxx in statistics.values()), key=lambda one: one["tokens"])
+    if sha256(text) != said["text_sha256"]:
+        raise A3Error(f"{text}: not the text of the statistics. Name what they were collected on.")
+    length, seen = said["block_length"], said["tokens"]
+    blocks = token_blocks(
+        load_documents(text),
+        load_tokenizer(model_folder),
+        block_length=length,
+        tokens=seen + HELD_OUT * length,
+        seed=said["seed"],
+        bos=said["bos"],
+    )[seen // length :]
+    if not len(blocks):
+        raise A3Error(
+            f"{text}: no more than the {seen} tokens of the statistics, and parts are weighed on "
+            "text that they have not seen. Collect on fewer tokens, or give more text."
+        )
+    return blocks
+
+
+def mean_loss(folder: Path, blocks: Tensor) -> float:
+    """Mean loss (nats a token) of a model on blocks (N, L)."""
+    return block_losses(load_model(folder, "float32"), blocks).mean().item()
+
+
+def at(curve: Curve, rank: int) -> float:
+    """The loss at the largest rank of the curve that is no larger than `rank`."""
+    return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
+
+
+def scaled(curve: Curve, factor: float) -> Curve:
+    """A curve whose loss is in another unit."""
+    return Curve(**vars(curve) | {"loss": factor * curve.loss})
+
+
+def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
+    """One curve in place of all layers' for each part in `uniform`."""
+    joined = [curve for curve in curves if curve.part not in uniform]
+    for part in uniform:
+        own = [curve for curve in curves if curve.part == part]
+        count = len(own)
+        joined.append(
+            Curve(
+                part,
+                range(count),
+                own[0].ranks,
+                torch.stack([curve.loss for curve in own]).sum(0),
+                count * own[0].parameters,
+                count * own[0].cache,
+            )
+        )
+    return joined
+
+
+def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
+    """Parameters and cached numbers of some ranks."""
+    pairs = list(zip(curves, ranks, strict=True))
+    return sum(c.parameters * rank for c, rank in pairs), sum(c.cache * rank for c, rank in pairs)
+
+
+def least_loss(curves: list[Curve], budget: tuple[int, int]) -> list[int]:
+    """The rank of each curve: of the least sum of losses within a budget of parameters and cache.
+
+    By Lagrange multipliers: with a price on each parameter, and on each cached number, every curve
+    chooses for itself; prices are the lowest that keep to the budget. What is then left of it goes
+    where it gains most.
+    """
+
+    def choose(price: float, cache_price: float) -> list[int]:
+        return [
+            int(
+                c.ranks[
+                    (c.loss + (price * c.parameters + cache_price * c.cache) * c.ranks).argmin()
+                ]
+            )
+            for c in curves
+        ]
+
+    def cheapest(cache_price: float) -> list[int]:
+        return bisect(lambda price: choose(price, cache_price), curves, budget[0], which=0)
+
+    ranks = bisect(cheapest, curves, budget[1], which=1)
+    return fill(curves, ranks, budget)
+
+
+def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int]:
+    """The ranks at the lowest price, 0 or a power of two, at which a cost is within its limit."""
+    if cost(curves, ranks := choose(0.0))[which] <= limit:
+        return ranks
+    low, high = -80.0, 20.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if cost(curves, choose(2.0**middle))[which] <= limit:
+            high = middle
+        else:
+            low = middle
+    ranks = choose(2.0**high)
+    if cost(curves, ranks)[which] > limit:
+        raise A3Error(
+            f"allocate: even with the least ranks, {LEAST:.1%} of each size, the budget is "
+            "exceeded. Take a smaller ratio."
+        )
+    return ranks
+
+
+def fill(curves: list[Curve], ranks: list[int], budget: tuple[int, int]) -> list[int]:
+    """Raise ranks step by step, where a parameter gains most, as long as the budget allows."""
+    ranks = list(ranks)
+    while True:
+        best, which = 0.0, None
+        spent = cost(curves, ranks)
+        for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
+            place = int((curve.ranks == rank).nonzero()[0, 0])
+            if place == 0:
+                continue
+            step = int(curve.ranks[place - 1]) - rank
+            fits = (
+                spent[0] + step * curve.parameters <= budget[0]
+                and spent[1] + step * curve.cache <= budget[1]
+            )
+            gain = (curve.loss[place] - curve.loss[place - 1]).item() / (step * curve.parameters)
+            if fits and gain > best:
+                best, which = gain, (index, rank + step)
+        if which is None:
+            return ranks
+        ranks[which[0]] = which[1]
