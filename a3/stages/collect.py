@@ -58,8 +58,8 @@ def collect(
     three times as much and need be known less well. Of `shard` "0of4" only the first of four runs
     of blocks. With `stream`, and where the weights do not fit the memory at hand, one layer at a
     time is in memory. Writes one safetensors file a kind, and its seconds in `<kind>.timing.json`.
-    Raises A3Error for an unknown kind, a text too short for one block a shard, blocks longer than the model has positions, or
-    sums that are not finite.
+    Raises A3Error for an unknown kind, a text too short for one block a shard, blocks longer than
+    the model has positions, or sums that are not finite.
     """
     for kind in outputs:
         if kind not in KINDS:
@@ -98,8 +98,8 @@ def collect(
     if streamed:
         if fisher | gradients:
             raise A3Error(
-                f"{', '.join(fisher | gradients)}: gradients need the whole model in memory, and its "
-                "weights do not fit. Take another mode, or a machine with more memory."
+                f"{', '.join(fisher | gradients)}: gradients need the whole model in memory, and "
+                "its weights do not fit. Take another mode, or a machine with more memory."
             )
         attach = partial(attach_all, arch, hooked)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
