@@ -153,20 +153,14 @@ def merge(shards: list[Path], out: Path) -> None:
 
 
 def allocate(
-    model: Path,
-    rxx: Path,
-    text: Path,
-    out: Path,
-    multiple: int,
-    uniform: list[str],
-    **row: str,
+    model: Path, rxx: Path, out: Path, multiple: int, uniform: list[str], **row: str
 ) -> None:
     """Share out ranks over layers and parts."""
     from a3.stages.allocate import allocate
     from a3.stages.plan import Plan
 
     plan = Plan(choose(row))
-    allocate(folder(model), rxx, text, plan, out, multiple=multiple, uniform=tuple(uniform))
+    allocate(folder(model), rxx, plan, out, multiple=multiple, uniform=tuple(uniform))
 
 
 def approx(
@@ -403,8 +397,6 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "allocate", allocate, "share out the ranks of modes with ~")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
-    text_ = "the text of the statistics: parts are weighed on what follows their tokens"
-    one.add_argument("--text", type=Path, required=True, help=text_)
     add_modes(one)
     one.add_argument("--multiple", type=int, default=1, help="ranks are multiples of it")
     text_ = "parts whose rank is the same in all layers"

@@ -67,8 +67,6 @@ def shapes(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in FIELDS}
 
 
-# Blocks that a3.stages.allocate scores with the dense model and three others.
-SCORED_BLOCKS = 16
 # Gradients are taken of one block in so many (a3.stages.collect).
 GRADIENT_BLOCKS = 4
 
@@ -133,13 +131,6 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
         # Some copies of the largest matrix, and of the layer's weights in float64.
         memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]
     return Cost(SOLVERS + memory, flops / jobs)
-
-
-def allocate_cost(arch: dict[str, Any], block_length: int, kinds: Iterable[str]) -> Cost:
-    """Cost of the losses by rank, of each part compressed alone, and of scoring these."""
-    solved = approx_cost(arch, 1, kinds)
-    scored = perplexity_cost(arch, SCORED_BLOCKS * block_length, block_length, "float32")
-    return Cost(max(solved.memory, scored.memory), 2 * solved.flops + scored.flops)
 
 
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:

@@ -1,12 +1,9 @@
 """Stage allocate: share out one budget over layers and parts by what the model loses in each.
 
 Each solution that can share says, for each rank of a layer, what the model loses to second order
-(nats a token): from weights and Rxx alone. Those curves have one scale a part, which is set by
-what compressing that part alone really costs on calibration text that the statistics have not
-seen. The ranks are then those of the least sum under the budget.
+(nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
 """
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +13,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
-from a3.models.load import load_model, load_tokenizer
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import SHARING, Choice, find_mode
-from a3.stages.approximate import LayerSolver, approximate
-from a3.stages.perplexity import block_losses
+from a3.stages.approximate import LayerSolver
 from a3.stages.plan import Plan
 from a3.statistics import Rxx
 
-# Blocks of calibration text, behind those of the statistics, on which parts are compressed alone.
-HELD_OUT = 4
 # No part of a layer keeps less than this share: a second-order loss says nothing so far away.
 LEAST = 0.125
-# A part that costs nothing that can be measured still counts by this much of its prediction.
-LEAST_FACTOR = 0.1
 # Bisections of a multiplier, which goes by powers of two from the least to the largest slope.
 HALVINGS = 60
 
@@ -58,7 +48,6 @@ class Curve:
 def allocate(
     model_folder: Path,
     rxx_folder: Path,
-    text: Path,
     plan: Plan,
     out: Path,
     *,
@@ -69,9 +58,8 @@ def allocate(
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of `multiple`,
-    and of `uniform` parts the same in all layers. `text` is that of the statistics. Raises A3Error
-    where nothing is shared out, a mode does not fit, statistics are missing or damaged, or another
-    text was calibrated on.
+    and of `uniform` parts the same in all layers. Raises A3Error where nothing is shared out, a mode
+    does not fit, or statistics are missing or damaged.
     """
     if not plan.shared:
         raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
@@ -91,17 +79,7 @@ def allocate(
         for layer in tqdm(range(arch.layers), unit="layer", desc="losses by rank")
         for curve in curves_of(solver, layer, multiple)
     ]
-    measured, predicted, factors = {}, {}, {}
-    blocks = held_out(model_folder, text, statistics)
-    dense = mean_loss(model_folder, blocks)
-    for part, rank in ranks.items():
-        alone = Plan({part: uniformly.choices[part]})
-        with tempfile.TemporaryDirectory() as folder:
-            approximate(model_folder, rxx_folder, alone, Path(folder, "model"))
-            measured[part] = mean_loss(Path(folder, "model"), blocks) - dense
-        predicted[part] = sum(at(curve, rank) for curve in curves if curve.part == part)
-        factors[part] = max(measured[part] / predicted[part], LEAST_FACTOR)
-    curves = together([scaled(curve, factors[curve.part]) for curve in curves], uniform)
+    curves = together(curves, uniform)
     budget = cost(curves, [ranks[curve.part] for curve in curves])
     chosen = least_loss(curves, budget)
     found = {part: [0] * arch.layers for part in ranks}
@@ -117,10 +95,8 @@ def allocate(
         "uniform": list(uniform),
         "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
         "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
-        "nll_of_part_alone": {"predicted": predicted, "measured": measured},
         "predicted_nll": sum(at(c, rank) for c, rank in zip(curves, chosen, strict=True)),
         "predicted_nll_uniform": sum(at(curve, ranks[curve.part]) for curve in curves),
-        "held_out_blocks": len(blocks),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -187,45 +163,9 @@ def require_whole(arch: Arch, pairs: int) -> None:
         )
 
 
-def held_out(model_folder: Path, text: Path, statistics: dict[str, Rxx]) -> Tensor:
-    """The blocks (N, L) of the calibration text that follow those of the statistics.
-
-    Raises A3Error where the text is another one, or has no more blocks.
-    """
-    # Of those that saw most: gradients are of fewer blocks.
-    said = max((rxx.settings for rxx in statistics.values()), key=lambda one: one["tokens"])
-    if sha256(text) != said["text_sha256"]:
-        raise A3Error(f"{text}: not the text of the statistics. Name what they were collected on.")
-    length, seen = said["block_length"], said["tokens"]
-    blocks = token_blocks(
-        load_documents(text),
-        load_tokenizer(model_folder),
-        block_length=length,
-        tokens=seen + HELD_OUT * length,
-        seed=said["seed"],
-        bos=said["bos"],
-    )[seen // length :]
-    if not len(blocks):
-        raise A3Error(
-            f"{text}: no more than the {seen} tokens of the statistics, and parts are weighed on "
-            "text that they have not seen. Collect on fewer tokens, or give more text."
-        )
-    return blocks
-
-
-def mean_loss(folder: Path, blocks: Tensor) -> float:
-    """Mean loss (nats a token) of a model on blocks (N, L)."""
-    return block_losses(load_model(folder, "float32"), blocks).mean().item()
-
-
 def at(curve: Curve, rank: int) -> float:
     """The loss at the largest rank of the curve that is no larger than `rank`."""
     return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
-
-
-def scaled(curve: Curve, factor: float) -> Curve:
-    """A curve whose loss is in another unit."""
-    return Curve(**vars(curve) | {"loss": factor * curve.loss})
 
 
 def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:

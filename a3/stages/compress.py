@@ -48,5 +48,5 @@ def compress(
         allocation = None
         if plan.shared:
             allocation = work / "allocation.json"
-            allocate(work / "model", work, work / "docs.jsonl", plan, allocation)
+            allocate(work / "model", work, plan, allocation)
         approximate(work / "model", work, plan, out, allocation)

@@ -13,7 +13,6 @@ rule allocate:
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
-        text=calibration_text,
     output:
         f"{RESULTS}/allocations/{RUN}.json",
     log:
@@ -31,7 +30,7 @@ rule allocate:
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.allocate"),
     shell:
-        "a3 allocate {params.model:q} --rxx {params.rxx:q} --text {input.text:q}"
+        "a3 allocate {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
         " --ratio {wildcards.ratio:q} --threads {params.threads} -o {output:q} &> {log:q}"
 

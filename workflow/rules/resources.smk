@@ -6,7 +6,6 @@ On one machine nothing of it limits anything.
 import errno
 
 from a3.cost import (
-    allocate_cost,
     approx_cost,
     collect_cost,
     gather_cost,
@@ -96,8 +95,7 @@ def cost_of_approx(arch, wildcards):
 
 def cost_of_allocate(arch, wildcards):
     """Cost of sharing out the ranks of one checkpoint."""
-    length = entry("calibrations", wildcards.calibration)["block_length"]
-    return allocate_cost(arch, length, kinds_needed(choose(wildcards)))
+    return approx_cost(arch, 1, kinds_needed(choose(wildcards)))
 
 
 def cost_of_spectra(arch, wildcards):
