@@ -11,9 +11,9 @@ from a3.models.family import MLPWeights
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
-# The ridge of refits, as a share of the mean square of a channel; also MoDeGPT's, which its paper
-# leaves open. Chosen on text that is neither calibration nor test (docs/log.md).
-RIDGE = 1e-2
+# Ridges, as shares of the mean square of a channel: of elimination, and of MoDeGPT, whose paper
+# leaves it open; and of refits. Chosen on text that is neither calibration nor test (docs/log.md).
+RIDGE, REFIT_RIDGE = 1e-2, 1e-1
 # Columns of W_down that are in float64 at a time.
 CHUNK = 256
 
@@ -85,7 +85,7 @@ def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
     of the down-projection's input: W_down becomes (C_SS)⁻¹ C_S: W_down. The paper's λ = 1 belongs
     to a sum over its calibration; here λ is RIDGE times the mean of C's diagonal.
     """
-    score = ridge_leverage(C, RIDGE * C.diagonal().mean().item())
+    score = ridge_leverage(C, ridge_of(C, RIDGE))
     kept = keep_best(score, rank)
     return _refitted(weights, C, kept, 0.0)
 
@@ -97,7 +97,7 @@ def ls(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
     channels have in common with those that stay.
     """
     kept = keep_best(C.diagonal() * row_power(weights.down), rank)
-    return _refitted(weights, C, kept, ridge_of(C))
+    return _refitted(weights, C, kept, ridge_of(C, REFIT_RIDGE))
 
 
 def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
@@ -109,19 +109,19 @@ def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
     gone, _ = obs_losses(weights, C, F, rank)
     kept = torch.ones(len(C), dtype=torch.bool, device=C.device)
     kept[gone] = False
-    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C), F)
+    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C, REFIT_RIDGE), F)
 
 
 def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ C X F) after each."""
     W = weights.down.double() @ root_of(F)
-    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C))
+    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, RIDGE))
     return gone, losses / 2
 
 
-def ridge_of(C: Tensor) -> float:
-    """λ of refits with the autocorrelation C."""
-    return RIDGE * C.diagonal().mean().item()
+def ridge_of(C: Tensor, share: float) -> float:
+    """λ for the autocorrelation C."""
+    return share * C.diagonal().mean().item()
 
 
 def _refitted(

@@ -26,6 +26,7 @@ from a3.stages.drawing import (
     no_frame,
     save_drawing,
 )
+from a3.stages.ranks_figure import ranks_drawing
 from a3.stages.rope import rope_drawings
 from a3.stages.spectra_figure import spectra_drawing
 
@@ -88,6 +89,8 @@ def _model(
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
     drawings += rope_drawings(dense, runs)
+    if ranks := ranks_drawing(dense, runs):
+        drawings.append(ranks)
     drawings += [spectra_drawing(dense, path) for path in spectra]
     return drawings
 
