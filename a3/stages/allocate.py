@@ -58,8 +58,8 @@ def allocate(
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of `multiple`,
-    and of `uniform` parts the same in all layers. Raises A3Error where nothing is shared out, a mode
-    does not fit, or statistics are missing or damaged.
+    and of `uniform` parts the same in all layers. Raises A3Error where nothing is shared out, a
+    mode does not fit, or statistics are missing or damaged.
     """
     if not plan.shared:
         raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
