@@ -9,7 +9,6 @@ matrices (a process of its own).
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,11 +20,16 @@ from torch import Tensor
 from a3.linalg import eliminate
 
 MEMORY = """
-import resource, torch
-from benchmarks.eliminate import made, peak
-C, W = made({n}, {d})
-before = peak()
+import torch
+from pathlib import Path
 from a3.linalg import eliminate
+def peak():
+    # Of this process alone; ru_maxrss counts its parent's.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+C = torch.eye({n}, dtype=torch.float64)
+W = torch.ones({n}, {d}, dtype=torch.float64)
+before = peak()
 eliminate(C, W, {count}, 1e-2)
 print((peak() - before) / ({n} ** 2 * 8))
 """
@@ -38,11 +42,6 @@ def made(n: int, d: int) -> tuple[Tensor, Tensor]:
     x[:, 1:] += 0.5 * x[:, :-1]
     C = (x.T @ x).double() / len(x)
     return C, torch.randn(n, d, generator=generator, dtype=torch.float64)
-
-
-def peak() -> int:
-    """Bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def inverse(C: Tensor) -> Tensor:
