@@ -91,9 +91,7 @@ def _symmetric(G: Tensor) -> Tensor:
 
 def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
     """The diagonal of C (C + λ 1)⁻¹: C (n, n) positive semidefinite to (n,)."""
-    lifted = C + ridge * torch.eye(len(C), dtype=C.dtype, device=C.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
-    return 1 - ridge * inverse.diagonal()
+    return 1 - ridge * inverse(C, ridge).diagonal()
 
 
 def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
@@ -124,11 +122,9 @@ def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> tuple[Tensor, T
     row i costs ‖V_i‖² / P_ii. Rows go in blocks of n / STEPS of the least cost, each block exactly:
     at a cost of tr(V_Bᵀ P_BB⁻¹ V_B), V loses P_:B P_BB⁻¹ V_B and P loses P_:B P_BB⁻¹ P_B:. Returns
     the rows (count,) and the loss (count + 1,) by number of rows dropped, within a block linear.
-    At most three n × n matrices are in memory beside C.
+    At most two or three n × n matrices are in memory beside C.
     """
-    P = C.clone()
-    P.diagonal().add_(ridge)
-    P = torch.cholesky_inverse(torch.linalg.cholesky(P))
+    P = inverse(C, ridge)
     left = torch.arange(len(C), device=C.device)
     rows, costs, V = [], [], W
     while count > 0:
@@ -147,6 +143,14 @@ def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> tuple[Tensor, T
     if not rows:
         return left[:0], C.new_zeros(1)
     return torch.cat(rows), torch.cat((C.new_zeros(1), torch.stack(costs).cumsum(0)))
+
+
+def inverse(C: Tensor, ridge: float) -> Tensor:
+    """(C + λ 1)⁻¹ of C (n, n), positive semidefinite."""
+    root = C.clone()
+    root.diagonal().add_(ridge)
+    root = torch.linalg.cholesky(root)
+    return torch.cholesky_inverse(root)
 
 
 def root_of(M: Tensor) -> Tensor:

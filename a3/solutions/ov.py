@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.linalg import relative, root_of, shared_subspace, subspace_error, take_over
+from a3.linalg import inverse, relative, root_of, shared_subspace, subspace_error, take_over
 from a3.models.family import AttentionWeights
 
 # The ridge of `joint`, as a share of the mean square of the o_proj input (docs/log.md).
@@ -97,9 +97,7 @@ def joint_losses(
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)
-    P = R.clone()
-    P.diagonal().add_(ridge_of(R))
-    P = torch.cholesky_inverse(torch.linalg.cholesky(P))
+    P = inverse(R, ridge_of(R))
     V = weights.o.flatten(0, 1) @ root_of(F)
     Q = torch.eye(h, dtype=R.dtype, device=R.device).expand(groups, h, h)
     gone, losses = Q[..., :0], [R.new_zeros(())]
