@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from a3.documents import load_documents, token_blocks
 from a3.models.arch import load_arch
-from a3.models.attention import scores_in_float32
+from a3.models.modeling_a3 import scores_in_float32
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family

@@ -24,6 +24,7 @@ from a3.files import (
     write_json,
     write_record,
 )
+from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import RECORDS, Checkpoint, combined, hash_files
 from a3.parts import require_all
@@ -250,7 +251,7 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
 def write_config(
     dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
 ) -> None:
-    """The config, and all that travels: tokenizer, chat template, generation config."""
+    """The config, the code that loads it, and all that travels: tokenizer, chat template …"""
     pairs = [
         len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
         for report in reports
@@ -260,6 +261,9 @@ def write_config(
     config = read_json(dense / "config.json")
     config = compressed_config(config, arch, ranks, pairs, factors, biased)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Without a3, transformers runs this copy where trust_remote_code says so.
+    code = Path(modeling_a3.__file__)
+    shutil.copyfile(code, folder / code.name)
     for path in sorted(dense.iterdir()):
         if path.name not in ("config.json", *RECORDS) and travels(path):
             shutil.copyfile(path, folder / path.name)
@@ -281,11 +285,16 @@ def compressed_config(
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
-    # Code for the dense model, which does not travel.
-    config.pop("auto_map", None)
-    config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
+    classes = modeling_a3.classes(arch.family)
+    # In the place of any code for the dense model, which does not travel.
+    config["auto_map"] = {
+        auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}"
+        for auto, own in zip(("AutoConfig", "AutoModelForCausalLM"), classes, strict=True)
+    }
+    config["architectures"] = [classes[1].__name__]
     config["a3"] = {
         "family": arch.family,
+        "modules": arch.adapter.modules,
         "heads": arch.heads,
         "kv_heads": arch.kv_heads,
         "scaling": arch.scaling,

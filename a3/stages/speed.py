@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 # Named here so that a change of the compressed model makes timings stale.
-import a3.models.compressed  # noqa: F401
+import a3.models.modeling_a3  # noqa: F401
 from a3 import LazyConfig
 from a3.cost import kv_bytes, speed_cost
 from a3.dtypes import WIDTHS
