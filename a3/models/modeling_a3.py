@@ -40,6 +40,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
+def gather(table: Tensor, pairs: Tensor) -> Tensor:
+    """The pairs (G, p) that each group kept, of a table (B, L, h) of all: (B, G, L, p)."""
+    kept = table.index_select(-1, pairs.flatten())
+    return kept.unflatten(-1, pairs.shape).transpose(1, 2)
+
+
 def widen(x: Tensor, width: int) -> Tensor:
     """Fill the last dimension with zeros up to `width`; they change no score and no output."""
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
@@ -125,6 +131,8 @@ class A3Attention(nn.Module):
         if a3["rope"] and layer_idx not in a3["nope_layers"]:
             pairs = torch.arange(a3["rope_pairs"][layer_idx]).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
+        # Whether cos and sin come as the kept pairs' already, gathered once for all layers.
+        self.gathered = False
 
     def forward(
         self,
@@ -168,12 +176,20 @@ class A3Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4), k.transpose(1, 2)
         if self.rope_pairs is not None:
-            # (B, L, G, p) to (B, G, L, p)
-            cos, sin = (
-                table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings
-            )
+            cos, sin = position_embeddings if self.gathered else self.tables(position_embeddings)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos, sin)
         return q.flatten(1, 2), k
+
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The family's cos and sin (B, L, h) to those of the kept pairs, (B, G, L, p)."""
+        cos, sin = position_embeddings
+        return gather(cos, self.rope_pairs), gather(sin, self.rope_pairs)
+
+    def after_rotary(
+        self, rotary: nn.Module, inputs: tuple, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`tables`, as a hook of the family's rotary module."""
+        return self.tables(position_embeddings)
 
 
 class BloomAttention(A3Attention):
@@ -270,12 +286,10 @@ class GPTJAttention(A3Attention):
 class CohereAttention(A3Attention):
     """Cohere's tables have every angle twice, side by side."""
 
-    def queries_and_keys(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """As in A3Attention."""
         cos, sin = position_embeddings
-        return super().queries_and_keys(x, (cos[..., ::2], sin[..., ::2]))
+        return super().tables((cos[..., ::2], sin[..., ::2]))
 
 
 # Families whose layers call their attention, or rotate, in a way of their own.
@@ -344,7 +358,22 @@ class Compressed:
                 # More than one where gate and up are fused.
                 parts = [part for part in places if places[part] == name]
                 self.resize(name, parts, rank, a3["factors"][layer])
+        if a3["same_pairs"]:
+            self.gather_once()
         self.post_init()
+
+    def gather_once(self) -> None:
+        """Gather the kept pairs of cos and sin where they are made, and not in every layer."""
+        rotary = getattr(self.base_model, "rotary_emb", None)
+        rotated = [
+            module
+            for module in self.modules()
+            if isinstance(module, A3Attention) and module.rope_pairs is not None
+        ]
+        if rotary is not None and rotated:
+            rotary.register_forward_hook(rotated[0].after_rotary)
+            for attention in rotated:
+                attention.gathered = True
 
     def resize(self, name: str, parts: list[str], rank: int, factors: dict[str, int]) -> None:
         """Replace one module of the MLP by one of `rank` channels, or by a product of two.
@@ -366,12 +395,13 @@ class Compressed:
 def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
 
-    The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
-    scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
-    `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
-    layer); `factors`, a dictionary a layer, the rank of each matrix that is a product of two;
-    `modules`, where attention, the MLP's projections or the experts are, {} for the layer. head_dim
-    stays the dense one, because RoPE's frequencies derive from it.
+    The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
+    projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
+    qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
+    `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
+    `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
+    dictionary a layer, the rank of each matrix that is a product of two. head_dim stays the dense
+    one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]

@@ -252,14 +252,22 @@ def write_config(
     dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
 ) -> None:
     """The config, the code that loads it, and all that travels: tokenizer, chat template …"""
-    pairs = [
-        len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
-        for report in reports
-    ]
+    every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
+    kept = [report.get("qk", {}).get("rope_pairs", every) for report in reports]
+    rotated = [pairs for layer, pairs in enumerate(kept) if arch.has_rope(layer)]
     factors = [layer_factors(report) for report in reports]
     biased = any(report.get("mlp", {}).get("bias", False) for report in reports)
     config = read_json(dense / "config.json")
-    config = compressed_config(config, arch, ranks, pairs, factors, biased)
+    counts = [len(pairs[0]) for pairs in kept]
+    config = compressed_config(
+        config,
+        arch,
+        ranks,
+        counts,
+        factors,
+        down_bias=biased,
+        same_pairs=all(pairs == rotated[0] for pairs in rotated),
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     # Without a3, transformers runs this copy where trust_remote_code says so.
     code = Path(modeling_a3.__file__)
@@ -275,13 +283,15 @@ def compressed_config(
     ranks: list[Ranks],
     pairs: list[int],
     factors: list[dict[str, int]],
+    *,
     down_bias: bool,
+    same_pairs: bool,
 ) -> dict[str, Any]:
     """The content of a compressed model's config.json, from the dense one's.
 
     `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
     matrices that are products of two) have one item a layer. `down_bias`: the MLP's output gets a
-    bias, whether the family has one or not.
+    bias, whether the family has one or not. `same_pairs`: all rotated layers kept the same.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
@@ -303,6 +313,7 @@ def compressed_config(
         "qk_norm": arch.qk_norm,
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
+        "same_pairs": same_pairs,
         "rope_pairs": [n if arch.has_rope(layer) else 0 for layer, n in enumerate(pairs)],
         "qk_ranks": qk_ranks,
         "ov_ranks": ov_ranks,

@@ -215,7 +215,9 @@ def config_of(
     if compressed:
         pairs = min(arch.rope_dims // 2, max(1, ranks[0] * arch.rope_dims // (2 * arch.head_dim)))
         every = ([each] * arch.layers for each in (ranks, pairs, factors))
-        config = compressed_config(config.to_dict(), arch, *every, down_bias=False)
+        config = compressed_config(
+            config.to_dict(), arch, *every, down_bias=False, same_pairs=False
+        )
         config = LazyConfig.from_dict(config)
     config.num_hidden_layers = arch.layers
     return config
