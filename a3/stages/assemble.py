@@ -26,12 +26,13 @@ from a3.files import (
 )
 from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch, sizes
-from a3.models.checkpoint import RECORDS, Checkpoint, combined, hash_files
+from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
 from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
+from a3.stages.card import base_of, write_card
 
-# Tokenizer, chat template, model card and licence; neither weights nor pickles nor code.
+# Tokenizer, chat template, licence, but not the model card; neither weights nor pickles nor code.
 TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks = tuple[int, int, int | list[int]]
@@ -128,13 +129,11 @@ def assemble(
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
     checkpoint, names = Checkpoint(folder), weight_files(len(paths))
-    hashes = (part.content_sha256 for part in parts)
-    # Of several parts, one file more has what is in no layer.
-    files = hash_files(folder, dict(zip(names, hashes, strict=False)))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
     record = parts[0].said | {
         "base": arch.to_json(),
+        "base_card": base_of(model_source(model_folder), model_folder / CARD),
         "layers": reports,
         "size": {
             "dense": arch.size,
@@ -146,10 +145,13 @@ def assemble(
                 [layer_factors(report) for report in reports],
             ),
         },
-        "weights_sha256": combined([files[name] for name in names]),
-        "files": files,
     }
-    write_record(folder / "approx.json", record)
+    hashes = dict(zip(names, (part.content_sha256 for part in parts), strict=False))
+    # Of several parts, one file more has what is in no layer.
+    hashes |= {name: sha256(folder / name) for name in names if name not in hashes}
+    record["weights_sha256"] = combined([hashes[name] for name in names])
+    write_card(folder, record)
+    write_record(folder / "approx.json", record | {"files": hash_files(folder, hashes)})
 
 
 def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
@@ -273,7 +275,7 @@ def write_config(
     code = Path(modeling_a3.__file__)
     shutil.copyfile(code, folder / code.name)
     for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", *RECORDS) and travels(path):
+        if path.name not in ("config.json", CARD, *RECORDS) and travels(path):
             shutil.copyfile(path, folder / path.name)
 
 
