@@ -114,6 +114,13 @@ def test_a_damaged_card_of_the_base_model_says_nothing(tmp_path, content):
     assert front_matter(tmp_path / "README.md") == {}
 
 
+def test_only_text_of_a_base_card_is_carried(tmp_path):
+    (tmp_path / "mine").mkdir()
+    card = tmp_path / "mine" / "README.md"
+    card.write_text("---\nlicense: [mit]\nlicense_name: 2020-01-01\nlanguage: no\n---\n")
+    assert base_of(None, card) == {"name": "mine", "commit": None, "license": ["mit"]}
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [

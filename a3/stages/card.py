@@ -40,11 +40,17 @@ def base_of(model: dict[str, Any] | None, card: Path) -> dict[str, Any]:
     which may not be there.
     """
     said = front_matter(card)
-    carried = {key: said[key] for key in CARRIED if said.get(key)}
-    model = model or {"source": {}}
+    carried = {key: said[key] for key in CARRIED if is_text(said.get(key))}
+    model = model or {"source": {"path": card.parent}}
     if model.get("licence"):
         carried.setdefault("license", model["licence"])
     return {"name": base_name(model["source"]), "commit": model.get("commit"), **carried}
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a string, or some of them; YAML reads dates and truth values, too."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, str) for one in values)
 
 
 def base_name(source: dict[str, Any]) -> str | None:
@@ -54,7 +60,7 @@ def base_name(source: dict[str, Any]) -> str | None:
     if "wheel" in source:
         return Path(source["wheel"]["member"]).name.removesuffix(".gguf")
     if "path" in source:
-        return Path(source["path"]).name
+        return Path(source["path"]).resolve().name
     return source.get("repeat_kv")
 
 
@@ -139,7 +145,8 @@ def perplexities(pairs: list[dict[str, Any]]) -> str:
         said = pair["compressed"]
         text = f"{said['text']}, {said['split']}, blocks of {said['block_length']}, {said['dtype']}"
         values = (
-            f"{one['perplexity']:.2f} ± {one['perplexity_stderr']:.2f}" for one in pair.values()
+            f"{pair[kind]['perplexity']:.2f} ± {pair[kind]['perplexity_stderr']:.2f}"
+            for kind in ("dense", "compressed")
         )
         rows.append(f"| {text} | {said['tokens_scored']:,} | {' | '.join(values)} |")
     return "\n".join([*rows, "", "± is one standard error."])
