@@ -127,8 +127,10 @@ def calibration(statistics: dict[str, dict[str, Any]]) -> str:
     if not statistics:
         return "No calibration text: the modes go by the weights alone."
     said = next(iter(statistics.values()))
+    # Statistics of earlier versions do not name it.
+    name = said.get("text", "a text")
     return (
-        f"Calibration: {said['tokens']:,} tokens of {said['text']} (SHA-256 "
+        f"Calibration: {said['tokens']:,} tokens of {name} (SHA-256 "
         f"`{said['text_sha256']}`) in blocks of {said['block_length']}, {said['dtype']}."
     )
 
