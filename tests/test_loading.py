@@ -38,17 +38,19 @@ def test_compiles_to_one_graph(folder, quick_compile):
 
 
 def test_flex_attention_with_padding_equals_the_default(folder, quick_compile):
-    model, ids = load(folder), tokens(folder)
-    if not model._supports_flex_attn:
+    if folder.parent.name.startswith("gpt2"):
         with pytest.raises(ValueError, match="flex_attention"):
             load(folder, attn_implementation="flex_attention")
-        return
-    mask = torch.ones_like(ids)
+    if not folder.parent.name.startswith("gemma3"):
+        pytest.skip("one family is enough for the time that it takes")
+    mask, ids = torch.ones(2, 48, dtype=torch.long), tokens(folder)
     mask[0, :7] = 0
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     flex = load(folder, attn_implementation="flex_attention")
     with torch.inference_mode():
-        found, expected = (one(ids, **inputs).logits[mask.bool()] for one in (flex, model))
+        found, expected = (
+            model(ids, **inputs).logits[mask.bool()] for model in (flex, load(folder))
+        )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
