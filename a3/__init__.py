@@ -24,7 +24,7 @@ class LazyConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """`PreTrainedConfig.from_dict` of the class for the family that the dictionary names."""
         family = config_dict["a3"]["family"]
-        config, _ = import_module("a3.models.compressed").classes(family)
+        config, _ = import_module("a3.models.modeling_a3").classes(family)
         return config.from_dict(config_dict, **kwargs)
 
 

@@ -206,6 +206,13 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     harness(folder(model), task, out, **settings)
 
 
+def card(model: Path, dense: list[Path], compressed: list[Path]) -> None:
+    """Write perplexities into a model card."""
+    from a3.stages.card import add_perplexity
+
+    add_perplexity(folder(model), dense, compressed)
+
+
 def spectra(model: Path, rxx: Path, out: Path) -> None:
     """Energy by rank."""
     from a3.stages.spectra import spectra
@@ -495,6 +502,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--items", type=int, required=True)
     one.add_argument("--seed", type=int, default=0)
     add_out(one, "folder for items.jsonl")
+
+    one = add(commands, "card", card, "perplexity before and after into a compressed model's card")
+    one.add_argument("model", type=Path, help="compressed Hugging Face folder")
+    text_ = "results of a3 eval ppl on each text: of the dense model"
+    one.add_argument("--dense", type=Path, nargs="+", required=True, help=text_)
+    text_ = "of the compressed model, in the same order"
+    one.add_argument("--compressed", type=Path, nargs="+", required=True, help=text_)
 
     one = add(commands, "spectra", spectra, "energy that each rank keeps, by layer and group")
     one.add_argument("model", type=Path, help="Hugging Face folder")

@@ -185,11 +185,11 @@ def read_runs(
         for run in runs:
             _same_base(dense, run)
             for text in perplexity:
-                _same_protocol(
+                same_protocol(
                     dense.perplexity[text], run.perplexity[text], (*PERPLEXITY_PROTOCOL, CODE)
                 )
             for task in harness:
-                _same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
+                same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
         groups.append((dense, runs))
     return groups
 
@@ -209,7 +209,7 @@ def read_speeds(
         for name in speed:
             record = Record.read(place.speed(results, name))
             check_speed(record, Record.read(place.weights(results)))
-            _same_protocol(first.setdefault((place.model, name), record), record, SPEED_PROTOCOL)
+            same_protocol(first.setdefault((place.model, name), record), record, SPEED_PROTOCOL)
             found.append((place, name, record))
     return found
 
@@ -257,7 +257,7 @@ def _same_base(dense: Run, run: Run) -> None:
         )
 
 
-def _same_protocol(dense: Record, other: Record, keys: Sequence[str]) -> None:
+def same_protocol(dense: Record, other: Record, keys: Sequence[str]) -> None:
     """Refuse two results whose protocols differ, naming both files and what differs."""
     differences = [
         f"{key} is {other[key]!r} here and {dense[key]!r} there"

@@ -24,6 +24,7 @@ COMMANDS = [
     "eval speed",
     "model",
     "convert",
+    "card",
     "train",
     "text",
     "show",

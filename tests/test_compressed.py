@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from a3.documents import load_documents, token_blocks
 from a3.models.arch import load_arch
-from a3.models.attention import scores_in_float32
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
+from a3.models.modeling_a3 import scores_in_float32
 from a3.solutions import qk
 from a3.solutions.modes import choose
 from a3.stages.approximate import approximate
@@ -549,10 +549,17 @@ def test_generate_with_cache_equals_without(dense, tmp_path):
     small = compress(dense, tmp_path / "small", "0.25")
     ids = tokens(dense, count=9)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    torch.testing.assert_close(
-        small.generate(ids, use_cache=True, **options),
-        small.generate(ids, use_cache=False, **options),
-    )
+    expected = small.generate(ids, use_cache=False, **options)
+    for cache in ("dynamic", "static"):
+        found = small.generate(ids, cache_implementation=cache, disable_compile=True, **options)
+        torch.testing.assert_close(found, expected)
+    # A shorter prompt beside a longer one, padded on the left, goes on as it does alone.
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    padded = ids.masked_fill(mask == 0, options["pad_token_id"])
+    alone = small.float().generate(ids[1:, 3:], **options)
+    both = small.generate(padded, attention_mask=mask, **options)
+    torch.testing.assert_close(both[1:, 3:], alone)
 
 
 def test_eager_equals_sdpa_and_left_padding_changes_nothing(dense, tmp_path):

@@ -23,6 +23,7 @@ import a3
 from a3.cli import main
 from a3.config import complete, load_yaml, read_experiments
 from a3.errors import A3Error
+from a3.models import modeling_a3
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model, load_tokenizer
 from a3.stages import sources
@@ -326,9 +327,10 @@ def eager_user(monkeypatch, tmp_path):
 
 
 def test_code_of_a_model_is_not_run(tmp_path, eager_user, monkeypatch, capsys):
-    """Of a known family it is left out; the compressed model does not have it either."""
+    """Of a known family it is left out; the compressed model has a3's code in its place."""
     mark = tmp_path / "ran"
     dense = with_code(tiny_llama(tmp_path / "dense"), mark, own_type=False)
+    shutil.copyfile(dense / "modeling_x.py", dense / "modeling_a3.py")
     (dense / "optimizer.pt").write_bytes(b"pickle")
     (tmp_path / "text.txt").write_text(TEXT)
     text, out = ["--text", str(tmp_path / "text.txt"), *BLOCKS], tmp_path / "small"
@@ -342,8 +344,12 @@ def test_code_of_a_model_is_not_run(tmp_path, eager_user, monkeypatch, capsys):
     for folder in (dense, out, tmp_path / "direct"):
         assert main(["eval", "ppl", str(folder), *text, "-o", str(tmp_path / "ppl.json")]) == 0
     for folder in (out, tmp_path / "model", tmp_path / "direct"):
-        assert not [path for path in folder.iterdir() if path.suffix in (".py", ".pt")]
-    assert "auto_map" not in (tmp_path / "direct" / "config.json").read_text()
+        code = {path.name for path in folder.iterdir() if path.suffix in (".py", ".pt")}
+        assert code == (set() if folder.name == "model" else {"modeling_a3.py"})
+    ours = (tmp_path / "direct" / "modeling_a3.py").read_bytes()
+    assert ours == Path(modeling_a3.__file__).read_bytes()
+    named = json.loads((tmp_path / "direct" / "config.json").read_text())["auto_map"]
+    assert all(name.startswith("modeling_a3.A3Llama") for name in named.values())
     assert not mark.exists()
 
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import math
+import re
 import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from a3.errors import A3Error
 from a3.files import read_json, read_record, sha256
 
 PICKLED = "pytorch_model*.bin*"
+# The model card.
+CARD = "README.md"
 # What says of a folder, under "files", which content a stage wrote.
 RECORDS = ("arch.json", "approx.json", "train.json")
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
@@ -201,6 +205,19 @@ def model_source(folder: Path) -> dict[str, Any] | None:
     """Where a model came from (source, revision), which travels with it; None where unknown."""
     path = folder / "source.json"
     return read_json(path) if path.exists() else None
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """The metadata of a model card; none where there is no card, or what it has is damaged."""
+    if not card.is_file():
+        return {}
+    found = re.match(r"---\r?\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+    try:
+        said = yaml.safe_load(found[1]) if found else None
+    # A date that there is not is of type ValueError.
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def weight_map_files(index: Path) -> list[str]:

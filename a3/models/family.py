@@ -176,11 +176,19 @@ class Family:
 
     def attention_module(self, layer: int) -> str:
         """The attention module of a layer, which the compressed model replaces."""
-        return f"{self.prefix}.{self.layer_path}.{layer}.{self.attention_name}"
+        return self.modules["attention"].format(layer)
 
     def experts_module(self, layer: int) -> str:
         """The experts of a layer, in memory, which the compressed model replaces."""
-        return f"{self.prefix}.{self.layer_path}.{layer}.mlp.experts"
+        return self.modules["experts"].format(layer)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """What the compressed model replaces, by its name in memory; {} is the layer's number."""
+        layer = f"{self.prefix}.{self.layer_path}.{{}}"
+        mlp = {part: f"{layer}.{name}" for part, name in self.parts.items() if part not in "qkvo"}
+        experts = {"experts": f"{layer}.mlp.experts"} if self.experts else {}
+        return {"attention": f"{layer}.{self.attention_name}"} | mlp | experts
 
     def name(self, layer: int, part: str, field: str = "weight", expert: int | None = None) -> str:
         """Tensor of one projection in the dense checkpoint."""
@@ -232,12 +240,6 @@ class Family:
         if part in "qkv":
             return fields["heads" if part == "q" else "kv_heads"] * fields["head_dim"]
         return fields["hidden_size"] if part in ("o", "down") else fields["intermediate_size"]
-
-    def sizes(self, part: str, rank: int, hidden_size: int) -> tuple[int, int]:
-        """(in, out) of a module of the MLP with `rank` channels."""
-        if part == "down":
-            return rank, hidden_size
-        return hidden_size, rank * len(self.fused(part))
 
     def has_bias(self, part: str, fields: dict[str, Any]) -> bool:
         """Whether a projection of the dense model has a bias."""

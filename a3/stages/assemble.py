@@ -24,13 +24,15 @@ from a3.files import (
     write_json,
     write_record,
 )
+from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch, sizes
-from a3.models.checkpoint import RECORDS, Checkpoint, combined, hash_files
+from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
 from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
+from a3.stages.card import base_of, write_card
 
-# Tokenizer, chat template, model card and licence; neither weights nor pickles nor code.
+# Tokenizer, chat template, licence, but not the model card; neither weights nor pickles nor code.
 TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks = tuple[int, int, int | list[int]]
@@ -127,13 +129,11 @@ def assemble(
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
     checkpoint, names = Checkpoint(folder), weight_files(len(paths))
-    hashes = (part.content_sha256 for part in parts)
-    # Of several parts, one file more has what is in no layer.
-    files = hash_files(folder, dict(zip(names, hashes, strict=False)))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
     record = parts[0].said | {
         "base": arch.to_json(),
+        "base_card": base_of(model_source(model_folder), model_folder / CARD),
         "layers": reports,
         "size": {
             "dense": arch.size,
@@ -145,10 +145,13 @@ def assemble(
                 [layer_factors(report) for report in reports],
             ),
         },
-        "weights_sha256": combined([files[name] for name in names]),
-        "files": files,
     }
-    write_record(folder / "approx.json", record)
+    hashes = dict(zip(names, (part.content_sha256 for part in parts), strict=False))
+    # Of several parts, one file more has what is in no layer.
+    hashes |= {name: sha256(folder / name) for name in names if name not in hashes}
+    record["weights_sha256"] = combined([hashes[name] for name in names])
+    write_card(folder, record)
+    write_record(folder / "approx.json", record | {"files": hash_files(folder, hashes)})
 
 
 def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
@@ -250,18 +253,29 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
 def write_config(
     dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
 ) -> None:
-    """The config, and all that travels: tokenizer, chat template, generation config."""
-    pairs = [
-        len(report.get("qk", {}).get("rope_pairs", [range(arch.rope_dims // 2)])[0])
-        for report in reports
-    ]
+    """The config, the code that loads it, and all that travels: tokenizer, chat template …"""
+    every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
+    kept = [report.get("qk", {}).get("rope_pairs", every) for report in reports]
+    rotated = [pairs for layer, pairs in enumerate(kept) if arch.has_rope(layer)]
     factors = [layer_factors(report) for report in reports]
     biased = any(report.get("mlp", {}).get("bias", False) for report in reports)
     config = read_json(dense / "config.json")
-    config = compressed_config(config, arch, ranks, pairs, factors, biased)
+    counts = [len(pairs[0]) for pairs in kept]
+    config = compressed_config(
+        config,
+        arch,
+        ranks,
+        counts,
+        factors,
+        down_bias=biased,
+        same_pairs=all(pairs == rotated[0] for pairs in rotated),
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Without a3, transformers runs this copy where trust_remote_code says so.
+    code = Path(modeling_a3.__file__)
+    shutil.copyfile(code, folder / code.name)
     for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", *RECORDS) and travels(path):
+        if path.name not in ("config.json", CARD, *RECORDS) and travels(path):
             shutil.copyfile(path, folder / path.name)
 
 
@@ -271,21 +285,28 @@ def compressed_config(
     ranks: list[Ranks],
     pairs: list[int],
     factors: list[dict[str, int]],
+    *,
     down_bias: bool,
+    same_pairs: bool,
 ) -> dict[str, Any]:
     """The content of a compressed model's config.json, from the dense one's.
 
     `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
     matrices that are products of two) have one item a layer. `down_bias`: the MLP's output gets a
-    bias, whether the family has one or not.
+    bias, whether the family has one or not. `same_pairs`: all rotated layers kept the same.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
-    # Code for the dense model, which does not travel.
-    config.pop("auto_map", None)
-    config["architectures"] = [f"A3{name}" for name in config.get("architectures") or []]
+    classes = modeling_a3.classes(arch.family)
+    # In the place of any code for the dense model, which does not travel.
+    config["auto_map"] = {
+        auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}"
+        for auto, own in zip(("AutoConfig", "AutoModelForCausalLM"), classes, strict=True)
+    }
+    config["architectures"] = [classes[1].__name__]
     config["a3"] = {
         "family": arch.family,
+        "modules": arch.adapter.modules,
         "heads": arch.heads,
         "kv_heads": arch.kv_heads,
         "scaling": arch.scaling,
@@ -294,6 +315,7 @@ def compressed_config(
         "qk_norm": arch.qk_norm,
         "rope": arch.rope_layout is not None,
         "nope_layers": arch.nope_layers,
+        "same_pairs": same_pairs,
         "rope_pairs": [n if arch.has_rope(layer) else 0 for layer, n in enumerate(pairs)],
         "qk_ranks": qk_ranks,
         "ov_ranks": ov_ranks,

@@ -117,6 +117,7 @@ def collect(
         weights_sha256=arch.weights_sha256,
         config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),
+        text=text_source(text),
         text_sha256=sha256(text),
         block_length=block_length,
         seed=seed,
@@ -129,6 +130,12 @@ def collect(
         accumulators[kind].save(path, record | {"tokens": seen})
         timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
         write_record(path.with_suffix(".timing.json"), timing)
+
+
+def text_source(text: Path) -> str:
+    """Where a text is from as the record beside it says; its file's name where there is none."""
+    record = text.with_suffix(".json")
+    return read_record(record)["source"] if record.exists() else text.name
 
 
 def merge_shards(paths: list[Path], out: Path) -> None:

@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from a3.documents import write_documents
 from a3.errors import A3Error
 from a3.stages.allocate import allocate
 from a3.stages.approximate import approximate
@@ -12,7 +11,7 @@ from a3.stages.collect import collect
 from a3.stages.model import resolve_model
 from a3.stages.plan import Plan
 from a3.stages.sources import fetch_wheel
-from a3.stages.text import documents
+from a3.stages.text import make_documents
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
@@ -41,7 +40,7 @@ def compress(
         resolve_model(model["source"], work / "model", work, model.get("licence"))
         # Refused modes and sizes are said before the long part.
         plan.check(work / "model")
-        write_documents(work / "docs.jsonl", documents(text, work))
+        make_documents(text, work, None, work / "docs.jsonl")
         outputs = {kind: work / f"{kind}.safetensors" for kind in plan.kinds()}
         if outputs:
             collect(work / "model", work / "docs.jsonl", outputs, **settings)

@@ -7,14 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json, write_record
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import (
+    CARD,
     Checkpoint,
+    front_matter,
     hash_files,
     recorded_files,
     refuse_pickled,
@@ -82,7 +83,10 @@ def resolve_model(
                 )
             link_model(cached, folder)
             # The cache keeps each snapshot in a folder named by its commit.
-            record |= {"commit": cached.name, "licence": licence or card_licence(cached)}
+            record |= {
+                "commit": cached.name,
+                "licence": licence or front_matter(cached / CARD).get("license"),
+            }
         write_json(folder / "source.json", record)
         arch = describe(folder).to_json()
         made = {"files": hash_files(folder), "provenance": provenance(__name__, **record)}
@@ -201,11 +205,3 @@ def write_without_name(source: Path, target: Path) -> None:
         target.write_text(json.dumps(config, indent=2) + "\n")
     else:
         shutil.copyfile(source, target)
-
-
-def card_licence(folder: Path) -> str | None:
-    """The licence that a model card states, or None where there is no card or it states none."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")

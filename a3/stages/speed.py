@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 # Named here so that a change of the compressed model makes timings stale.
-import a3.models.compressed  # noqa: F401
+import a3.models.modeling_a3  # noqa: F401
 from a3 import LazyConfig
 from a3.cost import kv_bytes, speed_cost
 from a3.dtypes import WIDTHS
@@ -215,7 +215,9 @@ def config_of(
     if compressed:
         pairs = min(arch.rope_dims // 2, max(1, ranks[0] * arch.rope_dims // (2 * arch.head_dim)))
         every = ([each] * arch.layers for each in (ranks, pairs, factors))
-        config = compressed_config(config.to_dict(), arch, *every, down_bias=False)
+        config = compressed_config(
+            config.to_dict(), arch, *every, down_bias=False, same_pairs=False
+        )
         config = LazyConfig.from_dict(config)
     config.num_hidden_layers = arch.layers
     return config

@@ -1,15 +1,33 @@
-"""The attention of compressed models, in the place of a family's own."""
+"""The compressed model that Hugging Face loads: its tensors really are smaller.
+
+A compressed folder has model_type "a3" and, under `a3` in its config, the family it was made of and
+the ranks of every layer. Its classes derive from the family's own: attention is replaced by
+`A3Attention`, the MLP's projections are resized, everything else is transformers' code. Heads of QK
+and OV have their own sizes, so the KV cache holds r_qk + r_ov numbers a key/value head.
+
+This file needs nothing but torch and transformers: a copy of it travels in every compressed folder,
+so that `trust_remote_code=True` loads it where a3 is not installed. With a3, this one is used.
+"""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 # What attention functions call an option, and the attribute of the family's module that holds it.
 OPTIONS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
@@ -20,6 +38,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = cos.shape[-1]
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def gather(table: Tensor, pairs: Tensor) -> Tensor:
+    """The pairs (G, p) that each group kept, of a table (B, L, h) of all: (B, G, L, p)."""
+    kept = table.index_select(-1, pairs.flatten())
+    return kept.unflatten(-1, pairs.shape).transpose(1, 2)
 
 
 def widen(x: Tensor, width: int) -> Tensor:
@@ -107,6 +131,8 @@ class A3Attention(nn.Module):
         if a3["rope"] and layer_idx not in a3["nope_layers"]:
             pairs = torch.arange(a3["rope_pairs"][layer_idx]).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
+        # Whether cos and sin come as the kept pairs' already, gathered once for all layers.
+        self.gathered = False
 
     def forward(
         self,
@@ -150,12 +176,20 @@ class A3Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4), k.transpose(1, 2)
         if self.rope_pairs is not None:
-            # (B, L, G, p) to (B, G, L, p)
-            cos, sin = (
-                table[..., self.rope_pairs].transpose(1, 2) for table in position_embeddings
-            )
+            cos, sin = position_embeddings if self.gathered else self.tables(position_embeddings)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos, sin)
         return q.flatten(1, 2), k
+
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The family's cos and sin (B, L, h) to those of the kept pairs, (B, G, L, p)."""
+        cos, sin = position_embeddings
+        return gather(cos, self.rope_pairs), gather(sin, self.rope_pairs)
+
+    def after_rotary(
+        self, rotary: nn.Module, inputs: tuple, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`tables`, as a hook of the family's rotary module."""
+        return self.tables(position_embeddings)
 
 
 class BloomAttention(A3Attention):
@@ -252,12 +286,10 @@ class GPTJAttention(A3Attention):
 class CohereAttention(A3Attention):
     """Cohere's tables have every angle twice, side by side."""
 
-    def queries_and_keys(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """As in A3Attention."""
         cos, sin = position_embeddings
-        return super().queries_and_keys(x, (cos[..., ::2], sin[..., ::2]))
+        return super().tables((cos[..., ::2], sin[..., ::2]))
 
 
 # Families whose layers call their attention, or rotate, in a way of their own.
@@ -276,3 +308,134 @@ def dropout_of(attention: nn.Module) -> float:
     names = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
     found = next((getattr(attention, name) for name in names if hasattr(attention, name)), 0.0)
     return found.p if isinstance(found, nn.Dropout) else found
+
+
+class Expert(nn.Module):
+    """A gated MLP of `rank` channels, without its activation function."""
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.up_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.down_proj = nn.Linear(rank, hidden_size, bias=False)
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts, each of its own size: those that few tokens reached are dense."""
+
+    def __init__(self, dense: nn.Module, ranks: list[int]) -> None:
+        super().__init__(Expert(dense.hidden_dim, rank) for rank in ranks)
+        self.act_fn = dense.act_fn
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """hidden_states (T, d); index and weights (T, top k): where each token goes."""
+        out = torch.zeros_like(hidden_states)
+        for number in index.unique().tolist():
+            token, place = torch.where(index == number)
+            expert, x = self[number], hidden_states[token]
+            x = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
+        return out
+
+
+class Compressed:
+    """Mixed into a family's ForCausalLM: gives every layer its own sizes."""
+
+    # Flash attention's kernels want one head size for q, k and v.
+    _supports_flash_attn = False
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        a3 = config.a3
+        attention = ATTENTION.get(a3["family"], A3Attention)
+        for layer, rank in enumerate(a3["mlp_ranks"]):
+            places = {part: name.format(layer) for part, name in a3["modules"].items()}
+            name = places.pop("attention")
+            self.set_submodule(name, attention(config, layer, self.get_submodule(name)))
+            if name := places.pop("experts", None):
+                self.set_submodule(name, Experts(self.get_submodule(name), rank))
+            for name in dict.fromkeys(places.values()):
+                # More than one where gate and up are fused.
+                parts = [part for part in places if places[part] == name]
+                self.resize(name, parts, rank, a3["factors"][layer])
+        if a3["same_pairs"]:
+            self.gather_once()
+        self.post_init()
+
+    def gather_once(self) -> None:
+        """Gather the kept pairs of cos and sin where they are made, and not in every layer."""
+        rotary = getattr(self.base_model, "rotary_emb", None)
+        rotated = [
+            module
+            for module in self.modules()
+            if isinstance(module, A3Attention) and module.rope_pairs is not None
+        ]
+        if rotary is not None and rotated:
+            rotary.register_forward_hook(rotated[0].after_rotary)
+            for attention in rotated:
+                attention.gathered = True
+
+    def resize(self, name: str, parts: list[str], rank: int, factors: dict[str, int]) -> None:
+        """Replace one module of the MLP by one of `rank` channels, or by a product of two.
+
+        A product stands under the name of the first of the parts that are fused.
+        """
+        dense, d = self.get_submodule(name), self.config.hidden_size
+        down = parts == ["down"]
+        inputs, outputs = (rank, d) if down else (d, rank * len(parts))
+        bias = dense.bias is not None or (down and self.config.a3["down_bias"])
+        if isinstance(dense, Conv1D) and parts[0] not in factors:
+            resized: nn.Module = Conv1D(outputs, inputs)
+        else:
+            resized = linear(inputs, outputs, bias, factors.get(parts[0]))
+        self.set_submodule(name, resized)
+
+
+@cache
+def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
+
+    The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
+    projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
+    qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
+    `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
+    `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
+    dictionary a layer, the rank of each matrix that is a product of two. head_dim stays the dense
+    one, because RoPE's frequencies derive from it.
+    """
+    dense_config = CONFIG_MAPPING[family]
+    dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    config = type(
+        f"A3{dense_config.__name__}",
+        (dense_config,),
+        {
+            "__annotations__": {"a3": dict[str, Any] | None},
+            "__module__": __name__,
+            "a3": None,
+            "model_type": "a3",
+            "base_model_tp_plan": None,
+            # What save_pretrained writes has this file beside it, too.
+            "_auto_class": "AutoConfig",
+        },
+    )
+    model = type(
+        f"A3{dense_model.__name__}",
+        (Compressed, dense_model),
+        {"__module__": __name__, "config_class": config, "_auto_class": "AutoModelForCausalLM"},
+    )
+    # What a family's files call otherwise than its modules, ours call alike.
+    renaming = get_checkpoint_conversion_mapping(dense_model.__name__)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(model.__name__, renaming, overwrite=True)
+    AutoModelForCausalLM.register(config, model)
+    return config, model
+
+
+def __getattr__(name: str) -> type:
+    """The classes as `auto_map` calls them: "A3LlamaConfig", "A3LlamaForCausalLM"."""
+    dense = getattr(transformers, name.removeprefix("A3"), None) if name.startswith("A3") else None
+    if dense is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if issubclass(dense, PreTrainedConfig):
+        return classes(dense.model_type)[0]
+    return classes(dense.config_class.model_type)[1]
