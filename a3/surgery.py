@@ -1,8 +1,8 @@
 """PCA surgery: its modes, and how a size is spelled.
 
 An ablation in the dense shapes, after edwinhere/surgery: W_q, W_k and W_v are replaced by what
-their leading principal components make of them. Read by the Snakefile at every start, so nothing heavy is
-imported here; a3.solutions.pca has the numerics.
+their leading principal components make of them. Read by the Snakefile at every start, so nothing
+heavy is imported here; a3.solutions.pca has the numerics.
 """
 
 import re

@@ -35,7 +35,7 @@ METRIC = [name for name, each in SURGERIES.items() if each.metric]
 def reference(X, share, back=True):
     """Rows of X from the fewest components that explain `share`; their number, and the means."""
     mean = X.mean(0)
-    U, S, Vt = np.linalg.svd(X - mean, full_matrices=False)
+    _, S, Vt = np.linalg.svd(X - mean, full_matrices=False)
     ratios = np.cumsum(S**2) / np.sum(S**2)
     count = len(S) if share == 1 else int(np.argmax(ratios >= share)) + 1
     return (X - mean) @ Vt[:count].T @ Vt[:count] + mean * back, count, mean
@@ -302,7 +302,8 @@ def test_every_layout_keeps_its_shapes_and_all_that_is_not_operated_on(tmp_path,
             X = W if W.shape[0] <= W.shape[1] else W.T
             rebuilt, count, _ = reference(X, 0.3)
             expected = rebuilt if X is W else rebuilt.T
-            assert now.weight(layer, part).numpy().T == pytest.approx(expected, abs=1e-5)
+            found = now.weight(layer, part).numpy().T
+            assert found == pytest.approx(expected, abs=1e-5)
             assert record["layers"][layer][part]["components"] == count
     # As many numbers differ as Q, K and V have: nothing else was touched.
     tensors = [load_file(folder / "model.safetensors") for folder in (dense, out)]

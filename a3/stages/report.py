@@ -47,7 +47,8 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
         tables: folder with results.csv, comparisons.csv, seeds.csv, seconds.csv and figures/ of
-            this table; speed.csv, and surgery.csv with its surgery_figures/, are shown where they are there.
+            this table; speed.csv, and surgery.csv with surgery_figures/, are shown where they are
+            there.
         config: the configuration that was run; shown as it is.
         out: the HTML file.
 

@@ -80,8 +80,8 @@ def perplexity_drawing(dense: Run, runs: list[Run], texts: Sequence[str]) -> Dra
     figure.legend(lines, labels, loc="outside lower left", ncols=3, handlelength=2.6)
     caption = (
         f"{dense.place.model}: perplexity (lower is better) after W_q, W_k and W_v were rebuilt "
-        "from their leading principal components: against the share of the variance that they explain, "
-        "left, which is of the weights or, with -rxx, of their outputs, and so not the same share; "
+        "from their leading principal components: against the share of the variance that they "
+        "explain, left, which is of the weights or, with -rxx, of their outputs, so not the same; "
         "and against the parameters of Q, K and V if factors and means were stored, right, where "
         "all rows stand. The dashed line is the dense model. Bars are one standard error over the "
         "blocks of text; they are shared by all curves, so differences are surer than they suggest."
