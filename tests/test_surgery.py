@@ -1,17 +1,24 @@
 """PCA surgery, held to the definition of PCA in numpy, and to edwinhere/surgery's own choices."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_compressed import MODELS, needs, redraw
-from tiny import LINES, run, tiny_llama, tiny_model
+from test_workflow import CONFIG, Project
+from tiny import BLOCK, KINDS, LINES, TAIL, run, tiny_llama, tiny_model, tiny_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
 from a3.cli import main
+from a3.config import complete, load_yaml, read_experiments, read_surgeries
 from a3.errors import A3Error
 from a3.models.arch import load_arch
 from a3.solutions.pca import affordable, many_inputs, one_input
@@ -19,6 +26,8 @@ from a3.stages.collect import collect
 from a3.stages.surgery import Operation, surgery
 from a3.surgery import MATRICES, SURGERIES, Size, find_surgery, parse_size
 
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 SETTINGS = {"tokens": 512, "block_length": 64, "seed": 0, "bos": True}
 # One of each way in which q, k and v lie in a checkpoint.
 LAYOUTS = (
@@ -378,3 +387,180 @@ def test_damaged_weights_are_named(tmp_path):
     model.save_pretrained(dense)
     with pytest.raises(A3Error, match="layer 1, k holds NaN"):
         surgery(dense, None, "pca-separate", Size("variance", 1), tmp_path / "out")
+
+
+# --- tables, figures, report, workflow ---
+
+ROWS = [
+    *[("pca-separate", f"variance@{share}") for share in ("0.9", "0.5")],
+    *[("pca-shared-kv", f"variance@{share}") for share in ("0.9", "0.5")],
+    ("pca-separate-rxx", "parameters@0.5"),
+    ("pca-shared-layers-rxx", "parameters@0.5"),
+    ("pca-shared-kv-no-mean", "variance@0.9"),
+]
+SURGERIES_JSON = [
+    {"model": "tiny", "calibration": "short", "mode": mode, "size": size} for mode, size in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A results folder with surgeries of a tiny model, their table and their figures."""
+    made = tiny_results(tmp_path_factory.mktemp("made"))
+    dense, rxx = made / "models/tiny", made / "rxx/tiny/short"
+    learn, score = (made / f"texts/{name}" for name in ("learn/docs.jsonl", "score/test.jsonl"))
+    metric = rxx / "attention_input.safetensors"
+    run("collect", dense, "--text", learn, "--tokens", "512", *BLOCK, "-o", metric)
+    for tail in ("dense", *(f"short/{mode}/{size}" for mode, size in ROWS)):
+        folder, out = dense, made / "eval/tiny" / tail
+        if tail != "dense":
+            folder = made / "checkpoints/tiny" / tail
+            _, mode, size = tail.split("/")
+            run("surgery", dense, "--rxx", rxx, "--mode", mode, "--size", size, "-o", folder)
+            ppl = ["--text", score, "--tokens", "256", *BLOCK, "-o", out / "ppl/score.json"]
+            run("eval", "ppl", folder, *ppl)
+        words = ["--prompt", "A river", "--new-tokens", "3", "-o", out / "generation/prompt.json"]
+        run("eval", "generation", folder, *words)
+    table, rows = made / "tables/tiny", json.dumps(SURGERIES_JSON)
+    inputs = ["--results", made, "--surgeries", rows, "--perplexity", "score"]
+    run("surgery-table", *inputs, "-o", table)
+    run("surgery-figures", *inputs, "-o", table / "surgery_figures")
+    return made
+
+
+def test_the_table_pairs_blocks_and_counts_factors(results):
+    frame = pd.read_csv(results / "tables/tiny/surgery.csv")
+    assert len(frame) == 1 + len(ROWS)
+    assert frame["mode"][0] == "dense"
+    losses = {}
+    for row in frame.to_dict("records"):
+        tail = "dense" if row["mode"] == "dense" else f"short/{row['mode']}/{row['size']}"
+        nll = json.loads((results / f"eval/tiny/{tail}/ppl/score.json").read_text())["block_nll"]
+        losses[row["mode"], row["size"]] = np.array(nll)
+        if tail == "dense":
+            continue
+        record = json.loads((results / f"checkpoints/tiny/{tail}/approx.json").read_text())
+        stored = record["if_stored"]
+        assert row["qkv_if_stored_ratio"] == stored["qkv"] / stored["qkv_dense"]
+        assert row["parameters_in_file"] == record["base"]["size"]["parameters"]
+        counts = [layer["k"]["components"] for layer in record["layers"]]
+        assert row["k.components_mean"] == np.mean(counts)
+    for row in frame.to_dict("records")[1:]:
+        own, dense = losses[row["mode"], row["size"]], losses["dense", np.nan]
+        assert row["score.nll_delta"] == pytest.approx((own - dense).mean())
+        error = (own - dense).std(ddof=1) / len(own) ** 0.5
+        assert row["score.nll_delta_stderr"] == pytest.approx(error)
+        other = {
+            "pca-shared-kv": "pca-separate",
+            "pca-shared-layers-rxx": "pca-separate-rxx",
+        }.get(row["mode"])
+        if other is None:
+            assert np.isnan(row["score.nll_to_separate"])
+        else:
+            delta = (own - losses[other, row["size"]]).mean()
+            assert row["score.nll_to_separate"] == pytest.approx(delta)
+
+
+def test_the_layers_are_listed_and_drawn(results):
+    table = results / "tables/tiny"
+    layers = pd.read_csv(table / "surgery_layers.csv")
+    assert len(layers) == len(ROWS) * 2 * 3
+    captions = json.loads((table / "surgery_figures/captions.json").read_text())
+    names = [each["name"] for each in captions]
+    assert names == ["surgery-perplexity-tiny", "surgery-dimensions-tiny"]
+    drawn = (table / "surgery_figures/surgery-dimensions-tiny.svg").read_text()
+    assert drawn.count("<image") == 3 + 1  # a matrix each, and the colour bar
+    drawn = (table / "surgery_figures/surgery-perplexity-tiny.svg").read_text()
+    assert "<svg" in drawn
+
+
+def test_the_report_has_a_section(results, capsys):
+    table = results / "tables/tiny"
+    experiment = {"model": "tiny", "calibration": "short"}
+    experiment |= dict(zip(("qk", "ov", "mlp"), TAIL.split("/")[2].split("+"), strict=True))
+    rows = json.dumps([experiment | {"ratio": "0.25"}])
+    inputs = ["--results", results, "--experiments", rows, "--perplexity", "score"]
+    evaluated = results / f"eval/{TAIL}"
+    assert evaluated.is_dir()
+    for kind in KINDS:
+        assert (results / f"rxx/tiny/short/{kind}.timing.json").is_file()
+    run("tables", *inputs, "-o", table)
+    run("figures", *inputs, "-o", table / "figures")
+    page = ["--results", results, "--tables", table, "--config", "{}", "-o", table / "report.html"]
+    run("report", *page)
+    text = (table / "report.html").read_text()
+    assert text.count('<h2 id="surgery">') == text.count('href="#surgery"') == 1
+    assert "pca-shared-layers-rxx" in text
+    assert "Figure 5. tiny: principal components" in text
+    run("show", table)
+    shown = capsys.readouterr().out
+    assert "| pca-shared-kv-no-mean" in shown
+    run("verify", results)
+
+
+def test_results_of_other_weights_are_refused(results, tmp_path, capsys):
+    made = shutil.copytree(results, tmp_path / "results")
+    tail = "short/pca-separate/variance@0.9"
+    other = made / "eval/tiny/short/pca-separate/variance@0.5/ppl/score.json"
+    shutil.copyfile(other, made / f"eval/tiny/{tail}/ppl/score.json")
+    words = ["surgery-table", "--results", str(made), "--surgeries", json.dumps(SURGERIES_JSON)]
+    assert main([*words, "--perplexity", "score", "-o", str(tmp_path / "table")]) == 1
+    assert "the result was taken from other weights" in capsys.readouterr().err
+    assert main(["verify", str(made)]) == 1
+
+
+def test_the_rules(tmp_path):
+    """A dry run: a row's own chain, and the statistics of those with a metric."""
+    project = Project(tmp_path)
+    table = project.folder / "surgery.tsv"
+    head = "model\tcalibration\tmode\tsize\n"
+    table.write_text(
+        f"{head}tiny\tshort\tpca-shared-kv\tvariance@0.9\n"
+        "tiny\tshort\tpca-separate-rxx\tparameters@0.5\n"
+    )
+    key = "surgery: {rows: surgery.tsv, prompt: 'A river', new_tokens: 3}\nevaluate:"
+    project.edit("config/config.yaml", "evaluate:", key)
+    rules, output = project.snakemake("-n", "-p")
+    assert rules.count("surgery") == 2
+    assert rules.count("eval_ppl") == rules.count("eval_harness") == 4
+    assert rules.count("eval_generation") == 3
+    assert rules.count("surgery_table") == rules.count("surgery_figures") == 1
+    commands = re.findall(r"^Shell command: (a3 surgery results.*)$", output, re.MULTILINE)
+    out = "results/checkpoints/tiny/short"
+    assert sorted(commands) == [
+        "a3 surgery results/models/tiny  --mode pca-shared-kv --size variance@0.9 --threads 1 "
+        f"-o {out}/pca-shared-kv/variance@0.9 &> "
+        "results/logs/checkpoints/tiny/short/pca-shared-kv/variance@0.9.log",
+        "a3 surgery results/models/tiny --rxx results/rxx/tiny/short --mode pca-separate-rxx "
+        f"--size parameters@0.5 --threads 1 -o {out}/pca-separate-rxx/parameters@0.5 &> "
+        "results/logs/checkpoints/tiny/short/pca-separate-rxx/parameters@0.5.log",
+    ]
+    assert "rxx/tiny/short/attention_input.safetensors" in output
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("tiny\tshort\tpca\tvariance@0.9\n", "row 1: surgery mode 'pca' is not known"),
+        ("tiny\tshort\tpca-separate\t0.9\n", "row 1: surgery size is '0.9'"),
+        ("tiny\tlong\tpca-separate\tvariance@0.9\n", "names the calibration 'long'"),
+        ("tiny\tshort\tpca-separate\tvariance@0.9\n" * 2, "row 2: says the same as row 1"),
+        ("tiny\tshort\n", "expected 4 cells"),
+        ("", "no experiments"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, rows, said):
+    config = complete(yaml.safe_load(CONFIG), load_yaml(SCHEMA))
+    (tmp_path / "surgery.tsv").write_text("model\tcalibration\tmode\tsize\n" + rows)
+    with pytest.raises(A3Error, match=re.escape(said)):
+        read_surgeries(tmp_path / "surgery.tsv", config)
+
+
+def test_the_projects_own_table_of_surgeries():
+    """config/surgery.yaml, as `make surgery` reads it."""
+    config = load_yaml(ROOT / "config/config.yaml") | load_yaml(ROOT / "config/surgery.yaml")
+    config["calibrations"] = load_yaml(ROOT / "config/config.yaml")["calibrations"]
+    whole = complete(config, load_yaml(SCHEMA))
+    rows = read_surgeries(ROOT / whole["surgery"]["rows"], whole)
+    assert {row["mode"] for row in rows} == set(SURGERIES)
+    assert read_experiments(ROOT / whole["experiments"], whole)
