@@ -25,6 +25,11 @@ if PAPER:
     include: "workflow/rules/paper.smk"
 
 
+if OPERATIONS:
+
+    include: "workflow/rules/surgery.smk"
+
+
 # On a cluster these stay on the machine that Snakemake runs on: nodes are often offline.
 localrules:
     wheel,
@@ -44,3 +49,4 @@ rule all:
         f"{TABLE}/report.html",
         f"{TABLE}/results.md",
         f"{TABLE}/speed.md" if C["evaluate"]["speed"] else [],
+        SURGERY_TABLES,

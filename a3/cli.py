@@ -213,6 +213,21 @@ def card(model: Path, dense: list[Path], compressed: list[Path]) -> None:
     add_perplexity(folder(model), dense, compressed)
 
 
+def generation(model: Path, out: Path, **settings: Any) -> None:
+    """Continue a prompt."""
+    from a3.stages.generation import generation
+
+    generation(folder(model), out, **settings)
+
+
+def surgery(model: Path, rxx: Path | None, mode: str, size: str, out: Path) -> None:
+    """Rebuild Q, K and V from principal components."""
+    from a3.stages.surgery import surgery
+    from a3.surgery import parse_size
+
+    surgery(folder(model), rxx, mode, parse_size(size), out)
+
+
 def spectra(model: Path, rxx: Path, out: Path) -> None:
     """Energy by rank."""
     from a3.stages.spectra import spectra
@@ -248,6 +263,20 @@ def figures(**inputs: Any) -> None:
     from a3.stages.figures import build_figures
 
     build_figures(**inputs)
+
+
+def surgery_table(**inputs: Any) -> None:
+    """Build the table of surgeries."""
+    from a3.stages.surgery_table import build_surgery_table
+
+    build_surgery_table(**inputs)
+
+
+def surgery_figures(**inputs: Any) -> None:
+    """Build the figures of surgeries."""
+    from a3.stages.surgery_figures import build_surgery_figures
+
+    build_surgery_figures(**inputs)
 
 
 def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
@@ -424,8 +453,18 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
     add_out(one, "compressed Hugging Face folder")
 
+    one = add(commands, "surgery", surgery, "Q, K, V from principal components, in dense shapes")
+    one.add_argument("model", type=Path, help="Hugging Face folder")
+    text_ = "folder of attention_input.safetensors, for modes with -rxx"
+    one.add_argument("--rxx", type=Path, help=text_)
+    one.add_argument("--mode", default="pca-shared-kv", help="which matrices share components")
+    text_ = "variance@0.9: components that explain that share; parameters@0.5: as many as fit"
+    one.add_argument("--size", required=True, help=text_)
+    add_out(one, "Hugging Face folder of the same family")
+    add_threads(one)
+
     evaluate = commands.add_parser(
-        "eval", help="perplexity, harness or speed", description="Evaluate."
+        "eval", help="perplexity, harness, generation or speed", description="Evaluate."
     )
     kinds = evaluate.add_subparsers(metavar="KIND", required=True)
     one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
@@ -450,6 +489,12 @@ def parser() -> argparse.ArgumentParser:
     add_out(one, "result, JSON")
     add_run(one)
 
+    one = add(kinds, "generation", generation, "what a model says to a prompt, greedily")
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    one.add_argument("--prompt", required=True, help="taken as it is, without a chat template")
+    one.add_argument("--new-tokens", type=int, default=40, help="at most")
+    add_out(one, "result, JSON")
+    add_run(one)
     one = add(kinds, "speed", speed, "tokens/s of models, interleaved in one process")
     text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
     one.add_argument("models", type=Path, nargs="+", help=text_)
@@ -535,6 +580,16 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
     one.add_argument("--speed", nargs="+", required=True)
     add_out(one, "folder")
+    for name, command, text_ in (
+        ("surgery-table", surgery_table, "surgery.csv, surgery_layers.csv, surgery.md"),
+        ("surgery-figures", surgery_figures, "SVG and PNG figures of surgeries"),
+    ):
+        one = add(commands, name, command, text_)
+        one.add_argument("--results", type=Path, required=True)
+        one.add_argument("--surgeries", type=parse_json, required=True, help="JSON: rows")
+        one.add_argument("--perplexity", nargs="*", default=[])
+        one.add_argument("--harness", nargs="*", default=[])
+        add_out(one, "folder")
     one = add(commands, "report", report, "self-contained HTML report")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)

@@ -16,11 +16,13 @@ from a3.errors import A3Error
 from a3.files import load_yaml
 from a3.results import Place
 from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
+from a3.surgery import find_surgery, parse_size
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 # What the catalogue has entries of.
 SECTIONS = ("models", "texts", "perplexity", "harness")
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
+SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
 
 
 def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -169,43 +171,72 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
     Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes,
     wrong sizes, two rows that say the same, and evaluation text that is calibrated on.
     """
-    try:
-        with path.open(newline="") as stream:
-            lines = [line for line in stream if line.strip() and not line.startswith("#")]
-    except OSError as error:
-        raise A3Error(f"{path}: {error.strerror}. Correct experiments in the config.") from error
-    except UnicodeDecodeError as error:
-        raise A3Error(f"{path}: not UTF-8 ({error}). Save the table as UTF-8.") from error
-    try:
-        return check_table(path, lines, config)
-    except csv.Error as error:
-        raise A3Error(f"{path}: not a table ({error}). Correct it.") from error
-
-
-def check_table(path: Path, lines: list[str], config: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of the lines of a table; raises A3Error as `read_experiments` does, and csv.Error."""
-    reader = csv.DictReader(lines, delimiter="\t")
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise A3Error(
-            f"{path}: columns are {reader.fieldnames}, expected {', '.join(COLUMNS)}, separated by "
-            "tabs."
-        )
-    rows: list[dict[str, str]] = []
+    rows = read_rows(path, COLUMNS, "experiments")
     seen: list[tuple[str, str, dict[str, Choice]]] = []
-    for number, row in enumerate(reader, 1):
+    for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
-        if None in row or None in row.values():
-            raise A3Error(f"{where}: expected {len(COLUMNS)} cells separated by tabs.")
         check_row(row, config, where)
         # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
         meaning = row["model"], row["calibration"], choose(row)
         if meaning in seen:
             raise A3Error(f"{where}: says the same as row {seen.index(meaning) + 1}. Delete one.")
-        rows.append(row)
         seen.append(meaning)
+    check_reference(rows, config.get("reference"))
+    return rows
+
+
+def read_surgeries(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of surgeries, each with the keys of SURGERY_COLUMNS, all text.
+
+    Raises A3Error, with the row, for wrong columns, names not defined, unknown modes, wrong sizes,
+    two rows that say the same, and evaluation text that is calibrated on.
+    """
+    rows = read_rows(path, SURGERY_COLUMNS, "surgery.rows")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        try:
+            find_surgery(row["mode"])
+            parse_size(row["size"])
+        except A3Error as error:
+            raise A3Error(f"{where}: {error}") from error
+        check_place(row, config, where)
+        if row in rows[: number - 1]:
+            raise A3Error(f"{where}: says the same as row {rows.index(row) + 1}. Delete one.")
+    return rows
+
+
+def read_rows(path: Path, columns: tuple[str, ...], key: str) -> list[dict[str, str]]:
+    """Rows of a table, each with the keys `columns`, all text; `key` is what the config calls it.
+
+    Raises A3Error where it is missing, not a table, has other columns or no rows.
+    """
+    try:
+        with path.open(newline="") as stream:
+            lines = [line for line in stream if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise A3Error(f"{path}: {error.strerror}. Correct {key} in the config.") from error
+    except UnicodeDecodeError as error:
+        raise A3Error(f"{path}: not UTF-8 ({error}). Save the table as UTF-8.") from error
+    try:
+        return check_table(path, lines, columns)
+    except csv.Error as error:
+        raise A3Error(f"{path}: not a table ({error}). Correct it.") from error
+
+
+def check_table(path: Path, lines: list[str], columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of the lines of a table; raises A3Error as `read_rows` does, and csv.Error."""
+    reader = csv.DictReader(lines, delimiter="\t")
+    if tuple(reader.fieldnames or ()) != columns:
+        raise A3Error(
+            f"{path}: columns are {reader.fieldnames}, expected {', '.join(columns)}, separated by "
+            "tabs."
+        )
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise A3Error(f"{path}: row {number}: expected {len(columns)} cells separated by tabs.")
     if not rows:
         raise A3Error(f"{path}: no experiments. Add a row.")
-    check_reference(rows, config.get("reference"))
     return rows
 
 
@@ -222,9 +253,17 @@ def check_reference(rows: list[dict[str, str]], reference: str | None) -> None:
 def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
     """Raise A3Error that starts with `where` for anything wrong in one row."""
     try:
+        choose(row)
+    except A3Error as error:
+        raise A3Error(f"{where}: {error}") from error
+    check_place(row, config, where)
+
+
+def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None:
+    """Raise A3Error for a model or calibration not defined, or text that is seen and scored."""
+    try:
         defined("model", row["model"], config["models"], "model")
         defined("calibration", row["calibration"], config["calibrations"], "calibration")
-        choose(row)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
     texts = config["texts"]

@@ -134,6 +134,25 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
     return Cost(SOLVERS + memory, flops / jobs)
 
 
+def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> Cost:
+    """Cost of rebuilding Q, K and V of a model, all layers' in memory at once where `together`.
+
+    Weights are decomposed, d or their outputs wide, twice where a budget asks for it; what is
+    rebuilt is held, and beside it a file of weights.
+    """
+    d, h = arch["hidden_size"], arch["head_dim"]
+    outputs = (arch["heads"] + 2 * arch["kv_heads"]) * h
+    widest = max(d, arch["heads"] * h, 2 * arch["kv_heads"] * h)
+    held = WIDTHS[arch["dtype"]] * arch["layers"] * d * outputs
+    working = 8 * (8 * widest**2 + 3 * d * outputs)
+    if together:
+        # Centred and fitted weights in float64, and the metric and triangle of each layer.
+        working += 8 * arch["layers"] * d * (4 * outputs + 3 * d)
+    file = WIDTHS[arch["dtype"]] * arch["size"]["parameters"]
+    flops = (60.0 + 60.0 * len(list(kinds))) * arch["layers"] * widest**3
+    return Cost(SOLVERS + held + working + file, flops)
+
+
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
     """Cost of adding one kind's sums of all shards: one file's of it, and another's."""
     size = statistics_memory(arch, [kind])

@@ -121,6 +121,33 @@ class Place:
         return results / "spectra" / self.model / f"{self.calibration}.json"
 
 
+@dataclass(frozen=True)
+class SurgeryPlace(Place):
+    """Names one row of the surgeries; `size` is as a3.surgery.parse_size reads it."""
+
+    mode: str = DENSE
+    size: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the model as it came."""
+        return self.mode == DENSE
+
+    @property
+    def method(self) -> str:
+        """The mode."""
+        return self.mode
+
+    @property
+    def _tail(self) -> Path:
+        own = (DENSE,) if self.is_dense else (self.calibration, self.mode, self.size)
+        return Path(self.model, *own)
+
+    def generation(self, results: Path) -> Path:
+        """What the model says to the prompt."""
+        return results / "eval" / self._tail / "generation" / "prompt.json"
+
+
 def weights_of(results: Path, evaluation: Path) -> Path:
     """The JSON file that describes the weights of a result, by the result's path."""
     model, *method = evaluation.relative_to(results / "eval").parts[:-2]
@@ -172,9 +199,16 @@ def read_runs(
     Raises A3Error that names both files when a result was taken from other weights than the ones
     that now lie beside it, or when two results of one model were taken by different protocols.
     """
+    places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
+    return read_places(results, places, perplexity, harness)
+
+
+def read_places(
+    results: Path, all_places: Iterable[Place], perplexity: Sequence[str], harness: Sequence[str]
+) -> list[tuple[Run, list[Run]]]:
+    """As `read_runs`, of places."""
     models: dict[str, dict[Place, None]] = {}
-    for experiment in experiments:
-        place = Place(**{key: str(value) for key, value in experiment.items()})
+    for place in all_places:
         models.setdefault(place.model, {})
         if not place.is_dense:
             models[place.model][place] = None

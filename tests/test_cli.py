@@ -22,6 +22,8 @@ COMMANDS = [
     "eval ppl",
     "eval harness",
     "eval speed",
+    "eval generation",
+    "surgery",
     "model",
     "convert",
     "card",

@@ -85,6 +85,13 @@ class Checkpoint:
         """All tensor names, sorted."""
         return sorted(self._where)
 
+    def files(self) -> dict[str, dict[str, str]]:
+        """Of each file, its tensors: their keys in the file, and their names."""
+        found: dict[str, dict[str, str]] = {file: {} for file in self._files}
+        for name, (file, key) in self._where.items():
+            found[file][key] = name
+        return found
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
         self.shape(name)

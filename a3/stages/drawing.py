@@ -1,8 +1,10 @@
 """What all figures share: their look, their files, and the rows of heat maps."""
 
+import math
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,12 +13,20 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from a3.results import Run
 from a3.solutions.modes import Choice, parse_choice
 
 GREY = "#767676"
 ABSENT = "#e0e0e0"
+# Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
+# many methods; markers tell them apart in grey.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#332288", "#AA4499", "#44AA99"),
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 COMPONENTS = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 STYLE = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
@@ -108,3 +118,31 @@ def no_frame(axes: Axes) -> None:
     """No frame and no tick marks around a heat map."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
+
+
+def points(
+    axes: Axes, places: list[float], values: list[tuple[float, float | None]], **look: Any
+) -> None:
+    """Values with their standard errors; no bar where there is no error."""
+    axes.errorbar(
+        places,
+        [value for value, _ in values],
+        yerr=[0.0 if error is None else error for _, error in values],
+        linewidth=1.6,
+        elinewidth=1.0,
+        markersize=5,
+        capsize=2.5,
+        **look,
+    )
+
+
+def log_if_wide(axes: Axes, values: list[float], limit: float = math.inf) -> None:
+    """A logarithmic axis where the worst is over five times the best, up to `limit` times it."""
+    span = max(values) / min(values)
+    if span > 5:
+        axes.set_yscale("log")
+        if span > limit:
+            axes.set_ylim(min(values) / 1.2, limit * min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=99))
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -14,32 +14,29 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 from a3.files import whole_folder, write_json
 from a3.results import Run, read_runs
 from a3.stages.drawing import (
+    COLOURS,
     COMPONENTS,
     GREY,
+    MARKERS,
     STYLE,
     Drawing,
     Row,
     colour_bar,
     colour_map,
     distinct_rows,
+    log_if_wide,
     name_model,
     no_frame,
+    points,
     save_drawing,
 )
 from a3.stages.ranks_figure import ranks_drawing
 from a3.stages.rope import rope_drawings
 from a3.stages.spectra_figure import spectra_drawing
 
-# Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
-# many methods; markers tell them apart in grey.
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#882255", "#999933", "#332288", "#AA4499", "#44AA99"),
-)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
-DASHES = ("-", "--", "-.", ":")
 # A model whose perplexity is so many times the best one's is broken, and how much says nothing.
 OFF_SCALE = 50
+DASHES = ("-", "--", "-.", ":")
 
 
 def build_figures(
@@ -163,7 +160,8 @@ def _quality(
         row[0].set_title(f"{dense.place.model}, {name}")
         row[0].set_ylabel(label)
         if log:
-            _log_if_wide(row[0], [measure(run)[0] for run in (dense, *runs)])
+            values = [measure(run)[0] for run in (dense, *runs)]
+            log_if_wide(row[0], values, OFF_SCALE)
         for axes in row:
             axes.grid(axis="y", color="#dddddd", linewidth=0.7)
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -222,7 +220,7 @@ def _curves_on(
     Curves stand `step` apart along x, so that the bars of equal ratios do not hide each other.
     """
     axes.axhline(measure(dense)[0], color=GREY, linestyle="--", linewidth=1.2)
-    _points(
+    points(
         axes,
         [place(dense)],
         [measure(dense)],
@@ -243,39 +241,11 @@ def _curves_on(
         first = ([place(dense), places[0]], [measure(dense)[0], values[0][0]])
         axes.plot(*first, color=colour, linestyle=dash, linewidth=1.6)
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-        _points(axes, places, values, color=colour, marker=marker, linestyle=dash, label=label)
-
-
-def _points(
-    axes: Axes, places: list[float], values: list[tuple[float, float | None]], **look: Any
-) -> None:
-    """Values with their standard errors; no bar where there is no error."""
-    axes.errorbar(
-        places,
-        [value for value, _ in values],
-        yerr=[0.0 if error is None else error for _, error in values],
-        linewidth=1.6,
-        elinewidth=1.0,
-        markersize=5,
-        capsize=2.5,
-        **look,
-    )
+        points(axes, places, values, color=colour, marker=marker, linestyle=dash, label=label)
 
 
 def _kept(dense: Run, run: Run) -> float:
     return run.size["parameters"] / dense.size["parameters"]
-
-
-def _log_if_wide(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where the worst is over five times the best; broken models leave it."""
-    span = max(values) / min(values)
-    if span > 5:
-        axes.set_yscale("log")
-        if span > OFF_SCALE:
-            axes.set_ylim(min(values) / 1.2, OFF_SCALE * min(values))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=99))
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 # --- error by layer ---

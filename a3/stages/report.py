@@ -18,6 +18,12 @@ from a3.provenance import PACKAGE, provenance
 from a3.results import Place, Record
 from a3.solutions.modes import NO_RATIO
 from a3.stages.compare import WORSE, differences, settings, verdict
+from a3.stages.surgery_table import (
+    generation_columns,
+    read_surgery_table,
+    surgery_columns,
+    surgery_note,
+)
 from a3.stages.tables import (
     Column,
     columns,
@@ -41,7 +47,8 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
         tables: folder with results.csv, comparisons.csv, seeds.csv, seconds.csv and figures/ of
-            this table; speed.csv is shown as it is where it is there.
+            this table; speed.csv, and surgery.csv with surgery_figures/, are shown where they are
+            there.
         config: the configuration that was run; shown as it is.
         out: the HTML file.
 
@@ -57,6 +64,7 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
         seeds=_optional(tables / "seeds.csv", seed_columns, seed_note),
         speed=free_columns(tables / "speed.csv"),
         seconds=seconds_columns(read_table(tables / "seconds.csv")),
+        surgery=_surgery(tables),
         figures=list(_figures(tables / "figures")),
         protocol=protocol(frame),
         calibration=_calibration(results, frame),
@@ -75,6 +83,19 @@ def _optional(
     """A table and its note; None where it has no rows."""
     frame = read_table(path)
     return {"columns": shown(frame), "note": note(frame)} if len(frame) else None
+
+
+def _surgery(tables: Path) -> dict[str, Any] | None:
+    """Tables, note and figures of surgeries; None where the table has none."""
+    if not (tables / "surgery.csv").is_file():
+        return None
+    frame = read_surgery_table(tables / "surgery.csv")
+    return {
+        "columns": surgery_columns(frame),
+        "generations": generation_columns(frame),
+        "note": surgery_note(frame),
+        "figures": list(_figures(tables / "surgery_figures")),
+    }
 
 
 def _template() -> Any:

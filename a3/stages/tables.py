@@ -65,11 +65,12 @@ def build_tables(
 
 
 def print_table(out: Path) -> str:
-    """The rounded table of `out`, for the terminal. Raises A3Error when it is not built yet."""
-    path = out / "results.md"
+    """The rounded tables of `out`, for the terminal. Raises A3Error when they are not built yet."""
+    path, surgery = out / "results.md", out / "surgery.md"
     if not path.is_file():
         raise A3Error(f"{path}: no such file. Build the table first.")
-    return path.read_text(encoding="utf-8")
+    there = [each for each in (path, surgery) if each.is_file()]
+    return "\n".join(each.read_text(encoding="utf-8") for each in there)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -86,17 +87,17 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
     """One row of results.csv: what was measured, then sizes, then the protocol."""
     row: dict[str, Any] = {key: getattr(run.place, key) for key in PLACE}
     for text, record in run.perplexity.items():
-        row |= _named(text, _perplexity(dense.perplexity[text], record))
+        row |= named(text, _perplexity(dense.perplexity[text], record))
     for task, record in run.harness.items():
-        row |= _named(task, _harness(dense.harness[task], record))
+        row |= named(task, _harness(dense.harness[task], record))
     for key in SIZES:
         row[key] = run.size[key]
         row[f"{key}_ratio"] = run.size[key] / dense.size[key]
     row["calibration_tokens"] = _calibration_tokens(run)
     for text, record in run.perplexity.items():
-        row |= _named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
+        row |= named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
     for task, record in run.harness.items():
-        row |= _named(task, {key: record[key] for key in HARNESS_PROTOCOL})
+        row |= named(task, {key: record[key] for key in HARNESS_PROTOCOL})
     row["weights_sha256"] = run.weights["weights_sha256"]
     return row
 
@@ -112,7 +113,7 @@ def _calibration_tokens(run: Run) -> int | None:
     return next(iter(tokens.values()), None)
 
 
-def _named(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def named(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Columns of one text or task: `wikipedia.perplexity`."""
     return {f"{name}.{key}": value for key, value in values.items()}
 
@@ -150,16 +151,16 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
     row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
     if not place.is_dense:
         for kind in run.statistics:
-            row |= _named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
+            row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
         spent = Record.read(timing(run.weights.path))
         row["approx.seconds"] = spent["seconds"]
         for part in ("qk", "ov", "mlp"):
             if getattr(place, part) != DENSE:
                 row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
     for text, record in run.perplexity.items():
-        row |= _named(f"perplexity {text}", _speed(timing(record.path)))
+        row |= named(f"perplexity {text}", _speed(timing(record.path)))
     for task, record in run.harness.items():
-        row |= _named(f"harness {task}", _speed(timing(record.path)))
+        row |= named(f"harness {task}", _speed(timing(record.path)))
     return row
 
 
@@ -212,26 +213,26 @@ def columns(frame: pd.DataFrame) -> list[Column]:
     frame.loc[[place.is_dense for place in _places(frame)], deltas] = float("nan")
     for text in names(frame, "perplexity"):
         found += [
-            _column(frame, f"{text} perplexity", f"{text}.perplexity", _short, "_stderr"),
-            _column(frame, f"{text} Δ perplexity", f"{text}.perplexity_delta", _signed),
-            _column(frame, f"{text} Δ nll", f"{text}.nll_delta", "{:+.4f}".format, "_stderr"),
+            numbers(frame, f"{text} perplexity", f"{text}.perplexity", short, "_stderr"),
+            numbers(frame, f"{text} Δ perplexity", f"{text}.perplexity_delta", _signed),
+            numbers(frame, f"{text} Δ nll", f"{text}.nll_delta", "{:+.4f}".format, "_stderr"),
         ]
         if f"{text}.bits_per_byte" in frame:
             key = f"{text}.bits_per_byte"
-            found.append(_column(frame, f"{text} bits/byte", key, "{:.4f}".format))
+            found.append(numbers(frame, f"{text} bits/byte", key, "{:.4f}".format))
     for task in names(frame, "value"):
         metric = frame[f"{task}.metric"].iloc[0]
         found += [
-            _column(frame, f"{task} {metric}", f"{task}.value", "{:.3f}".format, "_stderr"),
-            _column(frame, f"{task} Δ {metric}", f"{task}.value_delta", "{:+.3f}".format),
+            numbers(frame, f"{task} {metric}", f"{task}.value", "{:.3f}".format, "_stderr"),
+            numbers(frame, f"{task} Δ {metric}", f"{task}.value_delta", "{:+.3f}".format),
         ]
     return [
         *found,
-        _column(frame, "parameters", "parameters", lambda value: f"{value / 1e6:,.1f} M"),
-        _column(frame, "parameters kept", "parameters_ratio", "{:.1%}".format),
-        _column(frame, "KV cache kept", "kv_bytes_per_token_ratio", "{:.1%}".format),
-        _column(frame, "FLOPs kept", "flops_per_token_ratio", "{:.1%}".format),
-        _column(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format),
+        numbers(frame, "parameters", "parameters", lambda value: f"{value / 1e6:,.1f} M"),
+        numbers(frame, "parameters kept", "parameters_ratio", "{:.1%}".format),
+        numbers(frame, "KV cache kept", "kv_bytes_per_token_ratio", "{:.1%}".format),
+        numbers(frame, "FLOPs kept", "flops_per_token_ratio", "{:.1%}".format),
+        numbers(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format),
     ]
 
 
@@ -241,7 +242,7 @@ def seconds_columns(frame: pd.DataFrame) -> list[Column]:
     found = _names_of_rows(frame)
     for key in frame.columns.drop(list(PLACE)):
         what, _, unit = key.rpartition(".")
-        found.append(_column(frame, f"{what} ({units[unit]})", key, "{:,.1f}".format))
+        found.append(numbers(frame, f"{what} ({units[unit]})", key, "{:,.1f}".format))
     return found
 
 
@@ -250,20 +251,20 @@ def comparison_columns(frame: pd.DataFrame) -> list[Column]:
     found = _names_of_rows(frame)
     for key in [key for key in frame if key.endswith("_delta")]:
         name, _, measure = key.removesuffix("_delta").rpartition(".")
-        found.append(_column(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
+        found.append(numbers(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
         said = frame[f"{name}.{measure}_verdict"].fillna("–").tolist()
         found.append(Column(f"{name} verdict", said, said, "short"))
-    kept = _column(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
+    kept = numbers(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
     return [*found, kept]
 
 
 def seed_columns(frame: pd.DataFrame) -> list[Column]:
     """The columns of seeds.csv, rounded: mean, spread and range over seeds."""
-    found = [*_names_of_rows(frame), _column(frame, "seeds", "seeds", "{:.0f}".format)]
+    found = [*_names_of_rows(frame), numbers(frame, "seeds", "seeds", "{:.0f}".format)]
     for text in names(frame, "perplexity_mean"):
-        for measure, show in (("perplexity", _short), ("nll", "{:.4f}".format)):
+        for measure, show in (("perplexity", short), ("nll", "{:.4f}".format)):
             key = f"{text}.{measure}"
-            mean = _column(frame, f"{text} {measure}, mean ± sd", f"{key}_mean", show)
+            mean = numbers(frame, f"{text} {measure}, mean ± sd", f"{key}_mean", show)
             mean.texts[:] = map(_plus_minus, mean.texts, frame[f"{key}_sd"])
             ends = zip(frame[f"{key}_min"], frame[f"{key}_max"], strict=True)
             range_ = [f"{show(low)} – {show(high)}" for low, high in ends]
@@ -277,10 +278,10 @@ def _deltas_by_seed(frame: pd.DataFrame, text: str) -> list[Column]:
     """Differences to the reference: their mean with its error over seeds, and seed by seed."""
     signed = "{:+.4f}".format
     key = f"{text}.nll_delta_"
-    mean = _column(frame, f"{text} Δ nll to reference, mean", f"{key}mean", signed)
+    mean = numbers(frame, f"{text} Δ nll to reference, mean", f"{key}mean", signed)
     mean.texts[:] = map(_plus_minus, mean.texts, frame[f"{key}stderr"])
     each = [
-        _column(frame, f"{text} Δ nll, seed {other.removeprefix(f'{key}seed_')}", other, signed)
+        numbers(frame, f"{text} Δ nll, seed {other.removeprefix(f'{key}seed_')}", other, signed)
         for other in frame
         if other.startswith(f"{key}seed_")
     ]
@@ -295,7 +296,7 @@ def free_columns(path: Path) -> list[Column]:
     found = []
     for name in frame:
         if pd.api.types.is_numeric_dtype(frame[name]):
-            found.append(_column(frame, name, name, _plain))
+            found.append(numbers(frame, name, name, _plain))
         else:
             texts = frame[name].fillna("").astype(str).tolist()
             kind = "text" if any(column.kind == "key" for column in found) else "key"
@@ -326,7 +327,7 @@ def markdown(folder: Path) -> str:
     """The tables of a folder and their protocol as GitHub Markdown."""
     frame = read_table(folder / "results.csv")
     said = [
-        _markdown_table(columns(frame)),
+        markdown_table(columns(frame)),
         "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
         "with the error of the paired difference over blocks. Kept shares are of the dense "
         "model's.",
@@ -337,8 +338,8 @@ def markdown(folder: Path) -> str:
     ):
         found = read_table(folder / f"{name}.csv")
         if len(found):
-            said += [f"## {name.capitalize()}", _markdown_table(shown(found)), note(found)]
-    return "\n\n".join([*said, _markdown_table(protocol(frame))]) + "\n"
+            said += [f"## {name.capitalize()}", markdown_table(shown(found)), note(found)]
+    return "\n\n".join([*said, markdown_table(protocol(frame))]) + "\n"
 
 
 def comparison_note(frame: pd.DataFrame) -> str:
@@ -380,7 +381,7 @@ def _names_of_rows(frame: pd.DataFrame) -> list[Column]:
     found = [
         Column("model", models, models, "text"),
         Column("method (QK + OV + MLP)", methods, methods, "key"),
-        _column(frame.replace(NO_RATIO, float("nan")), "ratio", "ratio", "{:g}".format),
+        numbers(frame.replace(NO_RATIO, float("nan")), "ratio", "ratio", "{:g}".format),
     ]
     calibrations = [place.calibration for place in places]
     if len({place.calibration for place in places if not place.is_dense}) > 1:
@@ -388,7 +389,7 @@ def _names_of_rows(frame: pd.DataFrame) -> list[Column]:
     return found
 
 
-def _column(
+def numbers(
     frame: pd.DataFrame,
     title: str,
     key: str,
@@ -413,7 +414,7 @@ def _plus_minus(text: str, error: float) -> str:
     return f"{text} ± {error:.{len(text.partition('.')[2])}f}"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Two decimals while they mean something."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
 
@@ -424,7 +425,7 @@ def _plain(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else ''}{_short(value)}"
+    return f"{'+' if value >= 0 else ''}{short(value)}"
 
 
 def _digest(key: str, value: Any) -> str:
@@ -432,7 +433,8 @@ def _digest(key: str, value: Any) -> str:
     return str(value)[:12] if key.endswith(("sha256", "hash")) else str(value)
 
 
-def _markdown_table(found: Sequence[Column]) -> str:
+def markdown_table(found: Sequence[Column]) -> str:
+    """Columns as GitHub Markdown."""
     frame = pd.DataFrame({column.title: [_escape(t) for t in column.texts] for column in found})
     align = ["right" if column.kind == "number" else "left" for column in found]
     return str(

@@ -12,6 +12,7 @@ from a3.config import (
     kinds_of,
     prefer_own_scripts,
     read_experiments,
+    read_surgeries,
     wheels_of,
 )
 from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
@@ -19,8 +20,9 @@ from a3.errors import A3Error
 from a3.files import load_yaml, sha256
 from a3.paper import Paper
 from a3.provenance import fingerprint
-from a3.results import SPECTRA_KINDS, Place, weight_files
+from a3.results import SPECTRA_KINDS, Place, SurgeryPlace, weight_files
 from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
+from a3.surgery import SURGERIES, find_surgery
 from a3.tasks import data_files, read_task
 
 prefer_own_scripts()
@@ -38,6 +40,7 @@ try:
     else:
         PAPER, PAPER_ROWS = None, []
     ROWS = read_experiments(Path(C["experiments"]), C)
+    OPERATIONS = read_surgeries(Path(C["surgery"]["rows"]), C) if "surgery" in C else []
 except A3Error as error:
     raise WorkflowError(str(error)) from None
 
@@ -81,6 +84,24 @@ EVALUATED = [
         *(place.perplexity(Path(RESULTS), name) for name in C["evaluate"]["perplexity"]),
         *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
     )
+]
+# Every file that the table of surgeries is made of, and what it is.
+OPERATED_PLACES = [SurgeryPlace(row["model"]) for row in OPERATIONS]
+OPERATED_PLACES = list(
+    dict.fromkeys([*OPERATED_PLACES, *(SurgeryPlace(**row) for row in OPERATIONS)])
+)
+OPERATIONS_EVALUATED = [
+    str(path)
+    for place in OPERATED_PLACES
+    for path in (
+        place.weights(Path(RESULTS)),
+        *(place.perplexity(Path(RESULTS), name) for name in C["evaluate"]["perplexity"]),
+        *(place.harness(Path(RESULTS), name) for name in C["evaluate"]["harness"]),
+        place.generation(Path(RESULTS)),
+    )
+]
+SURGERY_TABLES = [
+    f"{TABLE}/{name}" for name in ("surgery.csv", "surgery.md", "surgery_figures") if OPERATIONS
 ]
 # Of each model and calibration, where the table needs those statistics anyway.
 SPECTRA = sorted(
@@ -279,7 +300,14 @@ def model_files(wildcards):
             f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
         ]
     folder = f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}"
-    return [f"{folder}/{name}" for name in (*WEIGHTS, "config.json", "approx.json")]
+    # A surgery keeps the dense model's files of weights, whatever they are.
+    weights = [] if is_surgery(wildcards.run) else WEIGHTS
+    return [f"{folder}/{name}" for name in (*weights, "config.json", "approx.json")]
+
+
+def is_surgery(run):
+    """Whether a run's path, calibration/mode/size, is that of a surgery."""
+    return run != DENSE and run.split("/")[1] in SURGERIES
 
 
 def scored_text(wildcards):

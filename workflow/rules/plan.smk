@@ -84,8 +84,8 @@ def planned(job):
 
 
 def row_of(run):
-    """The modes and ratio of a run's path; {} of the dense model."""
-    if run == DENSE:
+    """The modes and ratio of a run's path; {} of the dense model and where shapes stay dense."""
+    if run == DENSE or is_surgery(run):
         return {}
     _, modes, ratio = run.split("/")
     return dict(zip(("qk", "ov", "mlp"), modes.split("+"))) | {"ratio": ratio}

@@ -6,6 +6,7 @@ On one machine nothing of it limits anything.
 import errno
 
 from a3.cost import (
+    DECODE_ROWS,
     approx_cost,
     collect_cost,
     gather_cost,
@@ -14,9 +15,12 @@ from a3.cost import (
     perplexity_cost,
     shapes,
     speed_cost,
+    surgery_cost,
 )
 from a3.files import read_record
 
+# Tokens of a prompt, at least so many are asked for.
+PROMPT = 256
 # Each job runs a Snakemake of its own around its command, which takes this many MiB.
 SNAKEMAKE = 500
 # The config's names and the Slurm executor's.
@@ -108,6 +112,18 @@ def cost_of_perplexity(arch, wildcards):
     chosen = entry("perplexity", wildcards.text)
     tokens = tokens_scored(wildcards)
     return perplexity_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
+
+
+def cost_of_surgery(arch, wildcards):
+    """Cost of one surgery."""
+    chosen = find_surgery(wildcards.mode)
+    return surgery_cost(arch, chosen.shared == "layers", chosen.kinds)
+
+
+def cost_of_generation(arch, wildcards):
+    """Cost of following a prompt: that of as many tokens scored, with some for the prompt."""
+    tokens = PROMPT + DECODE_ROWS * C["surgery"]["new_tokens"]
+    return perplexity_cost(arch, tokens, PROMPT + C["surgery"]["new_tokens"], "float32")
 
 
 def items_of(chosen):

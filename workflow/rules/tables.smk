@@ -72,6 +72,7 @@ rule figures:
 rule report:
     input:
         multiext(f"{TABLE}/", *CSV, "figures"),
+        SURGERY_TABLES,
     output:
         f"{TABLE}/report.html",
     log:
