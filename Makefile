@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines test test-cluster test-report lint clean
+.PHONY: run full attention baselines lqer test test-cluster test-report lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -22,6 +22,10 @@ attention: $(READY)  ## every attention type on real weights, one part at a time
 baselines: $(READY)  ## all methods at equal sizes, three seeds of the headline rows
 	snakemake --configfile config/config.yaml config/baselines.yaml
 	a3 show results/tables/baselines
+
+lqer: $(READY)  ## low precision and its repair, alone and on compressed models
+	snakemake --configfile config/config.yaml config/lqer.yaml
+	a3 show results/tables/lqer
 
 test: $(READY) lint  ## the whole test suite, on two cores
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from a3.errors import A3Error
+from a3.recipes import METHODS
 from a3.solutions.modes import NO_RATIO, PARTS, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -162,6 +163,14 @@ def approx(model: Path, rxx: Path, out: Path, part: str | None, **row: str) -> N
         approximate(folder(model), rxx, plan, out)
     else:
         approximate_part(folder(model), rxx, plan, part, out)
+
+
+def quantise(model: Path, rxx: Path, recipe: str, method: str, rank: int | None, out: Path) -> None:
+    """Low precision and its repair."""
+    from a3.stages.quantise import quantise_model
+
+    chosen = entry(recipe, "quantisations", "JSON of a recipe")
+    quantise_model(folder(model), rxx, chosen, method, rank, out)
 
 
 def gather(model: Path, parts: list[Path], out: Path) -> None:
@@ -393,6 +402,20 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
     add_out(one, "compressed Hugging Face folder")
+
+    one = add(
+        commands, "quantise", quantise, "to low precision, repaired by a low rank (LQER, QERA)"
+    )
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    text_ = "folder of <kind>.safetensors of that model: attention_input, o_proj_input …"
+    one.add_argument("--rxx", type=Path, required=True, help=text_)
+    text_ = "number formats: catalogue name, or JSON as in the config's quantisations"
+    one.add_argument("--recipe", default="w4a8", help=text_)
+    text_ = "none (no repair), or by which metric: lqer-svd, lqer-act, qera"
+    one.add_argument("--method", choices=METHODS, default="qera", help=text_)
+    one.add_argument("--rank", type=int, help="of the repair; no rank with --method none")
+    add_out(one, "compressed Hugging Face folder")
+    add_threads(one)
 
     evaluate = commands.add_parser(
         "eval", help="perplexity, harness or speed", description="Evaluate."

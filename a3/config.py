@@ -14,13 +14,16 @@ import jsonschema
 
 from a3.errors import A3Error
 from a3.files import load_yaml
+from a3.recipes import PLAIN, parse_quantisation
 from a3.results import Place
 from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 # What the catalogue has entries of.
-SECTIONS = ("models", "texts", "perplexity", "harness")
+SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
+# Of tables with quantised rows one more.
+QUANTISE = "quantise"
 
 
 def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -185,20 +188,21 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
 def check_table(path: Path, lines: list[str], config: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of the lines of a table; raises A3Error as `read_experiments` does, and csv.Error."""
     reader = csv.DictReader(lines, delimiter="\t")
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+    if tuple(reader.fieldnames or ()) not in (COLUMNS, (*COLUMNS, QUANTISE)):
         raise A3Error(
-            f"{path}: columns are {reader.fieldnames}, expected {', '.join(COLUMNS)}, separated by "
-            "tabs."
+            f"{path}: columns are {reader.fieldnames}, expected {', '.join(COLUMNS)} (and "
+            f"{QUANTISE} where rows are quantised), separated by tabs."
         )
     rows: list[dict[str, str]] = []
-    seen: list[tuple[str, str, dict[str, Choice]]] = []
+    seen: list[tuple[str, str, dict[str, Choice], str]] = []
     for number, row in enumerate(reader, 1):
         where = f"{path}: row {number}"
         if None in row or None in row.values():
-            raise A3Error(f"{where}: expected {len(COLUMNS)} cells separated by tabs.")
+            cells = len(reader.fieldnames or ())
+            raise A3Error(f"{where}: expected {cells} cells separated by tabs.")
         check_row(row, config, where)
         # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
-        meaning = row["model"], row["calibration"], choose(row)
+        meaning = row["model"], row["calibration"], choose(row), row.get(QUANTISE, PLAIN)
         if meaning in seen:
             raise A3Error(f"{where}: says the same as row {seen.index(meaning) + 1}. Delete one.")
         rows.append(row)
@@ -225,6 +229,9 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
         defined("model", row["model"], config["models"], "model")
         defined("calibration", row["calibration"], config["calibrations"], "calibration")
         choose(row)
+        if (cell := row.get(QUANTISE, PLAIN)) != PLAIN:
+            recipe = parse_quantisation(cell).recipe
+            defined("recipe", recipe, config["quantisations"], QUANTISE)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
     texts = config["texts"]
@@ -259,8 +266,15 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
 
 
 def kinds_of(rows: list[dict[str, str]]) -> list[str]:
-    """Statistics that the modes of all rows read, sorted."""
-    return sorted({kind for row in rows for kind in kinds_needed(choose(row))})
+    """Statistics of dense models that all rows read, sorted."""
+    kinds = {kind for row in rows for kind in kinds_needed(choose(row))}
+    places = [Place(**row) for row in rows if row.get(QUANTISE, PLAIN) != PLAIN]
+    return sorted(kinds.union(*(kinds_to_quantise(place) for place in places if place.is_whole)))
+
+
+def kinds_to_quantise(place: Place) -> list[str]:
+    """Statistics of a row's base that it is quantised by; none where it is not."""
+    return parse_quantisation(place.quantise).kinds() if place.is_quantised else []
 
 
 def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -24,6 +24,7 @@ from a3 import LazyConfig
 from a3.models.attention import ATTENTION, A3Attention, LowRank
 from a3.models.families import FAMILIES
 from a3.models.family import Family
+from a3.models.quantised import emulate
 
 
 class Expert(nn.Module):
@@ -77,6 +78,8 @@ class Compressed:
             # A product of two stands under the name of the first of the parts that are fused.
             for part in config.a3["factors"][index].keys() & family.parts.keys() - set("qkvo"):
                 self.factor(family, index, part, config.a3["factors"][index][part])
+        if "quantised" in config.a3:
+            emulate(self, config.a3["quantised"])
         self.post_init()
 
     def resize(self, family: Family, layer: int, part: str, rank: int) -> None:
@@ -108,7 +111,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     The configuration's `a3` holds: family, heads, kv_heads; `scaling`, the dense model's softmax
     scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
     `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
-    layer); `factors`, a dictionary a layer, the rank of each matrix that is a product of two.
+    layer); `factors`, a dictionary a layer, the rank of each matrix that is a product of two;
+    `quantised`, where the model is (a3.models.quantised).
     head_dim stays the dense one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]

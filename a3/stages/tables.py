@@ -92,6 +92,7 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
     for key in SIZES:
         row[key] = run.size[key]
         row[f"{key}_ratio"] = run.size[key] / dense.size[key]
+    row["bits_per_weight"] = run.bits_per_weight(dense)
     row["calibration_tokens"] = _calibration_tokens(run)
     for text, record in run.perplexity.items():
         row |= _named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
@@ -152,9 +153,9 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         for kind in run.statistics:
             row |= _named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
         spent = Record.read(timing(run.weights.path))
-        row["approx.seconds"] = spent["seconds"]
+        row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
         for part in ("qk", "ov", "mlp"):
-            if getattr(place, part) != DENSE:
+            if getattr(place, part) != DENSE and not place.is_quantised:
                 row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
     for text, record in run.perplexity.items():
         row |= _named(f"perplexity {text}", _speed(timing(record.path)))
@@ -231,8 +232,16 @@ def columns(frame: pd.DataFrame) -> list[Column]:
         _column(frame, "parameters kept", "parameters_ratio", "{:.1%}".format),
         _column(frame, "KV cache kept", "kv_bytes_per_token_ratio", "{:.1%}".format),
         _column(frame, "FLOPs kept", "flops_per_token_ratio", "{:.1%}".format),
+        *_bits(frame),
         _column(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format),
     ]
+
+
+def _bits(frame: pd.DataFrame) -> list[Column]:
+    """The column of bits, where some row is quantised."""
+    if not any(place.is_quantised for place in _places(frame)):
+        return []
+    return [_column(frame, "bits a weight of the dense matrices", "bits_per_weight", _short)]
 
 
 def seconds_columns(frame: pd.DataFrame) -> list[Column]:
