@@ -30,7 +30,7 @@ from a3.errors import A3Error
 EXPONENT_BITS = 8
 SCALE_BITS = 16
 SPELLED = (
-    r"(?P<kind>bfp|int|uint)(?P<width>[2-8])/(?P<block>[1-9]\d*|row)|e(?P<e>[2-5])m(?P<m>[0-7])"
+    r"(?P<kind>bfp|int|uint)(?P<width>[2-8])/(?P<block>[1-9]\d*|row)|e(?P<e>[2-5])m(?P<m>[1-7])"
 )
 
 
