@@ -55,6 +55,9 @@ def build_tables(
     check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness)
     rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
+    if any(run.place.is_quantised for _, runs in groups for run in runs):
+        bits = [run.bits_per_weight(dense) for dense, runs in groups for run in (dense, *runs)]
+        rows = [row | {"bits_per_weight": one} for row, one in zip(rows, bits, strict=True)]
     seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
     _write_csv(out / "results.csv", rows)
     _write_csv(out / "comparisons.csv", comparisons(groups, reference))
@@ -92,7 +95,6 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
     for key in SIZES:
         row[key] = run.size[key]
         row[f"{key}_ratio"] = run.size[key] / dense.size[key]
-    row["bits_per_weight"] = run.bits_per_weight(dense)
     row["calibration_tokens"] = _calibration_tokens(run)
     for text, record in run.perplexity.items():
         row |= _named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
@@ -239,7 +241,7 @@ def columns(frame: pd.DataFrame) -> list[Column]:
 
 def _bits(frame: pd.DataFrame) -> list[Column]:
     """The column of bits, where some row is quantised."""
-    if not any(place.is_quantised for place in _places(frame)):
+    if "bits_per_weight" not in frame:
         return []
     return [_column(frame, "bits a weight of the dense matrices", "bits_per_weight", _short)]
 
