@@ -55,7 +55,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     frame = pd.DataFrame(
         {
             "model": row["model"],
-            "method (QK + OV + MLP)": " + ".join(row[part] for part in ("qk", "ov", "mlp")),
+            "method (QK + OV + MLP)": Place(*(row[key] for key in PLACE)).method.replace(
+                "+", " + "
+            ),
             "ratio": row["ratio"],
             "measured": f"{row['speed']}: {row['batch']} × ({row['prompt']} + {row['new_tokens']})",
             "attention": row["attention"],
