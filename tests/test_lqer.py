@@ -356,7 +356,11 @@ def test_a_compressed_model_is_quantised_and_counted_by_the_dense_one(tmp_path, 
     scoring = ["--text", tmp_path / "text.txt", "--tokens", "256", *BLOCK]
     run("eval", "ppl", tmp_path / "low", *scoring, "-o", tmp_path / "ppl.json")
     assert json.loads((tmp_path / "ppl.json").read_text())["perplexity"] > 1
-    # Statistics of the dense model are another model's.
+    # Neither are they quantised twice,
+    again = ["quantise", tmp_path / "low", "--rxx", collect(tmp_path / "low", tmp_path)]
+    assert main([*map(str, again), "--rank", "4", "-o", str(tmp_path / "x")])
+    assert "quantised already" in capsys.readouterr().err
+    # nor by statistics of the dense model, which is another one.
     rxx = collect(tmp_path / "dense", tmp_path)
     assert main(["quantise", *map(str, [tmp_path / "small", "--rxx", rxx, "--rank", 4]), "-o", "x"])
     assert "made from another model" in capsys.readouterr().err

@@ -101,11 +101,16 @@ class Quantiser:
         method: str,
         rank: int | None,
     ) -> None:
-        """Raises A3Error where the recipe fits no matrix, or one that cannot be quantised."""
+        """Raises A3Error as `quantise_model` does for the recipe, and for a quantised folder."""
         self.folder = folder
         self.arch = compressed_arch(folder)
         self.checkpoint = Checkpoint(folder)
         self.config = load_config(folder).a3
+        if "quantised" in self.config:
+            raise A3Error(
+                f"{folder}: quantised already. Name the model that it was made of, dense or "
+                "compressed."
+            )
         self.statistics = statistics
         self.recipe = recipe
         self.method = method

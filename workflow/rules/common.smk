@@ -280,9 +280,10 @@ def model_files(wildcards):
         return [
             f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
         ]
-    quantised = wildcards.run.count("/") == 3
-    folder = f"{RESULTS}/{'quantised' if quantised else 'checkpoints'}"
-    return checkpoint_files(f"{folder}/{wildcards.model}/{wildcards.run}")
+    if wildcards.run.count("/") == 3:
+        folder = f"{RESULTS}/quantised/{wildcards.model}/{wildcards.run}"
+        return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
+    return checkpoint_files(f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}")
 
 
 def checkpoint_files(folder):
