@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines plus surgery test test-cluster test-report lint clean
+.PHONY: run full attention baselines plus surgery lqer test test-cluster test-report lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -30,6 +30,10 @@ plus: $(READY)  ## past the paper: a3-plus beside it, its rivals, and each impro
 surgery: $(READY)  ## how low-dimensional Q, K and V are: PCA surgery, at equal variance and parameters
 	snakemake --configfile config/config.yaml config/surgery.yaml
 	a3 show results/tables/surgery
+
+lqer: $(READY)  ## low precision and its repair, alone and on compressed models
+	snakemake --configfile config/config.yaml config/lqer.yaml
+	a3 show results/tables/lqer
 
 test: $(READY) lint  ## the whole test suite, on two cores
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from a3.errors import A3Error
+from a3.recipes import METHODS
 from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -175,6 +176,14 @@ def approx(
         approximate(folder(model), rxx, plan, out, allocation)
     else:
         approximate_part(folder(model), rxx, plan, part, out, allocation)
+
+
+def quantise(model: Path, rxx: Path, recipe: str, method: str, rank: int | None, out: Path) -> None:
+    """Low precision and its repair."""
+    from a3.stages.quantise import quantise_model
+
+    chosen = entry(recipe, "quantisations", "JSON of a recipe")
+    quantise_model(folder(model), rxx, chosen, method, rank, out)
 
 
 def gather(model: Path, parts: list[Path], out: Path) -> None:
@@ -461,6 +470,18 @@ def parser() -> argparse.ArgumentParser:
     text_ = "variance@0.9: components that explain that share; parameters@0.5: as many as fit"
     one.add_argument("--size", required=True, help=text_)
     add_out(one, "Hugging Face folder of the same family")
+    one = add(
+        commands, "quantise", quantise, "to low precision, repaired by a low rank (LQER, QERA)"
+    )
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    text_ = "folder of <kind>.safetensors of that model: attention_input, o_proj_input …"
+    one.add_argument("--rxx", type=Path, required=True, help=text_)
+    text_ = "number formats: catalogue name, or JSON as in the config's quantisations"
+    one.add_argument("--recipe", default="w4a8", help=text_)
+    text_ = "none (no repair), or by which metric: lqer-svd, lqer-act, qera"
+    one.add_argument("--method", choices=METHODS, default="qera", help=text_)
+    one.add_argument("--rank", type=int, help="of the repair; no rank with --method none")
+    add_out(one, "compressed Hugging Face folder")
     add_threads(one)
 
     evaluate = commands.add_parser(

@@ -14,15 +14,18 @@ import jsonschema
 
 from a3.errors import A3Error
 from a3.files import load_yaml
+from a3.recipes import PLAIN, parse_quantisation
 from a3.results import Place
 from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 from a3.surgery import find_surgery, parse_size
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 # What the catalogue has entries of.
-SECTIONS = ("models", "texts", "perplexity", "harness")
+SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
 SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
+# Of tables with quantised rows one more.
+QUANTISE = "quantise"
 
 
 def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -171,13 +174,13 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
     Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes,
     wrong sizes, two rows that say the same, and evaluation text that is calibrated on.
     """
-    rows = read_rows(path, COLUMNS, "experiments")
-    seen: list[tuple[str, str, dict[str, Choice]]] = []
+    rows = read_rows(path, COLUMNS, "experiments", QUANTISE)
+    seen: list[tuple[str, str, dict[str, Choice], str]] = []
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         check_row(row, config, where)
         # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
-        meaning = row["model"], row["calibration"], choose(row)
+        meaning = row["model"], row["calibration"], choose(row), row.get(QUANTISE, PLAIN)
         if meaning in seen:
             raise A3Error(f"{where}: says the same as row {seen.index(meaning) + 1}. Delete one.")
         seen.append(meaning)
@@ -205,10 +208,12 @@ def read_surgeries(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def read_rows(path: Path, columns: tuple[str, ...], key: str) -> list[dict[str, str]]:
+def read_rows(
+    path: Path, columns: tuple[str, ...], key: str, optional: str | None = None
+) -> list[dict[str, str]]:
     """Rows of a table, each with the keys `columns`, all text; `key` is what the config calls it.
 
-    Raises A3Error where it is missing, not a table, has other columns or no rows.
+    There may be one column more, `optional`. Raises A3Error where it is missing, not a table, has other columns or no rows.
     """
     try:
         with path.open(newline="") as stream:
@@ -218,23 +223,27 @@ def read_rows(path: Path, columns: tuple[str, ...], key: str) -> list[dict[str, 
     except UnicodeDecodeError as error:
         raise A3Error(f"{path}: not UTF-8 ({error}). Save the table as UTF-8.") from error
     try:
-        return check_table(path, lines, columns)
+        return check_table(path, lines, columns, optional)
     except csv.Error as error:
         raise A3Error(f"{path}: not a table ({error}). Correct it.") from error
 
 
-def check_table(path: Path, lines: list[str], columns: tuple[str, ...]) -> list[dict[str, str]]:
+def check_table(
+    path: Path, lines: list[str], columns: tuple[str, ...], optional: str | None = None
+) -> list[dict[str, str]]:
     """Rows of the lines of a table; raises A3Error as `read_rows` does, and csv.Error."""
     reader = csv.DictReader(lines, delimiter="\t")
-    if tuple(reader.fieldnames or ()) != columns:
+    if tuple(reader.fieldnames or ()) not in (columns, (*columns, optional)):
+        more = f" (and {optional}, where rows have it)" if optional else ""
         raise A3Error(
-            f"{path}: columns are {reader.fieldnames}, expected {', '.join(columns)}, separated by "
-            "tabs."
+            f"{path}: columns are {reader.fieldnames}, expected {', '.join(columns)}{more}, "
+            "separated by tabs."
         )
     rows = list(reader)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise A3Error(f"{path}: row {number}: expected {len(columns)} cells separated by tabs.")
+            cells = len(reader.fieldnames or ())
+            raise A3Error(f"{path}: row {number}: expected {cells} cells separated by tabs.")
     if not rows:
         raise A3Error(f"{path}: no experiments. Add a row.")
     return rows
@@ -254,6 +263,9 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
     """Raise A3Error that starts with `where` for anything wrong in one row."""
     try:
         choose(row)
+        if (cell := row.get(QUANTISE, PLAIN)) != PLAIN:
+            recipe = parse_quantisation(cell).recipe
+            defined("recipe", recipe, config["quantisations"], QUANTISE)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
     check_place(row, config, where)
@@ -298,8 +310,15 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
 
 
 def kinds_of(rows: list[dict[str, str]]) -> list[str]:
-    """Statistics that the modes of all rows read, sorted."""
-    return sorted({kind for row in rows for kind in kinds_needed(choose(row))})
+    """Statistics of dense models that all rows read, sorted."""
+    kinds = {kind for row in rows for kind in kinds_needed(choose(row))}
+    places = [Place(**row) for row in rows if row.get(QUANTISE, PLAIN) != PLAIN]
+    return sorted(kinds.union(*(kinds_to_quantise(place) for place in places if place.is_whole)))
+
+
+def kinds_to_quantise(place: Place) -> list[str]:
+    """Statistics of a row's base that it is quantised by; none where it is not."""
+    return parse_quantisation(place.quantise).kinds() if place.is_quantised else []
 
 
 def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -68,6 +68,14 @@ def shapes(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in FIELDS}
 
 
+def projection_weights(arch: dict[str, Any]) -> int:
+    """Weights in the layers' matrices, of all experts: neither biases, norms nor embeddings."""
+    d, h, n = arch["hidden_size"], arch["head_dim"], arch["intermediate_size"]
+    attention = 2 * d * h * (arch["heads"] + arch["kv_heads"])
+    matrices = 3 if arch["mlp"] == "3-layer" else 2
+    return arch["layers"] * (attention + matrices * d * n * (arch["experts"] or 1))
+
+
 # Gradients are taken of one block in so many (a3.stages.collect).
 GRADIENT_BLOCKS = 4
 

@@ -15,10 +15,11 @@ class Kind:
 
     `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
-    diagonal (Σ x²), abs (Σ |x|) or mean (Σ x). Of the form fisher, gradients are looked at: Σ over
-    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher). Likewise
-    of the forms gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query
-    head, by a complex factor of each RoPE pair; a3.stages.gradients).
+    diagonal (Σ x²), abs (Σ |x|), mean (Σ x), or peak, which is no sum: the largest of the means of
+    |x| that blocks of text have. Of the form fisher, gradients are looked at: Σ over blocks of the
+    squared gradients of weights, summed over each row (a3.stages.fisher). Likewise of the forms
+    gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query head, by a
+    complex factor of each RoPE pair; a3.stages.gradients).
     """
 
     site: str
@@ -42,15 +43,19 @@ KINDS = {
     "attention_input": Kind("attention_input", "full"),
     "attention_input_diagonal": Kind("attention_input", "diagonal"),
     "attention_input_abs": Kind("attention_input", "abs"),
+    "attention_input_peak": Kind("attention_input", "peak"),
     "attention_fisher": Kind("qkv", "fisher"),
     "o_proj_input": Kind("o_input", "full"),
     "o_proj_input_abs": Kind("o_input", "abs"),
+    "o_proj_input_peak": Kind("o_input", "peak"),
     "o_proj_fisher": Kind("o", "fisher"),
     "mlp_input": Kind("mlp_input", "full"),
     "mlp_input_abs": Kind("mlp_input", "abs"),
+    "mlp_input_peak": Kind("mlp_input", "peak"),
     "mlp_fisher": Kind("mlp", "fisher"),
     "down_input": Kind("down_input", "full"),
     "down_input_abs": Kind("down_input", "abs"),
+    "down_input_peak": Kind("down_input", "peak"),
     "down_mean": Kind("down_input", "mean"),
     "down_output": Kind("down", "full"),
     "down_fisher": Kind("down", "fisher"),

@@ -1,13 +1,16 @@
 """Where runs leave their results, and reading them back: one `Run` is one row of a table."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from a3.cost import projection_weights
+from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_record
-from a3.solutions.modes import DENSE
+from a3.recipes import PLAIN
+from a3.solutions.modes import DENSE, NO_RATIO
 
 # Two results of one model stand in one table only when they agree on all of these.
 PERPLEXITY_PROTOCOL = (
@@ -73,32 +76,57 @@ class Place:
     ov: str = DENSE
     mlp: str = DENSE
     ratio: str = "0"
+    # What it was quantised by then (a3.recipes).
+    quantise: str = PLAIN
 
     @property
     def is_dense(self) -> bool:
         """Whether this is the model as it came."""
+        return self.is_whole and not self.is_quantised
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part was made smaller."""
         return {self.qk, self.ov, self.mlp} == {DENSE}
 
     @property
-    def method(self) -> str:
+    def is_quantised(self) -> bool:
+        """Whether it is of low precision."""
+        return self.quantise != PLAIN
+
+    @property
+    def modes(self) -> str:
         """The modes of QK, OV and MLP as paths spell them."""
-        return DENSE if self.is_dense else f"{self.qk}+{self.ov}+{self.mlp}"
+        return f"{self.qk}+{self.ov}+{self.mlp}"
+
+    @property
+    def method(self) -> str:
+        """What was done, as tables say it: the modes, and what it was quantised by."""
+        done = [] if self.is_whole else [self.modes]
+        return "+".join([*done, self.quantise] if self.is_quantised else done) or DENSE
 
     @property
     def nominal(self) -> float | None:
         """The one ratio of all compressed parts; None where some part has a size of its own."""
-        return None if "@" in self.method else float(self.ratio)
+        return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
+
+    @property
+    def base(self) -> "Place":
+        """The row that a quantised one was made of."""
+        return Place(self.model) if self.is_whole else replace(self, quantise=PLAIN)
 
     @property
     def _tail(self) -> Path:
-        own = (DENSE,) if self.is_dense else (self.calibration, self.method, self.ratio)
-        return Path(self.model, *own)
+        own = [self.calibration, self.modes, self.ratio]
+        own += [self.quantise] if self.is_quantised else []
+        return Path(self.model, *([DENSE] if self.is_dense else own))
 
     def weights(self, results: Path) -> Path:
         """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
         if self.is_dense:
             return results / "models" / self.model / "arch.json"
-        return results / "checkpoints" / self._tail / "approx.json"
+        kind = "quantised" if self.is_quantised else "checkpoints"
+        return results / kind / self._tail / "approx.json"
 
     def perplexity(self, results: Path, text: str) -> Path:
         """The perplexity result on one text."""
@@ -113,8 +141,14 @@ class Place:
         return results / "eval" / self._tail / "speed" / f"{speed}.json"
 
     def rxx(self, results: Path, kind: str) -> Path:
-        """The statistics of one kind that the solutions read."""
-        return results / "rxx" / self.model / self.calibration / f"{kind}.safetensors"
+        """The statistics of one kind that the solutions read.
+
+        A compressed model is quantised by its own.
+        """
+        folder = results / "rxx" / self.model / self.calibration
+        if self.is_quantised and not self.is_whole:
+            folder = folder / self.modes / self.ratio
+        return folder / f"{kind}.safetensors"
 
     def spectra(self, results: Path) -> Path:
         """The spectra of the model's functional matrices on the calibration."""
@@ -153,7 +187,8 @@ def weights_of(results: Path, evaluation: Path) -> Path:
     model, *method = evaluation.relative_to(results / "eval").parts[:-2]
     if method == [DENSE]:
         return results / "models" / model / "arch.json"
-    return results.joinpath("checkpoints", model, *method, "approx.json")
+    kind = "checkpoints" if len(method) == 3 else "quantised"
+    return results.joinpath(kind, model, *method, "approx.json")
 
 
 @dataclass(frozen=True)
@@ -169,6 +204,14 @@ class Run:
     def size(self) -> dict[str, int]:
         """Parameters, KV bytes per token and FLOPs per token of this row's own weights."""
         return self.weights["size" if self.place.is_dense else "size.compressed"]
+
+    def bits_per_weight(self, dense: "Run") -> float:
+        """Bits of the layers' matrices for each weight that the `dense` run has in them."""
+        if self.place.is_quantised:
+            return self.weights["size.compressed.bits_per_weight"]
+        weights = projection_weights(dense.weights.data)
+        gone = dense.size["parameters"] - self.size["parameters"]
+        return 8 * WIDTHS[dense.weights["dtype"]] * (1 - gone / weights)
 
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:

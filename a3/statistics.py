@@ -6,6 +6,7 @@ A kind is one statistic of one site of every layer and one file. Files hold plai
 
 import hashlib
 import json
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
         return per_head.mT @ per_head
     if form == "full":
         return x.T @ x
+    if form == "peak":
+        return x.abs().mean(0)
     return {"diagonal": x.square, "abs": x.abs, "mean": lambda: x}[form]().sum(0)
+
+
+def join(one: Tensor, other: Tensor, form: str) -> Tensor:
+    """Into `one`, what is kept of two runs of blocks: their sum, or the larger of two peaks."""
+    return torch.maximum(one, other, out=one) if form == "peak" else one.add_(other)
 
 
 class Accumulator:
@@ -52,10 +60,11 @@ class Accumulator:
         self._add(f"layers.{layer}.counts", counts)
 
     def _add(self, key: str, value: Tensor) -> None:
-        if key in self.tensors:
-            self.tensors[key] += value.to(self.tensors[key].device)
-        else:
+        if key not in self.tensors:
             self.tensors[key] = value
+            return
+        known = self.tensors[key]
+        join(known, value.to(known.device), KINDS[self.kind].form)
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write whole or not at all; `record` (tokens, hashes, settings) becomes the metadata.
@@ -114,7 +123,8 @@ def merge(shards: list["Rxx"], out: Path) -> None:
                 f"{shard.path}: its sums have other names or shapes than those of "
                 f"{shards[0].path}. Collect the older one again."
             )
-    sums = {key: sum(shard.sums(key) for shard in shards) for key in shards[0].names()}
+    add = partial(join, form=KINDS[records[0]["kind"]].form)
+    sums = {key: reduce(add, (one.sums(key) for one in shards)) for key in shards[0].names()}
     save(out, sums, records[0] | {"tokens": tokens, "shards": len(shards)})
 
 
@@ -191,7 +201,8 @@ class Rxx:
 
     def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
         """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
-        return self._read(f"layers.{layer}", shape) / self.tokens
+        value = self._read(f"layers.{layer}", shape)
+        return value if KINDS[self.record["kind"]].form == "peak" else value / self.tokens
 
     def counts(self, layer: int, experts: int) -> Tensor:
         """How many tokens reached each expert, (E,)."""

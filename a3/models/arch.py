@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from a3 import LazyConfig
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json, read_record
@@ -96,6 +97,41 @@ class Arch:
     def adapter(self) -> Family:
         """The family's adapter: where its weights are."""
         return FAMILIES[self.family]
+
+    def module(self, layer: int, part: str) -> str:
+        """Module of one projection, relative to the trunk."""
+        return self.adapter.module(layer, part)
+
+
+class CompressedArch(Arch):
+    """A compressed model, as far as statistics of its projections' inputs are concerned.
+
+    head_dim is the largest size of heads of OV, intermediate_size that of the MLPs; weights_sha256
+    and size are its own, all else is the dense model's.
+    """
+
+    def module(self, layer: int, part: str) -> str:
+        """As in Arch."""
+        name = self.adapter.packed_name(layer, part).removeprefix(f"{self.adapter.prefix}.")
+        return name.removesuffix(".weight")
+
+
+def compressed_arch(folder: Path) -> CompressedArch:
+    """`CompressedArch` of a folder that a3 approx made; raises A3Error without its approx.json."""
+    record, sizes_of_parts = read_record(folder / "approx.json"), load_config(folder).a3
+    own = {
+        "head_dim": max(sizes_of_parts["ov_ranks"]),
+        "weights_sha256": record["weights_sha256"],
+        "size": record["size"]["compressed"],
+    }
+    if not record["base"]["experts"]:
+        own["intermediate_size"] = max(sizes_of_parts["mlp_ranks"])
+    return CompressedArch(**record["base"] | own)
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder is of a compressed model."""
+    return model_type(folder) == LazyConfig.model_type
 
 
 def describe(folder: Path) -> Arch:

@@ -92,6 +92,10 @@ class Checkpoint:
             found[file][key] = name
         return found
 
+    def names_in(self, file: str) -> list[str]:
+        """Tensor names of one file."""
+        return [name for name in self.names() if self._where[name][0] == file]
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
         self.shape(name)

@@ -360,6 +360,9 @@ class Compressed:
                 self.resize(name, parts, rank, a3["factors"][layer])
         if a3["same_pairs"]:
             self.gather_once()
+        if "quantised" in a3:
+            # Emulated by a3 only; such a folder does not load without it.
+            import_module("a3.models.quantised").emulate(self, a3["quantised"])
         self.post_init()
 
     def gather_once(self) -> None:
@@ -400,7 +403,8 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
     `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
     `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
-    dictionary a layer, the rank of each matrix that is a product of two. head_dim stays the dense
+    dictionary a layer, the rank of each matrix that is a product of two; `quantised`, where the
+    model is (a3.models.quantised). head_dim stays the dense
     one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]

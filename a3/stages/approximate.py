@@ -52,7 +52,18 @@ def approximate(
     Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.
     """
-    solver = solver_for(model_folder, rxx_folder, plan, allocation)
+    write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)
+
+
+def repack(model_folder: Path, out: Path) -> None:
+    """The dense model as a compressed one of full ranks: the same function, in the folder `out`."""
+    arch = load_arch(model_folder)
+    checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+    write_checkpoint(LayerSolver(arch, checkpoint, {}, {}, {}), Plan({}), out)
+
+
+def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
+    """Solve every layer and write the folder `out`, whole or not at all."""
     arch = solver.arch
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
     count = min(arch.layers, -(-size // LARGEST_PART))
@@ -64,7 +75,7 @@ def approximate(
         said = read_parts(parts)
         for path in parts:
             path.with_suffix(".json").unlink()
-        assemble(model_folder, arch, said, parts, folder)
+        assemble(solver.checkpoint.folder, arch, said, parts, folder)
 
 
 def approximate_part(

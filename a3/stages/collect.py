@@ -18,7 +18,7 @@ from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.kinds import GRADIENT_FORMS
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import Arch, CompressedArch, compressed_arch, is_compressed, load_arch
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
@@ -64,7 +64,8 @@ def collect(
     for kind in outputs:
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
-    arch = load_arch(model_folder)
+    compressed = is_compressed(model_folder)
+    arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
     require_kinds(arch, outputs)
     check_small(model_folder)
     require_positions(model_folder, block_length)
@@ -81,7 +82,7 @@ def collect(
     if shard is not None:
         run_of = share(len(blocks), shard, "blocks")
         blocks = blocks[run_of.start : run_of.stop]
-    streamed = not fits(arch, dtype) if stream is None else stream
+    streamed = not (compressed or fits(arch, dtype)) if stream is None else stream
     announce(arch, outputs, blocks, streamed)
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
     forms = {kind: KINDS[kind].form for kind in outputs}
@@ -96,6 +97,11 @@ def collect(
     few = blocks[::GRADIENT_BLOCKS]
     start = time.perf_counter()
     if streamed:
+        if compressed:
+            raise A3Error(
+                f"{model_folder}: a compressed model is not read layer by layer yet. "
+                "Leave --stream out."
+            )
         if fisher | gradients:
             raise A3Error(
                 f"{', '.join(fisher | gradients)}: gradients need the whole model in memory, and "
@@ -152,9 +158,14 @@ def merge_shards(paths: list[Path], out: Path) -> None:
 
 
 def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
-    """Raise A3Error for statistics that a mixture of experts does not have."""
+    """Raise A3Error for statistics that a mixture of experts or a compressed model has not."""
     for kind in kinds:
         site, form = KINDS[kind].site, KINDS[kind].form
+        if isinstance(arch, CompressedArch) and site not in SITES:
+            raise A3Error(
+                f"statistic {kind!r}: of a compressed model there are those of inputs only, by "
+                "which it is quantised. Collect it on the dense model."
+            )
         of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
         if arch.experts and of_mlp and (site, form) != ("down_input", "diagonal"):
             raise A3Error(
@@ -222,7 +233,7 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     if site == "down_input" and arch.experts:
         return attach_experts(trunk, arch, layer, accumulator)
     part = SITES.get(site, site)
-    module = trunk.get_submodule(arch.adapter.module(layer, part))
+    module = trunk.get_submodule(arch.module(layer, part))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         if part == "down":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +14,7 @@ from a3.results import HARNESS_PROTOCOL, Place, Record, Run
 Groups = list[tuple[Run, list[Run]]]
 
 # The columns that name a row.
-PLACE = ("model", "calibration", "qk", "ov", "mlp", "ratio")
+PLACE = tuple(field.name for field in fields(Place))
 BETTER, WORSE, SAME = "better", "worse", "no difference"
 # A difference counts from so many of its standard errors on.
 ERRORS = 2

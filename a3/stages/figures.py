@@ -13,9 +13,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 
 from a3.files import whole_folder, write_json
 from a3.results import Run, read_runs
+from a3.stages.bits_figure import bits_drawing
 from a3.stages.drawing import (
     COLOURS,
     COMPONENTS,
+    DASHES,
     GREY,
     MARKERS,
     STYLE,
@@ -36,7 +38,6 @@ from a3.stages.spectra_figure import spectra_drawing
 
 # A model whose perplexity is so many times the best one's is broken, and how much says nothing.
 OFF_SCALE = 50
-DASHES = ("-", "--", "-.", ":")
 
 
 def build_figures(
@@ -78,10 +79,14 @@ def _model(
 ) -> list[Drawing]:
     """All figures of one model."""
     drawings = []
-    if perplexity:
-        drawings.append(_perplexity(dense, runs, perplexity))
-    if harness:
-        drawings.append(_harness(dense, runs, harness))
+    # Of quantised rows, how many numbers they have says little.
+    whole = [run for run in runs if not run.place.is_quantised]
+    if perplexity and (whole or not runs):
+        drawings.append(_perplexity(dense, whole, perplexity))
+    if harness and (whole or not runs):
+        drawings.append(_harness(dense, whole, harness))
+    if whole != runs:
+        drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
     errors = {key: _error_rows(runs, key) for key in COMPONENTS}
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
@@ -94,16 +99,28 @@ def _model(
 
 # --- quality against compression ---
 
+Measure = Callable[[Run], tuple[float, float | None]]
 
-def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
-    panels = {
+
+def _perplexities(texts: Sequence[str]) -> dict[str, Measure]:
+    return {
         text: lambda run, text=text: (
             run.perplexity[text]["perplexity"],
             run.perplexity[text]["perplexity_stderr"],
         )
         for text in texts
     }
-    figure = _quality(dense, runs, panels, "perplexity", log=True)
+
+
+def _scores(tasks: Sequence[str]) -> dict[str, Measure]:
+    return {
+        task: lambda run, task=task: (run.harness[task]["value"], run.harness[task]["stderr"])
+        for task in tasks
+    }
+
+
+def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
+    figure = _quality(dense, runs, _perplexities(texts), "perplexity", log=True)
     caption = (
         f"{dense.place.model}: perplexity (lower is better) {_against(runs)}. The dashed "
         "line is the dense model. Bars are one standard error over the blocks of text; "
@@ -114,11 +131,7 @@ def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
 
 
 def _harness(dense: Run, runs: list[Run], tasks: Sequence[str]) -> Drawing:
-    panels = {
-        task: lambda run, task=task: (run.harness[task]["value"], run.harness[task]["stderr"])
-        for task in tasks
-    }
-    figure = _quality(dense, runs, panels, "score", log=False)
+    figure = _quality(dense, runs, _scores(tasks), "score", log=False)
     metrics = sorted({dense.harness[task]["metric"] for task in tasks})
     caption = (
         f"{dense.place.model}: harness score ({', '.join(metrics)}) {_against(runs)}. The dashed "
@@ -135,9 +148,6 @@ def _against(runs: list[Run]) -> str:
         return kept
     alone = "; rows with sizes of their own stand there only" if uniform != runs else ""
     return f"against the nominal compression ratio, left, and {kept}, right{alone}"
-
-
-Measure = Callable[[Run], tuple[float, float | None]]
 
 
 def _quality(

@@ -10,9 +10,9 @@ import pandas as pd
 
 from a3.files import whole_file
 from a3.results import SPEED_PROTOCOL, Place, Record, read_speeds
+from a3.stages.compare import PLACE
 from a3.stages.speed import compared, shown
 
-PLACE = ("model", "calibration", "qk", "ov", "mlp", "ratio")
 MEASURED = ("prefill", "prefill_iqr", "decode", "decode_iqr", "weights_bytes", "cache_bytes")
 
 
@@ -55,7 +55,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     frame = pd.DataFrame(
         {
             "model": row["model"],
-            "method (QK + OV + MLP)": " + ".join(row[part] for part in ("qk", "ov", "mlp")),
+            "method (QK + OV + MLP)": Place(*(row[key] for key in PLACE)).method.replace(
+                "+", " + "
+            ),
             "ratio": row["ratio"],
             "measured": f"{row['speed']}: {row['batch']} × ({row['prompt']} + {row['new_tokens']})",
             "attention": row["attention"],

@@ -55,6 +55,9 @@ def build_tables(
     check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness)
     rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
+    if any(run.place.is_quantised for _, runs in groups for run in runs):
+        bits = [run.bits_per_weight(dense) for dense, runs in groups for run in (dense, *runs)]
+        rows = [row | {"bits_per_weight": one} for row, one in zip(rows, bits, strict=True)]
     seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
     _write_csv(out / "results.csv", rows)
     _write_csv(out / "comparisons.csv", comparisons(groups, reference))
@@ -153,9 +156,9 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         for kind in run.statistics:
             row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
         spent = Record.read(timing(run.weights.path))
-        row["approx.seconds"] = spent["seconds"]
+        row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
         for part in ("qk", "ov", "mlp"):
-            if getattr(place, part) != DENSE:
+            if getattr(place, part) != DENSE and not place.is_quantised:
                 row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
     for text, record in run.perplexity.items():
         row |= named(f"perplexity {text}", _speed(timing(record.path)))
@@ -232,8 +235,16 @@ def columns(frame: pd.DataFrame) -> list[Column]:
         numbers(frame, "parameters kept", "parameters_ratio", "{:.1%}".format),
         numbers(frame, "KV cache kept", "kv_bytes_per_token_ratio", "{:.1%}".format),
         numbers(frame, "FLOPs kept", "flops_per_token_ratio", "{:.1%}".format),
+        *_bits(frame),
         numbers(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format),
     ]
+
+
+def _bits(frame: pd.DataFrame) -> list[Column]:
+    """The column of bits, where some row is quantised."""
+    if "bits_per_weight" not in frame:
+        return []
+    return [numbers(frame, "bits a weight of the dense matrices", "bits_per_weight", short)]
 
 
 def seconds_columns(frame: pd.DataFrame) -> list[Column]:

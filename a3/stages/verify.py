@@ -17,7 +17,7 @@ from a3.errors import A3Error
 from a3.files import SEAL, sha256
 from a3.models.checkpoint import RECORDS, check_file, recorded_files
 from a3.provenance import LIBRARIES, fingerprint
-from a3.results import Record, check_speed, weights_of
+from a3.results import Place, Record, check_speed, weights_of
 from a3.statistics import Rxx
 
 AGAIN = "Delete it and build it again."
@@ -62,13 +62,14 @@ class Verifier:
             "statistics": ("rxx/**/*.safetensors", self.rxx),
             "parts": ("parts/**/*.json", self.part),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
+            "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
             "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "harness results": ("eval/**/harness/*.json", self.harness),
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "eval", "checkpoints")
+        seconds = ("rxx", "eval", "checkpoints", "quantised")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -76,7 +77,7 @@ class Verifier:
                     yield sort, path, check
         for path in timings:
             yield "seconds", path, Record.read
-        for top in ("models/*", "checkpoints/**"):
+        for top in ("models/*", "checkpoints/**", "quantised/**"):
             folders = [path.parent for path in self.paths(f"{top}/config.json")]
             bare = [f for f in folders if not any((f / name).exists() for name in RECORDS)]
             self.missing["record of a model's folder"] += len(bare)
@@ -155,8 +156,11 @@ class Verifier:
             rxx.sums(key)
         record = Record(path, rxx.record)
         self.age(rxx.record)
-        model = path.relative_to(self.results).parts[1]
-        self.made_of(record, "weights_sha256", self.results / "models" / model / "arch.json")
+        model, calibration, *of = path.relative_to(self.results).parts[1:-1]
+        base = self.results / "models" / model / "arch.json"
+        if of and "+" in of[0]:
+            base = self.results.joinpath("checkpoints", model, calibration, *of, "approx.json")
+        self.made_of(record, "weights_sha256", base)
         self.known(record, "text_sha256", self.texts)
 
     def part(self, path: Path) -> None:
@@ -171,6 +175,14 @@ class Verifier:
         base = self.results / "models" / place[1] / "arch.json"
         self.made_of(record, "base.weights_sha256", base)
         self.statistics(record, self.results / "rxx" / place[1] / place[2])
+
+    def quantised(self, path: Path) -> None:
+        """A quantised model, and the model and statistics that it was made of."""
+        record = self.files(path)
+        model, calibration, modes, ratio, cell = path.relative_to(self.results).parts[1:-1]
+        place = Place(model, calibration, *modes.split("+"), ratio, cell)
+        self.made_of(record, "provenance.weights_sha256", place.base.weights(self.results))
+        self.statistics(record, place.rxx(self.results, "any").parent)
 
     def spectra(self, path: Path) -> None:
         """Spectra, and the model and statistics that they were made of."""

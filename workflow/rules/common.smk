@@ -10,6 +10,7 @@ from a3.config import (
     complete,
     excluded,
     kinds_of,
+    kinds_to_quantise,
     prefer_own_scripts,
     read_experiments,
     read_surgeries,
@@ -20,6 +21,7 @@ from a3.errors import A3Error
 from a3.files import load_yaml, sha256
 from a3.paper import Paper
 from a3.provenance import fingerprint
+from a3.recipes import parse_quantisation
 from a3.results import SPECTRA_KINDS, Place, SurgeryPlace, weight_files
 from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
 from a3.surgery import SURGERIES, find_surgery
@@ -50,6 +52,7 @@ LOGS = f"{RESULTS}/logs"
 RXX = f"{RESULTS}/rxx/{{model}}/{{calibration}}"
 RUN = "{model}/{calibration}/{qk}+{ov}+{mlp}/{ratio}"
 CHECKPOINT = f"{RESULTS}/checkpoints/{RUN}"
+QUANTISED = f"{RESULTS}/quantised/{RUN}/{{quantise}}"
 TRAINED = [
     f"{RESULTS}/trained/{{model}}/{name}"
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
@@ -109,6 +112,10 @@ SPECTRA = sorted(
     for place in {Place(row["model"], row["calibration"]) for row in ROWS}
     if set(SPECTRA_KINDS) <= set(KINDS)
 )
+# Compressed models that are quantised, by statistics of their own.
+QUANTISED_KINDS = sorted(
+    {kind for place in PLACES if not place.is_whole for kind in kinds_to_quantise(place)}
+)
 SPEEDS = [
     str(place.speed(Path(RESULTS), name))
     for place in PLACES
@@ -133,8 +140,10 @@ wildcard_constraints:
     ratio=r"[\d.]+|-",
     task=r"[\w.-]+",
     speed=r"[\w.-]+",
-    # The dense model, or calibration/modes/ratio of a compressed one.
-    run=f"{DENSE}|[^/]+/[^/]+/[^/]+",
+    # A recipe, a method and its rank.
+    quantise=r"[\w.-]+\+[a-z-]+(@\d+)?",
+    # The dense model, or calibration/modes/ratio of a compressed one, and how it was quantised.
+    run=f"{DENSE}|[^/]+/[^/]+/[^/]+(/[^/]+)?",
 
 
 def entry(section, name):
@@ -299,15 +308,57 @@ def model_files(wildcards):
         return [
             f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
         ]
+    if wildcards.run.count("/") == 3:
+        folder = f"{RESULTS}/quantised/{wildcards.model}/{wildcards.run}"
+        return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
     folder = f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}"
     # A surgery keeps the dense model's files of weights, whatever they are.
-    weights = [] if is_surgery(wildcards.run) else WEIGHTS
-    return [f"{folder}/{name}" for name in (*weights, "config.json", "approx.json")]
+    if is_surgery(wildcards.run):
+        return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
+    return checkpoint_files(folder)
 
 
 def is_surgery(run):
     """Whether a run's path, calibration/mode/size, is that of a surgery."""
     return run != DENSE and run.split("/")[1] in SURGERIES
+
+
+def checkpoint_files(folder):
+    """The files that say a compressed model's folder is there."""
+    return [f"{folder}/{name}" for name in (*WEIGHTS, "config.json", "approx.json")]
+
+
+def place_of(wildcards):
+    """The row that a quantised checkpoint is of."""
+    keys = ("model", "calibration", "qk", "ov", "mlp", "ratio", "quantise")
+    return Place(*(wildcards[key] for key in keys))
+
+
+def base_files(wildcards):
+    """The model that is quantised; the first file lies in the folder itself."""
+    base = place_of(wildcards).base
+    folder = base.weights(Path(RESULTS)).parent
+    if base.is_dense:
+        return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
+    return checkpoint_files(folder)
+
+
+def rxx_to_quantise(wildcards):
+    """The statistics that a quantised checkpoint reads, those of its base."""
+    place = place_of(wildcards)
+    try:
+        return [str(place.rxx(Path(RESULTS), kind)) for kind in kinds_to_quantise(place)]
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
+
+
+def quantise_options(wildcards):
+    """Recipe, method and rank."""
+    said = parse_quantisation(wildcards.quantise)
+    recipe = json.dumps(entry("quantisations", said.recipe))
+    return ["--recipe", recipe, "--method", said.method] + (
+        ["--rank", str(said.rank)] if said.rank else []
+    )
 
 
 def scored_text(wildcards):

@@ -73,7 +73,7 @@ rule eval_speed:
     benchmark:
         f"{LOGS}/eval/{{model}}/{{run}}/speed/{{speed}}.benchmark.tsv"
     wildcard_constraints:
-        run="[^/]+/[^/]+/[^/]+",
+        run="[^/]+/[^/]+/[^/]+(/[^/]+)?",
     conda:
         "../../environment.yaml"
     # On one machine all cores, so that no other job disturbs it; it runs on those of the config.

@@ -87,5 +87,5 @@ def row_of(run):
     """The modes and ratio of a run's path; {} of the dense model and where shapes stay dense."""
     if run == DENSE or is_surgery(run):
         return {}
-    _, modes, ratio = run.split("/")
+    _, modes, ratio, *_ = run.split("/")
     return dict(zip(("qk", "ov", "mlp"), modes.split("+"))) | {"ratio": ratio}

@@ -102,6 +102,19 @@ def cost_of_allocate(arch, wildcards):
     return approx_cost(arch, 1, kinds_needed(choose(wildcards)))
 
 
+def cost_of_collect_compressed(arch, wildcards):
+    """Cost of the statistics of a compressed model, as if it were dense."""
+    chosen = entry("calibrations", wildcards.calibration)
+    return collect_cost(
+        arch, chosen["tokens"], chosen["block_length"], chosen["dtype"], QUANTISED_KINDS
+    )
+
+
+def cost_of_quantise(arch, wildcards):
+    """Cost of one quantised checkpoint, as if its base were dense."""
+    return approx_cost(arch, 1, kinds_to_quantise(place_of(wildcards)))
+
+
 def cost_of_spectra(arch, wildcards):
     """Cost of the spectra of one calibration: less than that of a checkpoint."""
     return approx_cost(arch)
