@@ -213,7 +213,8 @@ def read_rows(
 ) -> list[dict[str, str]]:
     """Rows of a table, each with the keys `columns`, all text; `key` is what the config calls it.
 
-    There may be one column more, `optional`. Raises A3Error where it is missing, not a table, has other columns or no rows.
+    There may be one column more, `optional`. Raises A3Error where the file is missing, not a table,
+    has other columns or no rows.
     """
     try:
         with path.open(newline="") as stream:

@@ -15,7 +15,7 @@ from tiny import BLOCK, TAIL, run, tiny_llama, tiny_model, tiny_results
 from transformers import AutoModelForCausalLM
 
 from a3.cli import main
-from a3.config import check_table
+from a3.config import read_experiments
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.formats import parse_format, quantise
@@ -448,7 +448,7 @@ def test_a_row_has_a_place_of_its_own():
     assert both.base == Place("m", "c", "a", "b", "d", "0.1")
 
 
-def test_a_table_may_have_the_column_and_names_recipes_that_there_are():
+def test_a_table_may_have_the_column_and_names_recipes_that_there_are(tmp_path):
     config = {
         "models": {"m": {"source": {"path": "m"}}},
         "calibrations": {"c": {"text": "t"}},
@@ -460,7 +460,9 @@ def test_a_table_may_have_the_column_and_names_recipes_that_there_are():
     row = "m\tc\tdense\tdense\tdense\t-\t{}"
 
     def read(*cells):
-        return check_table(Path("t.tsv"), [head, *map(row.format, cells)], config)
+        path = tmp_path / "t.tsv"
+        path.write_text("\n".join([head, *map(row.format, cells)]) + "\n")
+        return read_experiments(path, config)
 
     assert [r["quantise"] for r in read("w4a8+none", "w4a8+qera@8")] == ["w4a8+none", "w4a8+qera@8"]
     with pytest.raises(A3Error, match=r"row 2: says the same as row 1"):
