@@ -16,6 +16,8 @@ from a3.errors import A3Error
 from a3.solutions.modes import NO_RATIO, PARTS, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Types of GGUF files that the gguf package can make.
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 # The keys of a3.documents.JOINS.
 JOINS = ("empty-line", "space", "nothing")
 
@@ -177,6 +179,27 @@ def compress(model: str, text: str, out: Path, settings: dict[str, Any], **row: 
     from a3.stages.plan import Plan
 
     compress(model_entry(model), text_entry(text), Plan(choose(row)), out, settings)
+
+
+def export_hf(model: Path, out: Path) -> None:
+    """Write an ordinary checkpoint."""
+    from a3.stages.export import export_hf
+
+    export_hf(folder(model), out)
+
+
+def export_gguf(model: Path, out: Path, type: str) -> None:
+    """Write a GGUF file."""
+    from a3.stages.export_gguf import export_gguf
+
+    export_gguf(folder(model), out, type)
+
+
+def inspect(model: Path) -> None:
+    """Say what a checkpoint is."""
+    from a3.stages.inspect import inspect
+
+    print(inspect(folder(model)))
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -393,6 +416,22 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
     add_out(one, "compressed Hugging Face folder")
+
+    export = commands.add_parser(
+        "export", help="compressed models for other runtimes", description="Export."
+    )
+    kinds = export.add_subparsers(metavar="KIND", required=True)
+    one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
+    one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
+    add_out(one, "Hugging Face folder, new")
+    one = add(kinds, "gguf", export_gguf, "a file for llama.cpp")
+    text_ = "dense folder, or compressed one with one set of RoPE pairs"
+    one.add_argument("model", type=Path, help=text_)
+    text_ = "type of the matrices"
+    one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
+    add_out(one, "the .gguf file")
+    one = add(commands, "inspect", inspect, "what a checkpoint is, and which runtimes load it")
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
 
     evaluate = commands.add_parser(
         "eval", help="perplexity, harness or speed", description="Evaluate."

@@ -40,6 +40,7 @@ FIELDS = (
     "kv_heads",
     "layers",
     "mlp_inputs",
+    "rope_dims",
     "size",
     "vocab_size",
 )

@@ -16,7 +16,8 @@ class Kind:
     `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
     diagonal (Σ x²), abs (Σ |x|) or mean (Σ x). Of the form fisher, gradients are looked at: Σ over
-    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher).
+    blocks of the squared gradients of weights, summed over each row (a3.stages.fisher); of the site
+    q_pairs Σ uᵀu over tokens and heads, u the loss's derivatives by a head's RoPE pairs.
     """
 
     site: str
@@ -36,6 +37,7 @@ KINDS = {
     "v_blocks": Kind("v", "blocks"),
     "o_proj_blocks": Kind("o_input", "blocks"),
     "down_diagonal": Kind("down_input", "diagonal"),
+    "pair_fisher": Kind("q_pairs", "fisher"),
     # For baselines.
     "attention_input": Kind("attention_input", "full"),
     "attention_input_diagonal": Kind("attention_input", "diagonal"),
@@ -69,6 +71,8 @@ def width_of(site: str, arch: Mapping[str, Any]) -> int:
 
 def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of one layer's statistic."""
+    if kind.site == "q_pairs":
+        return arch["rope_dims"] // 2, arch["rope_dims"] // 2
     if kind.form == "fisher":
         # Up and gate, or up alone; families that fuse them have one matrix of both.
         matrices = {"qkv": (3,), "mlp": (arch["mlp_inputs"],)}

@@ -119,6 +119,22 @@ def relative(error: Tensor, total: Tensor) -> Tensor:
     return torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
 
 
+def elimination_order(losses: Tensor) -> Tensor:
+    """When each of n items is taken out, (n,): 0 for the first; ties go to the higher index.
+
+    One after another, that which with those already out has the least sum of `losses` (n, n),
+    symmetric, over their rows and columns. So to keep the best `count` is to keep the last.
+    """
+    order = torch.zeros(len(losses), dtype=losses.dtype, device=losses.device)
+    added, left = losses.diagonal().clone(), list(range(len(losses)))
+    for step in range(len(losses)):
+        out = min(reversed(left), key=lambda item: added[item].item())
+        order[out] = step
+        added += 2 * losses[out]
+        left.remove(out)
+    return order
+
+
 def keep_best(score: Tensor, count: int) -> Tensor:
     """Ascending indices of the `count` largest scores along the last dimension.
 

@@ -15,7 +15,7 @@ from a3.files import read_json, read_record, sha256
 
 PICKLED = "pytorch_model*.bin*"
 # What says of a folder, under "files", which content a stage wrote.
-RECORDS = ("arch.json", "approx.json", "train.json")
+RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -80,6 +80,10 @@ class Checkpoint:
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self._where)
+
+    def by_file(self) -> list[list[str]]:
+        """Names of the tensors of each file."""
+        return [[n for n, (of, _) in self._where.items() if of == file] for file in self._files]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from a3.linalg import keep_best, relative, shared_subspace, subspace_error
+from a3.linalg import elimination_order, keep_best, relative, shared_subspace, subspace_error
 from a3.models.family import AttentionWeights
 
 
@@ -89,6 +89,22 @@ def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: i
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
 
 
+def uniform_global(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, losses: Tensor, rank: int
+) -> QKSolution:
+    """One index for the whole model: the pairs that its loss misses least go, one after another.
+
+    `losses` (pairs, pairs) is the statistic `pair_fisher` summed over all layers: half the sum of
+    its entries in the rows and columns of the pairs that went is what they cost
+    (a3.stages.fisher). Where only a part of the head is rotated, it keeps its share of the rank, so
+    that all layers have as many pairs.
+    """
+    h, groups = weights.k.shape[-1], len(weights.k)
+    share = int(rank * weights.rope_dims / h / 2 + 0.5)
+    score = elimination_order(losses).expand(groups, -1)
+    return _keep_pairs(weights, Gq, Gk, rank, score, share)
+
+
 def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
     """CR selection by ‖C_q^½ e_j‖ ‖C_k^½ e_j‖ (MoDeGPT, Lin et al. 2024, arXiv 2408.09632,
     algorithm 2), C the autocorrelations of queries and keys.
@@ -141,21 +157,29 @@ def _shared(weights: AttentionWeights, E: Tensor, D: Tensor, error: Tensor) -> Q
 
 
 def _keep_pairs(
-    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int, score: Tensor
+    weights: AttentionWeights,
+    Gq: Tensor,
+    Gk: Tensor,
+    rank: int,
+    score: Tensor,
+    share: int | None = None,
 ) -> QKSolution:
     """Keep the pairs of the best `score` (G, pairs).
 
     Where only a part of the head is rotated, the rest is low rank, as in `qk`. The rank is split
-    between the two, alike for all groups of the layer, where the error is least. The new heads hold
-    the kept pairs first. Where q and k are normed, Gq and Gk are those of the normed vectors before
-    the norm's gains.
+    between the two, alike for all groups of the layer, where the error is least, or so that `share`
+    pairs stay if that is possible. The new heads hold the kept pairs first. Where q and k are
+    normed, Gq and Gk are those of the normed vectors before the norm's gains.
     """
     mq, mk = (G.diagonal(dim1=-2, dim2=-1) for G in (Gq, Gk))
     Gq, Gk = with_gains(weights, Gq, Gk)
     Gq = weights.grouped(Gq).sum(1)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    for count in range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1):
+    counts = range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1)
+    if share is not None:
+        counts = [min(max(share, counts[0]), counts[-1])]
+    for count in counts:
         pairs = keep_best(score, count)
         E, D = _pairs_and_rest(Gq, Gk, pairs, rotated, rank - 2 * count)
         error = subspace_error(Gk, Gq, E, D).item()

@@ -1,7 +1,8 @@
 """Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
 
-Solutions of different layers know nothing of each other, so that one checkpoint can be made in
-several parts, each a run of layers, by as many jobs; a3.stages.assemble makes a folder of them.
+Solutions of different layers know nothing of each other, but for statistics that are summed over
+all of them first, so that one checkpoint can be made in several parts, each a run of layers, by as
+many jobs; a3.stages.assemble makes a folder of them.
 """
 
 import time
@@ -32,6 +33,8 @@ from a3.statistics import KINDS, Rxx
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 # Modes that share out a ratio among the layers.
 ALLOCATED = ("svd-llm-v2",)
+# Statistics of which a solution reads the sum over layers.
+WHOLE_MODEL = {"pair_fisher"}
 # What a solution of each part replaces.
 REPLACED = {
     "qk": ("q", "k", "q_gain", "k_gain"),
@@ -136,6 +139,8 @@ class LayerSolver:
         self.fields = arch.to_json()
         # The share that each matrix keeps, by its name in every layer, where it is not the same.
         self.kept: dict[str, list[float]] = {}
+        # Statistics that are those of the whole model, whichever layer is solved.
+        self.total = {kind: self.summed(kind) for kind in WHOLE_MODEL & statistics.keys()}
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
         """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
@@ -167,7 +172,8 @@ class LayerSolver:
         name = self.layer_mode(part, layer)
         if find_mode(part, name).factors is not None:
             return self.solve_factors(part, layer, weights)
-        rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+        kinds = find_mode(part, name).kinds
+        rxx = [self.total[k] if k in self.total else self.rxx(k, layer) for k in kinds]
         solution = solver_of(part, name)(weights, *rxx, self.ranks[part])
         tensors = self.pack(layer, solution, REPLACED[part])
         said = {
@@ -324,6 +330,11 @@ class LayerSolver:
     def rxx(self, kind: str, layer: int) -> Tensor:
         """One statistic of a layer."""
         return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+
+    def summed(self, kind: str) -> Tensor:
+        """One statistic, summed over the layers with RoPE."""
+        layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
+        return torch.stack([self.rxx(kind, layer) for layer in layers]).sum(0)
 
     def pack(
         self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None

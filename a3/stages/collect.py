@@ -133,9 +133,11 @@ def merge_shards(paths: list[Path], out: Path) -> None:
 
 
 def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
-    """Raise A3Error for statistics that a mixture of experts does not have."""
+    """Raise A3Error for statistics that a mixture of experts, or a model without RoPE, lacks."""
     for kind in kinds:
         site, form = KINDS[kind].site, KINDS[kind].form
+        if site == "q_pairs" and not arch.rope_layout:
+            raise A3Error(f"statistic {kind!r}: {arch.family} has no RoPE, so no pairs. Leave it.")
         of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
         if arch.experts and of_mlp and (site, form) != ("down_input", "diagonal"):
             raise A3Error(
