@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
-from a3.solutions.modes import NO_RATIO, PARTS, choose
+from a3.solutions.modes import NO_RATIO, PARTS, SERVABLE, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Types of GGUF files that the gguf package can make.
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 # The keys of a3.documents.JOINS.
 JOINS = ("empty-line", "space", "nothing")
 
@@ -154,12 +153,12 @@ def merge(shards: list[Path], out: Path) -> None:
     merge_shards(shards, out)
 
 
-def approx(model: Path, rxx: Path, out: Path, part: str | None, **row: str) -> None:
+def approx(model: Path, rxx: Path, out: Path, part: str | None, servable: bool, **row: str) -> None:
     """Compress with collected statistics."""
     from a3.stages.approximate import approximate, approximate_part
     from a3.stages.plan import Plan
 
-    plan = Plan(choose(row))
+    plan = Plan(choose(row), servable)
     if part is None:
         approximate(folder(model), rxx, plan, out)
     else:
@@ -173,12 +172,15 @@ def gather(model: Path, parts: list[Path], out: Path) -> None:
     gather(folder(model), parts, out)
 
 
-def compress(model: str, text: str, out: Path, settings: dict[str, Any], **row: str) -> None:
+def compress(
+    model: str, text: str, out: Path, settings: dict[str, Any], servable: bool, **row: str
+) -> None:
     """Collect and approx in one go."""
     from a3.stages.compress import compress
     from a3.stages.plan import Plan
 
-    compress(model_entry(model), text_entry(text), Plan(choose(row)), out, settings)
+    plan = Plan(choose(row), servable)
+    compress(model_entry(model), text_entry(text), plan, out, settings)
 
 
 def export_hf(model: Path, out: Path) -> None:
@@ -365,6 +367,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
     one.add_argument("--text", default="wiki-articles", help="calibration: file or catalogue name")
     add_modes(one)
+    add_servable(one)
     add_out(one, "compressed Hugging Face folder, new")
     add_run(add_blocks(one, tokens=32768, seed=True))
     one.set_defaults(command=lambda **options: compress(**with_settings(options)))
@@ -408,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
+    add_servable(one)
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
     one.add_argument("--part", help=text_)
     add_out(one, "compressed Hugging Face folder")
@@ -583,6 +587,12 @@ def add_modes(one: argparse.ArgumentParser) -> None:
     text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
     one.add_argument("--ratio", default=NO_RATIO, help=text)
     add_parts(one)
+
+
+def add_servable(one: argparse.ArgumentParser) -> None:
+    """Sizes of heads."""
+    text = f"heads of the nearest size that serving runtimes have: {', '.join(map(str, SERVABLE))}"
+    one.add_argument("--servable", action="store_true", help=text)
 
 
 def add_parts(one: argparse.ArgumentParser) -> None:

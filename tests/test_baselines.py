@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from test_compressed import MODELS, SETTINGS, needs, prepare
+from test_compressed import MODELS, SETTINGS, TEXT, needs, prepare, redraw
 from test_solutions import D, G, H, N, attention, gram, h, inputs
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from a3.documents import load_documents, token_blocks
@@ -20,6 +21,7 @@ from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import MODES, check_fit, choose
 from a3.stages.approximate import approximate
+from a3.stages.collect import collect
 from a3.stages.plan import Plan
 from a3.statistics import Rxx
 
@@ -419,6 +421,50 @@ def test_fisher_information_is_that_of_autograd(tmp_path):
         expected = expected + torch.stack(squares)
     rxx = Rxx(tmp_path / "rxx/attention_fisher.safetensors", "attention_fisher")
     torch.testing.assert_close(rxx.sums("layers.1"), expected, rtol=1e-5, atol=0)
+
+
+class Gated(torch.nn.Module):
+    """Multiplies the pairs of each query by factors, which are 1."""
+
+    def __init__(self, linear, tokens, heads, head_dim):
+        super().__init__()
+        self.linear, self.shape = linear, (1, tokens, heads, 2, head_dim // 2)
+        self.factors = torch.ones(tokens, heads, 1, head_dim // 2, requires_grad=True)
+
+    def forward(self, x):
+        q = self.linear(x)
+        return (q.view(self.shape) * self.factors).reshape(q.shape)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3"])
+def test_pair_fisher_is_that_of_factors_on_each_querys_pairs(tmp_path, model_type):
+    """Straight from the definition: the squared slopes of a block's summed loss."""
+    tiny_model(tmp_path / "dense", model_type, head_dim=16)
+    redraw(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    cut = {"tokens": 256, "block_length": 64, "seed": 0, "bos": True}
+    path = tmp_path / "pair_fisher.safetensors"
+    settings = SETTINGS | cut
+    collect(tmp_path / "dense", tmp_path / "text.txt", {"pair_fisher": path}, **settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    tokenizer = load_tokenizer(tmp_path / "dense")
+    blocks = token_blocks(load_documents(tmp_path / "text.txt"), tokenizer, **cut)
+    attention = model.model.layers[1].self_attn
+    if model_type == "qwen3":
+        attention.q_norm = gates = Gated(attention.q_norm, blocks.shape[1], 4, 16)
+    elif model_type == "llama":
+        attention.q_proj = gates = Gated(attention.q_proj, blocks.shape[1], 4, 16)
+    else:
+        attention.qkv_proj = gates = Gated(attention.qkv_proj, blocks.shape[1], 8, 16)
+    expected = 0
+    for block in blocks:
+        gates.factors.grad = None
+        (model(block[None], labels=block[None]).loss * (len(block) - 1)).backward()
+        u = gates.factors.grad[:, :4, 0].double().flatten(0, 1)
+        expected = expected + u.T @ u
+    largest = expected.abs().max().item()
+    found = Rxx(path, "pair_fisher").sums("layers.1")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_what_does_not_fit_is_refused():

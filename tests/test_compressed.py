@@ -158,10 +158,10 @@ def prepare(folder, model_type, config):
 
 
 def kinds_of(arch):
-    """Statistics that a model has: of experts, few."""
-    sites = ("mlp", "mlp_input", "down", "down_input")
-    lacks = {kind for kind in KINDS if KINDS[kind].site in sites} - {"down_diagonal"}
-    return [kind for kind in KINDS if not arch.experts or kind not in lacks]
+    """Statistics that a model has: of experts, few; without RoPE, none of pairs."""
+    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ()
+    sites += () if arch.rope_layout else ("q_pairs",)
+    return [kind for kind in KINDS if KINDS[kind].site not in sites or kind == "down_diagonal"]
 
 
 def test_one_layer_at_a_time_gives_the_same_bytes(dense, tmp_path):
@@ -584,7 +584,13 @@ def test_save_pretrained_round_trips(dense, tmp_path):
 
 @pytest.mark.parametrize(
     ("part", "mode"),
-    [("qk", "rxx-w-rxx-uniform"), ("ov", "axkv"), ("ov", "identity"), ("mlp", "rxx")],
+    [
+        ("qk", "rxx-w-rxx-uniform"),
+        ("qk", "uniform-global"),
+        ("ov", "axkv"),
+        ("ov", "identity"),
+        ("mlp", "rxx"),
+    ],
 )
 def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode):
     arch = load_arch(dense / "dense")

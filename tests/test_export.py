@@ -21,6 +21,7 @@ import a3  # noqa: F401
 from a3.cli import main
 from a3.errors import A3Error
 from a3.files import read_record
+from a3.models.arch import load_arch
 from a3.models.stock import stock
 from a3.solutions.modes import choose
 from a3.stages.approximate import approximate
@@ -89,7 +90,7 @@ def test_the_export_is_the_family_itself_and_has_the_same_logits(made):
     assert record["provenance"]["checkpoint_sha256"] == of["weights_sha256"]
 
 
-def test_it_loads_where_there_is_no_a3(made):
+def test_it_loads_where_there_is_no_a3(llama):
     code = (
         "import sys\n"
         "class Refuse:\n"
@@ -103,7 +104,7 @@ def test_it_loads_where_there_is_no_a3(made):
         "assert 'a3' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(made / "stock")], capture_output=True, text=True
+        [sys.executable, "-I", "-c", code, str(llama / "stock")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "tensor" in done.stdout
@@ -208,15 +209,17 @@ def refused(folder):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refused")
+    folder = tmp_path_factory.mktemp("llama")
     prepare(folder, "llama", {})
+    compress(folder, "small")
+    export_hf(folder / "small", folder / "stock")
     return folder
 
 
 @pytest.mark.parametrize(
     ("modes", "reason"),
     [
-        ({"qk": "rxx-w-rxx@12"}, "it keeps 4 different sets of pairs"),
+        ({"qk": "rxx-w-rxx@12"}, "different sets of pairs"),
         ({"ov": "xkv@10"}, "a head has one size, and QK keeps 12 dimensions, OV 10"),
         ({"mlp": "svd@0.3"}, "some of its matrices are products of two"),
         ({"mlp": "flap@0.3"}, "its down projections have a bias"),
@@ -340,3 +343,24 @@ def test_ranks_are_shown_shortly():
     assert runs([48, 48, 48]) == "48"
     assert runs([48, 48, 52]) == "(by layer) 48 in 0–1, 52 in 2"
     assert runs([[60, 96], [60, 96]]) == "60–96"
+
+
+def servable(folder, head_dim, qk, ov):
+    """Ranks that --servable gives a model with heads of this size."""
+    tiny_llama(folder, head_dim=head_dim, num_hidden_layers=1)
+    plan = Plan(choose({"qk": qk, "ov": ov, "mlp": "dense", "ratio": "-"}), servable=True)
+    return plan.ranks(load_arch(folder))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rank"), [("0", 128), ("0.1", 120), ("0.2", 96), ("0.4", 80), ("0.6", 64)]
+)
+def test_servable_heads_have_the_nearest_size_that_kernels_have(tmp_path, ratio, rank):
+    found = servable(tmp_path, 128, f"rxx-w-rxx@{ratio}", f"xkv@{ratio}")
+    assert found == {"qk": rank, "ov": rank}
+
+
+def test_heads_of_the_smallest_servable_size_cannot_be_smaller(tmp_path):
+    with pytest.raises(A3Error, match=r"heads have 64 dimensions.*none is smaller.*--qk dense"):
+        servable(tmp_path, 64, "rxx-w-rxx@48", "xkv@48")
+    assert servable(tmp_path, 64, "rxx-w-rxx@0", "xkv@64") == {"qk": 64, "ov": 64}

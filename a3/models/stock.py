@@ -32,6 +32,8 @@ FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
 PAIRS = ".rope_pairs"
+# Where configs of different ages have RoPE's parameters.
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
 
 
@@ -115,6 +117,7 @@ def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "rope_theta": dense.rope_parameters["rope_theta"],
+        "factor": 1.0,
         "short_factor": factors.tolist(),
         "long_factor": factors.tolist(),
         "attention_factor": 1.0,
@@ -185,14 +188,9 @@ def kept_pairs(folder: Path) -> Tensor | None:
 
 
 def own_content(folder: Path) -> dict[str, Any]:
-    """config.json of a folder as its family has it, RoPE left out."""
+    """config.json of a folder as its family has it, RoPE and code that may lie there left out."""
     content = read_json(folder / "config.json")
-    for key in (
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "original_max_position_embeddings",
-    ):
+    for key in (*ROPE_KEYS, "auto_map"):
         content.pop(key, None)
     if (a3 := content.pop("a3", None)) is None:
         return content

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -31,9 +32,8 @@ def export_hf(folder: Path, out: Path) -> None:
     model = stock(folder)
     with whole_folder(out) as made:
         names = write_weights(model, made)
-        (made / "config.json").write_text(
-            json.dumps(model.content, indent=2, sort_keys=True) + "\n"
-        )
+        content = model.content | older_names(model.content["rope_parameters"])
+        (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         for path in sorted(folder.iterdir()):
             if path.name not in ("config.json", "timing.json", *RECORDS) and travels(path):
                 shutil.copyfile(path, made / path.name)
@@ -51,6 +51,15 @@ def export_hf(folder: Path, out: Path) -> None:
             ),
         }
         write_record(made / "export.json", record)
+
+
+def older_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's parameters as transformers 4, and servers built on it, look for them.
+
+    They know no rope_parameters, and would turn by other angles without a word.
+    """
+    scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
+    return {"rope_theta": rope["rope_theta"], **scaling}
 
 
 def write_weights(model: Stock, folder: Path) -> list[str]:

@@ -84,9 +84,8 @@ def pair_products(output: Tensor, arch: Arch, tokens: int) -> Tensor:
     ½ Σ_{f, g in S} (Σ uᵀu)_fg. The order in which RoPE turns q does not matter to u: a rotation
     of both vectors leaves their product. `tokens` undoes the loss's mean.
     """
-    q, slope = (queries_of(x, arch) for x in (output.detach(), output.grad * (tokens - 1)))
-    pairs = (q * slope)[..., : arch.rope_dims].unflatten(-1, (2, -1)).sum(-2)
-    u = pairs.flatten(0, -2)
+    q, slope = queries_of(output.detach(), arch), queries_of(output.grad, arch) * (tokens - 1)
+    u = (q * slope)[..., : arch.rope_dims].unflatten(-1, (2, -1)).sum(-2).flatten(0, -2)
     return u.T @ u
 
 

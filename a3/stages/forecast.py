@@ -279,7 +279,7 @@ class Trial:
             statistics = [
                 gram(count[KINDS[kind].site[0]], h)
                 if KINDS[kind].form == "blocks"
-                else random(self.arch.hidden_size)
+                else random(*self.arch.statistic_shape(KINDS[kind]))
                 for kind in kinds
             ]
         return self.clock(lambda: solve(weights, *statistics, rank)) / share

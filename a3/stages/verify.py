@@ -62,6 +62,7 @@ class Verifier:
             "statistics": ("rxx/**/*.safetensors", self.rxx),
             "parts": ("parts/**/*.json", self.part),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
+            "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "harness results": ("eval/**/harness/*.json", self.harness),
@@ -170,6 +171,13 @@ class Verifier:
         base = self.results / "models" / place[1] / "arch.json"
         self.made_of(record, "base.weights_sha256", base)
         self.statistics(record, self.results / "rxx" / place[1] / place[2])
+
+    def export(self, path: Path) -> None:
+        """An ordinary checkpoint, and the compressed one that it was made of."""
+        record = self.files(path)
+        place = path.parent.parent.relative_to(self.results / "exports")
+        base = self.results / "checkpoints" / place / "approx.json"
+        self.made_of(record, "provenance.checkpoint_sha256", base)
 
     def spectra(self, path: Path) -> None:
         """Spectra, and the model and statistics that they were made of."""
