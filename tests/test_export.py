@@ -24,7 +24,8 @@ from a3.files import read_record
 from a3.models.arch import load_arch
 from a3.models.stock import stock
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate
+from a3.stages.approximate import approximate, approximate_part
+from a3.stages.assemble import gather
 from a3.stages.export import export_hf
 from a3.stages.export_gguf import export_gguf
 from a3.stages.gguf_vocabulary import RULES, rules_of
@@ -108,6 +109,22 @@ def test_it_loads_where_there_is_no_a3(llama):
     )
     assert done.returncode == 0, done.stderr
     assert "tensor" in done.stdout
+
+
+def test_several_files_stay_several_and_parts_have_one_set_of_pairs(llama, tmp_path):
+    plan, numbers = Plan(choose(GLOBAL)), ("0of2", "1of2")
+    parts = [tmp_path / f"{number}.safetensors" for number in numbers]
+    for number, part in zip(numbers, parts, strict=True):
+        approximate_part(llama / "dense", llama / "rxx", plan, number, part)
+    gather(llama / "dense", parts, tmp_path / "small")
+    export_hf(tmp_path / "small", tmp_path / "stock")
+    assert len(list((tmp_path / "stock").glob("*.safetensors"))) == 3
+    torch.testing.assert_close(logits(tmp_path / "stock"), logits(llama / "stock"))
+    export_gguf(tmp_path / "small", tmp_path / "several.gguf", "f16")
+    export_gguf(llama / "small", tmp_path / "small.gguf", "f16")
+    several, one = (read_gguf(tmp_path / f"{name}.gguf")[1] for name in ("several", "small"))
+    for name, value in one.items():
+        np.testing.assert_array_equal(several[name], value)
 
 
 def read_gguf(path):
@@ -256,6 +273,7 @@ def test_ranks_that_differ_between_layers_are_refused(llama, tmp_path):
             "its RoPE is longrope, whose frequencies depend",
         ),
         ({"rope_type": "yarn", "factor": 4.0}, "its RoPE, yarn, multiplies queries and keys by"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "its RoPE turns 0.5 of each head"),
     ],
 )
 def test_rope_that_no_table_of_factors_is_is_refused(tmp_path, rope, reason):

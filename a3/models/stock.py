@@ -128,6 +128,7 @@ def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
 
 def obstacles(folder: Path) -> list[str]:
     """Why the code of its family cannot run a folder, dense or compressed; none where it can."""
+    load_config(folder)  # refuses what is no config at all
     config = dense_config(folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -167,6 +168,8 @@ def rope_obstacles(config: PreTrainedConfig) -> list[str]:
     """Scalings of RoPE that depend on the length or change the scores' size."""
     rope = config.rope_parameters
     kind = rope["rope_type"]
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1:
+        return [f"its RoPE turns {part:.4g} of each head, and a3 exports heads that it turns whole"]
     changes = kind == "longrope" and rope["short_factor"] != rope["long_factor"]
     if kind not in FIXED or changes:
         return [f"its RoPE is {kind}, whose frequencies depend on the length"]

@@ -34,9 +34,8 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     `size` is the model's number of tokens; those that the tokenizer lacks are unused. Raises
     A3Error for a tokenizer that is no byte-level BPE, or whose rules llama.cpp has no name for.
     """
-    path = folder / "tokenizer.json"
+    tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
     name = rules_of(read_json(path), path)
-    tokenizer = load_tokenizer(folder)
     tokens, types = entries(tokenizer, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
@@ -80,16 +79,16 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
             f"{path}: its model is {kind}, expected byte-level BPE: GGUF files are written of no "
             "other tokenizer. Convert the folder of a3 export hf with llama.cpp's own script."
         )
-    steps = [step_of(step) for step in steps_in(tokenizer["pre_tokenizer"])]
+    steps = [step_of(step) for step in steps_in(tokenizer.get("pre_tokenizer"))]
     whole = bool(tokenizer["model"].get("ignore_merges"))
-    normal = tokenizer["normalizer"]
+    normal = tokenizer.get("normalizer")
     # Qwen's; llama.cpp leaves characters as they are, of which most text has the composed ones.
     known = normal is None or normal == {"type": "NFC"}
     for name, rules in RULES.items():
         if known and (steps, whole) == rules:
             return name
     raise A3Error(
-        f"{path}: its words are cut by {json.dumps(tokenizer['pre_tokenizer'])} after "
+        f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
         f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would read "
         "text otherwise. Convert the folder of a3 export hf with llama.cpp's own script."
     )
