@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines plus surgery lqer test test-cluster test-report lint clean
+.PHONY: run full attention baselines plus surgery lqer test test-cluster test-report test-runtimes lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -44,6 +44,9 @@ test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and ap
 test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root and apt where it is missing
 	tests/report/run
 
+test-runtimes: $(READY)  ## exports in the real llama.cpp, which is compiled once; needs g++
+	tests/runtimes/run
+
 lint: $(READY) $(LINT)
 	ruff check
 	ruff format --check
@@ -63,4 +66,4 @@ $(LINT): Makefile
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lint
+	rm -rf .venv .venv-lint .venv-runtimes

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
 from a3.recipes import METHODS
-from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, choose
+from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The keys of a3.documents.JOINS.
@@ -165,13 +166,19 @@ def allocate(
 
 
 def approx(
-    model: Path, rxx: Path, out: Path, part: str | None, allocation: Path | None, **row: str
+    model: Path,
+    rxx: Path,
+    out: Path,
+    part: str | None,
+    allocation: Path | None,
+    servable: bool,
+    **row: str,
 ) -> None:
     """Compress with collected statistics."""
     from a3.stages.approximate import approximate, approximate_part
     from a3.stages.plan import Plan
 
-    plan = Plan(choose(row))
+    plan = Plan(choose(row), servable)
     if part is None:
         approximate(folder(model), rxx, plan, out, allocation)
     else:
@@ -193,12 +200,36 @@ def gather(model: Path, parts: list[Path], out: Path) -> None:
     gather(folder(model), parts, out)
 
 
-def compress(model: str, text: str, out: Path, settings: dict[str, Any], **row: str) -> None:
+def compress(
+    model: str, text: str, out: Path, settings: dict[str, Any], servable: bool, **row: str
+) -> None:
     """Collect and approx in one go."""
     from a3.stages.compress import compress
     from a3.stages.plan import Plan
 
-    compress(model_entry(model), text_entry(text), Plan(choose(row)), out, settings)
+    plan = Plan(choose(row), servable)
+    compress(model_entry(model), text_entry(text), plan, out, settings)
+
+
+def export_hf(model: Path, out: Path) -> None:
+    """Write an ordinary checkpoint."""
+    from a3.stages.export import export_hf
+
+    export_hf(folder(model), out)
+
+
+def export_gguf(model: Path, out: Path, type: str) -> None:
+    """Write a GGUF file."""
+    from a3.stages.export_gguf import export_gguf
+
+    export_gguf(folder(model), out, type)
+
+
+def inspect(model: Path) -> None:
+    """Say what a checkpoint is."""
+    from a3.stages.inspect import inspect
+
+    print(inspect(folder(model)))
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -400,6 +431,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
     one.add_argument("--text", default="wiki-articles", help="calibration: file or catalogue name")
     add_modes(one)
+    add_servable(one)
     add_out(one, "compressed Hugging Face folder, new")
     add_run(add_blocks(one, tokens=32768, seed=True))
     one.set_defaults(command=lambda **options: compress(**with_settings(options)))
@@ -453,6 +485,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
     one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
+    add_servable(one)
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
     one.add_argument("--part", help=text_)
     add_out(one, "compressed Hugging Face folder")
@@ -483,6 +516,21 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--rank", type=int, help="of the repair; no rank with --method none")
     add_out(one, "compressed Hugging Face folder")
     add_threads(one)
+    export = commands.add_parser(
+        "export", help="compressed models for other runtimes", description="Export."
+    )
+    kinds = export.add_subparsers(metavar="KIND", required=True)
+    one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
+    one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
+    add_out(one, "Hugging Face folder, new")
+    one = add(kinds, "gguf", export_gguf, "a file for llama.cpp")
+    text_ = "dense folder, or compressed one with one set of RoPE pairs"
+    one.add_argument("model", type=Path, help=text_)
+    text_ = "type of the matrices"
+    one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
+    add_out(one, "the .gguf file")
+    one = add(commands, "inspect", inspect, "what a checkpoint is, and which runtimes load it")
+    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
 
     evaluate = commands.add_parser(
         "eval", help="perplexity, harness, generation or speed", description="Evaluate."
@@ -657,6 +705,12 @@ def add_modes(one: argparse.ArgumentParser) -> None:
     text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
     one.add_argument("--ratio", default=NO_RATIO, help=text)
     add_parts(one)
+
+
+def add_servable(one: argparse.ArgumentParser) -> None:
+    """Sizes of heads."""
+    text = f"heads of the nearest size that serving runtimes have: {', '.join(map(str, SERVABLE))}"
+    one.add_argument("--servable", action="store_true", help=text)
 
 
 def add_parts(one: argparse.ArgumentParser) -> None:

@@ -1,3 +1,6 @@
 """Bytes of one number. In a module of its own, which everything may import at no cost."""
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+# Types of GGUF files that the gguf package can make.
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

@@ -273,6 +273,22 @@ def test_wrong_configuration_is_named(settled, name, old, new, says):
     assert "Traceback" not in output
 
 
+def test_exports_are_made_by_their_paths_and_hold_to_their_hashes(settled, capsys):
+    run = "tiny/short/uniform-global@12+xkv@12+rxx-w/0.25"
+    targets = [f"results/exports/{run}/{name}" for name in ("hf/config.json", "model-f16.gguf")]
+    rules, _ = settled.snakemake(*targets)
+    assert rules == ["approx", "collect", "export_gguf", "export_hf"]
+    assert settled.snakemake(*targets)[0] == []
+    results = settled.folder / "results"
+    tokenizer = results / "exports" / run / "hf/tokenizer.json"
+    assert main(["verify", str(results)]) == 0
+    assert "1 exports" in capsys.readouterr().out
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert main(["verify", str(results)]) == 1
+    assert f"{tokenizer}: changed since it was written" in capsys.readouterr().err
+    shutil.rmtree(results / "exports")
+
+
 def test_lint_finds_nothing():
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True

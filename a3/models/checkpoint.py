@@ -19,7 +19,7 @@ PICKLED = "pytorch_model*.bin*"
 # The model card.
 CARD = "README.md"
 # What says of a folder, under "files", which content a stage wrote.
-RECORDS = ("arch.json", "approx.json", "train.json")
+RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -215,6 +215,12 @@ class Family:
         """Name in the compressed checkpoint of a tensor that no part has."""
         return name
 
+    def queries(self, layer: int) -> str:
+        """Module whose output is q before RoPE, normed where it is, relative to the trunk."""
+        if self.qk_norm is None:
+            return self.module(layer, "q")
+        return self.norm_name(layer, "q").removeprefix(f"{self.prefix}.").removesuffix(".weight")
+
     def norm_name(self, layer: int, part: str) -> str:
         """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
         return f"{self.attention_module(layer)}.{part}_norm.weight"

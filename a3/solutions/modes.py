@@ -19,6 +19,8 @@ EXPERTS = "experts"
 PARTS = ("qk", "ov", "mlp")
 # The matrices of each part.
 MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
+# Sizes of heads that fused attention kernels of serving runtimes have.
+SERVABLE = (64, 80, 96, 112, 120, 128, 256)
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
 # Stands for the ratio where every compressed part has a size of its own.
@@ -109,6 +111,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "identity": Mode((), NOPE),
         "rxx-w-rxx": Mode(QK, ROPE),
         "rxx-w-rxx-uniform": Mode(QK, ROPE),
+        "uniform-global": Mode((*QK, "pair_gradient"), ROPE),
         "abs-w": Mode(QK, ROPE),
         "wanda": Mode((*QK, "attention_input_diagonal"), ROPE),
         "modegpt": Mode(QK, NOPE + ROPE),

@@ -104,12 +104,33 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
     are the partial rotations' other dimensions.
     """
     order, _ = fisher_losses(weights, C, least=1)
-    score = torch.arange(order.shape[-1], dtype=C.dtype).expand_as(order)
-    score = torch.zeros_like(score).scatter(-1, order, score)
-    solution = _keep_pairs(weights, Gq, Gk, rank, score)
-    e = _refit_pairs(_by_group(weights, C), solution.pairs, ridge_of(C))
+    return _eliminated(weights, Gq, Gk, C, order, rank)
+
+
+def _eliminated(
+    weights: AttentionWeights,
+    Gq: Tensor,
+    Gk: Tensor,
+    C: Tensor,
+    order: Tensor,
+    rank: int,
+    count: int | None = None,
+) -> QKSolution:
+    """Pairs dropped in an order (G, F), `count` of them kept if given, and the others refitted."""
     pairs = order.shape[-1]
+    last = torch.arange(pairs, dtype=C.dtype, device=C.device).expand_as(order)
+    score = torch.zeros_like(last).scatter(-1, order, last)
+    solution = _keep_pairs(weights, Gq, Gk, rank, score, count)
+    e = _refit_pairs(_by_group(C, len(weights.k), weights.q_gain is not None), solution.pairs)
     return _with_factors(solution, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
+
+
+def global_order(C: Tensor, real: bool) -> Tensor:
+    """The order (F,) in which pairs go from all heads of all layers, C (L H, 2 F, 2 F).
+
+    `real`: queries are normed, so that factors have no imaginary part.
+    """
+    return _eliminate(_by_group(C, 1, real), least=1)[0][0]
 
 
 def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Tensor, Tensor]:
@@ -118,16 +139,20 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
     (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ C e over all heads, when
     each group has dropped so many.
     """
-    grouped = _by_group(weights, C)  # (G, g, parts, F, parts, F)
+    return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None), least)
+
+
+def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """As `fisher_losses`; grouped (G, g, parts, F, parts, F)."""
     groups, heads, parts, pairs = grouped.shape[:4]
     flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
-    eye = torch.eye(parts * pairs, dtype=C.dtype, device=C.device)
-    P = torch.linalg.inv(flat + ridge_of(C) * eye)
+    eye = torch.eye(parts * pairs, dtype=flat.dtype, device=flat.device)
+    P = torch.linalg.inv(flat + ridges_of(flat) * eye)
     e, target = flat.new_zeros(flat.shape[:3]), flat.new_zeros(parts)
     target[0] = 1.0
-    left = torch.ones(groups, pairs, dtype=torch.bool, device=C.device)
-    order, losses = [], [C.new_zeros(())]
-    every = torch.arange(groups, device=C.device)
+    left = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
+    order, losses = [], [flat.new_zeros(())]
+    every = torch.arange(groups, device=flat.device)
     for _ in range(pairs - least):
         own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
         own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
@@ -137,7 +162,7 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
         cost = (short * pull).sum((1, 3)).masked_fill(~left, torch.inf)
         drop = cost.argmin(-1)
         losses.append(cost[every, drop].sum() / 2)
-        columns = drop[:, None] + pairs * torch.arange(parts, device=C.device)
+        columns = drop[:, None] + pairs * torch.arange(parts, device=flat.device)
         PD = P.gather(3, columns[:, None, None].expand(-1, heads, len(eye), -1))
         e = e + (PD @ pull[every, :, drop][..., None])[..., 0]
         P = P - PD @ torch.linalg.solve(own[every, :, drop], PD.mT)
@@ -147,20 +172,18 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
     return torch.cat((torch.stack(order, 1), rest), 1), torch.stack(losses).cumsum(0)
 
 
-def _by_group(weights: AttentionWeights, C: Tensor) -> Tensor:
-    """C (H, 2 F, 2 F) as (G, H / G, parts, F, parts, F); one part, the real one, with norms."""
+def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
+    """C (H, 2 F, 2 F) as (G, H / G, parts, F, parts, F); of `real` factors there is one part."""
     split = C.unflatten(2, (2, -1)).unflatten(1, (2, -1))
-    if weights.q_gain is not None:
-        split = split[:, :1, :, :1]
-    return split.unflatten(0, (len(weights.k), -1))
+    return (split[:, :1, :, :1] if real else split).unflatten(0, (groups, -1))
 
 
-def _refit_pairs(grouped: Tensor, kept: Tensor, ridge: float) -> Tensor:
+def _refit_pairs(grouped: Tensor, kept: Tensor) -> Tensor:
     """e (H, parts, F) of least eᵀ (C + λ 1) e that is 1 in dropped pairs; kept (G, p)."""
     groups, heads, parts, pairs = grouped.shape[:4]
     flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
     eye = torch.eye(parts * pairs, dtype=flat.dtype, device=flat.device)
-    P = torch.linalg.inv(flat + ridge * eye)
+    P = torch.linalg.inv(flat + ridges_of(flat) * eye)
     dropped = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
     dropped = dropped.scatter(1, kept, False)
     both = dropped.repeat(1, parts)
@@ -195,9 +218,10 @@ def _with_factors(solution: QKSolution, e: Tensor, error: Tensor) -> QKSolution:
     return replace(solution, q=torch.cat(turned, dim=-1), relative_error=error.item())
 
 
-def ridge_of(C: Tensor) -> float:
-    """λ of the refit of pairs."""
-    return RIDGE * C.diagonal(dim1=-2, dim2=-1).mean().item()
+def ridges_of(C: Tensor) -> Tensor:
+    """λ of each head's refit, C (…, n, n) to (…, 1, 1); above 0 also where there are no gradients."""
+    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return RIDGE * torch.where(mean > 0, mean, 1.0)
 
 
 def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
@@ -252,21 +276,29 @@ def _shared(weights: AttentionWeights, E: Tensor, D: Tensor, error: Tensor) -> Q
 
 
 def _keep_pairs(
-    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int, score: Tensor
+    weights: AttentionWeights,
+    Gq: Tensor,
+    Gk: Tensor,
+    rank: int,
+    score: Tensor,
+    share: int | None = None,
 ) -> QKSolution:
     """Keep the pairs of the best `score` (G, pairs).
 
     Where only a part of the head is rotated, the rest is low rank, as in `qk`. The rank is split
-    between the two, alike for all groups of the layer, where the error is least. The new heads hold
-    the kept pairs first. Where q and k are normed, Gq and Gk are those of the normed vectors before
-    the norm's gains.
+    between the two, alike for all groups of the layer, where the error is least, or so that `share`
+    pairs stay if that is possible. The new heads hold the kept pairs first. Where q and k are
+    normed, Gq and Gk are those of the normed vectors before the norm's gains.
     """
     mq, mk = (G.diagonal(dim1=-2, dim2=-1) for G in (Gq, Gk))
     Gq, Gk = with_gains(weights, Gq, Gk)
     Gq = weights.grouped(Gq).sum(1)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    for count in range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1):
+    counts = range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1)
+    if share is not None:
+        counts = [min(max(share, counts[0]), counts[-1])]
+    for count in counts:
         pairs = keep_best(score, count)
         E, D = _pairs_and_rest(Gq, Gk, pairs, rotated, rank - 2 * count)
         error = subspace_error(Gk, Gq, E, D).item()

@@ -1,12 +1,13 @@
 """Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
 
-Solutions of different layers know nothing of each other, so that one checkpoint can be made in
-several parts, each a run of layers, by as many jobs; a3.stages.assemble makes a folder of them.
+Solutions of different layers know nothing of each other but what the statistics of all say, so that
+one checkpoint can be made in several parts, each a run of layers, by as many jobs;
+a3.stages.assemble makes a folder of them.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ class LayerSolver:
             return self.solve_factors(part, layer, weights)
         rank = self.rank(part, layer)
         rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+        if name == "uniform-global":
+            rxx.append(self.order)
         solution = solver_of(part, name)(weights, *rxx, rank)
         tensors = self.pack(layer, solution, REPLACED[part])
         said = {
@@ -355,6 +358,13 @@ class LayerSolver:
     def rxx(self, kind: str, layer: int) -> Tensor:
         """One statistic of a layer."""
         return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The order in which RoPE pairs go, where they go from all layers alike."""
+        layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
+        C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
+        return qk.global_order(C, self.arch.qk_norm is not None)
 
     def pack(
         self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None

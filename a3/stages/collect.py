@@ -161,6 +161,8 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
     """Raise A3Error for statistics that a mixture of experts or a compressed model has not."""
     for kind in kinds:
         site, form = KINDS[kind].site, KINDS[kind].form
+        if form == "factors" and not arch.rope_layout:
+            raise A3Error(f"statistic {kind!r}: {arch.family} has no RoPE, so no pairs. Leave it.")
         if isinstance(arch, CompressedArch) and site not in SITES:
             raise A3Error(
                 f"statistic {kind!r}: of a compressed model there are those of inputs only, by "

@@ -283,6 +283,8 @@ class Trial:
             share = groups / self.arch.kv_heads
             weights = self.attention_weights(groups)
             statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
+            if mode == "uniform-global":
+                statistics.append(torch.arange(self.arch.rope_dims // 2))
         return self.clock(lambda: solve(weights, *statistics, rank)) / share
 
     def of_heads(self, kind: Kind, groups: int, heads: int) -> Tensor:

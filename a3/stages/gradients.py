@@ -56,11 +56,7 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         shape = arch.statistic_shape(KINDS[accumulator.kind])
         accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
         return []
-    name = arch.adapter.module(layer, site)
-    if site == "q" and arch.qk_norm is not None:
-        # Factors of normed queries: behind the norm.
-        norm = arch.adapter.norm_name(layer, "q").removesuffix(".weight")
-        name = norm.removeprefix(f"{arch.adapter.prefix}.")
+    name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
 
     def on_output(_: nn.Module, __: tuple, output: Tensor) -> None:
         output.register_hook(partial(on_gradient, output.detach()))

@@ -10,6 +10,7 @@ from a3.solutions.modes import (
     DENSE,
     EXPERTS,
     PARTS,
+    SERVABLE,
     Choice,
     Mode,
     check_fit,
@@ -22,9 +23,13 @@ from a3.solutions.modes import (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to each part that is compressed: {"qk": choice, …}."""
+    """What to do to each part that is compressed: {"qk": choice, …}.
+
+    `servable`: heads get the nearest of the sizes that fused kernels of serving runtimes have.
+    """
 
     choices: dict[str, Choice]
+    servable: bool = False
 
     def kinds(self) -> list[str]:
         """Statistics that the modes read."""
@@ -38,7 +43,8 @@ class Plan:
         """Rank of each compressed part; raises A3Error where its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
-        return {part: part_rank(arch, part, choice) for part, choice in self.choices.items()}
+        ranks = {part: part_rank(arch, part, choice) for part, choice in self.choices.items()}
+        return servable_ranks(arch, ranks) if self.servable else ranks
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
         """Sizes of heads and MLP that the model gets: full where matrices are only factored."""
@@ -86,6 +92,26 @@ def part_rank(arch: Arch, part: str, choice: Choice) -> int:
         return rank_of(full, choice.size, multiple, least)
     except A3Error as error:
         raise A3Error(f"{part} mode {choice.mode!r}: {error}") from None
+
+
+def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
+    """Ranks whose heads have the nearest servable size; a part that keeps all stays.
+
+    Raises A3Error where there is no smaller size than the dense one.
+    """
+    smaller = [size for size in SERVABLE if size < arch.head_dim]
+    found = dict(ranks)
+    for part in ("qk", "ov"):
+        if part in ranks and ranks[part] < arch.head_dim:
+            if not smaller:
+                sizes = ", ".join(map(str, SERVABLE))
+                raise A3Error(
+                    f"servable: heads have {arch.head_dim} dimensions, and kernels of serving "
+                    f"runtimes are for {sizes}: none is smaller. Compress the MLP alone (--qk "
+                    "dense --ov dense), or leave out --servable for runtimes that take any size."
+                )
+            found[part] = min(smaller, key=lambda size: (abs(size - ranks[part]), -size))
+    return found
 
 
 def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> None:

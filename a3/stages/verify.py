@@ -63,6 +63,7 @@ class Verifier:
             "parts": ("parts/**/*.json", self.part),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
             "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
+            "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "harness results": ("eval/**/harness/*.json", self.harness),
@@ -183,6 +184,13 @@ class Verifier:
         place = Place(model, calibration, *modes.split("+"), ratio, cell)
         self.made_of(record, "provenance.weights_sha256", place.base.weights(self.results))
         self.statistics(record, place.rxx(self.results, "any").parent)
+
+    def export(self, path: Path) -> None:
+        """An ordinary checkpoint, and the compressed one that it was made of."""
+        record = self.files(path)
+        place = path.parent.parent.relative_to(self.results / "exports")
+        base = self.results / "checkpoints" / place / "approx.json"
+        self.made_of(record, "provenance.checkpoint_sha256", base)
 
     def spectra(self, path: Path) -> None:
         """Spectra, and the model and statistics that they were made of."""

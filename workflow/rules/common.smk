@@ -17,6 +17,7 @@ from a3.config import (
     wheels_of,
 )
 from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
+from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
 from a3.files import load_yaml, sha256
 from a3.paper import Paper

@@ -1,0 +1,226 @@
+"""Models that their family's own code runs: what a compressed one needs for it, and as what.
+
+Where all layers have the same sizes and keep the same RoPE pairs, a compressed model is one of its
+family with a smaller `head_dim`. The frequencies it keeps are no longer a geometric series, so they
+are written as factors on those that the smaller head would have (`longrope`), and the softmax
+scale, which stays the dense model's, goes into the queries.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from a3.errors import A3Error
+from a3.files import read_json
+from a3.models.checkpoint import Checkpoint
+from a3.models.load import load_config
+
+# Families whose own code takes `head_dim` and RoPE factors from the config.
+FAMILIES = ("llama", "mistral", "ministral", "qwen2")
+# RoPE whose frequencies are the same at every length; longrope where its two lists are.
+FIXED = ("default", "linear", "llama3", "yarn", "longrope")
+Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
+K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
+PAIRS = ".rope_pairs"
+# Where configs of different ages have RoPE's parameters.
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A folder, dense or compressed, as a model of its family.
+
+    `content` is that of its config.json then, `q_scale` what its queries are multiplied by, and
+    `frequencies` (head_dim / 2,) are the angles that RoPE turns each pair by, a position, float32.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+    q_scale: float
+    frequencies: Tensor
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The content as the family reads it."""
+        return CONFIG_MAPPING[self.content["model_type"]].from_dict(self.content)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The tensors of the folder, by the family's own names but for the kept pairs."""
+        return Checkpoint(self.folder, "model")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return 2 * len(self.frequencies)
+
+    @property
+    def theta(self) -> float:
+        """Base of RoPE's frequencies."""
+        return self.config.rope_parameters["rope_theta"]
+
+    @property
+    def rope_factors(self) -> Tensor:
+        """What divides the frequencies that RoPE has without scaling, (head_dim / 2,) float64."""
+        return geometric(self.theta, self.head_dim) / self.frequencies.double()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return [name for name in self.checkpoint.names() if not name.endswith(PAIRS)]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in the dtype that it is stored in."""
+        value = self.checkpoint.tensor(name)
+        if self.q_scale == 1 or not Q.search(name):
+            return value
+        return (value.double() * self.q_scale).to(value.dtype)
+
+    def files(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of one file after the other; no more are in memory."""
+        for names in (list(each.values()) for each in self.checkpoint.files().values()):
+            yield {name: self.tensor(name) for name in names if not name.endswith(PAIRS)}
+
+
+def stock(folder: Path) -> Stock:
+    """A dense or compressed folder as a model of its family.
+
+    Raises A3Error, with all reasons and how to make one that is, where it is none.
+    """
+    if found := obstacles(folder):
+        raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {HOW}")
+    dense, kept, content = dense_config(folder), kept_pairs(folder), own_content(folder)
+    rope, frequencies = dense.rope_parameters, rotary(dense).inv_freq
+    if kept is None:
+        return Stock(folder, content | {"rope_parameters": rope}, 1.0, frequencies)
+    rank = 2 * len(kept)
+    if len(kept) < len(frequencies):
+        rope = kept_rope(dense, geometric(rope["rope_theta"], rank) / frequencies[kept].double())
+    scaling = read_json(folder / "config.json")["a3"]["scaling"]
+    # A head of the whole size has the family's own scale, to the last bit.
+    q_scale = 1.0 if len(kept) == len(frequencies) else scaling * rank**0.5
+    return Stock(folder, content | {"rope_parameters": rope}, q_scale, frequencies[kept])
+
+
+def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
+    """RoPE's parameters where its frequencies are those of a smaller head divided by `factors`."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": dense.rope_parameters["rope_theta"],
+        "factor": 1.0,
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "attention_factor": 1.0,
+        # Some runtimes derive a factor from the ratio of this to max_position_embeddings.
+        "original_max_position_embeddings": dense.max_position_embeddings,
+    }
+
+
+def obstacles(folder: Path) -> list[str]:
+    """Why the code of its family cannot run a folder, dense or compressed; none where it can."""
+    load_config(folder)  # refuses what is no config at all
+    config = dense_config(folder)
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        return [f"a3 writes no ordinary checkpoints of {config.model_type} (of {known} it does)"]
+    a3 = read_json(folder / "config.json").get("a3")
+    found = [] if a3 is None else [*size_obstacles(a3), *pair_obstacles(folder)]
+    return [*found, *rope_obstacles(config)]
+
+
+def size_obstacles(a3: dict[str, Any]) -> list[str]:
+    """Sizes of a compressed model that no family has; `a3` is its config's entry."""
+    ranks = {"QK": a3["qk_ranks"], "OV": a3["ov_ranks"], "MLP": a3["mlp_ranks"]}
+    found = [
+        f"ranks of {part} differ between layers, {min(of)} to {max(of)}"
+        for part, of in ranks.items()
+        if len(set(of)) > 1
+    ]
+    qk, ov = a3["qk_ranks"][0], a3["ov_ranks"][0]
+    if not found and qk != ov:
+        found.append(f"a head has one size, and QK keeps {qk} dimensions, OV {ov}")
+    if any(a3["factors"]):
+        found.append("some of its matrices are products of two")
+    if a3["down_bias"]:
+        found.append("its down projections have a bias")
+    return found
+
+
+def pair_obstacles(folder: Path) -> list[str]:
+    """Whether layers or groups of a compressed model keep different RoPE pairs."""
+    rows = {tuple(row) for pairs in all_pairs(folder) for row in pairs.tolist()}
+    if len(rows) == 1:
+        return []
+    return [f"RoPE has one set of frequencies, and it keeps {len(rows)} different sets of pairs"]
+
+
+def rope_obstacles(config: PreTrainedConfig) -> list[str]:
+    """Scalings of RoPE that depend on the length or change the scores' size."""
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    if (part := rope.get("partial_rotary_factor", 1.0)) != 1:
+        return [f"its RoPE turns {part:.4g} of each head, and a3 exports heads that it turns whole"]
+    changes = kind == "longrope" and rope["short_factor"] != rope["long_factor"]
+    if kind not in FIXED or changes:
+        return [f"its RoPE is {kind}, whose frequencies depend on the length"]
+    if (scale := rotary(config).attention_scaling) != 1:
+        return [f"its RoPE, {kind}, multiplies queries and keys by {scale:.4g}"]
+    return []
+
+
+def all_pairs(folder: Path) -> list[Tensor]:
+    """The RoPE pairs (G, r / 2) that each layer of a folder keeps; none of a dense one."""
+    checkpoint = Checkpoint(folder)
+    return [checkpoint.tensor(name) for name in checkpoint.names() if name.endswith(PAIRS)]
+
+
+def kept_pairs(folder: Path) -> Tensor | None:
+    """The pairs (r / 2,) that a folder keeps in all layers; None of a dense one."""
+    found = all_pairs(folder)
+    return found[0][0] if found else None
+
+
+def own_content(folder: Path) -> dict[str, Any]:
+    """config.json of a folder as its family has it, RoPE and code that may lie there left out."""
+    content = read_json(folder / "config.json")
+    for key in (*ROPE_KEYS, "auto_map"):
+        content.pop(key, None)
+    if (a3 := content.pop("a3", None)) is None:
+        return content
+    return content | {
+        "model_type": a3["family"],
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[a3["family"]]],
+        "head_dim": a3["qk_ranks"][0],
+        "intermediate_size": a3["mlp_ranks"][0],
+    }
+
+
+def dense_config(folder: Path) -> PreTrainedConfig:
+    """The config of a dense folder, or of the model that a compressed one was made of."""
+    content = read_json(folder / "config.json")
+    if "a3" not in content:
+        return load_config(folder)
+    family = content.pop("a3")["family"]
+    return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
+
+
+def rotary(config: PreTrainedConfig) -> Any:
+    """The family's own module that makes RoPE's tables: `inv_freq`, `attention_scaling`."""
+    name, family = type(config).__name__.removesuffix("Config"), config.model_type
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(module, f"{name}RotaryEmbedding")(config)
+
+
+def geometric(theta: float, head_dim: int) -> Tensor:
+    """RoPE's frequencies without scaling, (head_dim / 2,) float64."""
+    return 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

@@ -1,0 +1,203 @@
+"""The exports of SmolLM2 in the runtimes that they are for: transformers without a3, llama.cpp.
+
+The round trip: dense → compressed (a3) → ordinary checkpoint → GGUF, logits compared at each step.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import a3  # noqa: F401
+from a3.documents import load_documents, scored_blocks
+from a3.files import read_record
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-runtimes/bin/python"
+MODEL = ROOT / "results/models/smollm2-135m"
+TEXTS = ROOT / "results/texts"
+RANK = 48
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+# Digits, contractions, white space, other scripts, a special token.
+TEXT = "It's 1969:  600 million\n\n\tviewers… 月 café 🚀 x=3.14 <|im_end|>\n"
+
+
+def a3_(*words):
+    command = [sys.executable, "-m", "a3", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """`small` compressed, `stock` exported of it, and GGUF files of it and of the dense model."""
+    texts = [TEXTS / "wiki-articles/docs.jsonl", TEXTS / "wikipedia-summaries/test.jsonl"]
+    targets = [str(path.relative_to(ROOT)) for path in (MODEL / "arch.json", *texts)]
+    profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
+    subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
+    folder = tmp_path_factory.mktemp("runtimes")
+    kinds = ("q_blocks", "k_blocks", "pair_gradient", "v_blocks", "down_diagonal")
+    outputs = [folder / f"rxx/{kind}.safetensors" for kind in kinds]
+    cut = ["--tokens", "2048", "--block-length", "512"]
+    a3_("collect", MODEL, "--text", texts[0], *cut, "-o", *outputs)
+    modes = ["--qk", f"uniform-global@{RANK}", "--ov", f"xkv@{RANK}", "--mlp", "rxx-w@1408"]
+    a3_("approx", MODEL, "--rxx", folder / "rxx", *modes, "-o", folder / "small")
+    a3_("export", "hf", folder / "small", "-o", folder / "stock")
+    for kind in ("f32", "f16", "q8_0"):
+        a3_("export", "gguf", folder / "small", "--type", kind, "-o", folder / f"{kind}.gguf")
+    a3_("export", "gguf", MODEL, "--type", "f32", "-o", folder / "dense.gguf")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def block():
+    """512 tokens of the test text."""
+    documents = load_documents(TEXTS / "wikipedia-summaries/test.jsonl")
+    blocks, _ = scored_blocks(
+        documents, AutoTokenizer.from_pretrained(MODEL), 512, 512, True, "empty-line"
+    )
+    return blocks
+
+
+@pytest.fixture(scope="session")
+def logits(folder, block):
+    """Logits (512, vocabulary) by transformers, of each folder."""
+
+    @torch.inference_mode()
+    def run(path):
+        return (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(block).logits[0].numpy()
+        )
+
+    return {
+        name: run(path)
+        for name, path in {
+            "dense": MODEL,
+            "small": folder / "small",
+            "stock": folder / "stock",
+        }.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def llama(folder, block):
+    """What llama.cpp answers, by the name of the file."""
+    asked = {"tokens": block[0].tolist(), "text": TEXT, "messages": CHAT}
+    (folder / "asked.json").write_text(json.dumps(asked))
+
+    def run(name):
+        script, out = Path(__file__).with_name("in_llama.py"), folder / f"{name}.npz"
+        command = [PYTHON, script, folder / f"{name}.gguf", folder / "asked.json", out]
+        subprocess.run(list(map(str, command)), check=True)
+        return dict(np.load(out))
+
+    return {name: run(name) for name in ("dense", "f32", "f16", "q8_0")}
+
+
+def perplexity(logits, block):
+    loss = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]), block[0, 1:])
+    return math.exp(loss)
+
+
+def compare(name, found, expected, block):
+    """Largest difference, share of equal argmaxes; printed with both perplexities."""
+    worst = np.abs(found - expected).max()
+    same = (found.argmax(-1) == expected.argmax(-1)).mean()
+    print(
+        f"{name}: largest logit difference {worst:.2g} of a range of "
+        f"{np.ptp(expected):.3g}, equal argmaxes {same:.4f}, perplexity "
+        f"{perplexity(found, block):.4f} and {perplexity(expected, block):.4f}"
+    )
+    return worst, same
+
+
+def test_the_ordinary_checkpoint_has_the_logits_of_the_compressed_one(logits, block):
+    worst, same = compare("a3 to hf", logits["stock"], logits["small"], block)
+    assert worst < 1e-3
+    assert same == 1
+    assert np.abs(logits["small"] - logits["dense"]).max() > 1
+
+
+@pytest.mark.parametrize(("name", "of"), [("dense", "dense"), ("f32", "stock")])
+def test_llama_cpp_has_the_logits_of_transformers(llama, logits, block, name, of):
+    found, expected = llama[name]["logits_f32"], logits[of]
+    worst, same = compare(f"hf to gguf, {name}, cache f32", found, expected, block)
+    assert worst < 0.02
+    assert same > 0.995
+    assert perplexity(found, block) == pytest.approx(perplexity(expected, block), rel=1e-4)
+    worst, same = compare(
+        f"hf to gguf, {name}, cache f16", llama[name]["logits_f16"], expected, block
+    )
+    assert worst < 0.2
+
+
+@pytest.mark.parametrize(("name", "far", "equal"), [("f16", 0.2, 0.98), ("q8_0", 3.0, 0.9)])
+def test_smaller_types_are_near(llama, logits, block, name, far, equal):
+    found = llama[name]["logits_f16"]
+    worst, same = compare(f"hf to gguf, {name}", found, logits["stock"], block)
+    assert worst < far
+    assert same > equal
+    assert perplexity(found, block) == pytest.approx(perplexity(logits["stock"], block), rel=0.02)
+
+
+def test_wrong_frequencies_would_be_seen(llama, logits, block):
+    """The dense model's logits are not those of the compressed one, by as much as this."""
+    worst, same = compare("dense to small", llama["f32"]["logits_f32"], logits["dense"], block)
+    assert worst > 1
+    assert same < 0.95
+
+
+def test_llama_cpps_kv_cache_shrank(llama, folder, block):
+    size = read_record(folder / "small/approx.json")["size"]
+    expected = size["compressed"]["kv_bytes_per_token"] / size["dense"]["kv_bytes_per_token"]
+    for kind in ("f32", "f16"):
+        found, dense = (int(llama[name][f"cache_{kind}"]) for name in ("f32", "dense"))
+        print(f"KV cache {kind} of {block.numel()} tokens: {found:,} of {dense:,} bytes")
+        assert found / dense == pytest.approx(expected, abs=0.01)
+    assert expected == RANK / 64
+
+
+def test_text_becomes_the_same_tokens(llama):
+    ids = AutoTokenizer.from_pretrained(MODEL)(TEXT).input_ids
+    assert llama["f32"]["ids"].tolist() == ids
+
+
+def test_it_answers_in_a_chat(llama, folder):
+    for name in ("dense", "f32", "f16", "q8_0"):
+        print(f"llama.cpp, {name}: {llama[name]['reply']}")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "stock")
+    prompt = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "stock", dtype=torch.float32)
+    made = model.generate(**prompt, max_new_tokens=24, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
+    reply = tokenizer.decode(made, skip_special_tokens=True)
+    print(f"transformers: {reply}")
+    assert str(llama["f32"]["reply"]).strip() == reply.strip()
+
+
+def test_transformers_loads_it_where_there_is_no_a3(folder, logits, block):
+    code = (
+        "import sys, numpy, torch\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.split('.')[0] == 'a3': raise ImportError('a3 is not here')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "ids = torch.tensor([list(map(int, sys.argv[2].split()))])\n"
+        "with torch.inference_mode(): numpy.save(sys.argv[3], model(ids).logits[0].numpy())\n"
+        "assert 'a3' not in sys.modules"
+    )
+    ids = " ".join(map(str, block[0].tolist()))
+    out = folder / "alone.npy"
+    command = [sys.executable, "-I", "-c", code, str(folder / "stock"), ids, str(out)]
+    subprocess.run(command, check=True)
+    np.testing.assert_allclose(np.load(out), logits["stock"], atol=1e-4)

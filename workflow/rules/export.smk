@@ -1,0 +1,56 @@
+"""Stage export: checkpoints for other runtimes, asked for by their paths.
+
+results/exports/<model>/<run>/hf/ is an ordinary checkpoint of a compressed one, and
+results/exports/<model>/<run>/model-<type>.gguf a file for llama.cpp, of the dense model too.
+"""
+
+EXPORT = f"{RESULTS}/exports/{{model}}/{{run}}"
+EXPORT_LOG = f"{LOGS}/exports/{{model}}/{{run}}"
+
+
+rule export_hf:
+    input:
+        model_files,
+    output:
+        weights=[f"{EXPORT}/hf/{name}" for name in WEIGHTS],
+        config=f"{EXPORT}/hf/config.json",
+        record=f"{EXPORT}/hf/export.json",
+    log:
+        f"{EXPORT_LOG}/hf.log",
+    benchmark:
+        f"{EXPORT_LOG}/hf.benchmark.tsv"
+    wildcard_constraints:
+        run="[^/]+/[^/]+/[^/]+",
+    conda:
+        "../../environment.yaml"
+    resources:
+        **resources("approx", cost_of_gather, beside=True),
+    params:
+        model=subpath(input[0], parent=True),
+        out=subpath(output.config, parent=True),
+        code=fingerprint("a3.stages.export"),
+    # A folder that is there is refused, and Snakemake makes it before.
+    shell:
+        "rm -rf {params.out:q} && a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
+
+
+rule export_gguf:
+    input:
+        model_files,
+    output:
+        f"{EXPORT}/model-{{type}}.gguf",
+    log:
+        f"{EXPORT_LOG}/model-{{type}}.log",
+    benchmark:
+        f"{EXPORT_LOG}/model-{{type}}.benchmark.tsv"
+    wildcard_constraints:
+        type=one_of(GGUF_TYPES),
+    conda:
+        "../../environment.yaml"
+    resources:
+        **resources("approx", cost_of_gather, beside=True),
+    params:
+        model=subpath(input[0], parent=True),
+        code=fingerprint("a3.stages.export_gguf"),
+    shell:
+        "a3 export gguf {params.model:q} --type {wildcards.type} -o {output:q} &> {log:q}"
