@@ -113,15 +113,17 @@ def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
 
 
 def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ C X F) after each."""
+    """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ (C + λ 1) X F) after
+    each.
+    """
     W = weights.down.double() @ root_of(F)
     gone, losses = eliminate(C, W, len(C) - least, ridge_of(C))
     return gone, losses / 2
 
 
 def ridge_of(C: Tensor) -> float:
-    """λ of refits with the autocorrelation C."""
-    return RIDGE * C.diagonal().mean().item()
+    """λ of refits with the autocorrelation C; not 0, also where it is."""
+    return RIDGE * C.diagonal().mean().item() or 1.0
 
 
 def _refitted(

@@ -115,8 +115,8 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
 def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Pairs of each group in the order in which `fisher` drops them, and the loss.
 
-    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ C e over all heads, when
-    each group has dropped so many.
+    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ (C + λ 1) e over all
+    heads, when each group has dropped so many.
     """
     grouped = _by_group(weights, C)  # (G, g, parts, F, parts, F)
     groups, heads, parts, pairs = grouped.shape[:4]
@@ -126,7 +126,8 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
     e, target = flat.new_zeros(flat.shape[:3]), flat.new_zeros(parts)
     target[0] = 1.0
     left = torch.ones(groups, pairs, dtype=torch.bool, device=C.device)
-    order, losses = [], [C.new_zeros(())]
+    losses = [C.new_zeros(())]
+    order = torch.zeros(groups, 0, dtype=torch.long, device=C.device)
     every = torch.arange(groups, device=C.device)
     for _ in range(pairs - least):
         own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
@@ -142,9 +143,9 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
         e = e + (PD @ pull[every, :, drop][..., None])[..., 0]
         P = P - PD @ torch.linalg.solve(own[every, :, drop], PD.mT)
         left[every, drop] = False
-        order.append(drop)
+        order = torch.cat((order, drop[:, None]), 1)
     rest = left.nonzero()[:, 1].view(groups, -1)
-    return torch.cat((torch.stack(order, 1), rest), 1), torch.stack(losses).cumsum(0)
+    return torch.cat((order, rest), 1), torch.stack(losses).cumsum(0)
 
 
 def _by_group(weights: AttentionWeights, C: Tensor) -> Tensor:
@@ -196,8 +197,8 @@ def _with_factors(solution: QKSolution, e: Tensor, error: Tensor) -> QKSolution:
 
 
 def ridge_of(C: Tensor) -> float:
-    """λ of the refit of pairs."""
-    return RIDGE * C.diagonal(dim1=-2, dim2=-1).mean().item()
+    """λ of the refit of pairs; not 0, also where it is."""
+    return RIDGE * C.diagonal(dim1=-2, dim2=-1).mean().item() or 1.0
 
 
 def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
