@@ -35,6 +35,10 @@ def random(*shape, seed=3):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
 def semidefinite(*shape, seed=3, rank=None):
     """(…, n, n) of the shape (…, n), of the given rank."""
     x = random(*shape, rank or shape[-1] + 5, seed=seed)
@@ -76,7 +80,7 @@ def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
     C, W = inputs(kind, n)[0], random(n, 5)
     ridge = 0.01 * C.diagonal().mean().item()
     rows, losses = eliminate(C, W, count, ridge)
-    order, expected = slow_elimination(C + ridge * torch.eye(n), W, count)
+    order, expected = slow_elimination(C + ridge * eye(n), W, count)
     assert rows.tolist() == order
     assert losses.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9 * expected[-1])
 
@@ -92,7 +96,7 @@ def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind):
     assert (losses.diff() >= 0).all()
     for gone in (8, 16, 24, 30):
         kept = sorted(set(range(N)) - set(rows[:gone].tolist()))
-        exact, _ = refit(C + ridge * torch.eye(N), W, kept)
+        exact, _ = refit(C + ridge * eye(N), W, kept)
         assert losses[gone].item() == pytest.approx(exact.item(), rel=1e-7)
     assert eliminate(C, W, 0, ridge)[1].tolist() == [0.0]
 
@@ -102,7 +106,7 @@ def test_take_over_is_least_squares_with_a_ridge(kind):
     C, W, kept = inputs(kind, N)[0], random(N, 5), torch.arange(0, N, 3)
     ridge = 0.01 * C.diagonal().mean().item()
     # The ridge pulls towards the rows as they were: (C_SS + λ)⁻¹ ((C + λ) W)_S.
-    lifted = C + ridge * torch.eye(N)
+    lifted = C + ridge * eye(N)
     expected = torch.linalg.solve(lifted[kept][:, kept], (lifted @ W)[kept])
     torch.testing.assert_close(take_over(C, kept, W, ridge), expected, **CLOSE)
     torch.testing.assert_close(refit(lifted, W, kept)[1][kept], expected, rtol=1e-6, atol=1e-8)
@@ -119,7 +123,7 @@ def test_mlp_refits(kind, mode):
     weights, C = channels(), inputs(kind, N)[0]
     F = semidefinite(D, seed=6, rank=9)  # fewer tokens than dimensions
     more = [F] if mode == "obs" else []
-    F = F if more else torch.eye(D, dtype=torch.float64)
+    F = F if more else eye(D)
     W = weights.down
     ridge = mlp.RIDGE * C.diagonal().mean().item()
 
@@ -132,7 +136,7 @@ def test_mlp_refits(kind, mode):
         kept = found.channels
         assert torch.equal(found.up, weights.up[:, kept])
         assert torch.equal(found.gate, weights.gate[:, kept])
-        _, Z = refit(C + ridge * torch.eye(N), W, kept)
+        _, Z = refit(C + ridge * eye(N), W, kept)
         torch.testing.assert_close(found.down, Z[kept], rtol=1e-6, atol=1e-8)
         Z[kept] = found.down
         whole = lost(torch.zeros_like(W))
@@ -147,7 +151,7 @@ def test_mlp_refits(kind, mode):
         else:
             gone, losses = mlp.obs_losses(weights, C, F, rank)
             assert sorted(gone.tolist() + kept.tolist()) == list(range(N))
-            exact, _ = refit(C + ridge * torch.eye(N), W, kept, F)
+            exact, _ = refit(C + ridge * eye(N), W, kept, F)
             assert losses[-1].item() == pytest.approx(exact.item() / 2, rel=1e-6, abs=1e-9)
 
 
@@ -163,17 +167,16 @@ def spread(basis, heads):
 def test_joint_ov_refits_all_heads_together(kind):
     weights, R = attention(), inputs(kind, H * h)[0]
     F = semidefinite(D, seed=6)
-    basis, losses = ov.joint_losses(weights, R, F, least=1)
-    eye = torch.eye(h, dtype=torch.float64).expand(G, h, h)
-    torch.testing.assert_close(basis.mT @ basis, eye, **CLOSE)
+    to_the_end, losses = ov.joint_losses(weights, R, F, least=1)
+    torch.testing.assert_close(to_the_end.mT @ to_the_end, eye(h).expand(G, h, h), **CLOSE)
     W = weights.o.flatten(0, 1)
     ridge = ov.RIDGE * R.diagonal().mean().item()
-    lifted = R + ridge * torch.eye(H * h)
+    lifted = R + ridge * eye(H * h)
     half = linalg.root_of(lifted).T
 
-    def best(metric_half, rank):
-        """The best output projection (H r, d) of the values in a subspace."""
-        E = spread(basis[..., :rank], H)
+    def best(metric_half, basis):
+        """The best output projection of the values in subspaces (G, h, r)."""
+        E = spread(basis, H)
         return E @ torch.linalg.lstsq(metric_half @ E, metric_half @ W).solution
 
     def lost(metric, Z):
@@ -181,13 +184,17 @@ def test_joint_ov_refits_all_heads_together(kind):
         return (X * (metric @ X @ F)).sum().item()
 
     for rank in range(1, h + 1):
-        exact = lost(lifted, best(half, rank)) / 2
+        basis, _ = ov.joint_losses(weights, R, F, rank)
+        exact = lost(lifted, best(half, basis[..., :rank])) / 2
         whole = losses[-1].item()
         assert losses[h - rank].item() == pytest.approx(exact, rel=1e-7, abs=1e-12 * whole)
         found = ov.joint(weights, R, F, rank)
+        # Ended there or later, the same subspaces, in bases of their own.
+        spans = [B[..., :rank] @ B[..., :rank].mT for B in (basis, to_the_end)]
+        torch.testing.assert_close(*spans, rtol=0, atol=1e-7)
         torch.testing.assert_close(found.v, weights.v @ basis[..., :rank], **CLOSE)
         Z = spread(basis[..., :rank], H) @ found.o.flatten(0, 1)
-        torch.testing.assert_close(Z, best(half, rank), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(Z, best(half, basis[..., :rank]), rtol=1e-6, atol=1e-7)
         share = lost(R, Z) / lost(R, torch.zeros_like(W))
         assert found.relative_error == pytest.approx(share, rel=1e-6, abs=1e-12)
         # Never worse than the same directions without a refit.
@@ -203,7 +210,7 @@ def test_the_first_direction_that_joint_drops_is_the_best_of_all():
     weights = type(weights)(weights.q[:1], weights.k[:1], weights.v[:1], weights.o[:1], h)
     R, F = inputs("random", h)[0], semidefinite(D, seed=6)
     _, losses = ov.joint_losses(weights, R, F, least=h - 1)
-    lifted = R + ov.RIDGE * R.diagonal().mean() * torch.eye(h)
+    lifted = R + ov.RIDGE * R.diagonal().mean() * eye(h)
 
     def without(u):
         rest = torch.linalg.qr(u[:, None], mode="complete").Q[:, 1:]
@@ -216,7 +223,7 @@ def test_the_first_direction_that_joint_drops_is_the_best_of_all():
     # And one is as good as that, found from the best by descent along the coordinates.
     u = random(300, h, seed=8)[drawn.index(min(drawn))]
     for size in torch.logspace(0, -4, 60).tolist():
-        steps = [u, *(u + s * size * e for e in torch.eye(h).double() for s in (-1, 1))]
+        steps = [u, *(u + s * size * e for e in eye(h) for s in (-1, 1))]
         u = min((s / s.norm() for s in steps), key=without)
     assert without(u) == pytest.approx(losses[1].item(), rel=1e-2)
 
@@ -247,7 +254,7 @@ def test_pairs_are_dropped_as_brute_force_does(normed):
     weights = replace(weights, **gains) if normed else weights
     C = pair_statistics(pairs)
     order, losses = qk.fisher_losses(weights, C, least=1)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * torch.eye(2 * pairs)
+    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
     lifted = lifted[:, :pairs, :pairs] if normed else lifted
     expected = torch.zeros(pairs, dtype=torch.float64)
     for group in range(G):
@@ -283,7 +290,7 @@ def test_factors_commute_with_rope(rope_dims, rank):
     grams = [W.mT @ R @ W for W in (weights.q, weights.k)]
     C = pair_statistics(pairs)
     found = qk.fisher(weights, *grams, C, rank)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * torch.eye(2 * pairs)
+    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
     lost = whole = 0.0
     order, _ = qk.fisher_losses(weights, C, least=1)
     for head in range(H):
@@ -331,7 +338,7 @@ def test_factors_of_normed_queries_go_into_the_gains():
     assert torch.equal(found.pairs, plain.pairs)
     assert torch.equal(found.q, plain.q)
     assert torch.equal(found.k_gain, plain.k_gain)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * torch.eye(2 * pairs)
+    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
     for head in range(H):
         mine = found.pairs[head // (H // G)]
         dropped = [f for f in range(pairs) if f not in mine.tolist()]
@@ -545,7 +552,7 @@ def test_a_model_of_fewer_pairs_is_the_dense_one_with_factors(tmp_path, name):
     pairs = arch.rope_dims // 2
     for i, layer in enumerate(read_record(tmp_path / "small/approx.json")["layers"]):
         C = sums[f"layers.{i}"]
-        lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * torch.eye(2 * pairs)
+        lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
         change = torch.zeros(2, 1, 4, pairs)
         for head in range(4):
             kept = layer["qk"]["rope_pairs"][head // 2 if arch.kv_heads == 2 else head]
