@@ -117,12 +117,12 @@ def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
 def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> tuple[Tensor, Tensor]:
     """Which rows of W to drop, first to last, where the others are refitted each time.
 
-    Optimal brain surgeon (Hassibi & Stork 1992) for min tr(Xᵀ C X), X = W - W̃, C (n, n) and
-    W (n, d): with P = (C + λ 1)⁻¹ of the rows that are left and V their refitted weights, dropping
-    row i costs ‖V_i‖² / P_ii. Rows go in blocks of n / STEPS of the least cost, each block exactly:
-    at a cost of tr(V_Bᵀ P_BB⁻¹ V_B), V loses P_:B P_BB⁻¹ V_B and P loses P_:B P_BB⁻¹ P_B:. Returns
-    the rows (count,) and the loss (count + 1,) by number of rows dropped, within a block linear.
-    At most two or three n × n matrices are in memory beside C.
+    Optimal brain surgeon (Hassibi & Stork 1992) for min tr(Xᵀ (C + λ 1) X), X = W - W̃, C (n, n)
+    and W (n, d): with P = (C + λ 1)⁻¹ of the rows that are left and V their refitted weights,
+    dropping row i costs ‖V_i‖² / P_ii. Rows go in blocks of n / STEPS of the least cost, each block
+    exactly: at a cost of tr(V_Bᵀ P_BB⁻¹ V_B), V loses P_:B P_BB⁻¹ V_B and P loses P_:B P_BB⁻¹ P_B:.
+    Returns the rows (count,) and the loss (count + 1,) by number of rows dropped, within a block
+    linear. At most two or three n × n matrices are in memory beside C.
     """
     P = inverse(C, ridge)
     left = torch.arange(len(C), device=C.device)

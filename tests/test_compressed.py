@@ -14,12 +14,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from a3.documents import load_documents, token_blocks
+from a3.kinds import GRADIENT_FORMS
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.models.modeling_a3 import scores_in_float32
 from a3.solutions import qk
+from a3.solutions.modes import MODES as ALL
 from a3.solutions.modes import choose
 from a3.stages.approximate import approximate
 from a3.stages.collect import collect
@@ -165,7 +167,8 @@ def kinds_of(arch):
 
 
 def test_one_layer_at_a_time_gives_the_same_bytes(dense, tmp_path):
-    kinds = [k for k in kinds_of(load_arch(dense / "dense")) if KINDS[k].form != "fisher"]
+    arch = load_arch(dense / "dense")
+    kinds = [kind for kind in kinds_of(arch) if KINDS[kind].form not in GRADIENT_FORMS]
     outputs = {kind: tmp_path / f"{kind}.safetensors" for kind in kinds}
     collect(dense / "dense", dense / "text.txt", outputs, **SETTINGS, stream=True)
     for kind, path in outputs.items():
@@ -604,6 +607,27 @@ def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode
         logits(full, ids), logits(load(dense / "dense"), ids), rtol=0, atol=2e-5
     )
     assert torch.isfinite(logits(compress(dense, tmp_path / "small", "0.5", **only), ids)).all()
+
+
+@pytest.mark.parametrize("plus", [{"qk": "fisher", "ov": "joint", "mlp": "obs"}, {"mlp": "ls"}])
+def test_modes_past_the_paper_reproduce_at_full_rank(dense, tmp_path, plus):
+    """All that fit at once; at half the rank they are finite."""
+    arch = load_arch(dense / "dense")
+    kinds = {
+        "qk": arch.attention,
+        "ov": arch.attention,
+        "mlp": "experts" if arch.experts else arch.mlp,
+    }
+    fitting = {part: mode for part, mode in plus.items() if kinds[part] in ALL[part][mode].fits}
+    if not fitting:
+        pytest.skip("the mode does not fit this model")
+    only = dict.fromkeys(MODES, "dense") | fitting
+    ids = tokens(dense)
+    expected = logits(load(dense / "dense"), ids)
+    full = compress(dense, tmp_path / "full", "0", **only)
+    torch.testing.assert_close(logits(full, ids), expected, rtol=0, atol=2e-5)
+    small = logits(compress(dense, tmp_path / "small", "0.5", **only), ids)
+    assert torch.isfinite(small).all()
 
 
 @pytest.mark.parametrize("rope_type", SCALINGS)

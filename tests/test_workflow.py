@@ -243,6 +243,25 @@ def test_a_new_kind_is_collected_alone(settled):
     assert "o_proj_blocks" in output
 
 
+def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
+    table = settled.folder / "experiments.tsv"
+    before = table.read_text()
+    table.write_text(before + "tiny\tshort\tfisher~\tjoint~\tobs~\t0.25\n")
+    rules, output = settled.snakemake("-n")
+    table.write_text(before)
+    assert (rules.count("allocate"), rules.count("approx")) == (1, 1)
+    assert "allocations/tiny/short/fisher~+joint~+obs~/0.25.json" in output
+    # For real with one part, which needs less.
+    made = "results/checkpoints/tiny/short/dense+joint~+dense/0.25/approx.json"
+    rules, _ = settled.snakemake(made)
+    assert {"allocate", "approx"} <= set(rules)
+    ranks = settled.folder / "results/allocations/tiny/short/dense+joint~+dense/0.25.json"
+    found = [json.loads(path.read_text()) for path in (settled.folder / made, ranks)]
+    assert found[0]["ranks"] == found[1]["ranks"]
+    assert settled.snakemake(made)[0] == []
+    assert main(["verify", str(settled.folder / "results")]) == 0
+
+
 def test_one_file_by_its_path_builds_only_that(settled):
     target = "results/checkpoints/tiny/short/dense+identity+dense/0.5/approx.json"
     rules, _ = settled.snakemake(target)

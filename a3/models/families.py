@@ -123,6 +123,7 @@ class Gemma3(Gemma2):
 
     qk_norm = "head"
     gain_offset = 1.0
+    norm_heads_first = True
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuse attention that looks ahead."""

@@ -68,6 +68,8 @@ class Family:
     # a norm's gain is its weight plus `gain_offset`.
     qk_norm: ClassVar[str | None] = None
     gain_offset: ClassVar[float] = 0.0
+    # Whether those norms see heads before tokens.
+    norm_heads_first: ClassVar[bool] = False
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"

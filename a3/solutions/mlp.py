@@ -113,15 +113,17 @@ def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
 
 
 def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ C X F) after each."""
+    """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ (C + λ 1) X F) after
+    each.
+    """
     W = weights.down.double() @ root_of(F)
     gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, RIDGE))
     return gone, losses / 2
 
 
 def ridge_of(C: Tensor, share: float) -> float:
-    """λ for the autocorrelation C."""
-    return share * C.diagonal().mean().item()
+    """λ for the autocorrelation C; not 0, also where it is."""
+    return share * C.diagonal().mean().item() or 1.0
 
 
 def _refitted(

@@ -93,7 +93,7 @@ def joint_losses(
     channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
     uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised eigenvalue; one of
     each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
-    ½ tr(Xᵀ R X F) after each.
+    ½ tr(Xᵀ (R + λ 1) X F) after each.
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)
@@ -129,8 +129,8 @@ def _least_direction(A: Tensor, B: Tensor) -> Tensor:
 
 
 def ridge_of(R: Tensor) -> float:
-    """λ of refits with the autocorrelation R."""
-    return RIDGE * R.diagonal().mean().item()
+    """λ of refits with the autocorrelation R; not 0, also where it is."""
+    return RIDGE * R.diagonal().mean().item() or 1.0
 
 
 def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:

@@ -136,8 +136,8 @@ def global_order(C: Tensor, real: bool) -> Tensor:
 def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Pairs of each group in the order in which `fisher` drops them, and the loss.
 
-    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ C e over all heads, when
-    each group has dropped so many.
+    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ (C + λ 1) e over all
+    heads, when each group has dropped so many.
     """
     return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None), least)
 
@@ -151,7 +151,8 @@ def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
     e, target = flat.new_zeros(flat.shape[:3]), flat.new_zeros(parts)
     target[0] = 1.0
     left = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
-    order, losses = [], [flat.new_zeros(())]
+    losses = [flat.new_zeros(())]
+    order = torch.zeros(groups, 0, dtype=torch.long, device=flat.device)
     every = torch.arange(groups, device=flat.device)
     for _ in range(pairs - least):
         own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
@@ -167,9 +168,9 @@ def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
         e = e + (PD @ pull[every, :, drop][..., None])[..., 0]
         P = P - PD @ torch.linalg.solve(own[every, :, drop], PD.mT)
         left[every, drop] = False
-        order.append(drop)
+        order = torch.cat((order, drop[:, None]), 1)
     rest = left.nonzero()[:, 1].view(groups, -1)
-    return torch.cat((torch.stack(order, 1), rest), 1), torch.stack(losses).cumsum(0)
+    return torch.cat((order, rest), 1), torch.stack(losses).cumsum(0)
 
 
 def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
@@ -219,7 +220,7 @@ def _with_factors(solution: QKSolution, e: Tensor, error: Tensor) -> QKSolution:
 
 
 def ridges_of(C: Tensor) -> Tensor:
-    """λ of each head's refit, C (…, n, n) to (…, 1, 1); above 0 also where there are no gradients."""
+    """λ of each head's refit, C (…, n, n) to (…, 1, 1); not 0, also without gradients."""
     mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return RIDGE * torch.where(mean > 0, mean, 1.0)
 

@@ -4,6 +4,7 @@ Each solution that can share says, for each rank of a layer, what the model lose
 (nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ def allocate(
     arch = load_arch(model_folder)
     uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
     ranks = uniformly.ranks(arch)
+    require_room(arch, ranks, multiple, uniform)
     statistics = read_statistics(model_folder, rxx_folder, arch, plan)
     solver = LayerSolver(
         arch,
@@ -116,7 +118,6 @@ def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan
 def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
     """The loss of each shared part of a layer by rank."""
     arch = solver.arch
-    heads = arch.heads + arch.kv_heads
     attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
     for part in solver.ranks:
         name = solver.layer_mode(part, layer)
@@ -127,11 +128,10 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
             )
         kinds = find_mode(part, name).kinds
         rxx = [solver.rxx(kind, layer) for kind in kinds]
-        full = arch.full_rank(part)
-        least = max(1, int(LEAST * full))
+        full, least = arch.full_rank(part), least_rank(arch, part)
         if part == "qk":
             pairs = arch.rope_dims // 2
-            _, loss = qk.fisher_losses(attention, rxx[-1], least=max(1, least // 2))
+            _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
             # The dimensions that are not rotated stay as long as there are pairs to drop.
             ranks = full - 2 * torch.arange(len(loss))
             require_whole(arch, pairs)
@@ -142,16 +142,48 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
             _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *rxx, least)
             ranks = full - torch.arange(len(loss))
         kept = (ranks % multiple == 0) | (ranks == full)
-        matrices = 3 if arch.mlp == "3-layer" else 2
-        each = (matrices, 0) if part == "mlp" else (heads, arch.kv_heads)
-        yield Curve(
-            part,
-            range(layer, layer + 1),
-            ranks[kept],
-            loss[kept],
-            each[0] * arch.hidden_size,
-            each[1],
+        layers = range(layer, layer + 1)
+        yield Curve(part, layers, ranks[kept], loss[kept], *of_one_rank(arch, part))
+
+
+def least_rank(arch: Arch, part: str) -> int:
+    """The least rank that a layer may get."""
+    least = max(1, int(LEAST * arch.full_rank(part)))
+    return 2 * max(1, least // 2) if part == "qk" else least
+
+
+def of_one_rank(arch: Arch, part: str) -> tuple[int, int]:
+    """Parameters, and numbers cached a token, of one rank of a part in one layer."""
+    if part == "mlp":
+        inputs = 2 if arch.mlp == "3-layer" else 1
+        return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
+    heads = arch.heads + arch.kv_heads
+    # Gains of norms are one a head; biases of queries, keys and values have their dimensions.
+    own = heads * bool(arch.qk_norm) if part == "qk" else 0
+    biased = heads if part == "qk" else arch.kv_heads
+    return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
+
+
+def require_room(
+    arch: Arch, ranks: dict[str, int], multiple: int, uniform: tuple[str, ...]
+) -> None:
+    """Raise A3Error where the same ranks for all layers are none that a layer may get."""
+    if multiple < 1:
+        raise A3Error(f"allocate: multiple is {multiple}; expected 1 or more.")
+    if others := [part for part in uniform if part not in ranks]:
+        raise A3Error(
+            f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
+            f"its mode with ~."
         )
+    for part, rank in ranks.items():
+        step = math.lcm(multiple, 2) if part == "qk" else multiple
+        least = -(-least_rank(arch, part) // step) * step
+        if rank < min(least, arch.full_rank(part)):
+            raise A3Error(
+                f"allocate: this ratio leaves {part} rank {rank} of {arch.full_rank(part)}, and no "
+                f"layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
+                "smaller ratio or multiple."
+            )
 
 
 def require_whole(arch: Arch, pairs: int) -> None:

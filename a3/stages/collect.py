@@ -79,9 +79,8 @@ def collect(
         bos=bos,
     )
     warn_if_short(arch, outputs, blocks.numel())
-    if shard is not None:
-        run_of = share(len(blocks), shard, "blocks")
-        blocks = blocks[run_of.start : run_of.stop]
+    run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
+    blocks = blocks[run_of.start : run_of.stop]
     streamed = not (compressed or fits(arch, dtype)) if stream is None else stream
     announce(arch, outputs, blocks, streamed)
     accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
@@ -94,7 +93,13 @@ def collect(
             lambda form: form in ("gradient", "factors"),
         )
     )
-    few = blocks[::GRADIENT_BLOCKS]
+    # Of all shards together, the same ones.
+    few = blocks[-run_of.start % GRADIENT_BLOCKS :: GRADIENT_BLOCKS]
+    if gradients and not len(few):
+        raise A3Error(
+            f"shard {shard}: gradients are taken of one block in {GRADIENT_BLOCKS}, and of its "
+            f"{len(blocks)} none is one of them. Collect in fewer shards."
+        )
     start = time.perf_counter()
     if streamed:
         if compressed:

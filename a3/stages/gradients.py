@@ -65,14 +65,19 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         if site == "q":
             accumulator.add_sum(layer, by_factors(queries(x, arch), queries(g, arch), arch))
         else:
-            flat = g.flatten(0, -2)
+            flat = g.flatten(0, -2).float()
             accumulator.add_sum(layer, (flat.T @ flat).double())
 
     return [trunk.get_submodule(name).register_forward_hook(on_output)]
 
 
 def queries(x: Tensor, arch: Arch) -> Tensor:
-    """Queries, or gradients by them, of a module's output: (1, L, …) to (H, L, h), in halves."""
+    """Queries, or gradients by them, of a module's output: (1, L, …) to (H, L, h), in halves.
+
+    Of a norm the output may have its heads before its tokens.
+    """
+    if arch.adapter.norm_heads_first:
+        x = x.transpose(1, 2)
     rows = x.reshape(-1, arch.heads * arch.head_dim).T if arch.qk_norm else x.flatten(0, -2).T
     if arch.qk_norm is None:
         rows = arch.adapter.unfuse(rows, "q", vars(arch))
@@ -84,9 +89,10 @@ def queries(x: Tensor, arch: Arch) -> Tensor:
 def by_factors(q: Tensor, g: Tensor, arch: Arch) -> Tensor:
     """Σ zᵀz over tokens of the gradients z (L, 2 F) by the pairs' factors 1 + α + β i, at 0.
 
-    q and g (H, L, h). A factor takes (q₁, q₂) to (1 + α) q + β (-q₂, q₁), so that z is
-    q₁ g₁ + q₂ g₂ for α and q₁ g₂ - q₂ g₁ for β. RoPE turns q and g alike, which changes neither.
+    q and g (H, L, h); in float32, whatever the model is in. A factor takes (q₁, q₂) to
+    (1 + α) q + β (-q₂, q₁), so that z is q₁ g₁ + q₂ g₂ for α and q₁ g₂ - q₂ g₁ for β. RoPE turns q
+    and g alike, which changes neither.
     """
-    (q1, q2), (g1, g2) = (x[..., : arch.rope_dims].chunk(2, dim=-1) for x in (q, g))
+    (q1, q2), (g1, g2) = (x[..., : arch.rope_dims].float().chunk(2, dim=-1) for x in (q, g))
     z = torch.cat((q1 * g1 + q2 * g2, q1 * g2 - q2 * g1), dim=-1)
     return (z.mT @ z).double()

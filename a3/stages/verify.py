@@ -60,6 +60,7 @@ class Verifier:
             "trained models": ("trained/*/train.json", self.trained),
             "models": ("models/*/arch.json", self.model),
             "statistics": ("rxx/**/*.safetensors", self.rxx),
+            "allocations": ("allocations/**/*.json", self.allocation),
             "parts": ("parts/**/*.json", self.part),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
             "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
@@ -164,18 +165,34 @@ class Verifier:
         self.made_of(record, "weights_sha256", base)
         self.known(record, "text_sha256", self.texts)
 
+    def allocation(self, path: Path) -> None:
+        """Ranks shared out, and the model and statistics that they are for."""
+        record = self.record(path)
+        place = path.relative_to(self.results).parts
+        base = self.results / "models" / place[1] / "arch.json"
+        self.made_of(record, "weights_sha256", base)
+        self.statistics(record, self.results / "rxx" / place[1] / place[2])
+
     def part(self, path: Path) -> None:
         """A part of a checkpoint that a job left."""
         expected = Record.read(path)["content_sha256"]
         check_file(path.with_suffix(".safetensors"), expected, AGAIN)
 
     def checkpoint(self, path: Path) -> None:
-        """A compressed model, and the model and statistics that it was made of."""
+        """A compressed model, and the model, statistics and ranks that it was made of."""
         record = self.files(path)
         place = path.relative_to(self.results).parts
         base = self.results / "models" / place[1] / "arch.json"
         self.made_of(record, "base.weights_sha256", base)
         self.statistics(record, self.results / "rxx" / place[1] / place[2])
+        allocation = self.results / "allocations" / "/".join(place[1:-2]) / f"{place[-2]}.json"
+        if allocation.exists():
+            for part, ranks in Record.read(allocation)["ranks"].items():
+                if record["ranks"][part] != ranks:
+                    raise A3Error(
+                        f"{path}: ranks of {part} are {record['ranks'][part]}, but {allocation} "
+                        f"has {ranks}. {AGAIN}"
+                    )
 
     def quantised(self, path: Path) -> None:
         """A quantised model, and the model and statistics that it was made of."""
