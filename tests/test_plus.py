@@ -125,7 +125,7 @@ def test_mlp_refits(kind, mode):
     more = [F] if mode == "obs" else []
     F = F if more else eye(D)
     W = weights.down
-    ridge = mlp.RIDGE * C.diagonal().mean().item()
+    ridge, own = (share * C.diagonal().mean().item() for share in (mlp.RIDGE, mlp.REFIT_RIDGE))
 
     def lost(Z):
         X = W - Z
@@ -136,7 +136,7 @@ def test_mlp_refits(kind, mode):
         kept = found.channels
         assert torch.equal(found.up, weights.up[:, kept])
         assert torch.equal(found.gate, weights.gate[:, kept])
-        _, Z = refit(C + ridge * eye(N), W, kept)
+        _, Z = refit(C + own * eye(N), W, kept)
         torch.testing.assert_close(found.down, Z[kept], rtol=1e-6, atol=1e-8)
         Z[kept] = found.down
         whole = lost(torch.zeros_like(W))
@@ -242,9 +242,28 @@ def least_factors(C, dropped, pairs):
     return e
 
 
+def with_ridge(C):
+    """C (H, n, n) and each head's ridge."""
+    mean = C.diagonal(dim1=1, dim2=2).mean(1)
+    return C + qk.RIDGE * mean[:, None, None] * eye(C.shape[-1])
+
+
 def pair_statistics(pairs, seed=7):
     """Made-up gradients by the factors of H heads, alike enough that a refit matters."""
     return semidefinite(H, 2 * pairs, seed=seed, rank=2 * pairs - 1)
+
+
+def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
+    C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
+    together = replace(attention(), k=attention().k[:1])
+    expected, _ = qk.fisher_losses(together, C, least=1)
+    assert torch.equal(qk.global_order(C, real=False), expected[0])
+    weights = replace(attention(), rope_dims=h)
+    grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
+    found = qk.uniform_global(weights, *grams, C[:H], expected[0], 6)
+    assert found.pairs.tolist() == [sorted(expected[0, -3:].tolist())] * G
+    full = qk.uniform_global(weights, *grams, C[:H], expected[0], h)
+    assert full.relative_error == 0
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -254,8 +273,7 @@ def test_pairs_are_dropped_as_brute_force_does(normed):
     weights = replace(weights, **gains) if normed else weights
     C = pair_statistics(pairs)
     order, losses = qk.fisher_losses(weights, C, least=1)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
-    lifted = lifted[:, :pairs, :pairs] if normed else lifted
+    lifted = with_ridge(C[:, :pairs, :pairs] if normed else C)
     expected = torch.zeros(pairs, dtype=torch.float64)
     for group in range(G):
         heads = range(group * H // G, (group + 1) * H // G)
@@ -290,7 +308,7 @@ def test_factors_commute_with_rope(rope_dims, rank):
     grams = [W.mT @ R @ W for W in (weights.q, weights.k)]
     C = pair_statistics(pairs)
     found = qk.fisher(weights, *grams, C, rank)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
+    lifted = with_ridge(C)
     lost = whole = 0.0
     order, _ = qk.fisher_losses(weights, C, least=1)
     for head in range(H):
@@ -338,11 +356,11 @@ def test_factors_of_normed_queries_go_into_the_gains():
     assert torch.equal(found.pairs, plain.pairs)
     assert torch.equal(found.q, plain.q)
     assert torch.equal(found.k_gain, plain.k_gain)
-    lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
+    lifted = with_ridge(C[:, :pairs, :pairs])
     for head in range(H):
         mine = found.pairs[head // (H // G)]
         dropped = [f for f in range(pairs) if f not in mine.tolist()]
-        e = least_factors(lifted[head][:pairs, :pairs], dropped, pairs)
+        e = least_factors(lifted[head], dropped, pairs)
         expected = plain.q_gain[head] * (1 - e[mine]).repeat(2)
         torch.testing.assert_close(found.q_gain[head], expected, **CLOSE)
     full = qk.fisher(weights, *grams, C, h)
@@ -495,7 +513,8 @@ def test_gradients_are_those_of_autograd(tmp_path, name):
     assert len(blocks) == 3
     expected = gradients_by_autograd(tmp_path / "dense", name, blocks)
     arch = load_arch(tmp_path / "dense")
-    for kind, path in collected(tmp_path, "rxx", GRADIENTS).items():
+    kinds = GRADIENTS if arch.rope_layout else GRADIENTS[1:]
+    for kind, path in collected(tmp_path, "rxx", kinds).items():
         found = load_file(path)
         for i in range(arch.layers):
             if kind == "pair_gradient" and not arch.has_rope(i):
@@ -552,7 +571,7 @@ def test_a_model_of_fewer_pairs_is_the_dense_one_with_factors(tmp_path, name):
     pairs = arch.rope_dims // 2
     for i, layer in enumerate(read_record(tmp_path / "small/approx.json")["layers"]):
         C = sums[f"layers.{i}"]
-        lifted = C + qk.RIDGE * C.diagonal(dim1=1, dim2=2).mean() * eye(2 * pairs)
+        lifted = with_ridge(C)
         change = torch.zeros(2, 1, 4, pairs)
         for head in range(4):
             kept = layer["qk"]["rope_pairs"][head // 2 if arch.kv_heads == 2 else head]
@@ -651,7 +670,7 @@ def allocated(folder, name, row=PLUS, ratio="0.3", **options):
     """An allocation, and the record of its model."""
     plan = Plan(choose(row | {"ratio": ratio}))
     path = folder / f"{name}.json"
-    allocate(folder / "dense", folder / "rxx", folder / "text.txt", plan, path, **options)
+    allocate(folder / "dense", folder / "rxx", plan, path, **options)
     return read_record(path)
 
 
@@ -732,14 +751,6 @@ def test_allocations_of_something_else_are_refused(shared, tmp_path):
         read_allocation(tmp_path / "missing.json", arch, plan)
     with pytest.raises(A3Error, match="Make it with a3 allocate"):
         read_allocation(None, arch, plan)
-
-
-def test_text_that_the_statistics_have_not_seen_is_needed(shared, tmp_path):
-    plan = Plan(choose(PLUS | {"ratio": "0.3"}))
-    other = tmp_path / "other.txt"
-    other.write_text(TEXT[::-1])
-    with pytest.raises(A3Error, match="not the text of the statistics"):
-        allocate(shared / "dense", shared / "rxx", other, plan, tmp_path / "ranks.json")
 
 
 def test_partial_rotation_is_refused(tmp_path, capsys):
