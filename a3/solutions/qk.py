@@ -107,6 +107,18 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
     return _eliminated(weights, Gq, Gk, C, order, rank)
 
 
+def uniform_global(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, order: Tensor, rank: int
+) -> QKSolution:
+    """As `fisher`, with one index for the whole model: pairs go in the `order` (F,) of all layers.
+
+    Where only a part of the head is rotated, it keeps its share of the rank, so that all layers
+    have as many pairs.
+    """
+    share = int(rank * weights.rope_dims / weights.k.shape[-1] / 2 + 0.5)
+    return _eliminated(weights, Gq, Gk, C, order.expand(len(weights.k), -1), rank, share)
+
+
 def _eliminated(
     weights: AttentionWeights,
     Gq: Tensor,
