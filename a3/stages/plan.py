@@ -95,23 +95,23 @@ def part_rank(arch: Arch, part: str, choice: Choice) -> int:
 
 
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
-    """Ranks whose heads have the nearest servable size; a part that keeps all stays.
+    """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
-    Raises A3Error where there is no smaller size than the dense one.
+    A part that keeps all stays. Raises A3Error where there is no smaller size than the dense one.
     """
+    heads = {p: ranks[p] for p in ("qk", "ov") if ranks.get(p, arch.head_dim) < arch.head_dim}
+    if not heads:
+        return ranks
     smaller = [size for size in SERVABLE if size < arch.head_dim]
-    found = dict(ranks)
-    for part in ("qk", "ov"):
-        if part in ranks and ranks[part] < arch.head_dim:
-            if not smaller:
-                sizes = ", ".join(map(str, SERVABLE))
-                raise A3Error(
-                    f"servable: heads have {arch.head_dim} dimensions, and kernels of serving "
-                    f"runtimes are for {sizes}: none is smaller. Compress the MLP alone (--qk "
-                    "dense --ov dense), or leave out --servable for runtimes that take any size."
-                )
-            found[part] = min(smaller, key=lambda size: (abs(size - ranks[part]), -size))
-    return found
+    if not smaller:
+        sizes = ", ".join(map(str, SERVABLE))
+        raise A3Error(
+            f"servable: heads have {arch.head_dim} dimensions, and kernels of serving runtimes are "
+            f"for {sizes}: none is smaller. Compress the MLP alone (--qk dense --ov dense), or "
+            "leave out --servable for runtimes that take any size."
+        )
+    wanted = max(heads.values())
+    return ranks | dict.fromkeys(heads, min(smaller, key=lambda size: (abs(size - wanted), -size)))
 
 
 def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> None:
