@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -87,5 +88,5 @@ def test_the_readme_names_only_commands_that_exist():
     lines = re.findall(r"^ {4}(a3 .*)$", README, re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
-        words = line.split("#")[0].split()
+        words = shlex.split(line, comments=True)
         assert parser().parse_args(words[1:])

@@ -160,10 +160,11 @@ def prepare(folder, model_type, config):
 
 
 def kinds_of(arch):
-    """Statistics that a model has: of experts, few."""
-    sites = ("mlp", "mlp_input", "down", "down_input")
+    """Statistics that a model has: of experts, few; without RoPE, none of pairs."""
+    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ()
     lacks = {kind for kind in KINDS if KINDS[kind].site in sites} - {"down_diagonal"}
-    return [kind for kind in KINDS if not arch.experts or kind not in lacks]
+    lacks |= set() if arch.rope_layout else {"pair_gradient"}
+    return [kind for kind in KINDS if kind not in lacks]
 
 
 def test_one_layer_at_a_time_gives_the_same_bytes(dense, tmp_path):
