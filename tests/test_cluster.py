@@ -24,6 +24,7 @@ SMOLLM2 = {
     "kv_heads": 3,
     "layers": 30,
     "mlp_inputs": 2,
+    "rope_dims": 64,
     "size": {"parameters": 134515008, "flops_per_token": 339738624},
     "vocab_size": 49152,
 }
@@ -38,6 +39,7 @@ LLAMA_70B = {
     "kv_heads": 8,
     "layers": 80,
     "mlp_inputs": 2,
+    "rope_dims": 128,
     "size": {"parameters": 70553706496, "flops_per_token": 142e9},
     "vocab_size": 128256,
 }

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from a3.results import Run
-from a3.solutions.modes import PARTS
+from a3.solutions.modes import PARTS, SHARED
 from a3.stages.drawing import COMPONENTS, Drawing, name_model
 
 # Light to dark, the more is removed.
@@ -14,8 +14,8 @@ SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 
 def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
-    """What each layer keeps of each part, a line a run; None where all layers keep alike."""
-    shared = [run for run in runs if any(len(set(kept(run, part))) > 1 for part in PARTS)]
+    """What each layer keeps of each part, a line a run; None where no run shared out a budget."""
+    shared = [run for run in runs if any(SHARED in getattr(run.place, part) for part in PARTS)]
     if not shared:
         return None
     shared.sort(key=lambda run: -run.size["parameters"])
@@ -43,12 +43,9 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
 
 
 def kept(run: Run, part: str) -> list[float]:
-    """The share of a part's size that each layer keeps; nothing of parts in two factors."""
+    """The share of a part's size that each layer keeps."""
     full = run.weights["base"]["intermediate_size" if part == "mlp" else "head_dim"]
-    said = [layer.get(part, {}) for layer in run.layers]
-    if any("factors" in one or "expert_ranks" in one for one in said):
-        return []
-    return [one.get("rank", full) / full for one in said]
+    return [layer.get(part, {}).get("rank", full) / full for layer in run.layers]
 
 
 def _label(run: Run) -> str:

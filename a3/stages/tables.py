@@ -135,7 +135,6 @@ def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
         "perplexity_delta": record["perplexity"] - dense["perplexity"],
         "nll_delta": record["nll"] - dense["nll"],
         "nll_delta_stderr": paired["delta_stderr"],
-        **({"bits_per_byte": record["bits_per_byte"]} if "bits_per_byte" in record.data else {}),
     }
 
 
@@ -219,10 +218,8 @@ def columns(frame: pd.DataFrame) -> list[Column]:
             numbers(frame, f"{text} perplexity", f"{text}.perplexity", short, "_stderr"),
             numbers(frame, f"{text} Δ perplexity", f"{text}.perplexity_delta", _signed),
             numbers(frame, f"{text} Δ nll", f"{text}.nll_delta", "{:+.4f}".format, "_stderr"),
+            numbers(frame, f"{text} bits/byte", f"{text}.bits_per_byte", "{:.4f}".format),
         ]
-        if f"{text}.bits_per_byte" in frame:
-            key = f"{text}.bits_per_byte"
-            found.append(numbers(frame, f"{text} bits/byte", key, "{:.4f}".format))
     for task in names(frame, "value"):
         metric = frame[f"{task}.metric"].iloc[0]
         found += [
