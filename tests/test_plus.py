@@ -638,6 +638,18 @@ def test_least_loss_is_near_the_best_of_all(convex, cached, seed):
     best = min(loss(ranks) for ranks in fits)
     step = max(hull_step(c) for c in curves)
     assert best - 1e-12 <= loss(found) <= best + step * (1 + cached)
+    # With one budget and convex curves: whatever loses least for a parameter goes first.
+    if convex and not cached:
+        greedy = [8] * len(curves)
+        while cost(curves, greedy)[0] > budget[0]:
+            slopes = [
+                (c.loss[9 - rank] - c.loss[8 - rank]).item() / c.parameters
+                if rank > 4
+                else torch.inf
+                for c, rank in zip(curves, greedy, strict=True)
+            ]
+            greedy[slopes.index(min(slopes))] -= 1
+        assert all(a >= b for a, b in zip(found, greedy, strict=True))
     # No rank can still be raised.
     for i in range(len(curves)):
         more = [*found[:i], found[i] + 1, *found[i + 1 :]]
