@@ -132,7 +132,7 @@ def test_experiments_that_do_not_fit_are_refused_before_collecting(llama, tmp_pa
     assert main([*words, json.dumps([PAPER, bad])]) == 1
     said = capsys.readouterr()
     assert "experiment model m, qk k-only@4, ov xkv, mlp rxx-w, ratio 0.2: qk mode" in said.err
-    assert "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, abs-w, " in said.err
+    assert "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, uniform-global, abs-w, " in said.err
     assert "tokens" not in said.out
     assert not out.parent.exists()
     assert main([*words, json.dumps([PAPER, OWN])]) == 0
@@ -147,7 +147,7 @@ def test_the_readmes_command_with_sizes_of_its_own(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     tiny_llama(tmp_path / "dense", head_dim=64, num_hidden_layers=1)
     Path("text.txt").write_text("A river moves towards an ocean, or a lake. " * 60)
-    (line,) = re.findall(r"^ {4}a3 (compress .* --qk .*)$", README, re.MULTILINE)
+    (line,) = re.findall(r"^ {4}a3 (compress .* --qk .* --mlp dense .*)$", README, re.MULTILINE)
     words = ["dense" if word == "smollm2-135m" else word for word in line.split("#")[0].split()]
     assert main([*words, "--text", "text.txt", "--tokens", "256", "--block-length", "64"]) == 0
     record = json.loads(Path("small/approx.json").read_text())

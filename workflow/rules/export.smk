@@ -53,4 +53,4 @@ rule export_gguf:
         model=subpath(input[0], parent=True),
         code=fingerprint("a3.stages.export_gguf"),
     shell:
-        "a3 export gguf {params.model:q} --type {wildcards.type} -o {output:q} &> {log:q}"
+        "a3 export gguf {params.model:q} --type {wildcards.type:q} -o {output:q} &> {log:q}"
