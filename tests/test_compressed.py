@@ -554,7 +554,11 @@ def test_generate_with_cache_equals_without(dense, tmp_path):
     ids = tokens(dense, count=9)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     expected = small.generate(ids, use_cache=False, **options)
-    for cache in ("dynamic", "static"):
+    # Dense models of these have no static cache either: transformers takes it to be as long as the
+    # prompt for Falcon's ALiBi, and its end for the present in GPT-Neo's local layers.
+    alibi = small.config.a3["family"] == "falcon" and small.config.alibi
+    static = () if alibi or small.config.a3["family"] == "gpt_neo" else ("static",)
+    for cache in ("dynamic", *static):
         found = small.generate(ids, cache_implementation=cache, disable_compile=True, **options)
         torch.testing.assert_close(found, expected)
     # A shorter prompt beside a longer one, padded on the left, goes on as it does alone.
