@@ -367,7 +367,7 @@ def test_no_bos_is_an_error(some):
 
 def test_the_catalogue_is_whole():
     catalogue = yaml.safe_load((PACKAGE / "catalogue.yaml").read_text())
-    assert set(catalogue) == {"models", "texts", "perplexity", "harness"}
+    assert set(catalogue) == {"models", "texts", "perplexity", "harness", "quantisations"}
     for entry in [*catalogue["models"].values(), *catalogue["texts"].values()]:
         assert entry["licence"]
         if "wheel" in entry["source"]:
