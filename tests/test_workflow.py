@@ -324,8 +324,11 @@ def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
         "block_length: 64, shards: 3}\nperplexity",
     )
     folder = settled.folder / "results/rxx/tiny/short"
-    whole = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
-    targets = [str(path.relative_to(settled.folder)) for path in folder.glob("*.safetensors")]
+    # Those of the table, and not what another test left: gradients are of too few of these blocks.
+    others = ("o_proj_input", "attention_gradient")
+    paths = [path for path in folder.glob("*.safetensors") if path.stem not in others]
+    whole = {path.name: load_file(path) for path in paths}
+    targets = [str(path.relative_to(settled.folder)) for path in paths]
     rules, _ = settled.snakemake(*targets)
     assert rules.count("collect_together") == 3
     assert rules.count("merge") == len(whole)

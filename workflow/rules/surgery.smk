@@ -68,7 +68,7 @@ rule eval_generation:
         code=fingerprint("a3.stages.generation"),
     shell:
         "a3 eval generation {params.model:q} --prompt {params.prompt:q}"
-        " --new-tokens {params.new_tokens} --threads {params.threads}"
+        " --new-tokens {params.new_tokens:q} --threads {params.threads}"
         " --device {params.device:q} -o {output.result:q} &> {log:q}"
 
 
