@@ -324,9 +324,9 @@ def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
         "block_length: 64, shards: 3}\nperplexity",
     )
     folder = settled.folder / "results/rxx/tiny/short"
-    # Those of the table, and not what another test left: gradients are of too few of these blocks.
-    others = ("o_proj_input", "attention_gradient")
-    paths = [path for path in folder.glob("*.safetensors") if path.stem not in others]
+    # Those of the table, and not what other tests left: gradients are of too few of these blocks.
+    kinds = ("q_blocks", "k_blocks", "v_blocks", "o_proj_blocks", "down_diagonal")
+    paths = [folder / f"{kind}.safetensors" for kind in kinds]
     whole = {path.name: load_file(path) for path in paths}
     targets = [str(path.relative_to(settled.folder)) for path in paths]
     rules, _ = settled.snakemake(*targets)
