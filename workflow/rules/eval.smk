@@ -76,8 +76,9 @@ rule eval_speed:
         run="[^/]+/[^/]+/[^/]+(/[^/]+)?",
     conda:
         "../../environment.yaml"
-    # On one machine all cores, so that no other job disturbs it; it runs on those of the config.
-    threads: workflow.cores if workflow.local_exec else C["threads"]["eval"]
+    # On one machine all cores, so that no other job disturbs it; it runs on those of the config. On
+    # a cluster Snakemake has no number of cores.
+    threads: workflow.resource_settings.cores or C["threads"]["eval"]
     resources:
         **resources("eval", cost_of_speed),
     params:
