@@ -480,6 +480,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--uniform", nargs="+", choices=PARTS, default=[], help=text_)
     add_out(one, "the ranks, JSON")
     add_threads(one)
+
     one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
@@ -490,6 +491,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--part", help=text_)
     add_out(one, "compressed Hugging Face folder")
     add_threads(one)
+
     one = add(commands, "gather", gather, "parts of a compressed model to one folder")
     one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
@@ -503,6 +505,8 @@ def parser() -> argparse.ArgumentParser:
     text_ = "variance@0.9: components that explain that share; parameters@0.5: as many as fit"
     one.add_argument("--size", required=True, help=text_)
     add_out(one, "Hugging Face folder of the same family")
+    add_threads(one)
+
     one = add(
         commands, "quantise", quantise, "to low precision, repaired by a low rank (LQER, QERA)"
     )
@@ -516,6 +520,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--rank", type=int, help="of the repair; no rank with --method none")
     add_out(one, "compressed Hugging Face folder")
     add_threads(one)
+
     export = commands.add_parser(
         "export", help="compressed models for other runtimes", description="Export."
     )
@@ -600,6 +605,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
     add_out(one, "Hugging Face folder")
     add_threads(one)
+
     one = add(commands, "text", text, "make docs.jsonl")
     one.add_argument("text", help="file, catalogue name, or JSON as in the config")
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")

@@ -16,6 +16,7 @@ import a3  # noqa: F401  (the user's first line)
 from a3.cli import main, parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+RULES = Path(__file__).parent.parent / "workflow" / "rules"
 COMMANDS = [
     "compress",
     "collect",
@@ -53,6 +54,26 @@ def test_help_is_fast_and_does_not_import_torch(command):
     assert done.returncode == 0, done.stderr
     assert "usage: a3" in done.stdout
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("rules", sorted(RULES.glob("*.smk")), ids=lambda path: path.stem)
+def test_the_commands_have_the_options_that_the_workflow_gives_them(rules):
+    """Strings that stand together are one command: `a3 WORDS … --option …`."""
+    for command in re.findall(r'(?:^ *f?"(?:[^"\n]*)"\n)+', rules.read_text(), re.MULTILINE):
+        command = " ".join(re.findall(r'"(.*)"', command))
+        for words, options in re.findall(r"\ba3 ((?:[a-z][a-z-]* )+)([^&]*)", command):
+            known = option_strings(words.split())
+            used = re.findall(r"(?<!\S)(--[a-z-]+)", options)
+            assert set(used) <= known, (rules.name, words, set(used) - known)
+
+
+def option_strings(words):
+    """All options of one command."""
+    one = parser()
+    for word in words:
+        (choices,) = (action.choices for action in one._actions if action.dest == "==SUPPRESS==")
+        one = choices[word]
+    return set(one._option_string_actions)
 
 
 def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys, monkeypatch):
