@@ -172,13 +172,14 @@ def approx(
     part: str | None,
     allocation: Path | None,
     servable: bool,
+    multiple: int,
     **row: str,
 ) -> None:
     """Compress with collected statistics."""
     from a3.stages.approximate import approximate, approximate_part
     from a3.stages.plan import Plan
 
-    plan = Plan(choose(row), servable)
+    plan = Plan(choose(row), servable, multiple)
     if part is None:
         approximate(folder(model), rxx, plan, out, allocation)
     else:
@@ -201,13 +202,19 @@ def gather(model: Path, parts: list[Path], out: Path) -> None:
 
 
 def compress(
-    model: str, text: str, out: Path, settings: dict[str, Any], servable: bool, **row: str
+    model: str,
+    text: str,
+    out: Path,
+    settings: dict[str, Any],
+    servable: bool,
+    multiple: int,
+    **row: str,
 ) -> None:
     """Collect and approx in one go."""
     from a3.stages.compress import compress
     from a3.stages.plan import Plan
 
-    plan = Plan(choose(row), servable)
+    plan = Plan(choose(row), servable, multiple)
     compress(model_entry(model), text_entry(text), plan, out, settings)
 
 
@@ -275,12 +282,15 @@ def spectra(model: Path, rxx: Path, out: Path) -> None:
     spectra(folder(model), rxx, out)
 
 
-def speed(models: list[Path], ratio: list[str], layers: int | None, **options: Any) -> None:
+def speed(
+    models: list[Path], ratio: list[str], beside: list[str], layers: int | None, **options: Any
+) -> None:
     """Time models beside each other."""
     from a3.stages.speed import speed
 
     modes = {part: options.pop(part) for part in PARTS}
-    rows = [modes | {"ratio": one} for one in ratio]
+    methods = [modes, *(dict.fromkeys(PARTS, mode) for mode in beside)]
+    rows = [method | {"ratio": one} for method in methods for one in ratio]
     speed([folder(model) for model in models], rows=rows, layers=layers, **options)
 
 
@@ -575,6 +585,10 @@ def parser() -> argparse.ArgumentParser:
     text_ = "time the dense model and those of these ratios, all with random weights"
     one.add_argument("--ratio", nargs="+", default=[], help=text_)
     add_parts(one)
+    text_ = "with --ratio: also a mode that factors the matrices of all parts: svd-llm …"
+    one.add_argument("--beside", nargs="+", default=[], metavar="MODE", help=text_)
+    text_ = "with --ratio: each of them with ranks that are multiples of 1, of 64 …"
+    one.add_argument("--multiples", type=int, nargs="+", default=[1], help=text_)
     text_ = "with --ratio: run only so many layers, and extrapolate (default: all)"
     one.add_argument("--layers", type=int, help=text_)
     one.add_argument("--batch", type=int, default=1, help="sequences")
@@ -717,6 +731,13 @@ def add_servable(one: argparse.ArgumentParser) -> None:
     """Sizes of heads."""
     text = f"heads of the nearest size that serving runtimes have: {', '.join(map(str, SERVABLE))}"
     one.add_argument("--servable", action="store_true", help=text)
+    add_multiple(one)
+
+
+def add_multiple(one: argparse.ArgumentParser) -> None:
+    """Sizes that hardware likes."""
+    text = "ranks that a ratio leaves are rounded to multiples of it (8, 16, 64 …)"
+    one.add_argument("--multiple", type=int, default=1, help=text)
 
 
 def add_parts(one: argparse.ArgumentParser) -> None:

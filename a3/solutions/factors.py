@@ -43,9 +43,9 @@ class Matrix:
         R = torch.ones(len(self.W), dtype=self.W.dtype) if self.R is None else self.R
         return two_factors(self.W, R, min(rank, *self.W.shape), self.of_output)
 
-    def rank_for(self, kept: float) -> int | None:
+    def rank_for(self, kept: float, multiple: int) -> int | None:
         """As `rank_for` of its shape."""
-        return rank_for(tuple(self.W.shape), kept)
+        return rank_for(tuple(self.W.shape), kept, multiple)
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Factors:
     relative_error: float
 
 
-def rank_for(shape: tuple[int, int], kept: float) -> int | None:
+def rank_for(shape: tuple[int, int], kept: float, multiple: int = 1) -> int | None:
     """The rank whose factors have `kept` of the weights of a matrix (m, n); None where all stay.
 
-    m n weights become r (m + n), so that r is kept · m n / (m + n), rounded.
+    m n weights become r (m + n), so that r is kept · m n / (m + n), rounded to a `multiple`.
     """
     m, n = shape
-    return None if kept >= 1 else max(1, round(kept * m * n / (m + n)))
+    return None if kept >= 1 else max(1, round(kept * m * n / (m + n) / multiple)) * multiple
 
 
 def factorise(matrices: Mapping[str, Matrix], ranks: Mapping[str, int | None]) -> Factors:

@@ -246,7 +246,8 @@ def parse_ratio(text: str) -> Decimal:
 def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -> int:
     """The rank that a size leaves of `full` dimensions.
 
-    A ratio leaves (1 - ratio) · full to the nearest multiple (of 2 for whole RoPE pairs), ties up.
+    A ratio leaves (1 - ratio) · full to the nearest multiple (of 2 for whole RoPE pairs), ties up,
+    and no more than `full`.
     Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay), and for
     a rank that is not a multiple from `least` to `full`.
     """
@@ -255,7 +256,7 @@ def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -
         if rank < least:
             what = "RoPE pair" if least == 2 else "dimension"
             raise A3Error(f"ratio {size} of {full} leaves no {what}. Take a smaller ratio.")
-        return rank
+        return min(rank, full)
     nearest = min(max(size // multiple * multiple, least), full)
     if size != nearest:
         even = "an even number, since RoPE turns pairs," if multiple == 2 else "one"

@@ -110,7 +110,7 @@ def solver_for(
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {part: choice.mode for part, choice in plan.choices.items()}
-    solver = LayerSolver(arch, dense, statistics, modes, ranks)
+    solver = LayerSolver(arch, dense, statistics, modes, ranks, plan.multiple)
     for part in modes:
         if modes[part] in ALLOCATED:
             solver.allocate(part)
@@ -152,13 +152,15 @@ class LayerSolver:
         statistics: dict[str, Rxx],
         modes: dict[str, str],
         ranks: Mapping[str, int | list[int]],
+        multiple: int = 1,
     ) -> None:
-        """`ranks` has one number a part, or one a layer."""
+        """`ranks` has one number a part, or one a layer; those of factors are of a `multiple`."""
         self.arch = arch
         self.checkpoint = checkpoint
         self.statistics = statistics
         self.modes = modes
         self.ranks = ranks
+        self.multiple = multiple
         self.fields = arch.to_json()
         # The share that each matrix keeps, by its name in every layer, where it is not the same.
         self.kept: dict[str, list[float]] = {}
@@ -220,9 +222,9 @@ class LayerSolver:
         """
         arch, adapter, mode = self.arch, self.arch.adapter, find_mode(part, self.modes[part])
         matrices = self.matrices(part, layer, weights)
-        ranks = factor_ranks(arch, part, mode, self.ranks[part])
+        ranks = factor_ranks(arch, part, mode, self.ranks[part], self.multiple)
         for name in self.kept.keys() & matrices.keys():
-            ranks[name] = matrices[name].rank_for(self.kept[name][layer])
+            ranks[name] = matrices[name].rank_for(self.kept[name][layer], self.multiple)
         solution = factorise(matrices, ranks)
         stay = [name for name in REPLACED[part] if adapter.repacked and part != "mlp"]
         tensors = self.pack(layer, weights, tuple(stay))
@@ -281,7 +283,7 @@ class LayerSolver:
             found = self.matrices(part, layer, self.weights(layer, part == "mlp"))
             for name, matrix in found.items():
                 least = matrix.factor(0)[2]
-                rank = min(matrix.rank_for(kept), len(least) - 1)
+                rank = min(matrix.rank_for(kept, self.multiple), len(least) - 1)
                 tokens = self.statistics[kinds[name]].tokens
                 losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
         self.kept |= {name: shares(found, kept) for name, found in losses.items()}

@@ -1,6 +1,8 @@
 """What an experiment asks of a model, checked before anything long runs."""
 
+import math
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from a3.errors import A3Error
@@ -26,10 +28,16 @@ class Plan:
     """What to do to each part that is compressed: {"qk": choice, …}.
 
     `servable`: heads get the nearest of the sizes that fused kernels of serving runtimes have.
+    `multiple`: a ratio leaves the nearest multiple of it, which hardware may like better.
     """
 
     choices: dict[str, Choice]
     servable: bool = False
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise A3Error(f"multiple is {self.multiple}; expected 1 or more.")
 
     def kinds(self) -> list[str]:
         """Statistics that the modes read."""
@@ -43,7 +51,10 @@ class Plan:
         """Rank of each compressed part; raises A3Error where its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
-        ranks = {part: part_rank(arch, part, choice) for part, choice in self.choices.items()}
+        ranks = {
+            part: part_rank(arch, part, choice, self.multiple)
+            for part, choice in self.choices.items()
+        }
         return servable_ranks(arch, ranks) if self.servable else ranks
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
@@ -59,7 +70,7 @@ class Plan:
         found: dict[str, int | None] = {}
         for part, rank in (self.ranks(arch) if self.choices else {}).items():
             if self.mode(part).factors:
-                found |= factor_ranks(arch, part, self.mode(part), rank)
+                found |= factor_ranks(arch, part, self.mode(part), rank, self.multiple)
         return {name: rank for name, rank in found.items() if rank is not None}
 
     @property
@@ -72,24 +83,32 @@ class Plan:
         return find_mode(part, self.choices[part].mode)
 
 
-def factor_ranks(arch: Arch, part: str, mode: Mode, rank: int) -> dict[str, int | None]:
+def factor_ranks(
+    arch: Arch, part: str, mode: Mode, rank: int, multiple: int
+) -> dict[str, int | None]:
     """Ranks of a part's matrices as products of two, for the `rank` of the part; None: it stays."""
     kept = rank / arch.full_rank(part)
     if mode.latent:
         return {"k": arch.kv_heads * rank if kept < 1 else None}
-    return {name: rank_for(shape, kept) for name, shape in arch.matrix_shapes(part).items()}
+    shapes = arch.matrix_shapes(part)
+    return {name: rank_for(shape, kept, multiple) for name, shape in shapes.items()}
 
 
-def part_rank(arch: Arch, part: str, choice: Choice) -> int:
-    """Rank of one part; raises A3Error where its mode or size does not fit the model."""
+def part_rank(arch: Arch, part: str, choice: Choice, multiple: int) -> int:
+    """Rank of one part; raises A3Error where its mode or size does not fit the model.
+
+    What a ratio leaves is rounded to a `multiple`; where matrices are factored, their ranks are.
+    """
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(part, choice.mode, mlp if part == "mlp" else arch.attention)
     full = arch.full_rank(part)
     # A head that is rotated whole consists of pairs.
-    multiple = 2 if part == "qk" and arch.rope_dims == arch.head_dim else 1
+    step = 2 if part == "qk" and arch.rope_dims == arch.head_dim else 1
+    if isinstance(choice.size, Decimal) and not find_mode(part, choice.mode).factors:
+        step = math.lcm(step, multiple)
     least = 2 if part == "qk" and arch.rope_layout else 1
     try:
-        return rank_of(full, choice.size, multiple, least)
+        return rank_of(full, choice.size, step, least)
     except A3Error as error:
         raise A3Error(f"{part} mode {choice.mode!r}: {error}") from None
 
@@ -124,7 +143,7 @@ def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> 
         choices = choose(row)
         try:
             for part, choice in choices.items():
-                part_rank(arch, part, choice)
+                part_rank(arch, part, choice, 1)
         except A3Error as error:
             said = ", ".join(f"{key} {value}" for key, value in row.items())
             raise A3Error(f"experiment {said}: {error}") from error

@@ -6,6 +6,7 @@ within a repeat. The seconds are this machine's at this time, and no two runs gi
 record of speed is never part of results.csv.
 """
 
+import itertools
 import platform
 import re
 import time
@@ -64,6 +65,7 @@ def speed(
     out: Path,
     *,
     rows: Sequence[dict[str, str]] = (),
+    multiples: Sequence[int] = (1,),
     layers: int | None = None,
     batch: int,
     prompt: int,
@@ -80,6 +82,7 @@ def speed(
             than config.json has to be there.
         rows: what compressed models to make up beside the dense one, all with random weights, as
             {"qk", "ov", "mlp", "ratio"}.
+        multiples: with `rows`, each of them once with ranks that are multiples of each of these.
         layers: with `rows`, run only so many layers, and extrapolate to all of them: time inside of
             layers is multiplied, the rest stays.
         prompt: tokens of each of the `batch` sequences that one forward pass puts into the cache;
@@ -97,7 +100,7 @@ def speed(
         require_positions(folder, prompt + new_tokens, "prompt + new_tokens")
     attention = list(dict.fromkeys(attention))
     if rows:
-        candidates = made_up(folders[0], rows, layers, dtype, device)
+        candidates = made_up(folders[0], rows, multiples, layers, dtype, device)
     else:
         candidates = [of_folder(folder, dtype, device) for folder in folders]
     announce(candidates, attention, dtype, device, settings)
@@ -170,17 +173,24 @@ def load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
 
 
 def made_up(
-    folder: Path, rows: Sequence[dict[str, str]], layers: int | None, dtype: str, device: str
+    folder: Path,
+    rows: Sequence[dict[str, str]],
+    multiples: Sequence[int],
+    layers: int | None,
+    dtype: str,
+    device: str,
 ) -> list[Candidate]:
     """The dense model of a config.json, and compressed ones, all with random weights."""
     arch = sketch(folder)
     if layers is not None and not 1 <= layers <= arch.layers:
         raise A3Error(f"speed: layers is {layers}; expected 1 to {arch.layers}.")
     few = replace(arch, layers=layers or arch.layers)
-    plans = [Plan({}), *(Plan(choose(row)) for row in rows)]
-    names = [DENSE, *(name_of(row) for row in rows)]
+    plans = {DENSE: Plan({})}
+    for row, multiple in itertools.product(rows, dict.fromkeys(multiples)):
+        name = name_of(row) + (f" by {multiple}" if len(multiples) > 1 else "")
+        plans[name] = Plan(choose(row), multiple=multiple)
     candidates = []
-    for name, plan in zip(names, plans, strict=True):
+    for name, plan in plans.items():
         said = plan.dense_sizes(arch)
         qk, ov, mlp = said.values()
         ranks: Ranks = (qk, ov, [mlp] * arch.experts if arch.experts else mlp)
