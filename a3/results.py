@@ -10,7 +10,7 @@ from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_record
 from a3.recipes import PLAIN
-from a3.solutions.modes import DENSE, NO_RATIO
+from a3.solutions.modes import DENSE, NO_RATIO, SHARED
 
 # Two results of one model stand in one table only when they agree on all of these.
 PERPLEXITY_PROTOCOL = (
@@ -149,6 +149,11 @@ class Place:
         if self.is_quantised and not self.is_whole:
             folder = folder / self.modes / self.ratio
         return folder / f"{kind}.safetensors"
+
+    def allocation(self, results: Path) -> Path | None:
+        """The ranks of each layer, where some mode shares out a ratio."""
+        shared = SHARED in self.modes and not self.is_quantised
+        return results / "allocations" / f"{self._tail}.json" if shared else None
 
     def spectra(self, results: Path) -> Path:
         """The spectra of the model's functional matrices on the calibration."""

@@ -120,6 +120,9 @@ def write_checkpoint(results, experiment):
         for kind, used in kinds.items()
         if used not in ("dense", "densedense")
     }
+    if "fisher" in modes.values():  # gradients are of a share of the blocks
+        record = {"stage": "collect", **MADE, "kind": "pair_gradient", "tokens": 8192, "seed": 0}
+        statistics["pair_gradient"] = record
     removed = 0.25 if ratio == "-" else float(ratio)
     share = 1 - removed * sum(mode != "dense" for mode in modes.values()) / 3
     layers = [layer(modes)] * 3
@@ -190,6 +193,19 @@ def test_values(results):
     assert row["encyclopedia.tokens_scored"] == "2046"
     assert (row["titles.items"], row["titles.shots"]) == ("60", "0")
     assert row["encyclopedia.bos"] == "True"
+
+
+def test_gradients_are_of_a_share_of_the_tokens(tmp_path):
+    experiments = [experiment("small", qk="fisher", mlp="obs~")]
+    write_results(tmp_path, experiments)
+    shared = tmp_path / "allocations/small/wiki/fisher+xkv+obs~"
+    write(shared / "0.2.timing.json", {"seconds": 3.0})
+    speed = {"seconds": 5.0, "tokens_per_second": 100.0}
+    write(tmp_path / "rxx" / "small" / "wiki" / "pair_gradient.timing.json", speed)
+    out = table(tmp_path, experiments)
+    assert rows(out / "results.csv")[1]["calibration_tokens"] == "32768"
+    assert float(rows(out / "seconds.csv")[1]["rxx pair_gradient.seconds"]) == 5.0
+    assert float(rows(out / "seconds.csv")[1]["allocate.seconds"]) == 3.0
 
 
 def test_each_models_dense_row_comes_first(tmp_path):

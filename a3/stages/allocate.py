@@ -5,6 +5,7 @@ Each solution that can share says, for each rank of a layer, what the model lose
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from a3.files import sha256, write_record
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
+from a3.results import timing
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import SHARING, Choice, find_mode
 from a3.stages.approximate import LayerSolver
@@ -55,13 +57,15 @@ def allocate(
     multiple: int = 1,
     uniform: tuple[str, ...] = (),
 ) -> None:
-    """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`).
+    """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`), and the
+    seconds that it took beside them.
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of `multiple`,
     and of `uniform` parts the same in all layers. Raises A3Error where nothing is shared out, a
     mode does not fit, or statistics are missing or damaged.
     """
+    start = time.perf_counter()
     if not plan.shared:
         raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
     arch = load_arch(model_folder)
@@ -105,6 +109,7 @@ def allocate(
         ),
     }
     write_record(out, record)
+    write_record(timing(out), {"seconds": time.perf_counter() - start})
 
 
 def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:

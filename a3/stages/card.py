@@ -126,7 +126,8 @@ def calibration(statistics: dict[str, dict[str, Any]]) -> str:
     """The text that statistics were taken of."""
     if not statistics:
         return "No calibration text: the modes go by the weights alone."
-    said = next(iter(statistics.values()))
+    # Gradients are of a share of the tokens.
+    said = max(statistics.values(), key=lambda one: one["tokens"])
     # Statistics of earlier versions do not name it.
     name = said.get("text", "a text")
     return (

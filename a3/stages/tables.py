@@ -10,6 +10,7 @@ import pandas as pd
 from a3.config import check_reference
 from a3.errors import A3Error
 from a3.files import whole_file
+from a3.kinds import GRADIENT_FORMS, KINDS
 from a3.results import (
     DENSE,
     HARNESS_PROTOCOL,
@@ -106,8 +107,15 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
 
 
 def _calibration_tokens(run: Run) -> int | None:
-    """Tokens that the statistics were summed over; None where the modes read none."""
-    tokens = {kind: record["tokens"] for kind, record in run.statistics.items()}
+    """Tokens that the statistics were summed over; None where the modes read none.
+
+    Gradients by activations are of a share of the blocks, and no mode reads them alone.
+    """
+    tokens = {
+        kind: record["tokens"]
+        for kind, record in run.statistics.items()
+        if KINDS[kind].form not in GRADIENT_FORMS
+    }
     if len(set(tokens.values())) > 1:
         raise A3Error(
             f"{run.weights.path}: its statistics were summed over different numbers of tokens "
@@ -155,6 +163,8 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         for kind in run.statistics:
             row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
         spent = Record.read(timing(run.weights.path))
+        if allocation := place.allocation(results):
+            row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
         row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
         for part in ("qk", "ov", "mlp"):
             if getattr(place, part) != DENSE and not place.is_quantised:

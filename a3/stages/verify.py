@@ -71,7 +71,7 @@ class Verifier:
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "eval", "checkpoints", "quantised")
+        seconds = ("rxx", "allocations", "eval", "checkpoints", "quantised")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):

@@ -14,7 +14,8 @@ rule allocate:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
     output:
-        f"{RESULTS}/allocations/{RUN}.json",
+        ranks=f"{RESULTS}/allocations/{RUN}.json",
+        timing=f"{RESULTS}/allocations/{RUN}.timing.json",
     log:
         f"{LOGS}/allocations/{RUN}.log",
     benchmark:
@@ -32,7 +33,8 @@ rule allocate:
     shell:
         "a3 allocate {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
-        " --ratio {wildcards.ratio:q} --threads {params.threads} -o {output:q} &> {log:q}"
+        " --ratio {wildcards.ratio:q} --threads {params.threads} -o {output.ranks:q}"
+        " &> {log:q}"
 
 
 rule approx:
