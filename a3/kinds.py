@@ -60,6 +60,7 @@ KINDS = {
     "down_output": Kind("down", "full"),
     "down_fisher": Kind("down", "fisher"),
     # For modes past the paper.
+    "k_mean": Kind("k", "mean"),
     "attention_gradient": Kind("o", "gradient"),
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),

@@ -99,7 +99,7 @@ def test_axkv_of_mha_is_the_svd_of_each_head_with_its_own_statistics(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [1, 5, h])
-@pytest.mark.parametrize("mode", ["qk", "q_only", "k_only", "identity", "biased qk"])
+@pytest.mark.parametrize("mode", ["qk", "q_only", "k_only", "identity", "biased qk", "qk_cov"])
 def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
     R, mean = inputs(kind, D)
     R = reference.augment(R, mean) if mode == "biased qk" else R
@@ -109,6 +109,9 @@ def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
     weights = attention(len(R))
     Gq, Gk = gram(R, weights.q), gram(R, weights.k)
     reads = {"q_only": [Gq], "k_only": [Gk], "identity": []}.get(mode, [Gq, Gk])
+    if mode == "qk_cov":
+        Rk = R - mean[:, None] * mean
+        reads.append((mean @ weights.k).flatten())
     found = getattr(qk, mode.removeprefix("biased "))(weights, *reads, rank)
     assert found.q.shape == (H, len(R), rank)
     assert found.k.shape == (G, len(R), rank)
@@ -128,6 +131,27 @@ def test_qk_without_rope_is_as_good_as_the_joint_svd(kind, rank, mode):
         torch.testing.assert_close(
             found.q[0] @ found.k[0].T, weights.q[0] @ weights.k[0].T, rtol=0, atol=1e-7
         )
+
+
+def test_what_all_keys_have_in_common_takes_no_rank():
+    """Keys of rank 2 beside a large mean: attention is the same with 2 dimensions of 6 and more."""
+    generator = torch.Generator().manual_seed(0)
+    weights = attention()
+    x = torch.randn(200, 2, generator=generator, dtype=torch.float64) @ torch.randn(
+        2, D, generator=generator, dtype=torch.float64
+    ) + 20 * torch.randn(D, generator=generator, dtype=torch.float64)
+    R, mean = x.T @ x / len(x), x.mean(0)
+    Gq, Gk = gram(R, weights.q), gram(R, weights.k)
+    scores = [weights.grouped(x @ weights.q) @ (x @ weights.k).mT[:, None]]
+    for found in (
+        qk.qk_cov(weights, Gq, Gk, (mean @ weights.k).flatten(), 2),
+        qk.qk(weights, Gq, Gk, 2),
+    ):
+        scores.append(found.q.unflatten(0, (G, -1)))
+        scores[-1] = (x @ scores[-1]) @ (x @ found.k).mT[:, None]
+    dense, centred, plain = ((s / h**0.5).softmax(-1) for s in scores)
+    torch.testing.assert_close(centred, dense, rtol=0, atol=1e-6)
+    assert (plain - dense).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

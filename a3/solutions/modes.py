@@ -106,6 +106,7 @@ QK = ("q_blocks", "k_blocks")
 MODES: dict[str, dict[str, Mode]] = {
     "qk": {
         "qk": Mode(QK, NOPE),
+        "qk-cov": Mode((*QK, "k_mean"), NOPE),
         "q-only": Mode(("q_blocks",), NOPE),
         "k-only": Mode(("k_blocks",), NOPE),
         "identity": Mode((), NOPE),

@@ -43,6 +43,18 @@ def qk(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSoluti
     return _share_keys(weights, Gq, Gk, rank)
 
 
+def qk_cov(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, mean: Tensor, rank: int
+) -> QKSolution:
+    """As `qk` with the covariance of the keys in the place of their autocorrelation.
+
+    What all keys have in common adds one number to all scores of a query, which the softmax takes
+    away again: no rank is spent on it. `mean` (G · h,) is E[k].
+    """
+    common = mean.view(len(Gk), -1)
+    return _share_keys(weights, Gq, Gk - common[:, :, None] * common[:, None, :], rank)
+
+
 def q_only(weights: AttentionWeights, Gq: Tensor, rank: int) -> QKSolution:
     """As `qk` with R_k = 1."""
     return _share_keys(weights, Gq, weights.k.mT @ weights.k, rank)
