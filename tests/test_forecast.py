@@ -67,6 +67,9 @@ def test_the_command_needs_no_weights(tmp_path, capsys):
     stages = [line.split()[1] for line in said.splitlines()[1:5]]
     assert stages == ["collect", "approx", "ppl", "ppl"]
     assert "together" in said
+    assert main([*plan, "--preset", "a3-plus"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines()[1:4]] == ["collect", "allocate", "approx"]
     assert main(["plan"]) == 1
     assert "plan: no model. Name" in capsys.readouterr().err
     assert main([*plan, "--qk", "guess"]) == 1
@@ -109,10 +112,16 @@ def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, mo
 def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):
     project = Project(tmp_path)
     project.edit("a3/memory.py", "at_hand = memory_at_hand()", "at_hand = 0")
+    rows = "tiny\tshort\tfisher~\tjoint~\tobs~\t0.25\t-\n"
+    rows += "tiny\tshort\tdense\tdense\tdense\t-\tw4a8+none\n"
+    table = tmp_path / "experiments.tsv"
+    head, *old = table.read_text().splitlines()
+    old = "".join(f"{line}\t-\n" for line in old)
+    table.write_text(f"{head}\tquantise\n{old}{rows}")
     rules, output = project.snakemake(plan=True, status=1)
     assert rules == []
     assert not (tmp_path / "results/models").exists()
-    for stage in ("collect", "approx", "ppl", "harness"):
+    for stage in ("collect", "allocate", "approx", "quantise", "ppl", "harness"):
         assert f" tiny {stage} " in " ".join(output.split())
     assert "with 2 at once" in output
     assert "tiny: a job of collect needs at least" in output

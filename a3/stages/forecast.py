@@ -40,6 +40,7 @@ from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.load import load_config
 from a3.solutions.factors import Matrix
 from a3.solutions.modes import PARTS, choose, find_mode
+from a3.stages.allocate import LEAST
 from a3.stages.approximate import ALLOCATED, solver_of
 from a3.stages.collect import attach_all
 from a3.stages.plan import Plan
@@ -66,10 +67,11 @@ TRIAL_SIZE = 512
 class Job:
     """`count` equal jobs on the model of a folder.
 
-    `stage` is collect, approx, ppl, harness or speed. `settings`: threads, device, and of collect
-    kinds, tokens, block_length, dtype; of approx `row` (qk, ov, mlp, ratio) and `jobs` that share
-    one checkpoint; of ppl `row` ({} for the dense model), tokens, block_length, dtype; of harness
-    row, items, shots, dtype; of speed row, attention, batch, prompt, new_tokens, repeats, dtype.
+    `stage` is collect, allocate, approx, quantise, ppl, harness or speed. `settings`: threads,
+    device, and of collect kinds, tokens, block_length, dtype; of allocate, approx and quantise
+    `row` (qk, ov, mlp, ratio), and of approx `jobs` that share one checkpoint; of ppl `row` ({} for
+    the dense model), tokens, block_length, dtype; of harness row, items, shots, dtype; of speed
+    row, attention, batch, prompt, new_tokens, repeats, dtype.
     """
 
     model: str
@@ -92,12 +94,14 @@ class Estimate:
 
 
 def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
-    """Collect, approx, and perplexity before and after, of one model by one row."""
+    """Collect, allocate where ranks are shared out, approx, and perplexity before and after, of one
+    model by one row."""
     common = settings | {"threads": torch.get_num_threads()}
     scored = common | {"tokens": SCORED}
-    model, kinds = str(folder), Plan(choose(row)).kinds()
+    model, plan = str(folder), Plan(choose(row))
     return [
-        Job(model, "collect", common | {"kinds": kinds}),
+        Job(model, "collect", common | {"kinds": plan.kinds()}),
+        *([Job(model, "allocate", common | {"row": row})] if plan.shared else []),
         Job(model, "approx", common | {"row": row}),
         Job(model, "ppl", scored | {"row": {}}),
         Job(model, "ppl", scored | {"row": row}),
@@ -163,6 +167,25 @@ class Trial:
         seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
         disk = written * WIDTHS[self.arch.dtype] // jobs
         return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
+
+    def allocate(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+        """The losses of all ranks, which cost what the least one's solution does."""
+        plan = Plan(choose(row))
+        seconds = 0.0
+        for part, choice in plan.shared.items():
+            least = max(2, int(LEAST * self.arch.full_rank(part)) // 2 * 2)
+            seconds += self.arch.layers * self.part_seconds(part, choice.mode, least)
+        return approx_cost(self.shapes, 1, plan.kinds()), 0, START + seconds
+
+    def quantise(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+        """As if the error of each matrix were decomposed by its input's statistic."""
+        parameters = self.compressed(row)["parameters"]
+        kinds = [kind for part in PARTS for kind in find_mode(part, "svd-llm").kinds]
+        parts = [(part, "svd-llm", self.arch.full_rank(part)) for part in PARTS]
+        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        seconds += 2 * parameters * self.copy_seconds()
+        disk = parameters * WIDTHS[self.arch.dtype]
+        return approx_cost(self.shapes, 1, kinds), disk, START + seconds
 
     def ppl(
         self, row: dict[str, str], tokens: int, block_length: int, dtype: str, **_: Any
@@ -294,6 +317,8 @@ class Trial:
             return gram(count, arch.head_dim)
         if kind.form == "factors":
             return gram(count, arch.rope_dims)
+        if kind.form == "mean":
+            return random(count * arch.head_dim)
         if kind.form in ("full", "gradient"):
             of_input = kind.site == "o_input"
             return gram(1, count * arch.head_dim if of_input else arch.hidden_size)[0]

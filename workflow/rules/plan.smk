@@ -16,8 +16,11 @@ STAGES = {
     "collect_together": "collect",
     "collect_others": "collect",
     "collect_paper": "collect",
+    "collect_compressed": "collect",
+    "allocate": "allocate",
     "approx": "approx",
     "approx_part": "approx",
+    "quantise": "quantise",
     "eval_ppl": "ppl",
     "eval_harness": "harness",
     "eval_speed": "speed",
@@ -60,14 +63,17 @@ def model_of(job):
 def planned(job):
     """A job as `a3 plan` reads it."""
     stage, wildcards = STAGES[job.rule.name], job.wildcards
-    group = stage if stage in C["threads"] else "eval"
+    solves = stage in ("allocate", "approx", "quantise")
+    group = "approx" if solves else stage if stage in C["threads"] else "eval"
     settings = {"threads": C["threads"][group], "device": C["device"]}
     if stage == "collect":
         settings |= entry("calibrations", wildcards.calibration)
         kind = wildcards.get("kind")
-        settings |= {"kinds": [kind] if kind else kinds_together(wildcards.calibration)}
+        of_compressed = job.rule.name == "collect_compressed"
+        together = QUANTISED_KINDS if of_compressed else kinds_together(wildcards.calibration)
+        settings |= {"kinds": [kind] if kind else list(together)}
         settings["tokens"] //= settings["shards"]
-    elif stage == "approx":
+    elif solves:
         row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
