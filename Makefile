@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines plus surgery lqer test test-cluster test-report test-runtimes lint clean
+.PHONY: run full attention baselines plus stock surgery lqer test test-cluster test-report test-runtimes lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -26,6 +26,10 @@ baselines: $(READY)  ## all methods at equal sizes, three seeds of the headline 
 plus: $(READY)  ## past the paper: a3-plus beside it, its rivals, and each improvement alone
 	snakemake --configfile config/config.yaml config/plus.yaml
 	a3 show results/tables/plus
+
+stock: $(READY)  ## what it costs that stock runtimes can load the model
+	snakemake --configfile config/config.yaml config/stock.yaml
+	a3 show results/tables/stock
 
 surgery: $(READY)  ## how low-dimensional Q, K and V are: PCA surgery, at equal variance and parameters
 	snakemake --configfile config/config.yaml config/surgery.yaml

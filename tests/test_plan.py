@@ -30,6 +30,24 @@ def llama(tmp_path_factory):
 # --- spelling ---
 
 
+def test_what_a_ratio_leaves_is_rounded_to_multiples(llama):
+    arch = describe(llama)
+    row = PAPER | {"ratio": "0.2"}
+    assert Plan(choose(row)).ranks(arch) == {"qk": 12, "ov": 13, "mlp": 77}
+    assert Plan(choose(row), multiple=8).ranks(arch) == {"qk": 16, "ov": 16, "mlp": 80}
+    assert Plan(choose(row), multiple=3).ranks(arch) == {"qk": 12, "ov": 12, "mlp": 78}
+    # A rank that is named is kept; whole heads are the most that there is.
+    named = Plan(choose(row | {"ov": "xkv@11"}), multiple=8)
+    assert named.ranks(arch) == {"qk": 16, "ov": 11, "mlp": 80}
+    assert Plan(choose(PAPER | {"ratio": "0.1"}), multiple=9).ranks(arch)["ov"] == 16
+    factored = dict.fromkeys(PAPER, "svd") | {"ratio": "0.2"}
+    found = (Plan(choose(factored), multiple=m).factors(arch) for m in (1, 8))
+    plain, rounded = (list(ranks.values()) for ranks in found)
+    assert rounded == [max(1, round(rank / 8)) * 8 for rank in plain]
+    with pytest.raises(A3Error, match="multiple is 0; expected 1 or more"):
+        Plan(choose(row), multiple=0)
+
+
 def test_a_size_of_its_own_is_a_ratio_or_a_rank():
     assert choose(OWN) == {
         "qk": Choice("rxx-w-rxx", 12),

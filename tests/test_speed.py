@@ -189,6 +189,16 @@ def test_a_config_is_enough(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("speed: 3 models in float32, about ")
     assert "decode ratio" in said
+    more = ["--ratio", "0.3", "--beside", "svd", "--multiples", "1", "8"]
+    run("eval", "speed", folder, *more, *SHORT, "-o", tmp_path / "more.json")
+    _, plain, by_8, _, svd_by_8 = read_record(tmp_path / "more.json")["models"]
+    assert plain["name"] == "rxx-w-rxx+xkv+rxx-w/0.3 by 1"
+    assert (plain["ranks"], by_8["ranks"]) == (
+        {"qk": 12, "ov": 11, "mlp": 67},
+        {"qk": 8, "ov": 8, "mlp": 64},
+    )
+    assert svd_by_8["name"] == "svd+svd+svd/0.3 by 8"
+    assert all(rank % 8 == 0 for rank in svd_by_8["factors"].values())
 
 
 def test_random_weights_have_the_shapes_of_a_checkpoint(results, tmp_path, record):
