@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,8 +86,9 @@ class Project:
         """
         words = ["--profile", f"workflow/profiles/{profile}", *arguments]
         words += [] if plan else ["--no-hooks"]
+        python = fork_server.python() if profile == "default" else sys.executable
         done = subprocess.run(
-            [sys.executable, "-m", "snakemake", *words],
+            [python, "-m", "snakemake", *words],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(self.folder)},
             capture_output=True,

@@ -1,0 +1,110 @@
+"""A server that forks a child for each `a3` of a workflow's jobs; the libraries are imported once.
+
+A job imports torch, transformers and what they import for seconds, and computes for less than one;
+tests of the workflow start hundreds. The child imports a3 itself from the project's own folder, as
+the program does. The program itself runs in test_cli.py and in the tests of Slurm.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from functools import cache
+from pathlib import Path
+
+LIBRARIES = ("lm_eval.models.huggingface", "transformers.models.llama.modeling_llama", "pandas")
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [b" "], [0, 1, 2])
+request = {{"words": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ)}}
+server.sendall(json.dumps(request).encode() + b"\\n")
+status = server.makefile().readline()
+sys.exit(int(status) if status else 137)
+"""
+
+
+@cache
+def python() -> str:
+    """A Python beside which `a3` is the client of a server, which is started.
+
+    Snakemake puts the folder of its own Python first in the PATH of jobs.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="a3-"))  # addresses of sockets are short
+    atexit.register(shutil.rmtree, folder)
+    (folder / "bin").mkdir()
+    mine, address = folder / "bin" / "python", str(folder / "socket")
+    mine.symlink_to(sys.executable)
+    (folder / "lib").symlink_to(Path(sys.prefix, "lib"))
+    (folder / "pyvenv.cfg").write_bytes(Path(sys.prefix, "pyvenv.cfg").read_bytes())
+    client = folder / "bin" / "a3"
+    client.write_text(CLIENT.format(python=Path(sys.executable).resolve(), address=address))
+    client.chmod(0o755)
+    environ = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    server = subprocess.Popen(
+        [mine, __file__, address], stdout=subprocess.PIPE, env=environ, text=True
+    )
+    assert server.stdout.readline() == "ready\n"
+    return str(mine)
+
+
+def serve(address: str) -> None:
+    """Take requests until the tests, whose child this is, have ended."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    listener.settimeout(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
+    tests = os.getppid()
+    while os.getppid() == tests:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        connection.settimeout(None)
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 3)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            answer(connection, descriptors)
+        connection.close()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def answer(connection: socket.socket, descriptors: list[int]) -> None:
+    """Run one command as the client would, and send its exit status."""
+    request = json.loads(connection.makefile().readline())
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    sys.argv = ["a3", *request["words"]]
+    sys.path[:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    status = 1
+    try:
+        status = importlib.import_module("a3.cli").main()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.sendall(f"{status}\n".encode())
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
