@@ -347,7 +347,7 @@ def test_the_command_of_the_readme(tmp_path, monkeypatch, results):
     """`a3 eval speed` as the README has it, with fewer tokens, in a folder with such models."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     commands = re.findall(r"^ {4}a3 (eval speed [^#\n]*)", readme, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small").symlink_to(results / "checkpoints" / TAIL)
     (tmp_path / "dense").symlink_to(results / "models/tiny")
