@@ -161,8 +161,8 @@ def allocate(
     from a3.stages.allocate import allocate
     from a3.stages.plan import Plan
 
-    plan = Plan(choose(row))
-    allocate(folder(model), rxx, plan, out, multiple=multiple, uniform=tuple(uniform))
+    plan = Plan(choose(row), multiple=multiple)
+    allocate(folder(model), rxx, plan, out, uniform=tuple(uniform))
 
 
 def approx(
@@ -485,7 +485,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
-    one.add_argument("--multiple", type=int, default=1, help="ranks are multiples of it")
+    add_multiple(one)
     text_ = "parts whose rank is the same in all layers"
     one.add_argument("--uniform", nargs="+", choices=PARTS, default=[], help=text_)
     add_out(one, "the ranks, JSON")

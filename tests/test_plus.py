@@ -678,9 +678,9 @@ def shared(request, tmp_path_factory):
     return folder
 
 
-def allocated(folder, name, row=PLUS, ratio="0.3", **options):
+def allocated(folder, name, row=PLUS, ratio="0.3", multiple=1, **options):
     """An allocation, and the record of its model."""
-    plan = Plan(choose(row | {"ratio": ratio}))
+    plan = Plan(choose(row | {"ratio": ratio}), multiple=multiple)
     path = folder / f"{name}.json"
     allocate(folder / "dense", folder / "rxx", plan, path, **options)
     return read_record(path)
@@ -786,3 +786,7 @@ def test_compress_with_the_preset(tmp_path):
         assert sizes[0][key] <= sizes[1][key]
     modes = read_record(tmp_path / "a3-plus/approx.json")["modes"]
     assert modes == {part: f"{mode}@0.3" for part, mode in PLUS.items()}
+    even = ["--preset", "a3-plus", "--multiple", 4, "-o", tmp_path / "even"]
+    run("compress", tmp_path / "dense", *words, "--tokens", 160, *even)
+    ranks = read_record(tmp_path / "even/approx.json")["ranks"]
+    assert all(rank % 4 == 0 for part in PLUS for rank in ranks[part])

@@ -54,16 +54,15 @@ def allocate(
     plan: Plan,
     out: Path,
     *,
-    multiple: int = 1,
     uniform: tuple[str, ...] = (),
 ) -> None:
     """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`), and the
     seconds that it took beside them.
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
-    which are those of weights and attention products, follow. Ranks are multiples of `multiple`,
-    and of `uniform` parts the same in all layers. Raises A3Error where nothing is shared out, a
-    mode does not fit, or statistics are missing or damaged.
+    which are those of weights and attention products, follow. Ranks are multiples of
+    `plan.multiple`, and of `uniform` parts the same in all layers. Raises A3Error where nothing is
+    shared out, a mode does not fit, or statistics are missing or damaged.
     """
     start = time.perf_counter()
     if not plan.shared:
@@ -71,7 +70,7 @@ def allocate(
     arch = load_arch(model_folder)
     uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
     ranks = uniformly.ranks(arch)
-    require_room(arch, ranks, multiple, uniform)
+    require_room(arch, ranks, plan.multiple, uniform)
     statistics = read_statistics(model_folder, rxx_folder, arch, plan)
     solver = LayerSolver(
         arch,
@@ -83,7 +82,7 @@ def allocate(
     curves = [
         curve
         for layer in tqdm(range(arch.layers), unit="layer", desc="losses by rank")
-        for curve in curves_of(solver, layer, multiple)
+        for curve in curves_of(solver, layer, plan.multiple)
     ]
     curves = together(curves, uniform)
     budget = cost(curves, [ranks[curve.part] for curve in curves])
@@ -97,7 +96,7 @@ def allocate(
         "modes": {part: str(choice) for part, choice in plan.shared.items()},
         "ranks": found,
         "uniform_ranks": ranks,
-        "multiple": multiple,
+        "multiple": plan.multiple,
         "uniform": list(uniform),
         "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
         "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
@@ -173,8 +172,6 @@ def require_room(
     arch: Arch, ranks: dict[str, int], multiple: int, uniform: tuple[str, ...]
 ) -> None:
     """Raise A3Error where the same ranks for all layers are none that a layer may get."""
-    if multiple < 1:
-        raise A3Error(f"allocate: multiple is {multiple}; expected 1 or more.")
     if others := [part for part in uniform if part not in ranks]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
