@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a3.dtypes import WIDTHS
-from a3.kinds import GRADIENT_FORMS, KINDS, shape_of, statistics_memory
+from a3.kinds import GRADIENT_FORMS, KINDS, SAMPLED_FORMS, shape_of, statistics_memory
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
 LIBRARIES = 550 * 2**20
@@ -99,7 +99,7 @@ def collect_cost(
     if forms & set(GRADIENT_FORMS):
         # Of weights, or of activations alone.
         passes += 3 * ("fisher" in forms)
-        passes += 3 / GRADIENT_BLOCKS * bool(forms & {"gradient", "factors"})
+        passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
         memory += WIDTHS[dtype] * arch["size"]["parameters"]
         memory += arch["layers"] * forward_memory(arch, block_length)
         memory += 3 * 4 * block_length * arch["vocab_size"]

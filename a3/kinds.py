@@ -65,8 +65,10 @@ KINDS = {
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
 }
+# Gradients by activations, of one block in GRADIENT_BLOCKS (a3.cost).
+SAMPLED_FORMS = ("gradient", "factors")
 # What a backward pass gives.
-GRADIENT_FORMS = ("fisher", "gradient", "factors")
+GRADIENT_FORMS = ("fisher", *SAMPLED_FORMS)
 
 
 def heads_of(site: str, arch: Mapping[str, Any]) -> int:

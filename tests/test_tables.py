@@ -120,6 +120,9 @@ def write_checkpoint(results, experiment):
         for kind, used in kinds.items()
         if used not in ("dense", "densedense")
     }
+    if "fwsvd" in modes.values():
+        record = {"stage": "collect", **MADE, "kind": "down_fisher", "tokens": 32768, "seed": 0}
+        statistics = {"down_fisher": record}
     if "fisher" in modes.values():  # gradients are of a share of the blocks
         record = {"stage": "collect", **MADE, "kind": "pair_gradient", "tokens": 8192, "seed": 0}
         statistics["pair_gradient"] = record
@@ -206,6 +209,14 @@ def test_gradients_are_of_a_share_of_the_tokens(tmp_path):
     assert rows(out / "results.csv")[1]["calibration_tokens"] == "32768"
     assert float(rows(out / "seconds.csv")[1]["rxx pair_gradient.seconds"]) == 5.0
     assert float(rows(out / "seconds.csv")[1]["allocate.seconds"]) == 3.0
+
+
+def test_gradients_of_weights_are_of_all_tokens(tmp_path):
+    experiments = [experiment("small", qk="dense", ov="dense", mlp="fwsvd")]
+    write_results(tmp_path, experiments)
+    speed = {"seconds": 5.0, "tokens_per_second": 100.0}
+    write(tmp_path / "rxx" / "small" / "wiki" / "down_fisher.timing.json", speed)
+    assert rows(table(tmp_path, experiments) / "results.csv")[1]["calibration_tokens"] == "32768"
 
 
 def test_each_models_dense_row_comes_first(tmp_path):

@@ -17,7 +17,7 @@ from a3.cost import GRADIENT_BLOCKS
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
-from a3.kinds import GRADIENT_FORMS
+from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS
 from a3.models.arch import Arch, CompressedArch, compressed_arch, is_compressed, load_arch
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
@@ -90,7 +90,7 @@ def collect(
         for wanted in (
             lambda form: form not in GRADIENT_FORMS,
             lambda form: form == "fisher",
-            lambda form: form in ("gradient", "factors"),
+            lambda form: form in SAMPLED_FORMS,
         )
     )
     # Of all shards together, the same ones.

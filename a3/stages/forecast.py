@@ -33,7 +33,7 @@ from a3.cost import (
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
-from a3.kinds import GRADIENT_FORMS, Kind
+from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS, Kind
 from a3.memory import GIB, memory_at_hand, require_memory
 from a3.models.arch import load_arch, sizes, sketch
 from a3.models.family import AttentionWeights, MLPWeights
@@ -153,7 +153,7 @@ class Trial:
         forms = {KINDS[kind].form for kind in kinds}
         hooked = tuple(kind for kind in kinds if KINDS[kind].form not in GRADIENT_FORMS)
         each = self.layer_seconds(block_length, dtype, hooked)
-        passes = ("fisher" in forms) + bool(forms & {"gradient", "factors"}) / GRADIENT_BLOCKS
+        passes = ("fisher" in forms) + (not forms.isdisjoint(SAMPLED_FORMS)) / GRADIENT_BLOCKS
         each += passes * BACKWARD * self.layer_seconds(block_length, dtype, ())
         return cost, disk, START + tokens * arch.layers * each
 

@@ -10,7 +10,7 @@ import pandas as pd
 from a3.config import check_reference
 from a3.errors import A3Error
 from a3.files import whole_file
-from a3.kinds import GRADIENT_FORMS, KINDS
+from a3.kinds import KINDS, SAMPLED_FORMS
 from a3.results import (
     DENSE,
     HARNESS_PROTOCOL,
@@ -114,7 +114,7 @@ def _calibration_tokens(run: Run) -> int | None:
     tokens = {
         kind: record["tokens"]
         for kind, record in run.statistics.items()
-        if KINDS[kind].form not in GRADIENT_FORMS
+        if KINDS[kind].form not in SAMPLED_FORMS
     }
     if len(set(tokens.values())) > 1:
         raise A3Error(
