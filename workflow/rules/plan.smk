@@ -69,10 +69,11 @@ def planned(job):
     if stage == "collect":
         settings |= entry("calibrations", wildcards.calibration)
         kind = wildcards.get("kind")
-        of_compressed = job.rule.name == "collect_compressed"
-        together = QUANTISED_KINDS if of_compressed else kinds_together(wildcards.calibration)
-        settings |= {"kinds": [kind] if kind else list(together)}
-        settings["tokens"] //= settings["shards"]
+        if job.rule.name == "collect_compressed":  # in one job, whatever the shards
+            settings |= {"kinds": QUANTISED_KINDS}
+        else:
+            settings |= {"kinds": [kind] if kind else kinds_together(wildcards.calibration)}
+            settings["tokens"] //= settings["shards"]
     elif solves:
         row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
