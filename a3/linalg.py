@@ -94,6 +94,11 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
     return 1 - ridge * inverse(C, ridge).diagonal()
 
 
+def ridge_of(C: Tensor, share: float) -> float:
+    """λ for the autocorrelation C (n, n), as a share of its mean square; not 0, also where C is."""
+    return share * C.diagonal().mean().item() or 1.0
+
+
 def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
     """Least-squares refit of the kept rows of W: W_S + (C_SS + λ 1)⁻¹ C_SD W_D.
 

@@ -245,7 +245,7 @@ def test_modegpt_mlp_is_the_nystroem_approximation():
     """Algorithm 1 of arXiv 2408.09632: leverage [C (C + λ)⁻¹]_jj, (SᵀC S)⁺ SᵀC W_down."""
     C, _ = inputs("random", N)
     weights = mlp_weights()
-    ridge = mlp.RIDGE * C.diagonal().mean()
+    ridge = mlp.MODEGPT_RIDGE * C.diagonal().mean()
     leverage = (C @ torch.linalg.inv(C + ridge * torch.eye(N))).diagonal()
     torch.testing.assert_close(ridge_leverage(C, ridge.item()), leverage, **TIGHT)
     kept = leverage.argsort(descending=True)[:30].sort().values

@@ -20,15 +20,16 @@ from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
 from a3.solutions import mlp, ov, qk
-from a3.solutions.modes import choose
+from a3.solutions.modes import choose, find_mode
 from a3.stages.allocate import Curve, allocate, at, cost, least_loss
 from a3.stages.allocation import read_allocation
-from a3.stages.approximate import approximate
+from a3.stages.approximate import approximate, solver_for
 from a3.stages.gradients import draw
 from a3.stages.plan import Plan
 
 KINDS = ("random", "ill-conditioned", "singular", "dead-channel")
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
+DAMPING = 0.05
 
 
 def random(*shape, seed=3):
@@ -125,18 +126,18 @@ def test_mlp_refits(kind, mode):
     more = [F] if mode == "obs" else []
     F = F if more else eye(D)
     W = weights.down
-    ridge, own = (share * C.diagonal().mean().item() for share in (mlp.RIDGE, mlp.REFIT_RIDGE))
+    ridge = DAMPING * C.diagonal().mean().item()
 
     def lost(Z):
         X = W - Z
         return (X * (C @ X @ F)).sum().item()
 
     for rank in (5, 25, N):
-        found = getattr(mlp, mode)(weights, C, *more, rank)
+        found = getattr(mlp, mode)(weights, C, *more, DAMPING, rank)
         kept = found.channels
         assert torch.equal(found.up, weights.up[:, kept])
         assert torch.equal(found.gate, weights.gate[:, kept])
-        _, Z = refit(C + own * eye(N), W, kept)
+        _, Z = refit(C + ridge * eye(N), W, kept)
         torch.testing.assert_close(found.down, Z[kept], rtol=1e-6, atol=1e-8)
         Z[kept] = found.down
         whole = lost(torch.zeros_like(W))
@@ -149,7 +150,7 @@ def test_mlp_refits(kind, mode):
         if mode == "ls":
             assert torch.equal(kept, mlp.rxx_w(weights, C.diagonal(), rank).channels)
         else:
-            gone, losses = mlp.obs_losses(weights, C, F, rank)
+            gone, losses = mlp.obs_losses(weights, C, F, DAMPING, rank)
             assert sorted(gone.tolist() + kept.tolist()) == list(range(N))
             exact, _ = refit(C + ridge * eye(N), W, kept, F)
             assert losses[-1].item() == pytest.approx(exact.item() / 2, rel=1e-6, abs=1e-9)
@@ -167,10 +168,10 @@ def spread(basis, heads):
 def test_joint_ov_refits_all_heads_together(kind):
     weights, R = attention(), inputs(kind, H * h)[0]
     F = semidefinite(D, seed=6)
-    to_the_end, losses = ov.joint_losses(weights, R, F, least=1)
+    to_the_end, losses = ov.joint_losses(weights, R, F, DAMPING, least=1)
     torch.testing.assert_close(to_the_end.mT @ to_the_end, eye(h).expand(G, h, h), **CLOSE)
     W = weights.o.flatten(0, 1)
-    ridge = ov.RIDGE * R.diagonal().mean().item()
+    ridge = DAMPING * R.diagonal().mean().item()
     lifted = R + ridge * eye(H * h)
     half = linalg.root_of(lifted).T
 
@@ -184,11 +185,11 @@ def test_joint_ov_refits_all_heads_together(kind):
         return (X * (metric @ X @ F)).sum().item()
 
     for rank in range(1, h + 1):
-        basis, _ = ov.joint_losses(weights, R, F, rank)
+        basis, _ = ov.joint_losses(weights, R, F, DAMPING, rank)
         exact = lost(lifted, best(half, basis[..., :rank])) / 2
         whole = losses[-1].item()
         assert losses[h - rank].item() == pytest.approx(exact, rel=1e-7, abs=1e-12 * whole)
-        found = ov.joint(weights, R, F, rank)
+        found = ov.joint(weights, R, F, DAMPING, rank)
         # Ended there or later, the same subspaces, in bases of their own.
         spans = [B[..., :rank] @ B[..., :rank].mT for B in (basis, to_the_end)]
         torch.testing.assert_close(*spans, rtol=0, atol=1e-7)
@@ -209,8 +210,8 @@ def test_the_first_direction_that_joint_drops_is_the_best_of_all():
     weights = attention()
     weights = type(weights)(weights.q[:1], weights.k[:1], weights.v[:1], weights.o[:1], h)
     R, F = inputs("random", h)[0], semidefinite(D, seed=6)
-    _, losses = ov.joint_losses(weights, R, F, least=h - 1)
-    lifted = R + ov.RIDGE * R.diagonal().mean() * eye(h)
+    _, losses = ov.joint_losses(weights, R, F, DAMPING, least=h - 1)
+    lifted = R + DAMPING * R.diagonal().mean() * eye(h)
 
     def without(u):
         rest = torch.linalg.qr(u[:, None], mode="complete").Q[:, 1:]
@@ -373,8 +374,8 @@ def test_statistics_of_nothing_are_no_trouble():
     one = qk.fisher(
         weights, zero(H, h, h).double(), zero(G, h, h).double(), zero(H, h, h).double(), 4
     )
-    two = ov.joint(weights, zero(H * h, H * h).double(), zero(D, D).double(), 4)
-    three = mlp.obs(channels(), zero(N, N).double(), zero(D, D).double(), 5)
+    two = ov.joint(weights, zero(H * h, H * h).double(), zero(D, D).double(), DAMPING, 4)
+    three = mlp.obs(channels(), zero(N, N).double(), zero(D, D).double(), DAMPING, 5)
     for found in (one, two, three):
         assert found.relative_error == 0
         assert all(x.isfinite().all() for x in vars(found).values() if torch.is_tensor(x))
@@ -588,6 +589,27 @@ def test_a_model_of_fewer_pairs_is_the_dense_one_with_factors(tmp_path, name):
         plain = AutoModelForCausalLM.from_pretrained(dense)(ids).logits
     assert (plain - expected).abs().max() > 1e-2
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "mode"), [("mlp", "ls"), ("mlp", "obs"), ("ov", "joint")])
+def test_refits_are_damped_as_by_more_tokens(tmp_path, part, mode):
+    gradient_model(tmp_path, "llama")
+    plan = Plan(
+        choose({"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": "0.5"} | {part: mode})
+    )
+    collected(tmp_path, "rxx", plan.kinds())
+    approximate(tmp_path / "dense", tmp_path / "rxx", plan, tmp_path / "small")
+    solver = solver_for(tmp_path / "dense", tmp_path / "rxx", plan, None)
+    kinds = find_mode(part, mode).kinds
+    weights, rxx = solver.weights(1, part == "mlp"), [solver.rxx(kind, 1) for kind in kinds]
+    share = 4096 / solver.statistics[kinds[0]].tokens
+    expected = getattr({"mlp": mlp, "ov": ov}[part], mode)(
+        weights, *rxx, share, solver.rank(part, 1)
+    )
+    name = {"mlp": "mlp.down_proj", "ov": "self_attn.o_proj"}[part]
+    found = load_file(tmp_path / "small/model.safetensors")[f"model.layers.1.{name}.weight"]
+    expected = expected.down if part == "mlp" else expected.o.flatten(0, 1)
+    torch.testing.assert_close(found, expected.T.float(), rtol=1e-6, atol=1e-7)
 
 
 # --- allocation -----------------------------------------------------------------------------------

@@ -5,15 +5,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a3.linalg import eliminate, keep_best, relative, ridge_leverage, root_of, take_over
+from a3.linalg import (
+    eliminate,
+    keep_best,
+    relative,
+    ridge_leverage,
+    ridge_of,
+    root_of,
+    take_over,
+)
 from a3.models.family import MLPWeights
 
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
-# Ridges, as shares of the mean square of a channel: of elimination, and of MoDeGPT, whose paper
-# leaves it open; and of refits. Chosen on text that is neither calibration nor test (docs/log.md).
-RIDGE, REFIT_RIDGE = 1e-2, 1e-1
+# MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.
+MODEGPT_RIDGE = 1e-2
 # Columns of W_down that are in float64 at a time.
 CHUNK = 256
 
@@ -83,47 +90,44 @@ def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
 
     MoDeGPT's type I (Lin et al. 2024, arXiv 2408.09632, algorithm 1), C (n, n) the autocorrelation
     of the down-projection's input: W_down becomes (C_SS)⁻¹ C_S: W_down. The paper's λ = 1 belongs
-    to a sum over its calibration; here λ is RIDGE times the mean of C's diagonal.
+    to a sum over its calibration; here λ is MODEGPT_RIDGE times the mean of C's diagonal.
     """
-    score = ridge_leverage(C, ridge_of(C, RIDGE))
+    score = ridge_leverage(C, ridge_of(C, MODEGPT_RIDGE))
     kept = keep_best(score, rank)
     return _refitted(weights, C, kept, 0.0)
 
 
-def ls(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
+def ls(weights: MLPWeights, C: Tensor, damping: float, rank: int) -> MLPSolution:
     """Channels as `rxx_w` chooses them, and W_down refitted to the output by least squares.
 
     C (n, n) is the autocorrelation of the down-projection's input; the refit uses what dropped
-    channels have in common with those that stay.
+    channels have in common with those that stay. `damping` is λ as a share of C's mean square.
     """
     kept = keep_best(C.diagonal() * row_power(weights.down), rank)
-    return _refitted(weights, C, kept, ridge_of(C, REFIT_RIDGE))
+    return _refitted(weights, C, kept, ridge_of(C, damping))
 
 
-def obs(weights: MLPWeights, C: Tensor, F: Tensor, rank: int) -> MLPSolution:
+def obs(weights: MLPWeights, C: Tensor, F: Tensor, damping: float, rank: int) -> MLPSolution:
     """Channels eliminated one after another, W_down refitted each time (optimal brain surgeon).
 
     The loss is that of the model to second order: errors of the output count by F (d, d), the
-    autocorrelation of the loss's gradients there.
+    autocorrelation of the loss's gradients there. `damping` is λ as a share of C's mean square.
     """
-    gone, _ = obs_losses(weights, C, F, rank)
+    gone, _ = obs_losses(weights, C, F, damping, rank)
     kept = torch.ones(len(C), dtype=torch.bool, device=C.device)
     kept[gone] = False
-    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C, REFIT_RIDGE), F)
+    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C, damping), F)
 
 
-def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def obs_losses(
+    weights: MLPWeights, C: Tensor, F: Tensor, damping: float, least: int
+) -> tuple[Tensor, Tensor]:
     """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ (C + λ 1) X F) after
     each.
     """
     W = weights.down.double() @ root_of(F)
-    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, RIDGE))
+    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, damping))
     return gone, losses / 2
-
-
-def ridge_of(C: Tensor, share: float) -> float:
-    """λ for the autocorrelation C; not 0, also where it is."""
-    return share * C.diagonal().mean().item() or 1.0
 
 
 def _refitted(

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.linalg import inverse, relative, root_of, shared_subspace, subspace_error, take_over
+from a3.linalg import (
+    inverse,
+    relative,
+    ridge_of,
+    root_of,
+    shared_subspace,
+    subspace_error,
+    take_over,
+)
 from a3.models.family import AttentionWeights
-
-# The ridge of `joint`, as a share of the mean square of the o_proj input (docs/log.md).
-RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,20 +65,20 @@ def palu(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
     return _shrink(weights, Gv, *shared_subspace(Gv, alone, rank))
 
 
-def joint(weights: AttentionWeights, R: Tensor, F: Tensor, rank: int) -> OVSolution:
+def joint(weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, rank: int) -> OVSolution:
     """Directions of each group's values eliminated, all heads' W_o refitted together each time.
 
     R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses what heads
     have in common, where `axkv` takes each alone. F (d, d) is the autocorrelation of the loss's
-    gradients at the output, by which errors count.
+    gradients at the output, by which errors count. `damping` is λ as a share of R's mean square.
     """
-    basis, _ = joint_losses(weights, R, F, rank)
+    basis, _ = joint_losses(weights, R, F, damping, rank)
     H, h, _ = weights.o.shape
     T = torch.block_diag(*basis.repeat_interleave(H // len(basis), dim=0))
     # In the new coordinates, those to keep come first in each head.
     kept = torch.arange(H, device=R.device)[:, None] * h + torch.arange(rank, device=R.device)
     W, C = T.T @ weights.o.flatten(0, 1), T.T @ R @ T
-    o = take_over(C, kept.flatten(), W, ridge_of(R))
+    o = take_over(C, kept.flatten(), W, ridge_of(R, damping))
     left = W.clone()
     left[kept.flatten()] -= o
     lost, whole = ((X * (C @ X @ F)).sum() for X in (left, W))
@@ -85,7 +90,7 @@ def joint(weights: AttentionWeights, R: Tensor, F: Tensor, rank: int) -> OVSolut
 
 
 def joint_losses(
-    weights: AttentionWeights, R: Tensor, F: Tensor, least: int
+    weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, least: int
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
@@ -97,7 +102,7 @@ def joint_losses(
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)
-    P = inverse(R, ridge_of(R))
+    P = inverse(R, ridge_of(R, damping))
     V = weights.o.flatten(0, 1) @ root_of(F)
     Q = torch.eye(h, dtype=R.dtype, device=R.device).expand(groups, h, h)
     gone, losses = Q[..., :0], [R.new_zeros(())]
@@ -126,11 +131,6 @@ def _least_direction(A: Tensor, B: Tensor) -> Tensor:
     first = torch.linalg.eigh((core + core.mT) / 2).eigenvectors[..., :1]
     u = torch.linalg.solve_triangular(root.mT, first, upper=True)
     return u / u.norm(dim=-2, keepdim=True)
-
-
-def ridge_of(R: Tensor) -> float:
-    """λ of refits with the autocorrelation R; not 0, also where it is."""
-    return RIDGE * R.diagonal().mean().item() or 1.0
 
 
 def _solve(weights: AttentionWeights, G: Tensor, rank: int) -> OVSolution:

@@ -25,7 +25,7 @@ from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
-from a3.solutions.modes import DENSE, PARTS, find_mode
+from a3.solutions.modes import DENSE, PARTS, PRIOR_TOKENS, find_mode
 from a3.stages.allocation import read_allocation
 from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan, factor_ranks
@@ -196,10 +196,7 @@ class LayerSolver:
         if find_mode(part, name).factors is not None:
             return self.solve_factors(part, layer, weights)
         rank = self.rank(part, layer)
-        rxx = [self.rxx(kind, layer) for kind in find_mode(part, name).kinds]
-        if name == "uniform-global":
-            rxx.append(self.order)
-        solution = solver_of(part, name)(weights, *rxx, rank)
+        solution = solver_of(part, name)(weights, *self.read(part, name, layer), rank)
         tensors = self.pack(layer, solution, REPLACED[part])
         said = {
             "mode": name,
@@ -356,6 +353,16 @@ class LayerSolver:
                     "finite weights. The checkpoint is damaged: fetch it again."
                 )
         return weights
+
+    def read(self, part: str, name: str, layer: int) -> list[Tensor | float]:
+        """What the solution of a mode takes between weights and rank."""
+        mode = find_mode(part, name)
+        read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
+        if mode.damped:
+            read.append(PRIOR_TOKENS / self.statistics[mode.kinds[0]].tokens)
+        if name == "uniform-global":
+            read.append(self.order)
+        return read
 
     def rxx(self, kind: str, layer: int) -> Tensor:
         """One statistic of a layer."""
