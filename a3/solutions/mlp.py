@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from a3.linalg import (
+    ELIMINATION,
     eliminate,
     keep_best,
     relative,
@@ -111,22 +112,21 @@ def obs(weights: MLPWeights, C: Tensor, F: Tensor, damping: float, rank: int) ->
     """Channels eliminated one after another, W_down refitted each time (optimal brain surgeon).
 
     The loss is that of the model to second order: errors of the output count by F (d, d), the
-    autocorrelation of the loss's gradients there. `damping` is λ as a share of C's mean square.
+    autocorrelation of the loss's gradients there. `damping` is λ of the last refit as a share of
+    C's mean square.
     """
-    gone, _ = obs_losses(weights, C, F, damping, rank)
+    gone, _ = obs_losses(weights, C, F, rank)
     kept = torch.ones(len(C), dtype=torch.bool, device=C.device)
     kept[gone] = False
     return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C, damping), F)
 
 
-def obs_losses(
-    weights: MLPWeights, C: Tensor, F: Tensor, damping: float, least: int
-) -> tuple[Tensor, Tensor]:
+def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ (C + λ 1) X F) after
     each.
     """
     W = weights.down.double() @ root_of(F)
-    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, damping))
+    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, ELIMINATION))
     return gone, losses / 2
 
 

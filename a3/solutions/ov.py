@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from a3.linalg import (
+    ELIMINATION,
     inverse,
     relative,
     ridge_of,
@@ -70,9 +71,10 @@ def joint(weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, rank:
 
     R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses what heads
     have in common, where `axkv` takes each alone. F (d, d) is the autocorrelation of the loss's
-    gradients at the output, by which errors count. `damping` is λ as a share of R's mean square.
+    gradients at the output, by which errors count. `damping` is λ of the last refit as a share of
+    R's mean square.
     """
-    basis, _ = joint_losses(weights, R, F, damping, rank)
+    basis, _ = joint_losses(weights, R, F, rank)
     H, h, _ = weights.o.shape
     T = torch.block_diag(*basis.repeat_interleave(H // len(basis), dim=0))
     # In the new coordinates, those to keep come first in each head.
@@ -90,7 +92,7 @@ def joint(weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, rank:
 
 
 def joint_losses(
-    weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, least: int
+    weights: AttentionWeights, R: Tensor, F: Tensor, least: int
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
@@ -102,7 +104,7 @@ def joint_losses(
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)
-    P = inverse(R, ridge_of(R, damping))
+    P = inverse(R, ridge_of(R, ELIMINATION))
     V = weights.o.flatten(0, 1) @ root_of(F)
     Q = torch.eye(h, dtype=R.dtype, device=R.device).expand(groups, h, h)
     gone, losses = Q[..., :0], [R.new_zeros(())]

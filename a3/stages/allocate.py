@@ -130,19 +130,19 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
                 f"layer {layer} has no RoPE, and {name} does not say what the model loses. Give "
                 f"{part} a ratio of its own."
             )
-        read = solver.read(part, name, layer)
+        rxx = [solver.rxx(kind, layer) for kind in find_mode(part, name).kinds]
         full, least = arch.full_rank(part), least_rank(arch, part)
         if part == "qk":
             pairs = arch.rope_dims // 2
-            _, loss = qk.fisher_losses(attention, read[-1], least // 2)
+            _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
             # The dimensions that are not rotated stay as long as there are pairs to drop.
             ranks = full - 2 * torch.arange(len(loss))
             require_whole(arch, pairs)
         elif part == "ov":
-            _, loss = ov.joint_losses(attention, *read, least)
+            _, loss = ov.joint_losses(attention, *rxx, least)
             ranks = full - torch.arange(len(loss))
         else:
-            _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *read, least)
+            _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *rxx, least)
             ranks = full - torch.arange(len(loss))
         kept = (ranks % multiple == 0) | (ranks == full)
         layers = range(layer, layer + 1)
