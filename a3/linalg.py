@@ -11,9 +11,6 @@ from torch import Tensor
 
 # Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
 NOISE = 1e-14
-# Damping of elimination as a share of the inputs' mean square, and so of what it says is lost: the
-# same for all parts and calibrations, so that ranks are shared out evenly (docs/log.md).
-ELIMINATION = 0.1
 # Elimination takes a forty-eighth of the inputs at a time, and then looks at all scores anew.
 STEPS = 48
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from a3.linalg import (
-    ELIMINATION,
     eliminate,
     keep_best,
     relative,
@@ -20,6 +19,9 @@ from a3.models.family import MLPWeights
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+# Damping of elimination, and so of what it says is lost, as a share of a channel's mean square. It
+# weighs the MLP against attention where ranks are shared out, whatever the calibration's size.
+ELIMINATION = 0.1
 # MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.
 MODEGPT_RIDGE = 1e-2
 # Columns of W_down that are in float64 at a time.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from a3.linalg import (
-    ELIMINATION,
     inverse,
     relative,
     ridge_of,
@@ -16,6 +15,10 @@ from a3.linalg import (
     take_over,
 )
 from a3.models.family import AttentionWeights
+
+# Damping of elimination, and so of what it says is lost, as a share of the o_proj input's mean
+# square: that of `fisher`, with which it shares the cache.
+ELIMINATION = 1e-2
 
 
 @dataclass(frozen=True)
