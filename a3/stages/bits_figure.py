@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from a3.recipes import parse_quantisation
 from a3.results import Run
-from a3.stages.drawing import COLOURS, DASHES, GREY, MARKERS, Drawing
+from a3.stages.drawing import COLOURS, DASHES, GREY, MARKERS, Drawing, log_if_wide
 
 Measure = Callable[[Run], tuple[float, float | None]]
 
@@ -39,8 +39,7 @@ def bits_drawing(dense: Run, runs: list[Run], panels: Mapping[str, Measure]) -> 
         axes.set_xscale("log", base=2)
         axes.grid(color="#dddddd", linewidth=0.7)
         axes.xaxis.set_major_formatter("{x:g}")
-    if max(values_of(grid[0])) > 5 * min(values_of(grid[0])):
-        grid[0].set_yscale("log")
+    log_if_wide(grid[0], values_of(grid[0]))
     grid[0].set_title(dense.place.model)
     grid[-1].set_xlabel("bits for each weight of the dense model's layers, all counted (log scale)")
     handles, labels = grid[0].get_legend_handles_labels()
@@ -60,7 +59,7 @@ def values_of(axes: Axes) -> list[float]:
 
 
 def curves_of(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs of one method, by bits: over ranks, or, where they are not quantised, over ratios."""
+    """Runs of one method, by bits: over ranks where the model is whole, and over ratios else."""
     curves: dict[str, list[Run]] = {}
     for run in runs:
         place, label = run.place, []
@@ -68,8 +67,8 @@ def curves_of(runs: list[Run]) -> dict[str, list[Run]]:
             label.append(place.modes.replace("+", " + "))
         if place.is_quantised:
             said = parse_quantisation(place.quantise)
-            label += [place.ratio] if not place.is_whole else []
-            label.append(f"{said.recipe} {said.method}")
+            rank = "" if place.is_whole or not said.rank else f"@{said.rank}"
+            label.append(f"{said.recipe} {said.method}{rank}")
         curves.setdefault(", ".join(label), []).append(run)
     return {
         label: sorted(curve, key=lambda run: run.size["parameters"])
