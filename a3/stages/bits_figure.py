@@ -22,11 +22,14 @@ def bits_drawing(dense: Run, runs: list[Run], panels: Mapping[str, Measure]) -> 
         axes.axhline(measure(dense)[0], color=GREY, linestyle="--", linewidth=1.2, label="dense")
         for index, (label, curve) in enumerate(curves.items()):
             values, errors = zip(*map(measure, curve), strict=True)
+            colour = COLOURS[index % len(COLOURS)]
             axes.errorbar(
                 [run.bits_per_weight(dense) for run in curve],
                 values,
                 yerr=[error or 0.0 for error in errors],
-                color=COLOURS[index % len(COLOURS)],
+                color=colour,
+                # A colour's second curve is told by hollow markers: it may be a single point.
+                markerfacecolor=colour if index < len(COLOURS) else "white",
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
                 label=label,
