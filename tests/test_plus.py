@@ -602,7 +602,7 @@ def test_refits_are_damped_as_by_more_tokens(tmp_path, part, mode):
     solver = solver_for(tmp_path / "dense", tmp_path / "rxx", plan, None)
     kinds = find_mode(part, mode).kinds
     weights, rxx = solver.weights(1, part == "mlp"), [solver.rxx(kind, 1) for kind in kinds]
-    share = 4096 / solver.statistics[kinds[0]].tokens
+    share = (4096 if part == "mlp" else 320) / solver.statistics[kinds[0]].tokens
     expected = getattr({"mlp": mlp, "ov": ov}[part], mode)(
         weights, *rxx, share, solver.rank(part, 1)
     )

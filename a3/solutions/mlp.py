@@ -21,7 +21,7 @@ from a3.models.family import MLPWeights
 FEWEST_TOKENS = 256
 # Damping of elimination, and so of what it says is lost, as a share of a channel's mean square. It
 # weighs the MLP against attention where ranks are shared out, whatever the calibration's size.
-ELIMINATION = 0.1
+ELIMINATION = 0.03
 # MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.
 MODEGPT_RIDGE = 1e-2
 # Columns of W_down that are in float64 at a time.

@@ -27,7 +27,7 @@ DENSE = "dense"
 NO_RATIO = "-"
 # Least squares overfits a short calibration: it is damped as if so many more tokens had been seen,
 # of inputs of the same mean square that have nothing in common (docs/log.md).
-PRIOR_TOKENS = 4096
+OV_PRIOR, MLP_PRIOR = 320, 4096
 # Behind a mode: its size is an average, shared out over layers and parts (a3.stages.allocate).
 SHARED = "~"
 # The modes that can be: they say what the model loses at each rank, in the same unit.
@@ -47,14 +47,14 @@ class Mode:
     the metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
     stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
     the product between the factors is what is cached (`latent`), it has the heads' smaller size.
-    Where it is `damped`, the solution reads PRIOR_TOKENS over the tokens of the first kind, too.
+    Where it is damped, the solution also reads `prior` over the number of tokens of the first kind.
     """
 
     kinds: tuple[str, ...]
     fits: tuple[str, ...]
     factors: dict[str, str | None] | None = None
     latent: bool = False
-    damped: bool = False
+    prior: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "identity": Mode((), NOPE + ROPE),
         "modegpt": Mode(("v_blocks",), NOPE + ROPE),
         "palu": Mode(("v_blocks",), NOPE + ROPE),
-        "joint": Mode(("o_proj_input", "attention_gradient"), NOPE + ROPE, damped=True),
+        "joint": Mode(("o_proj_input", "attention_gradient"), NOPE + ROPE, prior=OV_PRIOR),
         **FACTORED["ov"],
     },
     "mlp": {
@@ -142,8 +142,8 @@ MODES: dict[str, dict[str, Mode]] = {
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "flap": Mode(("down_diagonal", "down_mean"), MLPS),
         "modegpt": Mode(("down_input",), MLPS),
-        "ls": Mode(("down_input",), MLPS, damped=True),
-        "obs": Mode(("down_input", "mlp_gradient"), MLPS, damped=True),
+        "ls": Mode(("down_input",), MLPS, prior=MLP_PRIOR),
+        "obs": Mode(("down_input", "mlp_gradient"), MLPS, prior=MLP_PRIOR),
         **FACTORED["mlp"],
     },
 }

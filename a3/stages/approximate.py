@@ -25,7 +25,7 @@ from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
-from a3.solutions.modes import DENSE, PARTS, PRIOR_TOKENS, find_mode
+from a3.solutions.modes import DENSE, PARTS, find_mode
 from a3.stages.allocation import read_allocation
 from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
 from a3.stages.plan import Plan, factor_ranks
@@ -358,8 +358,8 @@ class LayerSolver:
         """What the solution of a mode takes between weights and rank."""
         mode = find_mode(part, name)
         read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
-        if mode.damped:
-            read.append(PRIOR_TOKENS / self.statistics[mode.kinds[0]].tokens)
+        if mode.prior:
+            read.append(mode.prior / self.statistics[mode.kinds[0]].tokens)
         if name == "uniform-global":
             read.append(self.order)
         return read

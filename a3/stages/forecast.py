@@ -308,7 +308,7 @@ class Trial:
             statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
             if mode == "uniform-global":
                 statistics.append(torch.arange(self.arch.rope_dims // 2))
-        if find_mode(part, mode).damped:
+        if find_mode(part, mode).prior:
             statistics.append(1.0)
         return self.clock(lambda: solve(weights, *statistics, rank)) / share
 
