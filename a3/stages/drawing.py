@@ -28,13 +28,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 DASHES = ("-", "--", "-.", ":")
 GREY = "#767676"
 ABSENT = "#e0e0e0"
-# Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
-# many methods; markers tell them apart in grey.
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
-    *("#882255", "#999933", "#332288", "#AA4499", "#44AA99"),
-)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 COMPONENTS = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 STYLE = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
