@@ -6,7 +6,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3 import LazyConfig
@@ -17,7 +16,13 @@ from a3.kinds import Kind, heads_of, shape_of
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.models.load import load_config, load_whole
+from a3.models.load import (
+    count_parameters,
+    empty_model,
+    load_config,
+    load_whole,
+    number_of_parameters,
+)
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
@@ -153,7 +158,7 @@ def describe(folder: Path) -> Arch:
         **fields,
         dtype=dtype,
         weights_sha256=checkpoint.sha256(),
-        size=sizes(fields, ranks * fields["layers"], checkpoint.parameters(), dtype),
+        size=sizes(fields, ranks * fields["layers"], count_parameters(folder), dtype),
     )
 
 
@@ -164,9 +169,7 @@ def sketch(folder: Path) -> Arch:
     """
     family, config = known_family(folder), load_config(folder)
     fields = family.describe(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = number_of_parameters(empty_model(config))
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     size = sizes(fields, ranks * fields["layers"], parameters, dtype)

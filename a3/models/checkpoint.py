@@ -1,13 +1,13 @@
 """Lazy reading of a Hugging Face folder's safetensors, whole or sharded."""
 
 import hashlib
-import math
 import re
 import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -138,13 +138,13 @@ class Checkpoint:
             )
         return DTYPES[found]
 
-    def parameters(self) -> int:
-        """Number of stored floating-point values (a tied LM head is stored, and counted, once)."""
-        return sum(
-            math.prod(self.shape(name))
-            for name in self.names()
-            if self._stored_dtype(name) in DTYPES
-        )
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, in whatever dtypes they are stored."""
+        if self.shape(name) != self.shape(other):
+            return False
+        one, two = self.tensor(name), self.tensor(other)
+        wide = torch.promote_types(one.dtype, two.dtype)
+        return torch.equal(one.to(wide), two.to(wide))
 
     def _stored_dtype(self, name: str) -> str:
         file, key = self._where[name]

@@ -1,10 +1,12 @@
 """What transformers loads: nothing that it forgives goes unseen, and no code of a model is run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,7 +40,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     cannot read it, or a tensor is missing.
     """
     checkpoint = Checkpoint(folder)
-    needed = checkpoint.parameters() * WIDTHS[dtype]
+    needed = count_parameters(folder) * WIDTHS[dtype]
     require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
     checkpoint.verify_all()
     return load_whole(folder, dtype=getattr(torch, dtype)).eval()
@@ -59,6 +61,42 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that transformers makes of a config, dense or compressed, without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def number_of_parameters(model: nn.Module) -> int:
+    """Weights of a model; one that several modules share counts once, and buffers do not."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters of the model, dense or compressed, that transformers loads from a folder.
+
+    Not all numbers that its files hold: masks, frequencies and layers beyond those of the config
+    are no parameters, and a tied head that is stored once more is the embedding still. One that
+    differs from the embedding is a head of its own, whatever the config says. Raises A3Error for a
+    config of which transformers makes no model.
+    """
+    config = load_config(folder)
+    with readable(folder, "AutoModelForCausalLM"):
+        model = empty_model(config)
+    checkpoint = Checkpoint(folder, model.base_model_prefix)
+    untied = [
+        target
+        for target, source in model.all_tied_weights_keys.items()
+        if {target, source} <= set(checkpoint.names()) and not checkpoint.equal(target, source)
+    ]
+    return number_of_parameters(model) + sum(model.get_parameter(name).numel() for name in untied)
+
+
+def tensors_of_model(folder: Path) -> frozenset[str]:
+    """Names, in memory, of the tensors that transformers loads for the model of a dense folder."""
+    return frozenset(empty_model(load_config(folder)).state_dict())
+
+
 def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:
     """Raise A3Error where a model, dense or compressed, has positions for fewer `tokens`.
 
@@ -77,13 +115,20 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
 
 def loaded(of: Callable, folder: Path, **options: Any) -> Any:
     """`from_pretrained` of an auto class; A3Error for all that goes wrong, remote code among it."""
-    try:
+    with readable(folder / options.get("gguf_file", ""), of.__name__):
         # Left out, trust_remote_code makes transformers ask at the terminal.
         return of.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
+
+
+@contextmanager
+def readable(path: Path, reader: str) -> Iterator[None]:
+    """Raise A3Error for all that goes wrong where transformers' `reader` reads `path`."""
+    try:
+        yield
     # What the libraries say of files that they cannot read is of any type.
     except Exception as error:
         raise A3Error(
-            f"{folder / options.get('gguf_file', '')}: {of.__name__} of transformers cannot read "
+            f"{path}: {reader} of transformers cannot read "
             f"it ({type(error).__name__}: {str(error).strip()}). Fetch or build it again. "
             "a3 runs no code that comes with a model: it has to be of a family that transformers "
             "has."

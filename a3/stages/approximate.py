@@ -21,6 +21,7 @@ from a3.errors import A3Error
 from a3.files import sha256, whole_folder
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.load import tensors_of_model
 from a3.parts import share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
@@ -121,11 +122,12 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
     """Solve the layers of one part and write it."""
     arch, dense = solver.arch, solver.checkpoint
     layers = share(arch.layers, number, "layers")
-    tensors = outside(dense, arch) if len(layers) == arch.layers else {}
+    known = tensors_of_model(dense.folder)
+    tensors = outside(dense, arch, known) if len(layers) == arch.layers else {}
     reports, seconds = [], []
     for layer in tqdm(layers, unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
-        tensors |= solved | staying(dense, arch, layer, solved)
+        tensors |= solved | staying(dense, arch, known, layer, solved)
         reports.append(report)
         seconds.append(took)
     said = {

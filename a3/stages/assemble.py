@@ -27,6 +27,7 @@ from a3.files import (
 from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch, sizes
 from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
+from a3.models.load import count_parameters, tensors_of_model
 from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
@@ -128,7 +129,7 @@ def assemble(
     ranks = [layer_ranks(arch, report) for report in reports]
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
-    checkpoint, names = Checkpoint(folder), weight_files(len(paths))
+    names = weight_files(len(paths))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
     record = parts[0].said | {
@@ -140,7 +141,7 @@ def assemble(
             "compressed": sizes(
                 arch.to_json(),
                 ranks,
-                checkpoint.parameters(),
+                count_parameters(folder),
                 arch.dtype,
                 [layer_factors(report) for report in reports],
             ),
@@ -160,7 +161,8 @@ def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Pat
     for path, name in zip(paths, names, strict=False):
         path.rename(folder / name)
     if len(paths) > 1:
-        rest = outside(Checkpoint(model_folder, arch.adapter.prefix), arch)
+        checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+        rest = outside(checkpoint, arch, tensors_of_model(model_folder))
         save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
         write_index(folder, names)
 
@@ -195,10 +197,22 @@ def layer_factors(report: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def outside(checkpoint: Checkpoint, arch: Arch) -> dict[str, Tensor]:
+def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[str, Tensor]:
     """Tensors that are in no layer: embeddings, the last norm, the head."""
-    names = arch.adapter.names_in(checkpoint, None)
+    names = names_to_keep(checkpoint, arch, known, None)
     return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
+
+
+def names_to_keep(
+    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int | None
+) -> list[str]:
+    """Tensors of a layer, or of none, that the model has: those `known` by their names in memory.
+
+    Older checkpoints hold masks and RoPE's frequencies, too.
+    """
+    adapter = arch.adapter
+    names = adapter.names_in(checkpoint, layer)
+    return [name for name in names if adapter.packed_rest(name) in known]
 
 
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -213,15 +227,15 @@ def copied(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def staying(
-    checkpoint: Checkpoint, arch: Arch, layer: int, solved: Iterable[str]
+    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int, solved: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Tensors of a layer that are not `solved`, among them all RoPE pairs where none were chosen.
+    """Tensors of a layer that are `known` and not `solved`; all RoPE pairs where none were chosen.
 
     Attention gets the compressed model's names; repacked q, k, v, o and experts, which are always
     packed anew, are left out.
     """
     renamed = new_names(arch, layer)
-    names = arch.adapter.names_in(checkpoint, layer)
+    names = names_to_keep(checkpoint, arch, known, layer)
     kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
     tensors = {
         new: copied(checkpoint, name)

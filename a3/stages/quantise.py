@@ -23,7 +23,7 @@ from a3.files import read_json, read_record, sha256, whole_folder, write_record
 from a3.formats import parse_format, quantise
 from a3.models.arch import Arch, compressed_arch, is_compressed, load_arch
 from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
-from a3.models.load import load_config
+from a3.models.load import count_parameters, load_config
 from a3.provenance import provenance
 from a3.recipes import (
     INPUTS,
@@ -238,7 +238,7 @@ class Quantiser:
         )
         size = read_record(self.folder / "approx.json")["size"]["compressed"]
         return size | {
-            "parameters": Checkpoint(folder).parameters(),
+            "parameters": count_parameters(folder),
             "flops_per_token": size["flops_per_token"] + added,
             "bits_per_weight": self.bits_per_weight(),
         }
@@ -247,7 +247,7 @@ class Quantiser:
         """Bits of the layers' matrices for each weight that the dense model has in them."""
         base = read_record(self.folder / "approx.json")["base"]
         dense = projection_weights(base)
-        removed = base["size"]["parameters"] - self.checkpoint.parameters()
+        removed = base["size"]["parameters"] - count_parameters(self.folder)
         quantised = sum(said["weights"] for said in self.report.values())
         bits = sum(said["bits"] for said in self.report.values())
         rest = 8 * WIDTHS[self.arch.dtype] * (dense - removed - quantised)

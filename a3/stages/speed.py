@@ -35,7 +35,13 @@ from a3.memory import GIB, require_memory
 from a3.models.arch import Arch, load_arch, sizes, sketch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
-from a3.models.load import load_config, load_model, require_positions
+from a3.models.load import (
+    empty_model,
+    load_config,
+    load_model,
+    number_of_parameters,
+    require_positions,
+)
 from a3.provenance import provenance
 from a3.results import Place
 from a3.solutions.modes import DENSE, choose
@@ -237,8 +243,7 @@ def shapes_of(
     arch: Arch, config: PreTrainedConfig, ranks: Ranks, factors: dict[str, int]
 ) -> dict[str, Any]:
     """The fields of Arch for a model of these ranks."""
-    fields, model = arch.to_json(), random_model(config, arch.dtype, "meta")
-    parameters = sum(weight.numel() for weight in model.parameters())
+    fields, parameters = arch.to_json(), number_of_parameters(empty_model(config))
     every = [ranks] * arch.layers, parameters, arch.dtype, [factors] * arch.layers
     return fields | {"size": sizes(fields, *every)}
 
