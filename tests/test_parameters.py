@@ -164,7 +164,7 @@ def test_bits_of_quantised_models_are_of_the_weights_that_there_are(tmp_path, ca
         bits, weights = (
             sum(said[key] for said in record["matrices"].values()) for key in ("bits", "weights")
         )
-        # Counted by the dense model's weights, of which a quarter of the MLP's is gone in the other.
+        # Counted by the dense weights; of the compressed model a quarter of the MLP is gone.
         matrices = record["base"]["layers"] * (
             12288 if "llama" in record["base"]["family"] else 16384
         )
