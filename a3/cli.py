@@ -255,7 +255,7 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
 
 def card(model: Path, dense: list[Path], compressed: list[Path]) -> None:
     """Write perplexities into a model card."""
-    from a3.stages.card import add_perplexity
+    from a3.stages.card_perplexity import add_perplexity
 
     add_perplexity(folder(model), dense, compressed)
 
@@ -400,14 +400,14 @@ def text_entry(name: str) -> dict[str, Any]:
 
 def entry(name: str, section: str, local: str) -> dict[str, Any]:
     """JSON of an entry, a local path, a name of the catalogue, or owner/name@revision."""
-    from a3.config import CATALOGUE
-    from a3.files import load_yaml
-
     if name.startswith("{"):
         return parse_json(name)
     if Path(name).exists():
         kind = {".txt": {"format": "text"}, "": {}}.get(Path(name).suffix, {})
         return {"source": {"path": name}} | (kind if section == "texts" else {})
+    from a3.config import CATALOGUE
+    from a3.files import load_yaml
+
     catalogue = load_yaml(CATALOGUE)[section]
     if name in catalogue:
         return catalogue[name]

@@ -10,15 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from a3.dtypes import WIDTHS
-from a3.kinds import GRADIENT_FORMS, KINDS, SAMPLED_FORMS, shape_of, statistics_memory
+from a3.kinds import (
+    GRADIENT_BLOCKS,
+    GRADIENT_FORMS,
+    KINDS,
+    SAMPLED_FORMS,
+    shape_of,
+    statistics_memory,
+)
+from a3.parts import LARGEST_PART
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
 LIBRARIES = 550 * 2**20
 SOLVERS = 400 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
 HARNESS_TOKENS = 8 * 96
-# Files of weights are at most so large where a layer is not larger; a job holds one of them.
-LARGEST_PART = 2**30
 # Of a text that is scored whole: bytes a token, at least, and tokens where it is not there yet.
 BYTES_PER_TOKEN = 3
 WHOLE_TEXT = 1_000_000
@@ -66,18 +72,6 @@ class Cost:
 def shapes(record: dict[str, Any]) -> dict[str, Any]:
     """The shapes in an arch.json; raises KeyError or TypeError where they are not there."""
     return {name: record[name] for name in FIELDS}
-
-
-def projection_weights(arch: dict[str, Any]) -> int:
-    """Weights in the layers' matrices, of all experts: neither biases, norms nor embeddings."""
-    d, h, n = arch["hidden_size"], arch["head_dim"], arch["intermediate_size"]
-    attention = 2 * d * h * (arch["heads"] + arch["kv_heads"])
-    matrices = 3 if arch["mlp"] == "3-layer" else 2
-    return arch["layers"] * (attention + matrices * d * n * (arch["experts"] or 1))
-
-
-# Gradients are taken of one block in so many (a3.stages.collect).
-GRADIENT_BLOCKS = 4
 
 
 def collect_cost(

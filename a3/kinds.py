@@ -65,7 +65,8 @@ KINDS = {
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
 }
-# Gradients by activations, of one block in GRADIENT_BLOCKS (a3.cost).
+# Gradients by activations, which are taken of one block in so many.
+GRADIENT_BLOCKS = 4
 SAMPLED_FORMS = ("gradient", "factors")
 # What a backward pass gives.
 GRADIENT_FORMS = ("fisher", *SAMPLED_FORMS)

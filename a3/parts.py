@@ -5,6 +5,9 @@ from pathlib import Path
 
 from a3.errors import A3Error
 
+# Files of weights are at most so large where a layer is not larger; a job holds one of them.
+LARGEST_PART = 2**30
+
 
 def share(count: int, part: str, what: str) -> range:
     """The run of `count` things that is one part; runs are as even as can be.
@@ -20,6 +23,13 @@ def share(count: int, part: str, what: str) -> range:
             "counted from 0."
         )
     return range(count * index // parts, count * (index + 1) // parts)
+
+
+def weight_files(parts: int) -> list[str]:
+    """Names of a checkpoint's files of weights that is made in several parts, as on the hub."""
+    count = parts + 1
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return ["model.safetensors"] if parts == 1 else names
 
 
 def require_all(found: list[str | None], where: Path, missing: str) -> None:

@@ -39,17 +39,22 @@ def sources(module: str) -> tuple[Path, ...]:
         if path is not None and path not in seen:
             seen.add(path)
             queue += _imports(path.read_text())
+    if not seen:
+        raise ValueError(f"{module}: no such module")
     return tuple(sorted(seen))
 
 
 @cache
-def fingerprint(module: str) -> str:
-    """Hash of the sources of one stage: equal fingerprints mean the same code (16 hex digits).
+def fingerprint(*modules: str) -> str:
+    """Hash of the sources of a stage, and of what it loads otherwise than by importing it.
 
-    Snakemake does not follow Python imports, so every rule carries this as a parameter.
+    Equal fingerprints mean the same code (16 hex digits). Snakemake does not follow Python imports,
+    so every rule carries this as a parameter. Code that is loaded by name (the compressed model's,
+    by transformers) is no import that could be followed: a stage names it in an import of its own,
+    or here. tests/test_fingerprints.py holds every stage to what it has loaded when it is done.
     """
     digest = hashlib.sha256()
-    for path in sources(module):
+    for path in sorted({path for module in modules for path in sources(module)}):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
         digest.update(path.read_bytes())
         # A template beside a stage is part of it.
@@ -58,11 +63,14 @@ def fingerprint(module: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def provenance(module: str, **settings: Any) -> dict[str, Any]:
-    """The record that every artifact carries: stage, code fingerprint, versions and settings."""
+def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
+    """The record that every artifact carries: modules, their fingerprint, versions and settings.
+
+    The first of the modules is the stage's.
+    """
     return {
-        "stage": module.rsplit(".", 1)[-1],
-        "code": fingerprint(module),
+        "modules": list(modules),
+        "code": fingerprint(*modules),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         **settings,
     }

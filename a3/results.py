@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from a3.cost import projection_weights
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_record
 from a3.recipes import PLAIN
+from a3.sizes import projection_weights
 from a3.solutions.modes import DENSE, NO_RATIO, SHARED
 
 # Two results of one model stand in one table only when they agree on all of these.
@@ -32,13 +32,6 @@ HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
 SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 # Both models are scored by the same code.
 CODE = "provenance.code"
-
-
-def weight_files(parts: int) -> list[str]:
-    """Names of a checkpoint's files of weights that is made in several parts, as on the hub."""
-    count = parts + 1
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    return ["model.safetensors"] if parts == 1 else names
 
 
 @dataclass(frozen=True)

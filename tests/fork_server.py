@@ -19,7 +19,12 @@ import traceback
 from functools import cache
 from pathlib import Path
 
-LIBRARIES = ("lm_eval.models.huggingface", "transformers.models.llama.modeling_llama", "pandas")
+LIBRARIES = (
+    "lm_eval.models.huggingface",
+    "transformers.models.llama.modeling_llama",
+    "pandas",
+    "matplotlib.pyplot",
+)
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -93,6 +98,8 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
     os.environ.update(request["environ"])
     sys.argv = ["a3", *request["words"]]
     sys.path[:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    opened: set[str] = set()
+    sys.addaudithook(lambda event, said: event == "open" and opened.add(str(said[0])))
     status = 1
     try:
         status = importlib.import_module("a3.cli").main()
@@ -100,6 +107,9 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
         traceback.print_exc()
+    if used := os.environ.get("A3_USED"):
+        modules = sorted(name for name in sys.modules if name.split(".")[0] == "a3")
+        Path(used).write_text(json.dumps({"modules": modules, "files": sorted(opened)}))
     sys.stdout.flush()
     sys.stderr.flush()
     connection.sendall(f"{status}\n".encode())

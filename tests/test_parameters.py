@@ -10,11 +10,11 @@ from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
 import a3  # noqa: F401
-from a3.cost import projection_weights
 from a3.files import read_record
 from a3.models.arch import load_arch, sketch
 from a3.models.load import count_parameters
 from a3.results import Place, Record, Run
+from a3.sizes import projection_weights
 from a3.stages.inspect import inspect
 
 GPT2 = {"n_inner": 96}

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from a3.cli import main
 from a3.cost import speed_cost
 from a3.files import read_record, write_record
-from a3.models.arch import sizes, sketch
+from a3.models.arch import sketch
+from a3.sizes import sizes
 from a3.stages import speed as stage
 from a3.stages.forecast import Job, forecast
 

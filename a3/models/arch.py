@@ -2,14 +2,12 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3 import LazyConfig
-from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json, read_record
 from a3.kinds import Kind, heads_of, shape_of
@@ -23,9 +21,7 @@ from a3.models.load import (
     load_whole,
     number_of_parameters,
 )
-
-# Context length at which FLOPs per token are counted (the attention products depend on it).
-FLOPS_CONTEXT = 1024
+from a3.sizes import sizes
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,14 @@ def is_compressed(folder: Path) -> bool:
     return model_type(folder) == LazyConfig.model_type
 
 
+def modules_of(folder: Path) -> list[str]:
+    """Modules of a3 that transformers loads, by their names, to run the model of a folder."""
+    if not is_compressed(folder):
+        return []
+    quantised = "quantised" in load_config(folder).a3
+    return ["a3.models.quantised" if quantised else "a3.models.modeling_a3"]
+
+
 def describe(folder: Path) -> Arch:
     """Read a dense Hugging Face folder (config.json and *.safetensors).
 
@@ -235,45 +239,3 @@ def load_arch(folder: Path) -> Arch:
             "and build it again."
         )
     return Arch(**{name: content[name] for name in names})
-
-
-def sizes(
-    fields: dict[str, Any],
-    ranks: list[tuple[int, int, int | list[int]]],
-    parameters: int,
-    dtype: str,
-    factors: list[dict[str, int]] | None = None,
-) -> dict[str, int]:
-    """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
-
-    `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
-    went to all alike. `factors` has the rank of each matrix that is a product of two, per layer;
-    keys that are so alone are cached as the product's middle (Palu). A multiply-add counts as two
-    FLOPs; attention products are counted against FLOPS_CONTEXT keys; router and LM head are
-    included.
-    """
-    width = WIDTHS[dtype]
-    d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
-    experts, active = fields["experts"], fields["experts_per_token"]
-    linear = attention = cache = 0
-    for (qk, ov, channels), own in zip(ranks, factors or [{}] * len(ranks), strict=True):
-        n = mean(channels) if isinstance(channels, list) else channels
-        shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
-        shapes |= {"up": (d, n), "down": (n, d)}
-        if fields["mlp"] == "3-layer":
-            # Fused with up, gate stands for both where it is a product.
-            shapes |= {"gate": (d, n)}
-            if "gate" in own and "up" not in own:
-                shapes |= {"gate": (d, 2 * n), "up": (d, 0)}
-        for name, (inputs, outputs) in shapes.items():
-            size = own[name] * (inputs + outputs) if name in own else inputs * outputs
-            linear += size * (active or 1) if name in ("gate", "up", "down") else size
-        linear += d * experts
-        attention += H * (qk + ov) * FLOPS_CONTEXT
-        keys = own["k"] if "k" in own and "q" not in own else G * qk
-        cache += (keys + G * ov) * width
-    return {
-        "parameters": parameters,
-        "kv_bytes_per_token": cache,
-        "flops_per_token": round(2 * (linear + attention + d * fields["vocab_size"])),
-    }

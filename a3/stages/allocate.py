@@ -20,7 +20,6 @@ from a3.files import sha256, write_record
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.provenance import provenance
-from a3.results import timing
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import SHARING, Choice, find_mode
 from a3.stages.approximate import LayerSolver
@@ -108,7 +107,7 @@ def allocate(
         ),
     }
     write_record(out, record)
-    write_record(timing(out), {"seconds": time.perf_counter() - start})
+    write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
 def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:

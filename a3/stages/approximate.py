@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from a3.cost import LARGEST_PART
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256, whole_folder
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import tensors_of_model
-from a3.parts import share
+from a3.parts import LARGEST_PART, share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares

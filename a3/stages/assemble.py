@@ -25,11 +25,11 @@ from a3.files import (
     write_record,
 )
 from a3.models import modeling_a3
-from a3.models.arch import Arch, load_arch, sizes
+from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
 from a3.models.load import count_parameters, tensors_of_model
-from a3.parts import require_all
-from a3.results import weight_files
+from a3.parts import require_all, weight_files
+from a3.sizes import sizes
 from a3.solutions.modes import PARTS
 from a3.stages.card import base_of, write_card
 

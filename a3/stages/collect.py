@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from a3.cost import GRADIENT_BLOCKS
 from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
-from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS
-from a3.models.arch import Arch, CompressedArch, compressed_arch, is_compressed, load_arch
+from a3.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, SAMPLED_FORMS
+from a3.models.arch import (
+    Arch,
+    CompressedArch,
+    compressed_arch,
+    is_compressed,
+    load_arch,
+    modules_of,
+)
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
@@ -125,6 +131,7 @@ def collect(
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
+        *modules_of(model_folder),
         weights_sha256=arch.weights_sha256,
         config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),

@@ -12,8 +12,8 @@ from a3.files import read_json, sha256, whole_folder, write_record
 from a3.models.checkpoint import RECORDS, combined, hash_files, model_source
 from a3.models.load import load_whole
 from a3.models.stock import Stock, stock
+from a3.parts import weight_files
 from a3.provenance import provenance
-from a3.results import weight_files
 from a3.stages.assemble import travels, write_index
 
 

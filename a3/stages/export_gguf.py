@@ -16,6 +16,8 @@ from gguf.quants import quantize
 from torch import Tensor
 from tqdm import tqdm
 
+# Named here, since transformers reads the config with it.
+import a3.models.modeling_a3  # noqa: F401
 from a3.errors import A3Error
 from a3.files import whole_file
 from a3.models.checkpoint import model_source

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from a3.cost import (
-    GRADIENT_BLOCKS,
     Cost,
     approx_cost,
     collect_cost,
@@ -33,11 +32,12 @@ from a3.cost import (
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import sha256
-from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS, Kind
+from a3.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, SAMPLED_FORMS, Kind
 from a3.memory import GIB, memory_at_hand, require_memory
-from a3.models.arch import load_arch, sizes, sketch
+from a3.models.arch import load_arch, sketch
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.load import load_config
+from a3.sizes import sizes
 from a3.solutions.factors import Matrix
 from a3.solutions.modes import PARTS, choose, find_mode
 from a3.stages.allocate import LEAST

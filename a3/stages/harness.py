@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
 
 # Named here so that a change of the compressed model makes evaluations stale.
-import a3.models.modeling_a3  # noqa: F401
+import a3.models.quantised  # noqa: F401
 from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.harness import task_config

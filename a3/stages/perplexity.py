@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
-import a3.models.modeling_a3  # noqa: F401
+import a3.models.quantised  # noqa: F401
 from a3.documents import load_documents, scored_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from a3.cost import projection_weights
+# Named here, since sizes of quantised models are those of what transformers makes with it.
+import a3.models.quantised  # noqa: F401
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_json, read_record, sha256, whole_folder, write_record
@@ -34,6 +35,7 @@ from a3.recipes import (
     formats_of,
     kinds_read,
 )
+from a3.sizes import projection_weights
 from a3.solutions import lqer
 from a3.stages.approximate import repack
 from a3.stages.assemble import travels, write_index

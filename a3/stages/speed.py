@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 # Named here so that a change of the compressed model makes timings stale.
-import a3.models.modeling_a3  # noqa: F401
+import a3.models.quantised  # noqa: F401
 from a3 import LazyConfig
 from a3.cost import kv_bytes, speed_cost
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.memory import GIB, require_memory
-from a3.models.arch import Arch, load_arch, sizes, sketch
+from a3.models.arch import Arch, load_arch, sketch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.load import (
@@ -44,6 +44,7 @@ from a3.models.load import (
 )
 from a3.provenance import provenance
 from a3.results import Place
+from a3.sizes import sizes
 from a3.solutions.modes import DENSE, choose
 from a3.stages.assemble import Ranks, compressed_config
 from a3.stages.plan import Plan

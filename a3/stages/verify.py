@@ -288,11 +288,19 @@ class Verifier:
         """Count what other code or other libraries made than are here now."""
         if "code" not in made:
             return
-        if made["code"] != fingerprint(f"a3.stages.{made['stage']}"):
-            self.old[f"code of {made['stage']}"] += 1
+        if made["code"] != code_now(made["modules"]):
+            self.old[f"code of {made['modules'][0]}"] += 1
         for name in LIBRARIES:
             if made["libraries"].get(name) != importlib.metadata.version(name):
                 self.old[f"{name} {made['libraries'].get(name)}"] += 1
+
+
+def code_now(modules: list[str]) -> str | None:
+    """The fingerprint of modules; None where one of them is no more."""
+    try:
+        return fingerprint(*modules)
+    except ValueError:
+        return None
 
 
 def verify(results: Path) -> None:

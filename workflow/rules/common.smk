@@ -21,9 +21,10 @@ from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
 from a3.files import load_yaml, sha256
 from a3.paper import Paper
+from a3.parts import weight_files
 from a3.provenance import fingerprint
 from a3.recipes import parse_quantisation
-from a3.results import SPECTRA_KINDS, Place, SurgeryPlace, weight_files
+from a3.results import SPECTRA_KINDS, Place, SurgeryPlace
 from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
 from a3.surgery import SURGERIES, find_surgery
 from a3.tasks import data_files, read_task

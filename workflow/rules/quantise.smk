@@ -60,7 +60,7 @@ if QUANTISED_KINDS:
             ),
             threads=C["threads"]["collect"],
             device=C["device"],
-            code=fingerprint("a3.stages.collect"),
+            code=fingerprint("a3.stages.collect", "a3.models.modeling_a3"),
         shell:
             "a3 collect {params.model:q} --text {input.text:q} {params.settings:q}"
             " --threads {params.threads} --device {params.device:q} -o {output.rxx:q} &> {log:q}"
