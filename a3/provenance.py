@@ -64,11 +64,12 @@ def fingerprint(*modules: str) -> str:
 
 
 def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
-    """The record that every artifact carries: modules, their fingerprint, versions and settings.
+    """The record that every artifact carries: stage, code fingerprint, versions and settings.
 
-    The first of the modules is the stage's.
+    The first of the modules is the stage's, which has their last name.
     """
     return {
+        "stage": modules[0].rsplit(".", 1)[-1],
         "modules": list(modules),
         "code": fingerprint(*modules),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},

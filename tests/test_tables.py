@@ -62,7 +62,7 @@ def write_evaluation(folder, weights, nll, value):
             "perplexity_stderr": 0.5,
             "block_nll": nll,
             "checkpoint_sha256": weights,
-            "provenance": {"modules": ["a3.stages.perplexity"], **MADE},
+            "provenance": {"stage": "evaluate", **MADE},
         },
     )
     write(
@@ -76,7 +76,7 @@ def write_evaluation(folder, weights, nll, value):
             "task_hash": digest("task"),
             "lm_eval": "0.4.13",
             "checkpoint_sha256": weights,
-            "provenance": {"modules": ["a3.stages.perplexity"], **MADE},
+            "provenance": {"stage": "evaluate", **MADE},
         },
     )
     speed = {"seconds": 4.0, "tokens_per_second": 512.0}
@@ -116,27 +116,15 @@ def write_checkpoint(results, experiment):
     weights = digest(tail.as_posix())
     kinds = {"v_blocks": modes["qk"] + modes["ov"], "down_diagonal": modes["mlp"]}
     statistics = {
-        kind: {"modules": ["a3.stages.collect"], **MADE, "kind": kind, "tokens": 32768, "seed": 0}
+        kind: {"stage": "collect", **MADE, "kind": kind, "tokens": 32768, "seed": 0}
         for kind, used in kinds.items()
         if used not in ("dense", "densedense")
     }
     if "fwsvd" in modes.values():
-        record = {
-            "modules": ["a3.stages.collect"],
-            **MADE,
-            "kind": "down_fisher",
-            "tokens": 32768,
-            "seed": 0,
-        }
+        record = {"stage": "collect", **MADE, "kind": "down_fisher", "tokens": 32768, "seed": 0}
         statistics = {"down_fisher": record}
     if "fisher" in modes.values():  # gradients are of a share of the blocks
-        record = {
-            "modules": ["a3.stages.collect"],
-            **MADE,
-            "kind": "pair_gradient",
-            "tokens": 8192,
-            "seed": 0,
-        }
+        record = {"stage": "collect", **MADE, "kind": "pair_gradient", "tokens": 8192, "seed": 0}
         statistics["pair_gradient"] = record
     removed = 0.25 if ratio == "-" else float(ratio)
     share = 1 - removed * sum(mode != "dense" for mode in modes.values()) / 3
@@ -149,7 +137,7 @@ def write_checkpoint(results, experiment):
             "layers": layers,
             "size": {"dense": size(1.0), "compressed": size(share)},
             "weights_sha256": weights,
-            "provenance": {"modules": ["a3.stages.approximate"], **MADE, "statistics": statistics},
+            "provenance": {"stage": "approximate", **MADE, "statistics": statistics},
         },
     )
     spent = [dict.fromkeys(parts, 0.5) for parts in layers]

@@ -114,7 +114,7 @@ def test_other_code_and_libraries_are_a_note(results, capsys):
     write_record(path, record)
     assert main(["verify", str(results)]) == 0
     said = capsys.readouterr().out
-    assert "note: 1 artifacts were made by other code of a3.stages.perplexity" in said
+    assert "note: 1 artifacts were made by other code of perplexity" in said
     assert "note: 1 artifacts were made by other torch 1.0" in said
 
 
@@ -132,7 +132,7 @@ def test_artifacts_say_where_the_model_came_from(whole):
     assert source == {"path": str(whole.parent / "tiny")}
     for made in (approx["provenance"], statistics, score["provenance"]):
         assert made["model"]["source"] == source
-        assert {"code", "libraries", "modules"} <= made.keys()
+        assert {"code", "libraries", "stage", "modules"} <= made.keys()
     text = whole / "texts/learn/docs.jsonl"
     assert statistics["text_sha256"] == sha256(text)
     assert {"seed", "tokens", "block_length", "bos", "dtype"} <= statistics.keys()

@@ -20,6 +20,11 @@ PICKLED = "pytorch_model*.bin*"
 CARD = "README.md"
 # What says of a folder, under "files", which content a stage wrote.
 RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
+# What transformers reads of a folder beside config and weights, where it is there.
+READ = (
+    *("generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.*", "vocab.*", "merges.txt", "spiece.model"),
+)
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -198,7 +203,15 @@ def check_small(folder: Path) -> dict[str, str]:
     for name, expected in recorded.items():
         if not name.endswith(".safetensors"):
             check_file(folder / name, expected, CHANGED)
+    refuse_added(folder, recorded)
     return recorded
+
+
+def refuse_added(folder: Path, recorded: dict[str, str]) -> None:
+    """Raise A3Error where a file that transformers reads came to a recorded folder later."""
+    found = {path.name for pattern in READ for path in folder.glob(pattern)} if recorded else set()
+    if added := sorted(found - recorded.keys()):
+        raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
 
 
 def check_file(path: Path, expected: str, what_to_do: str) -> None:

@@ -22,6 +22,7 @@ ERRORS = 2
 LOWER = ("brier_score", "ter")
 # Keys of a statistics record that do not say how its text was read.
 NOT_SETTINGS = {
+    "stage",
     "modules",
     "code",
     "libraries",

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder
+from a3.inputs import MODEL_FILES, is_model_file
 from a3.models.load import load_config
 from a3.stages.assemble import write_index
-from a3.stages.model import is_model_file
-from a3.stages.sources import MODEL_FILES, hub_model, source_kind
+from a3.stages.sources import hub_model, source_kind
 
 WHOLE = "pytorch_model.bin"
 INDEX = f"{WHOLE}.index.json"

@@ -75,7 +75,7 @@ def harness(
         "checkpoint_sha256": checkpoint.sha256(),
         "config_sha256": sha256(model_folder / "config.json"),
         "items_sha256": None if items is None else sha256(items),
-        "task_files": {path.name: sha256(path) for path in files},
+        "task_files": {str(path): sha256(path) for path in files},
         "provenance": provenance(__name__, model=model_source(model_folder), seed=seed),
     }
     write_record(out, record)

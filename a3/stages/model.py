@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json, write_record
+from a3.inputs import hash_inputs, is_model_file
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import (
     CARD,
@@ -26,8 +27,6 @@ from a3.provenance import provenance
 from a3.stages.gguf import load_gguf
 from a3.stages.sources import (
     MADE,
-    MODEL_FILES,
-    NOT_MODEL_FILES,
     PLACES,
     extract_member,
     hub_model,
@@ -53,7 +52,8 @@ def resolve_model(
     of a local folder are linked, not copied; the small files beside them are copied.
     `base` is the folder that a repeat_kv or train source is made from.
     source.json holds the source, the hub's commit and the licence, as far as they are known;
-    arch.json the model's shapes, the hash of every file, and what made it.
+    arch.json the model's shapes, the hash of every file and of those of a local source, and what
+    made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
     kind = source_kind(source, PLACES + MADE)
@@ -89,7 +89,11 @@ def resolve_model(
             }
         write_json(folder / "source.json", record)
         arch = describe(folder).to_json()
-        made = {"files": hash_files(folder), "provenance": provenance(__name__, **record)}
+        made = {
+            "files": hash_files(folder),
+            "source_files": hash_inputs("models", source),
+            "provenance": provenance(__name__, **record),
+        }
         write_record(folder / "arch.json", arch | made)
 
 
@@ -171,17 +175,6 @@ def repeat_kv(base: Path, folder: Path) -> None:
         if is_model_file(path) and path.suffix != ".safetensors" and path.name != INDEX:
             shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", config | {"num_key_value_heads": arch.heads})
-
-
-def is_model_file(path: Path) -> bool:
-    """Whether a file of a folder belongs to the model as a3 reads it."""
-    return (
-        path.is_file()
-        and any(path.match(pattern) for pattern in MODEL_FILES)
-        and not any(Path(path.name).match(pattern) for pattern in NOT_MODEL_FILES)
-        # Left by stages, where the source is one of their folders.
-        and path.name not in ("arch.json", "source.json", "train.json")
-    )
 
 
 def check_model_files(source: Path, names: set[str]) -> None:

@@ -199,7 +199,7 @@ def _provenance(results: Path, frame: pd.DataFrame) -> list[Column]:
             found += [record.data["provenance"], *_statistics(record)]
     counts = Counter(
         (
-            made["modules"][0],
+            made["stage"],
             made["code"],
             ", ".join(f"{name} {version}" for name, version in sorted(made["libraries"].items())),
         )

@@ -29,14 +29,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from a3 import files
 from a3.errors import A3Error
+from a3.inputs import MODEL_FILES, NOT_MODEL_FILES
 
 PLACES = ("wheel", "hub", "path")
 # Kinds of models that are made here, from another folder.
 MADE = ("repeat_kv", "train")
 TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
-# Folders hold other formats of the same weights; consolidated files repeat the shards.
-NOT_MODEL_FILES = ["*/*", "consolidated*"]
 # `datasets` says ConnectionError where it cannot reach the hub.
 OFFLINE = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError, ConnectionError)
 Result = TypeVar("Result")

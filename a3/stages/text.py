@@ -24,6 +24,7 @@ from a3.documents import (
 )
 from a3.errors import A3Error
 from a3.files import sha256, whole_file, write_record
+from a3.inputs import hash_inputs, text_inputs
 from a3.provenance import provenance
 from a3.stages.sources import (
     PLACES,
@@ -77,7 +78,8 @@ def say(path: Path, **settings: Any) -> None:
     """Write the content hash of a file and what made it beside it in JSON."""
     made = {"files": {path.name: sha256(path)}, "provenance": provenance(__name__, **settings)}
     if "text" in settings:
-        made["source"] = described(settings["text"]["source"])
+        source = settings["text"]["source"]
+        made |= {"source": described(source), "source_files": hash_inputs("texts", source)}
     write_record(path.with_suffix(".json"), made)
 
 
@@ -165,7 +167,7 @@ def contents(source: dict[str, Any], wheels: Path | None) -> list[tuple[str, str
         members = wheel_members(path, source["wheel"]["member"])
         return [(name, decode(content, f"{path}: {name}")) for name, content in members]
     path = Path(source["path"])
-    paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    paths = text_inputs(path)
     if not paths:
         raise A3Error(f"{path}: no .txt file in this folder. Name a file, or add some.")
     return [(str(path), read_text(path)) for path in paths]

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from a3.errors import A3Error
 from a3.files import SEAL, sha256
-from a3.models.checkpoint import RECORDS, check_file, recorded_files
+from a3.inputs import hash_inputs
+from a3.models.checkpoint import RECORDS, check_file, recorded_files, refuse_added
 from a3.provenance import LIBRARIES, fingerprint
 from a3.results import Place, Record, check_speed, weights_of
 from a3.statistics import Rxx
@@ -100,6 +101,7 @@ class Verifier:
         record = self.record(path)
         for name, expected in record["files"].items():
             check_file(path.parent / name, expected, AGAIN)
+        refuse_added(path.parent, record["files"])
         return record
 
     def record(self, path: Path) -> Record:
@@ -109,17 +111,17 @@ class Verifier:
         return record
 
     def text(self, path: Path) -> None:
-        """The documents of a text, and the wheel or the texts that they came from."""
+        """The documents of a text, and the files, the wheel or the texts that they came from."""
         record = self.files(path)
-        self.wheel(path, record["provenance.text.source"])
+        self.source(record, "texts", record["provenance.text.source"])
         for name, expected in record["provenance"].get("inputs", {}).items():
             self.same(path, f"inputs {name}", expected, self.results / "texts" / name)
 
     def model(self, path: Path) -> None:
-        """A dense model, and the wheel that it came in, or the model that it was made from."""
+        """A dense model, and the files, the wheel or the model that it was made from."""
         record = self.files(path)
         source = record["provenance.source"]
-        self.wheel(path, source)
+        self.source(record, "models", source)
         if "train" in source:
             self.base(record, self.results / "trained" / path.parent.name)
         if "repeat_kv" in source:
@@ -131,6 +133,22 @@ class Verifier:
             self.missing["model that a model was made from"] += 1
         elif recorded_files(folder) != record["provenance.base"]:
             raise A3Error(f"{record.path}: made from {folder}, which changed since. {AGAIN}")
+
+    def source(self, record: Record, section: str, source: dict[str, Any]) -> None:
+        """The wheel or the local files of a source; of these, also those that came later."""
+        self.wheel(record.path, source)
+        if "path" not in source:
+            return
+        if not Path(source["path"]).exists():
+            self.missing["local source"] += 1
+            return
+        expected, found = record["source_files"], hash_inputs(section, source)
+        changed = sorted(name for name, _ in expected.items() ^ found.items())
+        if changed:
+            raise A3Error(
+                f"{record.path}: made from {source['path']}, of which {', '.join(changed)} "
+                f"changed since. {AGAIN}"
+            )
 
     def wheel(self, path: Path, source: dict[str, Any]) -> None:
         """The wheel of a source, where it has one."""
@@ -222,10 +240,12 @@ class Verifier:
         self.known(self.result(path), "text_sha256", self.texts)
 
     def harness(self, path: Path) -> None:
-        """A harness result, and the weights and items that it is of."""
+        """A harness result, and the weights, items or files of a local task that it is of."""
         record = self.result(path)
         if record["items_sha256"] is not None:
             self.known(record, "items_sha256", self.items)
+        for name, expected in record["task_files"].items():
+            self.same(path, f"task_files {name}", expected, Path(name))
 
     def speed(self, path: Path) -> None:
         """A speed, and the weights, compressed and dense, that it is of."""
@@ -289,7 +309,7 @@ class Verifier:
         if "code" not in made:
             return
         if made["code"] != code_now(made["modules"]):
-            self.old[f"code of {made['modules'][0]}"] += 1
+            self.old[f"code of {made['stage']}"] += 1
         for name in LIBRARIES:
             if made["libraries"].get(name) != importlib.metadata.version(name):
                 self.old[f"{name} {made['libraries'].get(name)}"] += 1

@@ -20,6 +20,7 @@ from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
 from a3.files import load_yaml, sha256
+from a3.inputs import local_inputs, marks
 from a3.paper import Paper
 from a3.parts import weight_files
 from a3.provenance import fingerprint
@@ -176,9 +177,17 @@ def sources(section, key):
             return expand(TRAINED, model=wildcards[key])
         if "mix" in source:
             return [f"{RESULTS}/texts/{part}/docs.jsonl" for part in source["mix"]]
-        return [source["path"]] if "path" in source else []
+        return list(map(str, local_inputs(section, source)))
 
     return files
+
+
+def content(section, key):
+    """What tells whether the local files that a model or text is made from have changed.
+
+    Snakemake looks at their times, which say nothing where older files take the place of others.
+    """
+    return lambda wildcards: marks(local_inputs(section, entry(section, wildcards[key])["source"]))
 
 
 def base_option(wildcards, input):
@@ -394,6 +403,12 @@ def task_files(wildcards):
         return [chosen["yaml"], *data_files(read_task(Path(chosen["yaml"])))]
     except A3Error as error:
         raise WorkflowError(str(error)) from None
+
+
+def task_content(wildcards):
+    """What tells whether the files of a local task have changed."""
+    chosen = entry("harness", wildcards.task)
+    return marks(map(Path, task_files(wildcards))) if "yaml" in chosen else {}
 
 
 def task_options(wildcards, input):

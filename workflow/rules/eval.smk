@@ -52,6 +52,7 @@ rule eval_harness:
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         task=task_options,
+        content=task_content,
         settings=settings("harness", "task", ("metric", "shots", "limit", "seed", "dtype")),
         threads=C["threads"]["eval"],
         device=C["device"],

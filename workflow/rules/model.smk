@@ -56,6 +56,7 @@ rule model:
         "../../environment.yaml"
     params:
         spec=spec("models", "model"),
+        content=content("models", "model"),
         out=subpath(output.arch, parent=True),
         wheels=f"{RESULTS}/wheels",
         base=base_option,

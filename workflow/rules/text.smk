@@ -13,6 +13,7 @@ rule text:
         "../../environment.yaml"
     params:
         spec=spec("texts", "text"),
+        content=content("texts", "text"),
         wheels=f"{RESULTS}/wheels",
         texts=subpath(output.docs, ancestor=2),
         code=fingerprint("a3.stages.text"),
