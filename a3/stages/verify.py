@@ -143,11 +143,14 @@ class Verifier:
             self.missing["local source"] += 1
             return
         expected, found = record["source_files"], hash_inputs(section, source)
-        changed = sorted(name for name, _ in expected.items() ^ found.items())
+        changed = [
+            f"{name} {'is new' if name not in expected else 'changed' if name in found else 'is gone'}"
+            for name in sorted({name for name, _ in expected.items() ^ found.items()})
+        ]
         if changed:
             raise A3Error(
-                f"{record.path}: made from {source['path']}, of which {', '.join(changed)} "
-                f"changed since. {AGAIN}"
+                f"{record.path}: made from {source['path']}, where since then "
+                f"{', '.join(changed)}. {AGAIN}"
             )
 
     def wheel(self, path: Path, source: dict[str, Any]) -> None:
