@@ -11,19 +11,28 @@ from a3.files import load_yaml
 
 # What `datasets` reads of local files; anything else it would look for at the hub.
 READERS = ("csv", "json", "parquet")
+# Keys under which lm-eval and `datasets` look for other files than the data files.
+ELSEWHERE = ("include", "use_prompt", "data_dir")
 
 
 def read_task(path: Path) -> dict[str, Any]:
     """The YAML of a local task; all of the task is in it and in its data files.
 
-    Raises A3Error where it cannot be read, has Python in it (`!function`), includes another file,
-    or has no local data.
+    Raises A3Error where it cannot be read, has Python in it (`!function`) or runs some, reads
+    another file, or has no local data.
     """
     task = load_yaml(path)
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
         raise A3Error(f"{path}: expected a task of lm-eval with its name under task. Correct it.")
-    if "include" in task:
-        raise A3Error(f"{path}: include is not supported. Write all of the task in this file.")
+    for key in ELSEWHERE:
+        if key in task or key in (task.get("dataset_kwargs") or {}):
+            raise A3Error(f"{path}: {key} is not supported. Write all of the task in this file.")
+    for metric in task.get("metric_list") or []:
+        name = str(metric.get("metric") if isinstance(metric, dict) else metric)
+        if "/" in name or (isinstance(metric, dict) and metric.get("hf_evaluate")):
+            raise A3Error(
+                f"{path}: the metric {name!r} is a script, and a3 runs none. Take one of lm-eval's."
+            )
     if task.get("dataset_path") not in READERS or not data_files(task):
         raise A3Error(
             f"{path}: dataset_path is {task.get('dataset_path')!r}, with files {data_files(task)}; "

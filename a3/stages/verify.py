@@ -143,14 +143,14 @@ class Verifier:
             self.missing["local source"] += 1
             return
         expected, found = record["source_files"], hash_inputs(section, source)
-        changed = [
-            f"{name} {'is new' if name not in expected else 'changed' if name in found else 'is gone'}"
-            for name in sorted({name for name, _ in expected.items() ^ found.items()})
-        ]
+        changed = [f"{name} is gone" for name in expected.keys() - found.keys()]
+        changed += [f"{name} is new" for name in found.keys() - expected.keys()]
+        both = expected.keys() & found.keys()
+        changed += [f"{name} changed" for name in both if found[name] != expected[name]]
         if changed:
             raise A3Error(
                 f"{record.path}: made from {source['path']}, where since then "
-                f"{', '.join(changed)}. {AGAIN}"
+                f"{', '.join(sorted(changed))}. {AGAIN}"
             )
 
     def wheel(self, path: Path, source: dict[str, Any]) -> None:
