@@ -45,6 +45,7 @@ STATISTICS = (
     "attention_gradient",
     "o_proj_input",
 )
+EVALUATIONS = ("eval_ppl", "eval_harness", "eval_generation", "eval_speed")
 INPUTS = ("attention_input", "o_proj_input", "mlp_input", "down_input")
 
 
@@ -205,3 +206,27 @@ def test_a_fingerprint_covers_what_was_loaded(used, rule):
     assert missing == set()
     # Not for want of trying.
     assert path_of(RULES[rule][0]) in used[rule]
+
+
+@pytest.mark.parametrize(
+    ("module", "rules"),
+    [
+        ("cost", {"eval_speed", "speed_table"}),
+        ("models/quantised", {*EVALUATIONS, "quantise", "speed_table"}),
+        ("formats", {*EVALUATIONS, "quantise", "speed_table"}),
+    ],
+)
+def test_a_change_makes_stale_what_it_can_change(module, rules):
+    """An estimate for clusters no statistics; emulated low precision what runs it, and no more."""
+    path = PACKAGE / f"{module}.py"
+    assert rules == {
+        rule for rule, of in RULES.items() if any(path in sources(module) for module in of)
+    }
+
+
+@pytest.mark.parametrize(
+    "rule", ["collect", "approx", "allocate", "gather", "quantise", "eval_ppl"]
+)
+def test_reading_results_back_is_no_part_of_making_them(rule):
+    covered = {path for module in RULES[rule] for path in sources(module)}
+    assert not covered & {PACKAGE / "results.py", PACKAGE / "cost.py", PACKAGE / "config.py"}
