@@ -46,8 +46,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 PEFT = "peft.utils.constants"
-# What attention functions call an option, and the attribute of the family's module that holds it.
-OPTIONS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -167,11 +165,10 @@ class A3Attention(nn.Module):
         self.scaling = a3["scaling"]
         self.attention_dropout = dropout_of(dense)
         self.is_causal = True
-        self.options = {
-            option: getattr(dense, attribute)
-            for option, attribute in OPTIONS.items()
-            if hasattr(dense, attribute)
-        }
+        # What the family hands over to attention functions beside the scale.
+        self.options = {}
+        if hasattr(dense, "sliding_window"):
+            self.options["sliding_window"] = dense.sliding_window
         # The family's own eager attention caps scores where the family does.
         family = import_module(type(dense).__module__)
         self.eager = getattr(family, "eager_attention_forward", eager_attention_forward)
@@ -353,11 +350,20 @@ class CohereAttention(A3Attention):
         return super().tables((cos[..., ::2], sin[..., ::2]))
 
 
+class Gemma2Attention(A3Attention):
+    """Gemma 2 caps its scores. Gemma 3 has the key, too, and ignores it."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+        super().__init__(config, layer_idx, dense)
+        self.options["softcap"] = dense.attn_logit_softcapping
+
+
 # Families whose layers call their attention, or rotate, in a way of their own.
 ATTENTION = {
     "bloom": BloomAttention,
     "cohere": CohereAttention,
     "cohere2": CohereAttention,
+    "gemma2": Gemma2Attention,
     "gpt_neo": GPTNeoAttention,
     "gptj": GPTJAttention,
     "mpt": MptAttention,
