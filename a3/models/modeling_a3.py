@@ -120,7 +120,9 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
     for name, rank in ranks.items():
         where, _, last = name.rpartition(".")
         parent, linear = body.get_submodule(where), body.get_submodule(name)
-        outputs, inputs = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+        outputs, inputs = (
+            linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+        )
         product = LowRank(last, inputs, outputs, rank, linear.bias is not None)
         delattr(parent, last)
         parent.add_module(product_name(last), product)
@@ -556,7 +558,9 @@ def adapt_by_default(constants: ModuleType) -> None:
     modules of attention have Llama's names in every family's compressed models, others do not.
     """
     attention = {f"{part}_proj" for part in "qkvo"}
-    tables = [vars(constants)[name] for name in dir(constants) if name.endswith("_TARGET_MODULES_MAPPING")]
+    tables = [
+        vars(constants)[name] for name in dir(constants) if name.endswith("_TARGET_MODULES_MAPPING")
+    ]
     for table in tables:
         if table.get("llama") and attention.issuperset(table["llama"]):
             table["a3"] = table["llama"]
