@@ -16,6 +16,7 @@ from a3.linalg import ridge_leverage, take_over, two_factors
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
+from a3.models.modeling_a3 import LowRank
 from a3.recipes import METHODS, kinds_read
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
@@ -341,10 +342,11 @@ def test_two_factors_are_the_dense_model_with_their_products(dense, tmp_path):
             found = model(ids).logits
             whole = compress(dense, part, mode, "0", tmp_path / f"{part}-{mode}-0")
             for name, module in list(model.named_modules()):
-                if hasattr(module, "encoder"):
-                    product = module.weight @ module.encoder.weight
-                    linear = whole.get_submodule(name)
-                    assert not hasattr(linear, "encoder")
+                if isinstance(module, LowRank):
+                    decoder = module.get_submodule(module.decoder)
+                    product = decoder.weight @ module.encoder.weight
+                    linear = whole.get_submodule(name.removesuffix("_factors"))
+                    assert not isinstance(linear, LowRank)
                     conv = type(linear).__name__ == "Conv1D"
                     linear.weight.copy_(product.T if conv else product)
             expected = whole(ids).logits

@@ -30,7 +30,9 @@ import importlib.util, json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+)
 
 assert importlib.util.find_spec("a3") is None
 options = {"trust_remote_code": True, "dtype": torch.float64, "experts_implementation": "eager"}
@@ -42,8 +44,13 @@ for folder in sorted(path for path in work.iterdir() if path.is_dir()):
     model.generate(ids, max_new_tokens=2, do_sample=False)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", **options)
+    body = AutoModel.from_pretrained(folder / "small", **options).eval()
+    headed = AutoModelForSequenceClassification.from_pretrained(folder / "small", **options).eval()
     with torch.inference_mode():
         found |= {folder.name: model(ids).logits, f"{folder.name} again": again(ids).logits}
+        for trunk in (body, headed.base_model):
+            hidden = trunk(ids).last_hidden_state
+            torch.testing.assert_close(hidden, model.base_model(ids).last_hidden_state)
 save_file(found, work / "logits.safetensors")
 print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] == "a3")))
 """
@@ -95,7 +102,7 @@ def test_logits_are_the_same_without_a3(tmp_path):
 def test_auto_map_finds_the_classes_of_every_family_by_name(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"transformers has no {family}")
-    for own in modeling_a3.classes(family):
+    for own in modeling_a3.classes(family).values():
         assert getattr(modeling_a3, own.__name__) is own
 
 
@@ -112,4 +119,5 @@ def test_the_code_that_travels_needs_torch_and_transformers_only():
         for line in source.splitlines()
         if line.startswith(("import ", "from "))
     }
-    assert imported == {"collections", "functools", "importlib", "typing", "torch", "transformers"}
+    own = {"collections", "functools", "importlib", "sys", "types", "typing"}
+    assert imported == own | {"torch", "transformers"}

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3 import LazyConfig
 from a3.errors import A3Error
 from a3.files import read_json, read_record
 from a3.kinds import Kind, heads_of, shape_of
+from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.models.load import (
     count_parameters,
-    empty_model,
     load_config,
     load_whole,
     number_of_parameters,
@@ -172,8 +173,8 @@ def sketch(folder: Path) -> Arch:
     weights_sha256 is empty. Raises A3Error for a family that is not known.
     """
     family, config = known_family(folder), load_config(folder)
-    fields = family.describe(config)
-    parameters = number_of_parameters(empty_model(config))
+    fields, model = described(folder, family, config)
+    parameters = number_of_parameters(model)
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     size = sizes(fields, ranks * fields["layers"], parameters, dtype)
@@ -209,9 +210,22 @@ def read_config(folder: Path, family: Family, tensors: int) -> dict[str, Any]:
     config = read_json(path)
     key = CONFIG_MAPPING[config["model_type"]].attribute_map.get("num_hidden_layers")
     check_count(path, "layers", config.get(key or "num_hidden_layers"), tensors)
-    found = family.describe(load_config(folder))
-    check_count(path, "experts", found["experts"], tensors)
-    return found
+    config = load_config(folder)
+    check_count(path, "experts", family.mixture(config)["experts"], tensors)
+    return described(folder, family, config)[0]
+
+
+def described(
+    folder: Path, family: Family, config: PreTrainedConfig
+) -> tuple[dict[str, Any], PreTrainedModel]:
+    """The fields of `Arch` that a folder's config decides, and the model without weights.
+
+    Raises A3Error where transformers or the adapter cannot read it, or they differ.
+    """
+    model = build(folder, config)
+    fields = family.describe(config, model)
+    require_agreement(folder, family, fields, model)
+    return fields, model
 
 
 def check_count(path: Path, what: str, count: Any, tensors: int) -> None:

@@ -5,6 +5,7 @@ A new family is one subclass here and one row in FAMILIES; it inherits the whole
 
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from a3.errors import A3Error
@@ -138,9 +139,9 @@ class Gemma3(Gemma2):
 class SmolLM3(Family):
     """Llama with some layers that have no RoPE."""
 
-    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
-        """Where no_rope_layers is 0."""
-        return [layer for layer, rope in enumerate(config.no_rope_layers) if not rope]
+    def rotates(self, attention: nn.Module) -> bool:
+        """Where no_rope_layers is 1."""
+        return bool(attention.use_rope)
 
 
 class Phi3(Mistral):
@@ -380,6 +381,10 @@ class GPTNeoX(Family):
         """Always."""
         return True
 
+    def head_dim(self, attention: nn.Module) -> int:
+        """By another name."""
+        return attention.head_size
+
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
         """The MLP always has them."""
         bias = config.attention_bias
@@ -429,9 +434,9 @@ class Cohere(AttentionBiased):
 class Cohere2(Cohere):
     """Layers with full attention have no RoPE; the others have a sliding window."""
 
-    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
-        """Where layer_types has full_attention."""
-        return [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    def rotates(self, attention: nn.Module) -> bool:
+        """Where there is a window."""
+        return attention.sliding_window is not None
 
 
 class Glm(Family):
@@ -476,10 +481,6 @@ class GPTJ(Family):
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
         """The MLP."""
         return {"qkv_bias": False, "o_bias": False, "mlp_bias": True}
-
-    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
-        """rotary_dim."""
-        return config.rotary_dim
 
 
 FAMILIES: dict[str, Family] = {

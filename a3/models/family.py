@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from a3.errors import A3Error
+from a3.models.built import rotated_width
 from a3.models.checkpoint import Checkpoint
 
 
@@ -113,9 +114,9 @@ class Family:
         """The softmax scale."""
         return head_dim**-0.5
 
-    def nope_layers(self, config: PreTrainedConfig) -> list[int]:
-        """Layers without RoPE in a model that has it elsewhere."""
-        return []
+    def rotates(self, attention: nn.Module) -> bool:
+        """Whether a layer's attention has RoPE, in a model that has it."""
+        return True
 
     def check(self, config: PreTrainedConfig) -> None:
         """Raise A3Error for a variant that this adapter would get wrong."""
@@ -129,18 +130,23 @@ class Family:
         """How RoPE pairs the dimensions of a head; None without RoPE."""
         return self.rope_layout
 
-    def rope_dims(self, config: PreTrainedConfig, head_dim: int) -> int:
-        """Rotated dimensions of a head, the first ones; 0 without RoPE."""
-        if self.layout(config) is None:
-            return 0
-        return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    def head_dim(self, attention: nn.Module) -> int:
+        """Size of a head."""
+        return attention.head_dim
 
-    def describe(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The fields of `Arch` that the config decides; raises A3Error as `check` does."""
+    def describe(self, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any]:
+        """The fields of `Arch` that the config decides, of which `model` was built.
+
+        `model` may be without weights. Raises A3Error as `check` does.
+        """
         self.check(config)
         heads = config.num_attention_heads
         kv_heads = self.kv_heads(config)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = range(config.num_hidden_layers)
+        if not layers:
+            raise A3Error(f"config.json: {len(layers)} layers; expected one at least.")
+        attentions = [model.get_submodule(self.attention_module(layer)) for layer in layers]
+        head_dim = self.head_dim(attentions[0])
         grouped = "gqa" if kv_heads < heads else "mha"
         layout = self.layout(config)
         return {
@@ -159,8 +165,9 @@ class Family:
             **self.biases(config),
             "qk_norm": self.qk_norm,
             "rope_layout": layout,
-            "rope_dims": self.rope_dims(config, head_dim),
-            "nope_layers": self.nope_layers(config),
+            # The first ones of a head; the code, not the config, decides how many.
+            "rope_dims": rotated_width(model.base_model) if layout else 0,
+            "nope_layers": [layer for layer in layers if not self.rotates(attentions[layer])],
             "scaling": self.scaling(config, head_dim),
             "tied_embeddings": config.tie_word_embeddings,
         }

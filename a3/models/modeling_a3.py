@@ -9,15 +9,25 @@ This file needs nothing but torch and transformers: a copy of it travels in ever
 so that `trust_remote_code=True` loads it where a3 is not installed. With a3, this one is used.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -25,12 +35,17 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-# What attention functions call an option, and the attribute of the family's module that holds it.
-OPTIONS = {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"}
+PEFT = "peft.utils.constants"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -51,23 +66,69 @@ def widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-class LowRank(nn.Linear):
-    """A linear layer whose matrix is a product of two: the encoder's, then its own."""
+class LowRank(nn.Module):
+    """The product of two matrices in the place of a linear layer: the encoder's, then another.
 
-    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool) -> None:
-        super().__init__(rank, outputs, bias)
+    The other has the linear layer's own name, so that adapters by name (LoRA of "q_proj") are on
+    it, and both are plain linear layers, on which adapters and quantisers know how to work.
+    """
+
+    def __init__(self, name: str, inputs: int, outputs: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.decoder = name
         self.encoder = nn.Linear(inputs, rank, bias=False)
+        self.add_module(name, nn.Linear(rank, outputs, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) to (..., outputs)."""
-        return super().forward(self.encoder(x))
+        return self.get_submodule(self.decoder)(self.encoder(x))
 
 
-def linear(inputs: int, outputs: int, bias: bool, rank: int | None) -> nn.Linear:
-    """A linear layer, of two factors where there is a rank."""
-    if rank is None:
-        return nn.Linear(inputs, outputs, bias=bias)
-    return LowRank(inputs, outputs, rank, bias)
+def product_name(linear: str) -> str:
+    """The name of the product of two in the place of a linear layer of this name."""
+    return f"{linear}_factors"
+
+
+@cache
+def holder(dense: type[nn.Module], linears: tuple[str, ...]) -> type[nn.Module]:
+    """A kind of the module `dense` whose code finds products of two where it has `linears`.
+
+    Libraries that go through a model's modules by name find the two factors of each, no product:
+    of a name that an adapter is for they take linear layers only.
+    """
+
+    def product(linear: str) -> property:
+        return property(lambda self: self._modules[product_name(linear)])
+
+    def reduce(self: nn.Module) -> tuple:
+        # No module has this class by its name, by which a pickle would look for it.
+        return blank, (dense, linears), self.__dict__
+
+    own = {"__module__": dense.__module__, "__qualname__": dense.__qualname__, "__reduce__": reduce}
+    return type(dense.__name__, (dense,), own | {name: product(name) for name in linears})
+
+
+def blank(dense: type[nn.Module], linears: tuple[str, ...]) -> nn.Module:
+    """A `holder` without content, for pickles and copies to fill."""
+    own = holder(dense, linears)
+    return own.__new__(own)
+
+
+def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
+    """Put products of two in the place of linear layers, whose names and ranks are given."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, rank in ranks.items():
+        where, _, last = name.rpartition(".")
+        parent, linear = body.get_submodule(where), body.get_submodule(name)
+        outputs, inputs = (
+            linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
+        )
+        product = LowRank(last, inputs, outputs, rank, linear.bias is not None)
+        delattr(parent, last)
+        parent.add_module(product_name(last), product)
+        found.setdefault(parent, []).append(last)
+    for parent, linears in found.items():
+        parent.__class__ = holder(type(parent), tuple(linears))
 
 
 class HeadNorm(nn.Module):
@@ -106,21 +167,20 @@ class A3Attention(nn.Module):
         self.scaling = a3["scaling"]
         self.attention_dropout = dropout_of(dense)
         self.is_causal = True
-        self.options = {
-            option: getattr(dense, attribute)
-            for option, attribute in OPTIONS.items()
-            if hasattr(dense, attribute)
-        }
+        # What the family hands over to attention functions beside the scale.
+        self.options = {}
+        if hasattr(dense, "sliding_window"):
+            self.options["sliding_window"] = dense.sliding_window
         # The family's own eager attention caps scores where the family does.
         family = import_module(type(dense).__module__)
         self.eager = getattr(family, "eager_attention_forward", eager_attention_forward)
-        d, bias, ranks = config.hidden_size, a3["qkv_bias"], a3["factors"][layer_idx]
+        d, bias = config.hidden_size, a3["qkv_bias"]
         queries, keys = a3["heads"] * self.qk_rank, a3["kv_heads"] * self.qk_rank
         values, outputs = a3["kv_heads"] * self.ov_rank, a3["heads"] * self.ov_rank
-        self.q_proj = linear(d, queries, bias, ranks.get("q"))
-        self.k_proj = linear(d, keys, bias, ranks.get("k"))
-        self.v_proj = linear(d, values, bias, ranks.get("v"))
-        self.o_proj = linear(outputs, d, a3["o_bias"], ranks.get("o"))
+        self.q_proj = nn.Linear(d, queries, bias)
+        self.k_proj = nn.Linear(d, keys, bias)
+        self.v_proj = nn.Linear(d, values, bias)
+        self.o_proj = nn.Linear(outputs, d, a3["o_bias"])
         self.q_norm = self.k_norm = None
         if a3["qk_norm"]:
             over_heads = a3["qk_norm"] == "layer"
@@ -292,11 +352,20 @@ class CohereAttention(A3Attention):
         return super().tables((cos[..., ::2], sin[..., ::2]))
 
 
+class Gemma2Attention(A3Attention):
+    """Gemma 2 caps its scores. Gemma 3 has the key, too, and ignores it."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+        super().__init__(config, layer_idx, dense)
+        self.options["softcap"] = dense.attn_logit_softcapping
+
+
 # Families whose layers call their attention, or rotate, in a way of their own.
 ATTENTION = {
     "bloom": BloomAttention,
     "cohere": CohereAttention,
     "cohere2": CohereAttention,
+    "gemma2": Gemma2Attention,
     "gpt_neo": GPTNeoAttention,
     "gptj": GPTJAttention,
     "mpt": MptAttention,
@@ -338,65 +407,103 @@ class Experts(nn.ModuleList):
         return out
 
 
+def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give every layer of a family's model without a head its own sizes."""
+    a3 = config.a3
+    attention = ATTENTION.get(a3["family"], A3Attention)
+    for layer, rank in enumerate(a3["mlp_ranks"]):
+        places = {part: inside(name).format(layer) for part, name in a3["modules"].items()}
+        where = places.pop("attention")
+        body.set_submodule(where, attention(config, layer, body.get_submodule(where)))
+        if name := places.pop("experts", None):
+            body.set_submodule(name, Experts(body.get_submodule(name), rank))
+        for name in dict.fromkeys(places.values()):
+            # More than one where gate and up are fused.
+            parts = [part for part in places if places[part] == name]
+            body.set_submodule(name, resized(body.get_submodule(name), parts, rank, config))
+        # A product stands under the name of the first of the parts that are fused.
+        places |= {part: f"{where}.{part}_proj" for part in "qkvo"}
+        factorise(body, {places[part]: of for part, of in a3["factors"][layer].items()})
+    if a3["same_pairs"]:
+        gather_once(body)
+    record_attentions(body)
+    if "quantised" in a3:
+        # Emulated by a3 only; such a folder does not load without it.
+        import_module("a3.models.quantised").emulate(body, a3["quantised"])
+
+
+def inside(name: str) -> str:
+    """The name of a module in the model without a head, from that in the one with it."""
+    return name.partition(".")[2]
+
+
+def resized(
+    dense: nn.Module, parts: list[str], rank: int, config: PreTrainedConfig
+) -> nn.Linear | Conv1D:
+    """The module of the MLP that is `parts` of it, gate, up or down, for `rank` channels."""
+    d, down = config.hidden_size, parts == ["down"]
+    inputs, outputs = (rank, d) if down else (d, rank * len(parts))
+    if isinstance(dense, Conv1D):
+        return Conv1D(outputs, inputs)
+    bias = dense.bias is not None or (down and config.a3["down_bias"])
+    return nn.Linear(inputs, outputs, bias)
+
+
+def gather_once(body: PreTrainedModel) -> None:
+    """Gather the kept pairs of cos and sin where they are made, and not in every layer."""
+    rotary = getattr(body, "rotary_emb", None)
+    rotated = [
+        module
+        for module in body.modules()
+        if isinstance(module, A3Attention) and module.rope_pairs is not None
+    ]
+    if rotary is not None and rotated:
+        rotary.register_forward_hook(rotated[0].after_rotary)
+        for attention in rotated:
+            attention.gathered = True
+
+
+def record_attentions(body: PreTrainedModel) -> None:
+    """Let transformers record our attention's probabilities where it records the family's.
+
+    It goes by the class of a module, in a table that each class of models has.
+    """
+    for model in body.modules():
+        table = getattr(model, "_can_record_outputs", None) or {}
+        if "attentions" in table:
+            known = table["attentions"]
+            known = known if isinstance(known, list) else [known]
+            table["attentions"] = [*known, *([] if A3Attention in known else [A3Attention])]
+
+
 class Compressed:
-    """Mixed into a family's ForCausalLM: gives every layer its own sizes."""
+    """Mixed into a family's classes of models: layers have sizes of their own."""
 
     # Flash attention's kernels want one head size for q, k and v.
     _supports_flash_attn = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        a3 = config.a3
-        attention = ATTENTION.get(a3["family"], A3Attention)
-        for layer, rank in enumerate(a3["mlp_ranks"]):
-            places = {part: name.format(layer) for part, name in a3["modules"].items()}
-            name = places.pop("attention")
-            self.set_submodule(name, attention(config, layer, self.get_submodule(name)))
-            if name := places.pop("experts", None):
-                self.set_submodule(name, Experts(self.get_submodule(name), rank))
-            for name in dict.fromkeys(places.values()):
-                # More than one where gate and up are fused.
-                parts = [part for part in places if places[part] == name]
-                self.resize(name, parts, rank, a3["factors"][layer])
-        if a3["same_pairs"]:
-            self.gather_once()
-        if "quantised" in a3:
-            # Emulated by a3 only; such a folder does not load without it.
-            import_module("a3.models.quantised").emulate(self, a3["quantised"])
+        body = self.base_model
+        # Some classes with a head take ours for the model below it, which AutoModel knows.
+        if body is self or not isinstance(body, Compressed):
+            compress(body, config)
         self.post_init()
 
-    def gather_once(self) -> None:
-        """Gather the kept pairs of cos and sin where they are made, and not in every layer."""
-        rotary = getattr(self.base_model, "rotary_emb", None)
-        rotated = [
-            module
-            for module in self.modules()
-            if isinstance(module, A3Attention) and module.rope_pairs is not None
-        ]
-        if rotary is not None and rotated:
-            rotary.register_forward_hook(rotated[0].after_rotary)
-            for attention in rotated:
-                attention.gathered = True
 
-    def resize(self, name: str, parts: list[str], rank: int, factors: dict[str, int]) -> None:
-        """Replace one module of the MLP by one of `rank` channels, or by a product of two.
-
-        A product stands under the name of the first of the parts that are fused.
-        """
-        dense, d = self.get_submodule(name), self.config.hidden_size
-        down = parts == ["down"]
-        inputs, outputs = (rank, d) if down else (d, rank * len(parts))
-        bias = dense.bias is not None or (down and self.config.a3["down_bias"])
-        if isinstance(dense, Conv1D) and parts[0] not in factors:
-            resized: nn.Module = Conv1D(outputs, inputs)
-        else:
-            resized = linear(inputs, outputs, bias, factors.get(parts[0]))
-        self.set_submodule(name, resized)
+# What loads a family's models, without a head and with those that families have.
+AUTO = (
+    (AutoModel, MODEL_MAPPING),
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    (AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING),
+)
 
 
 @cache
-def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """Configuration and ForCausalLM of a family's compressed models, registered with transformers.
+def classes(family: str) -> dict[str, type]:
+    """Classes of a family's compressed models by the auto class that loads each, registered there.
 
     The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
     projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
@@ -408,7 +515,6 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
     one, because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
-    dense_model = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
     config = type(
         f"A3{dense_config.__name__}",
         (dense_config,),
@@ -422,17 +528,47 @@ def classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]
             "_auto_class": "AutoConfig",
         },
     )
-    model = type(
-        f"A3{dense_model.__name__}",
-        (Compressed, dense_model),
-        {"__module__": __name__, "config_class": config, "_auto_class": "AutoModelForCausalLM"},
-    )
+    found: dict[str, type] = {"AutoConfig": config}
+    for auto, mapping in AUTO:
+        if dense_config in mapping:
+            found[auto.__name__] = model_class(mapping[dense_config], config, auto)
+            # Llama's model for question answering has another name for what its files call "model".
+            found[auto.__name__].base_model_prefix = MODEL_MAPPING[dense_config].base_model_prefix
+    return found
+
+
+def model_class(
+    dense: type[PreTrainedModel], config: type[PreTrainedConfig], auto: type
+) -> type[PreTrainedModel]:
+    """The compressed kind of one of a family's classes of models, known to the auto class."""
+    own = {"__module__": __name__, "config_class": config, "_auto_class": auto.__name__}
+    model = type(f"A3{dense.__name__}", (Compressed, dense), own)
     # What a family's files call otherwise than its modules, ours call alike.
-    renaming = get_checkpoint_conversion_mapping(dense_model.__name__)
+    renaming = get_checkpoint_conversion_mapping(dense.__name__)
     if renaming is not None:
         register_checkpoint_conversion_mapping(model.__name__, renaming, overwrite=True)
-    AutoModelForCausalLM.register(config, model)
-    return config, model
+    auto.register(config, model)
+    return model
+
+
+def adapt_by_default(constants: ModuleType) -> None:
+    """Tell peft where adapters of a compressed model are if nobody says: where they are in Llama.
+
+    `constants` is peft.utils.constants: tables of such modules, one a method, by model_type. The
+    modules of attention have Llama's names in every family's compressed models, others do not.
+    """
+    attention = {f"{part}_proj" for part in "qkvo"}
+    tables = [
+        vars(constants)[name] for name in dir(constants) if name.endswith("_TARGET_MODULES_MAPPING")
+    ]
+    for table in tables:
+        if table.get("llama") and attention.issuperset(table["llama"]):
+            table["a3"] = table["llama"]
+
+
+# Where peft is imported later, a3 sees to it (a3/__init__.py).
+if PEFT in sys.modules:
+    adapt_by_default(sys.modules[PEFT])
 
 
 def __getattr__(name: str) -> type:
@@ -440,6 +576,5 @@ def __getattr__(name: str) -> type:
     dense = getattr(transformers, name.removeprefix("A3"), None) if name.startswith("A3") else None
     if dense is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if issubclass(dense, PreTrainedConfig):
-        return classes(dense.model_type)[0]
-    return classes(dense.config_class.model_type)[1]
+    config = dense if issubclass(dense, PreTrainedConfig) else dense.config_class
+    return next(own for own in classes(config.model_type).values() if own.__name__ == name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from a3.formats import quantise
-from a3.models.modeling_a3 import A3Attention
+from a3.models.modeling_a3 import A3Attention, inside
 
 
 class QuantisedLinear(nn.Linear):
@@ -75,12 +75,15 @@ class QuantisedProducts:
 
 
 def emulate(model: nn.Module, said: dict[str, Any]) -> None:
-    """Replace the linear layers and the attention products that a config's `quantised` names."""
+    """Replace the linear layers and the attention products that a config's `quantised` names.
+
+    `model` is without its head.
+    """
     for name, one in said["modules"].items():
-        dense = model.get_submodule(name)
+        dense = model.get_submodule(inside(name))
         inputs, outputs = sizes_of(dense)
         linear = QuantisedLinear(inputs, outputs, dense.bias is not None, one["rank"], one["x"])
-        model.set_submodule(name, linear)
+        model.set_submodule(inside(name), linear)
     if set(said["products"].values()) == {"none"}:
         return
     for module in model.modules():

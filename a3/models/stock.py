@@ -32,8 +32,15 @@ FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
 PAIRS = ".rope_pairs"
-# Where configs of different ages have RoPE's parameters.
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+# Where configs of different ages have RoPE's parameters. (Of these families only some kinds of RoPE
+# obey the last.)
+ROPE_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
 
 
@@ -100,7 +107,8 @@ def stock(folder: Path) -> Stock:
     if found := obstacles(folder):
         raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {HOW}")
     dense, kept, content = dense_config(folder), kept_pairs(folder), own_content(folder)
-    rope, frequencies = dense.rope_parameters, rotary(dense).inv_freq
+    rope, frequencies = dict(dense.rope_parameters), rotary(dense).inv_freq
+    rope.pop("partial_rotary_factor", None)
     if kept is None:
         return Stock(folder, content | {"rope_parameters": rope}, 1.0, frequencies)
     rank = 2 * len(kept)
@@ -168,8 +176,9 @@ def rope_obstacles(config: PreTrainedConfig) -> list[str]:
     """Scalings of RoPE that depend on the length or change the scores' size."""
     rope = config.rope_parameters
     kind = rope["rope_type"]
-    if (part := rope.get("partial_rotary_factor", 1.0)) != 1:
-        return [f"its RoPE turns {part:.4g} of each head, and a3 exports heads that it turns whole"]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (turned := 2 * len(rotary(config).inv_freq)) != head_dim:
+        return [f"RoPE's tables are {turned} numbers wide and heads {head_dim}"]
     changes = kind == "longrope" and rope["short_factor"] != rope["long_factor"]
     if kind not in FIXED or changes:
         return [f"its RoPE is {kind}, whose frequencies depend on the length"]

@@ -27,7 +27,15 @@ from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import DENSE, PARTS, find_mode
 from a3.stages.allocation import read_allocation
-from a3.stages.assemble import assemble, outside, pairs_name, read_parts, staying, write_part
+from a3.stages.assemble import (
+    assemble,
+    in_products,
+    outside,
+    pairs_name,
+    read_parts,
+    staying,
+    write_part,
+)
 from a3.stages.plan import Plan, factor_ranks
 from a3.statistics import KINDS, Rxx
 
@@ -126,7 +134,8 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
     reports, seconds = [], []
     for layer in tqdm(layers, unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
-        tensors |= solved | staying(dense, arch, known, layer, solved)
+        whole = solved | staying(dense, arch, known, layer, solved)
+        tensors |= in_products(whole, arch, layer, report)
         reports.append(report)
         seconds.append(took)
     said = {

@@ -248,6 +248,30 @@ def staying(
     return tensors
 
 
+def in_products(
+    tensors: dict[str, Tensor], arch: Arch, layer: int, report: dict[str, Any]
+) -> dict[str, Tensor]:
+    """A layer's tensors as the model has them: of products of two, each below its product's name.
+
+    They come as if a product were a linear layer with an encoder: `q_proj.encoder.weight`,
+    `q_proj.weight`, `q_proj.bias`.
+    """
+    linears = [
+        arch.adapter.packed_name(layer, part).removesuffix(".weight")
+        for part in layer_factors(report)
+    ]
+
+    def renamed(name: str) -> str:
+        linear = next((each for each in linears if name.startswith(f"{each}.")), None)
+        if linear is None:
+            return name
+        field = name.removeprefix(f"{linear}.")
+        decoder = "" if field.startswith("encoder.") else f"{linear.rpartition('.')[2]}."
+        return f"{modeling_a3.product_name(linear)}.{decoder}{field}"
+
+    return {renamed(name): value for name, value in tensors.items()}
+
+
 def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
     """Compressed names of a layer's projections by dense ones; None for what is packed anew."""
     adapter = arch.adapter
@@ -314,10 +338,9 @@ def compressed_config(
     classes = modeling_a3.classes(arch.family)
     # In the place of any code for the dense model, which does not travel.
     config["auto_map"] = {
-        auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}"
-        for auto, own in zip(("AutoConfig", "AutoModelForCausalLM"), classes, strict=True)
+        auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}" for auto, own in classes.items()
     }
-    config["architectures"] = [classes[1].__name__]
+    config["architectures"] = [classes["AutoModelForCausalLM"].__name__]
     config["a3"] = {
         "family": arch.family,
         "modules": arch.adapter.modules,

@@ -1,0 +1,128 @@
+"""What transformers builds of a config, without weights: the family's own code decides what counts.
+
+A config may have keys that the code of its family ignores (`partial_rotary_factor`, `head_dim`), or
+obeys in some cases only. So an adapter's description is held to the modules that the code builds.
+"""
+
+from copy import deepcopy
+from math import isclose
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from a3.errors import A3Error
+
+if TYPE_CHECKING:
+    from a3.models.family import Family
+
+# Names that families have for the softmax scale, and for modules that norm q or k.
+SCALES = ("scaling", "inv_norm_factor", "softmax_scale")
+NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
+PART = "partial_rotary_factor"
+
+
+def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The dense model of a folder's config, on the meta device; A3Error where there is none."""
+    try:
+        # Experts take bfloat16 only there, and masks of other kinds of attention ask for values.
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+            ).eval()
+    # What the libraries say of values that make no sense is of any type.
+    except Exception as error:
+        raise A3Error(
+            f"{folder / 'config.json'}: transformers cannot build this model "
+            f"({type(error).__name__}: {str(error).strip()}). Correct it, or fetch it again."
+        ) from error
+
+
+def rotated_width(body: nn.Module) -> int:
+    """How many dimensions of a head RoPE rotates: the width of the family's own tables.
+
+    Raises A3Error where layers have tables of different widths, or none.
+    """
+    widths = set()
+    for name, table in body.named_buffers():
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+            widths.add(2 * table.shape[-1])
+        elif name.endswith("embed_positions"):
+            widths.add(table.shape[-1])
+    if len(widths) != 1:
+        raise A3Error(
+            f"config.json: RoPE's tables are {sorted(widths)} numbers wide; a3 knows models whose "
+            "layers have one width. This model is not supported."
+        )
+    return widths.pop()
+
+
+def require_agreement(
+    folder: Path, family: "Family", fields: dict[str, Any], model: PreTrainedModel
+) -> None:
+    """Raise A3Error where the modules of `build` are others than `fields`, or do not fit together.
+
+    `family` is the adapter and `fields` its description. Looked at are shapes and biases of
+    projections (of a mixture, those of attention), norms of q and k, softmax scales, and, where
+    a head is rotated in part, whether the code runs at all.
+    """
+    path = folder / "config.json"
+    expected = family.shapes(fields)
+    for layer in range(fields["layers"]):
+        for name, (said, found) in compared(family, fields, expected, model, layer).items():
+            if said != found and not (isinstance(said, float) and isclose(said, found)):
+                raise A3Error(
+                    f"{path}: by it, a3 expects {name} to be {said}, and transformers' own code "
+                    f"makes it {found}. This model is not supported."
+                )
+    if fields["rope_layout"] is not None and in_part(fields, model.config):
+        require_runs(path, model)
+
+
+def compared(
+    family: "Family",
+    fields: dict[str, Any],
+    expected: dict[str, tuple[int, ...]],
+    model: PreTrainedModel,
+    layer: int,
+) -> dict[str, tuple[Any, Any]]:
+    """What a description says of a layer, and what was built, by name."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for part in family.parts:
+        module = model.base_model.get_submodule(family.module(layer, part))
+        for field in ("weight", "bias"):
+            name, value = family.name(layer, part, field), getattr(module, field, None)
+            pairs[name] = expected.get(name), None if value is None else tuple(value.shape)
+    where = family.attention_module(layer)
+    attention = model.get_submodule(where)
+    normed = any(getattr(attention, name, None) is not None for name in NORMS)
+    pairs[f"a norm of q and k in {where}"] = fields["qk_norm"] is not None, normed
+    for name in SCALES:
+        if hasattr(attention, name):
+            pairs[f"{where}.{name}"] = fields["scaling"], getattr(attention, name)
+    return pairs
+
+
+def in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
+    """Whether RoPE rotates a part of a head, or the config says so in vain."""
+    said = getattr(config, "rope_parameters", None) or {}
+    every = [said, *(each for each in said.values() if isinstance(each, dict))]
+    return fields["rope_dims"] != fields["head_dim"] or any(PART in each for each in every)
+
+
+def require_runs(path: Path, model: PreTrainedModel) -> None:
+    """Raise A3Error where the family's own code fails on two tokens, on the meta device.
+
+    Some codes build RoPE's tables for a part of a head and rotate it whole.
+    """
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:
+        raise A3Error(
+            f"{path}: transformers' own code cannot run this model ({type(error).__name__}: "
+            f"{str(error).strip()}). Is {PART} right in it?"
+        ) from error
