@@ -18,6 +18,8 @@ from a3.files import read_json, read_record, sha256
 PICKLED = "pytorch_model*.bin*"
 # The model card.
 CARD = "README.md"
+# Where transformers has chat templates that have names.
+TEMPLATES = "additional_chat_templates"
 # What says of a folder, under "files", which content a stage wrote.
 RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
@@ -170,12 +172,18 @@ def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
     Files whose hash is `known` are not read.
     """
     known = known or {}
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    paths = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
     return {
-        path.name: known[path.name] if path.name in known else sha256(path)
-        for path in paths
-        if path.name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
+        name: known[name] if name in known else sha256(path)
+        for name, path in paths.items()
+        if name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
     }
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files of a model's folder, and chat templates in a folder of their own; no other folders'."""
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]
+    return [path for path in sorted(paths) if path.is_file()]
 
 
 def recorded_files(folder: Path) -> dict[str, str]:

@@ -29,12 +29,16 @@ from huggingface_hub.file_download import repo_folder_name
 
 from a3 import files
 from a3.errors import A3Error
+from a3.models.checkpoint import TEMPLATES
 
 PLACES = ("wheel", "hub", "path")
 # Kinds of models that are made here, from another folder.
 MADE = ("repeat_kv", "train")
 TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+MODEL_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.model.v*"),
+    *("README.md", "LICENSE*", "NOTICE*"),
+]
 # Folders hold other formats of the same weights; consolidated files repeat the shards.
 NOT_MODEL_FILES = ["*/*", "consolidated*"]
 # `datasets` says ConnectionError where it cannot reach the hub.
@@ -147,17 +151,19 @@ def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Pa
     Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
     revision does not exist, or the download fails.
     """
-    folder = hub_call(
-        repo,
-        revision,
-        lambda: snapshot_download(
+
+    def download() -> str:
+        folder = snapshot_download(
             repo,
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=NOT_MODEL_FILES,
-        ),
-    )
-    return whole_snapshot(Path(folder), repo)
+        )
+        # A snapshot's folder has the name of its commit.
+        commit, templates = Path(folder).name, f"{TEMPLATES}/*.jinja"
+        return snapshot_download(repo, revision=commit, allow_patterns=templates)
+
+    return whole_snapshot(Path(hub_call(repo, revision, download)), repo)
 
 
 def whole_snapshot(folder: Path, repo: str) -> Path:
