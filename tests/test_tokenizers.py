@@ -20,7 +20,7 @@ from a3.models.checkpoint import TEMPLATES, Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.load import load_tokenizer
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate_part
+from a3.stages import approximate
 from a3.stages.model import resolve_model
 from a3.stages.plan import Plan
 from a3.stages.travel import bring
@@ -186,6 +186,18 @@ def test_a_folder_that_would_be_read_otherwise_is_refused(tmp_path, monkeypatch)
         bring(dense, small, "config.json")
 
 
+def test_an_unreadable_tokenizer_is_refused_before_the_work(tmp_path, monkeypatch):
+    dense = tiny_model(tmp_path / "dense", "llama")
+    (dense / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(approximate, "solve_run", None)
+    with pytest.raises(A3Error, match="AutoTokenizer of transformers cannot read it"):
+        approximate.repack(dense, tmp_path / "small")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    # Surgery keeps the family, so that nothing can be read otherwise.
+    operate = ["--mode", "pca-separate", "--size", "variance@0.9"]
+    run("surgery", dense, *operate, "-o", tmp_path / "operated")
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -255,7 +267,7 @@ def work(tmp_path_factory):
     resolve_model({"repeat_kv": "model"}, work / "mha", base=work / "model")
     for number in ("0of2", "1of2"):
         out = work / "parts" / f"{number}.safetensors"
-        approximate_part(work / "model", work, OV, number, out)
+        approximate.approximate_part(work / "model", work, OV, number, out)
     parts = sorted((work / "parts").glob("*.safetensors"))
     run("gather", work / "model", *parts, "-o", work / "gathered")
     operate = ["--mode", "pca-separate", "--size", "variance@0.9"]

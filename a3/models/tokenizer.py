@@ -61,10 +61,13 @@ def keep_reading(source: Path, folder: Path) -> None:
     """
     if not has_tokenizer(source):
         return
+    of, to = (read_json(each / "config.json")["model_type"] for each in (source, folder))
+    compressed = to == LazyConfig.model_type
+    if of == to and not compressed:
+        return  # beside the same family the same files are read alike
     tokenizer = load_tokenizer(source)
     path = folder / CONFIG
     given = read_json(path) if path.exists() else {}
-    compressed = read_json(folder / "config.json")["model_type"] == LazyConfig.model_type
     config = naming(given, type(tokenizer).__name__) if compressed else restored(given)
     if config != given:
         path.write_text(json.dumps(config, indent=2) + "\n")
