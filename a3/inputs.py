@@ -10,11 +10,15 @@ from pathlib import Path
 
 from a3.files import sha256
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*"]
+# Mistral has names such as tokenizer.model.v3.
+MODEL_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.model.v*"),
+    *("README.md", "LICENSE*", "NOTICE*"),
+]
 # Folders hold other formats of the same weights; consolidated files repeat the shards.
 NOT_MODEL_FILES = ["*/*", "consolidated*"]
-# Chat templates that have names are in a folder of their own.
-TEMPLATES = "additional_chat_templates/*.jinja"
+# Where transformers has chat templates that have names.
+TEMPLATES = "additional_chat_templates"
 # Left by stages, where the source is one of their folders.
 RECORDS = ("arch.json", "source.json", "train.json")
 # Of larger files only so many pieces, evenly spread, are read to tell whether they changed.
@@ -31,10 +35,16 @@ def is_model_file(path: Path) -> bool:
     )
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Files of a model's folder, and chat templates in a folder of their own; no other folders'."""
+    paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]
+    return [path for path in sorted(paths) if path.is_file()]
+
+
 def model_inputs(path: Path) -> list[Path]:
     """The files of a local model: those of a folder that a3 reads, or the one file (GGUF)."""
-    found = [*path.iterdir(), *path.glob(TEMPLATES)] if path.is_dir() else []
-    return sorted(file for file in found if is_model_file(file)) or [path]
+    found = files_of(path) if path.is_dir() else []
+    return [file for file in found if is_model_file(file)] or [path]
 
 
 def text_inputs(path: Path) -> list[Path]:

@@ -193,7 +193,9 @@ def test_the_gguf_file_holds_the_tokenizer(made, tmp_path):
     fields, _ = read_gguf(tmp_path / "model.gguf")
     tokenizer = AutoTokenizer.from_pretrained(made / "small")
     tokens = fields["tokenizer.ggml.tokens"]
-    assert {token: i for i, token in enumerate(tokens)} == tokenizer.get_vocab()
+    # Qwen 2's class adds <|endoftext|> where there is none: a token without a row.
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if i < len(tokens)}
+    assert {token: i for i, token in enumerate(tokens)} == vocabulary
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.bos_token_id"] == 0
     assert fields["tokenizer.ggml.eos_token_id"] == 1

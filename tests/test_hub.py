@@ -102,6 +102,15 @@ def test_model_of_a_revision_then_offline(hub, run, model, tmp_path):
     assert hub.requests == []
 
 
+def test_chat_templates_by_name_are_fetched_and_no_other_folders(hub, run, model, tmp_path):
+    name = "additional_chat_templates/tool_use.jinja"
+    files = Repository.of(model).files | {name: b"tools", "onnx/config.json": b"{}"}
+    hub.add("models", "who/tiny", Repository(files))
+    run(("model", {"hub": "who/tiny", "revision": "main"}))
+    assert (tmp_path / "models" / "m" / name).read_text() == "tools"
+    assert not any("onnx" in request for request in hub.requests)
+
+
 def test_what_is_not_there_is_named(hub, run, model, tmp_path):
     hub.add("models", "who/tiny", Repository.of(model))
     files = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"}

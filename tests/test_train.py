@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.cli import main
 from a3.config import CATALOGUE, check_row, complete, load_yaml
+from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256
 from a3.stages.model import resolve_model
-from a3.stages.train import rate, read_recipe, train
+from a3.stages.train import rate, read_recipe, train, unigram_loss
 
 CONFIG = {
     "model_type": "gpt2",
@@ -112,6 +113,19 @@ def test_a_model_is_trained_and_compressed_like_any_other(tmp_path, text, capsys
     assert tokenizer.decode(tokenizer("Ünknown river")["input_ids"]) == "Ünknown river"
     command = ["compress", str(dense), "--qk", "qk", "--ratio", "0.5", "-o", str(tmp_path / "s")]
     assert main([*command, "--text", str(text), "--tokens", "64", "--block-length", "16"]) == 0
+
+
+def test_a_model_is_trained_on_the_tokens_that_its_folder_gives(tmp_path, text):
+    """Qwen 2's class, which transformers takes whatever the folder names, has its own rules."""
+    config = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 32}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"max_position_embeddings": 16}
+    out = run(recipe(config=config, steps=2), text, tmp_path / "out")
+    tokenizer, documents = AutoTokenizer.from_pretrained(out), load_documents(text)
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    blocks = token_blocks(documents, tokenizer, 16, 2 * 4 * 16, 0, bos=True)
+    report = json.loads((out / "train.json").read_text())
+    assert report["unigram_loss"] == pytest.approx(unigram_loss(blocks[:, 1:]))
 
 
 def test_the_same_recipe_gives_the_same_bytes(tmp_path, text):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from a3.errors import A3Error
 from a3.files import read_json, read_record, sha256
+from a3.inputs import files_of
 
 PICKLED = "pytorch_model*.bin*"
 # The model card.
@@ -175,11 +176,11 @@ def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
     Files whose hash is `known` are not read.
     """
     known = known or {}
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    paths = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
     return {
-        path.name: known[path.name] if path.name in known else sha256(path)
-        for path in paths
-        if path.name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
+        name: known[name] if name in known else sha256(path)
+        for name, path in paths.items()
+        if name not in (*RECORDS, "timing.json") and not path.name.startswith(".")
     }
 
 

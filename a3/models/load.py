@@ -30,7 +30,8 @@ def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
 
 def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises A3Error where it cannot be read."""
-    return loaded(AutoTokenizer, folder, **options)
+    # Else the class would depend on whether mistral-common is installed.
+    return loaded(AutoTokenizer, folder, mistral_format=False, **options)
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:

@@ -20,7 +20,8 @@ from a3.errors import A3Error
 from a3.files import sha256, whole_folder
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, model_source
-from a3.models.load import tensors_of_model
+from a3.models.load import load_tokenizer, tensors_of_model
+from a3.models.tokenizer import has_tokenizer
 from a3.parts import LARGEST_PART, share
 from a3.provenance import provenance
 from a3.solutions import mlp, ov, qk
@@ -73,7 +74,9 @@ def repack(model_folder: Path, out: Path) -> None:
 
 def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
     """Solve every layer and write the folder `out`, whole or not at all."""
-    arch = solver.arch
+    arch, dense = solver.arch, solver.checkpoint.folder
+    if has_tokenizer(dense):
+        load_tokenizer(dense)  # or the folder cannot be assembled: said before the long part
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
     count = min(arch.layers, -(-size // LARGEST_PART))
     numbers = [f"{i}of{count}" for i in range(count)]
@@ -84,7 +87,7 @@ def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
         said = read_parts(parts)
         for path in parts:
             path.with_suffix(".json").unlink()
-        assemble(solver.checkpoint.folder, arch, said, parts, folder)
+        assemble(dense, arch, said, parts, folder)
 
 
 def approximate_part(

@@ -32,9 +32,8 @@ from a3.parts import require_all, weight_files
 from a3.sizes import sizes
 from a3.solutions.modes import PARTS
 from a3.stages.card import base_of, write_card
+from a3.stages.travel import bring
 
-# Tokenizer, chat template, licence, but not the model card; neither weights nor pickles nor code.
-TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks = tuple[int, int, int | list[int]]
 
@@ -312,9 +311,7 @@ def write_config(
     # Without a3, transformers runs this copy where trust_remote_code says so.
     code = Path(modeling_a3.__file__)
     shutil.copyfile(code, folder / code.name)
-    for path in sorted(dense.iterdir()):
-        if path.name not in ("config.json", CARD, *RECORDS) and travels(path):
-            shutil.copyfile(path, folder / path.name)
+    bring(dense, folder, "config.json", CARD, *RECORDS)
 
 
 def compressed_config(
@@ -366,9 +363,3 @@ def compressed_config(
 def pairs_name(arch: Arch, layer: int) -> str:
     """Tensor of the kept RoPE pairs of one layer."""
     return f"{arch.adapter.attention_module(layer)}.rope_pairs"
-
-
-def travels(path: Path) -> bool:
-    """Whether a file of the dense folder goes with the compressed one: text, but no code."""
-    text = any(path.match(pattern) for pattern in TRAVELS)
-    return path.is_file() and text and not path.name.startswith(".") and ".index." not in path.name

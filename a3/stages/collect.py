@@ -27,6 +27,7 @@ from a3.models.arch import (
 )
 from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.tokenizer import require_rows
 from a3.parts import share
 from a3.provenance import provenance
 from a3.stages.fisher import run_backward
@@ -84,6 +85,7 @@ def collect(
         seed=seed,
         bos=bos,
     )
+    require_rows(model_folder, tokenizer, blocks)
     warn_if_short(arch, outputs, blocks.numel())
     run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
     blocks = blocks[run_of.start : run_of.stop]

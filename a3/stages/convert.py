@@ -4,7 +4,6 @@ Torch's own unpickler for weights alone reads it: whatever else a file asks for 
 """
 
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder
-from a3.inputs import MODEL_FILES, is_model_file
+from a3.inputs import MODEL_FILES, files_of, is_model_file
 from a3.models.load import load_config
 from a3.stages.assemble import write_index
 from a3.stages.sources import hub_model, source_kind
+from a3.stages.travel import copy
 
 WHOLE = "pytorch_model.bin"
 INDEX = f"{WHOLE}.index.json"
@@ -38,9 +38,9 @@ def convert(source: dict[str, Any], out: Path) -> None:
     folder = source_folder(source)
     names, tied = pickled_files(folder), tied_names(folder)
     with whole_folder(out) as made:
-        for path in sorted(folder.iterdir()):
+        for path in files_of(folder):
             if is_model_file(path) and path.name != INDEX:
-                shutil.copyfile(path, made / path.name)
+                copy(path, folder, made)
         for old, new in names.items():
             print(f"convert: {old}", flush=True)
             save_file(distinct(read_pickled(folder / old), tied), made / new, {"format": "pt"})

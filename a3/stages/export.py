@@ -1,7 +1,6 @@
 """a3 export hf: a compressed folder as an ordinary checkpoint of its family, which needs no a3."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from a3.models.load import load_whole
 from a3.models.stock import Stock, stock
 from a3.parts import weight_files
 from a3.provenance import provenance
-from a3.stages.assemble import travels, write_index
+from a3.stages.assemble import write_index
+from a3.stages.travel import bring
 
 
 def export_hf(folder: Path, out: Path) -> None:
@@ -34,9 +34,7 @@ def export_hf(folder: Path, out: Path) -> None:
         names = write_weights(model, made)
         content = model.content | older_names(model.content["rope_parameters"])
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        for path in sorted(folder.iterdir()):
-            if path.name not in ("config.json", "timing.json", *RECORDS) and travels(path):
-                shutil.copyfile(path, made / path.name)
+        bring(folder, made, "config.json", "timing.json", *RECORDS)
         # Of all that transformers reads, nothing may be missing.
         load_whole(made, device_map="meta")
         files = hash_files(made)

@@ -11,6 +11,7 @@ from a3.errors import A3Error
 from a3.files import sha256, write_record
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.tokenizer import require_rows
 from a3.provenance import provenance
 
 
@@ -28,6 +29,7 @@ def generation(
     if ids.shape[1] == 0:
         raise A3Error("prompt is empty. Give some text.")
     require_positions(model_folder, ids.shape[1] + new_tokens, "prompt and new_tokens together")
+    require_rows(model_folder, tokenizer, ids)
     model = load_model(model_folder, dtype).to(device)
     start = time.perf_counter()
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from a3.files import sha256, write_record
 from a3.harness import task_config
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer
+from a3.models.tokenizer import hold_to_rows
 from a3.provenance import provenance
 from a3.tasks import data_files, read_task
 
@@ -50,9 +51,11 @@ def harness(
     checkpoint = Checkpoint(model_folder)
     with tempfile.TemporaryDirectory() as cache:
         chosen, manager, files = find_task(task, items, yaml, shots, cache)
+        model, tokenizer = load_model(model_folder, dtype), load_tokenizer(model_folder)
+        hold_to_rows(model_folder, model, tokenizer)
         wrapped = HFLM(
-            pretrained=load_model(model_folder, dtype).to(device),
-            tokenizer=load_tokenizer(model_folder),
+            pretrained=model.to(device),
+            tokenizer=tokenizer,
             batch_size=CPU_BATCH if device == "cpu" else "auto",
         )
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json, write_record
-from a3.inputs import hash_inputs, is_model_file
+from a3.inputs import files_of, hash_inputs, is_model_file
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import (
     CARD,
@@ -23,6 +23,7 @@ from a3.models.checkpoint import (
     weight_map_files,
 )
 from a3.models.load import load_tokenizer
+from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.provenance import provenance
 from a3.stages.gguf import load_gguf
 from a3.stages.sources import (
@@ -33,10 +34,10 @@ from a3.stages.sources import (
     source_kind,
     wheel_file,
 )
+from a3.stages.travel import copy
 
 INDEX = "model.safetensors.index.json"
 FIELDS = ("weight", "bias")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def resolve_model(
@@ -120,7 +121,7 @@ def link_model(source: Path, folder: Path) -> None:
     """
     if not source.is_dir():
         raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
-    found = [path for path in sorted(source.iterdir()) if is_model_file(path)]
+    found = [path for path in files_of(source) if is_model_file(path)]
     check_model_files(source, {path.name for path in found})
     # Where the source is a folder of a stage, it has to be the one that it wrote.
     Checkpoint(source).verify_all()
@@ -130,7 +131,7 @@ def link_model(source: Path, folder: Path) -> None:
         elif path.name in ("config.json", "tokenizer_config.json"):
             write_without_name(path, folder / path.name)
         else:
-            shutil.copyfile(path, folder / path.name)
+            copy(path, source, folder)
 
 
 def given_base(source: dict[str, Any], base: Path | None) -> Path:
@@ -171,9 +172,9 @@ def repeat_kv(base: Path, folder: Path) -> None:
         # Query head i reads key/value head i // (H / G).
         tensors[name] = heads.repeat_interleave(arch.heads // arch.kv_heads, dim=0).flatten(0, 1)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for path in sorted(base.iterdir()):
+    for path in files_of(base):
         if is_model_file(path) and path.suffix != ".safetensors" and path.name != INDEX:
-            shutil.copyfile(path, folder / path.name)
+            copy(path, base, folder)
     write_json(folder / "config.json", config | {"num_key_value_heads": arch.heads})
 
 
@@ -186,8 +187,8 @@ def check_model_files(source: Path, names: set[str]) -> None:
         raise A3Error(f"{source}: no .safetensors file. Name a folder that has one.")
     if INDEX in names and (missing := sorted(set(weight_map_files(source / INDEX)) - names)):
         raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
-    if not names & set(TOKENIZERS):
-        raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(TOKENIZERS)}. Add it.")
+    if not has_tokenizer(source):
+        raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(VOCABULARIES)}. Add it.")
 
 
 def write_without_name(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.tokenizer import require_rows
 from a3.provenance import provenance
 
 
@@ -48,6 +49,7 @@ def perplexity(
     checkpoint = Checkpoint(model_folder)
     tokenizer = load_tokenizer(model_folder)
     blocks, sizes = scored_blocks(load_documents(text), tokenizer, block_length, tokens, bos, join)
+    require_rows(model_folder, tokenizer, blocks)
     bytes_scored = int(sizes[:, 1:].sum())
     model = load_model(model_folder, dtype).to(device)
     start = time.perf_counter()

@@ -5,7 +5,6 @@ of each matrix, and how many bits the model has for each weight of the dense mod
 """
 
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -38,7 +37,8 @@ from a3.recipes import (
 from a3.sizes import projection_weights
 from a3.solutions import lqer
 from a3.stages.approximate import repack
-from a3.stages.assemble import travels, write_index
+from a3.stages.assemble import write_index
+from a3.stages.travel import bring
 from a3.statistics import KINDS, Rxx
 
 
@@ -153,9 +153,7 @@ class Quantiser:
         if len(files) > 1:
             write_index(folder, files)
         self.write_config(folder)
-        for path in sorted(self.folder.iterdir()):
-            if path.name not in ("config.json", CARD, *RECORDS, "timing.json") and travels(path):
-                shutil.copyfile(path, folder / path.name)
+        bring(self.folder, folder, "config.json", CARD, *RECORDS, "timing.json")
         hashes = hash_files(folder)
         write_record(folder / "timing.json", {"seconds": seconds, "layers": []})
         kept = {key: source[key] for key in ("base", "modes", "ranks", "layers")}

@@ -29,7 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from a3 import files
 from a3.errors import A3Error
-from a3.inputs import MODEL_FILES, NOT_MODEL_FILES
+from a3.inputs import MODEL_FILES, NOT_MODEL_FILES, TEMPLATES
 
 PLACES = ("wheel", "hub", "path")
 # Kinds of models that are made here, from another folder.
@@ -145,17 +145,19 @@ def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Pa
     Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
     revision does not exist, or the download fails.
     """
-    folder = hub_call(
-        repo,
-        revision,
-        lambda: snapshot_download(
+
+    def download() -> str:
+        folder = snapshot_download(
             repo,
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=NOT_MODEL_FILES,
-        ),
-    )
-    return whole_snapshot(Path(folder), repo)
+        )
+        # A snapshot's folder has the name of its commit.
+        commit, templates = Path(folder).name, f"{TEMPLATES}/*.jinja"
+        return snapshot_download(repo, revision=commit, allow_patterns=templates)
+
+    return whole_snapshot(Path(hub_call(repo, revision, download)), repo)
 
 
 def whole_snapshot(folder: Path, repo: str) -> Path:

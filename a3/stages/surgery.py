@@ -22,7 +22,7 @@ from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import RECORDS, Checkpoint, hash_files, model_source
 from a3.provenance import provenance
 from a3.solutions.pca import Components, affordable, many_inputs, one_input
-from a3.stages.assemble import travels
+from a3.stages.travel import bring
 from a3.statistics import Rxx
 from a3.surgery import MATRICES, METRIC, VARIANCE, Size, find_surgery
 
@@ -47,9 +47,9 @@ def surgery(model_folder: Path, rxx_folder: Path | None, mode: str, size: Size, 
     rebuilt, sets = table.operate(left)
     with whole_folder(out) as folder:
         write_weights(table, rebuilt, folder)
-        for path in sorted(model_folder.iterdir()):
-            if path.name not in RECORDS and (travels(path) or path.name == INDEX):
-                shutil.copyfile(path, folder / path.name)
+        bring(model_folder, folder, *RECORDS)
+        if (model_folder / INDEX).exists():
+            shutil.copyfile(model_folder / INDEX, folder / INDEX)
         seconds = {"seconds": time.perf_counter() - start}
         write_record(folder / "timing.json", seconds)
         write_record(folder / "approx.json", table.record(size, left, sets, folder))

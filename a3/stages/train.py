@@ -6,6 +6,7 @@ it knows far more of its text than how often each token occurs, so that compress
 
 import difflib
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -29,6 +31,8 @@ from a3.documents import Document, load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import sha256, whole_folder, write_record
 from a3.models.checkpoint import hash_files
+from a3.models.load import load_tokenizer
+from a3.models.tokenizer import differences
 from a3.provenance import provenance
 
 BOS, EOS = "<s>", "</s>"
@@ -75,11 +79,12 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
     """
     documents = load_documents(text)
     tokenizer = train_tokenizer(documents, recipe.vocab_size)
+    model = new_model(recipe, tokenizer)
+    tokenizer = as_read(tokenizer, model.config)
     wanted = recipe.steps * recipe.batch_size * recipe.block_length
     blocks = token_blocks(
         documents, tokenizer, recipe.block_length, max(wanted, 1), recipe.seed, bos=True
     )
-    model = new_model(recipe, tokenizer)
     parameters = sum(weight.numel() for weight in model.parameters())
     print(
         f"train: {recipe.config['model_type']} of {parameters / 1e6:.1f} M parameters, "
@@ -124,6 +129,17 @@ def train_tokenizer(documents: Sequence[Document], size: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS
     )
+
+
+def as_read(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer as AutoTokenizer reads it beside a config: some families have other rules."""
+    with tempfile.TemporaryDirectory() as name:
+        config.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        read = load_tokenizer(Path(name))
+    return read if differences(tokenizer, read) else tokenizer
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

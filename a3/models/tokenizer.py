@@ -1,0 +1,151 @@
+"""How a folder tokenises: AutoTokenizer reads the same files otherwise beside another config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from a3 import LazyConfig
+from a3.errors import A3Error
+from a3.files import read_json
+from a3.models.load import load_config, load_tokenizer
+
+# One of them says what the tokens are.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+CONFIG = "tokenizer_config.json"
+# What of CONFIG a compressed folder replaces; under KEPT it says what the dense folder has there.
+REPLACED = ("tokenizer_class", "auto_map")
+KEPT = "a3"
+# The class that takes tokenizer.json at its word, as transformers 5 and 4 call it.
+PLAIN = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+# Beside the rules: what decides on special tokens, prompts, padding and decoded text.
+ATTRIBUTES = (
+    "special_tokens_map",
+    "extra_special_tokens",
+    "all_special_ids",
+    "add_bos_token",
+    "add_eos_token",
+    "split_special_tokens",
+    "chat_template",
+    "response_template",
+    "padding_side",
+    "truncation_side",
+    "pad_token_type_id",
+    "model_max_length",
+    "model_input_names",
+    "clean_up_tokenization_spaces",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def keep_reading(source: Path, folder: Path) -> None:
+    """Make AutoTokenizer read `folder`, to which all files of `source` were copied, as `source`.
+
+    transformers chooses the class of a tokenizer by model_type and tokenizer_class together, and
+    has none for a compressed model's. So a compressed folder names the class that the dense one
+    gets, where it does not yet, and says beside it what stood there, which an export puts back.
+    Raises A3Error where either cannot be read, or they are read otherwise.
+    """
+    if not has_tokenizer(source):
+        return
+    of, to = (read_json(each / "config.json")["model_type"] for each in (source, folder))
+    compressed = to == LazyConfig.model_type
+    if of == to and not compressed:
+        return  # beside the same family the same files are read alike
+    tokenizer = load_tokenizer(source)
+    path = folder / CONFIG
+    given = read_json(path) if path.exists() else {}
+    config = naming(given, type(tokenizer).__name__) if compressed else restored(given)
+    if config != given:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    found = differences(tokenizer, load_tokenizer(folder))
+    if "rules" in found and tokenizer.is_fast:
+        # Mistral's may be mended when they are loaded, but only where model_type is Mistral's.
+        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        found = differences(tokenizer, load_tokenizer(folder))
+    if found:
+        raise A3Error(
+            f"{source}: AutoTokenizer would read its tokenizer otherwise in {folder}: other "
+            f"{', '.join(found)}. Save the tokenizer anew there "
+            "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), and run it again."
+        )
+
+
+def naming(given: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """A tokenizer_config.json that names the class `wanted`, and no code, which does not travel."""
+    wanted = PLAIN.get(wanted, wanted)
+    named = (given.get("tokenizer_class") or "").removesuffix("Fast")
+    if named == wanted.removesuffix("Fast") and "auto_map" not in given:
+        return given
+    kept = given.get(KEPT, {key: given[key] for key in REPLACED if key in given})
+    rest = {key: value for key, value in given.items() if key not in REPLACED}
+    return rest | {"tokenizer_class": wanted, KEPT: kept}
+
+
+def restored(given: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json with what the dense folder has, where `naming` replaced it."""
+    if KEPT not in given:
+        return given
+    rest = {key: value for key, value in given.items() if key not in (KEPT, *REPLACED)}
+    return rest | given[KEPT]
+
+
+def differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
+    """Names of what makes two tokenizers differ in ids, special tokens, prompts or text."""
+    first, second = reading(one), reading(other)
+    return [name for name in first if first[name] != second[name]]
+
+
+def reading(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides on a tokenizer's ids, special tokens, prompts and decoded text."""
+    said = {name: getattr(tokenizer, name, None) for name in ATTRIBUTES}
+    fast = tokenizer.is_fast
+    rules = tokenizer.backend_tokenizer.to_str() if fast else tokenizer.get_vocab()
+    return {"class": type(tokenizer).__name__, "rules": rules} | said
+
+
+def require_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> None:
+    """Raise A3Error, which names them, where token ids (any shape) have no row in the embedding."""
+    rows = load_config(folder).vocab_size
+    if ids.numel() and ids.max() >= rows:
+        beyond = ids[ids >= rows].unique().tolist()
+        raise A3Error(
+            f"{folder}: the text has tokens that the model has no embedding of: "
+            f"{spelt(tokenizer, beyond)}; the embedding has {rows} rows, for ids 0 to {rows - 1}. "
+            "Take the tokenizer that belongs to the weights, or text without these tokens, or "
+            "train a model with more rows (resize_token_embeddings in transformers)."
+        )
+
+
+def hold_to_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `model` raise as `require_rows` does for whatever it is given, where that can occur.
+
+    Where the padding token has no row, which is no matter for what is masked, EOS takes its place.
+    """
+    rows = load_config(folder).vocab_size
+    if len(tokenizer) <= rows:
+        return
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: require_rows(folder, tokenizer, given[0])
+    )
+
+
+def spelt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The first tokens and their ids, for a message."""
+    said = [f"{tokenizer.convert_ids_to_tokens(one)!r} (id {one})" for one in ids[:4]]
+    return ", ".join(said) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
