@@ -19,6 +19,7 @@ from a3.errors import A3Error
 from a3.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
+from a3.models.readable import refuse_adapter
 
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
@@ -49,12 +50,17 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 
     transformers only warns of a tensor that is missing, and makes one up at random.
     """
+    # Where peft is installed, transformers would load the adapter's model in place of this one.
+    refuse_adapter(folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, info = loaded(AutoModelForCausalLM, folder, **options)
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        instead = ". Fetch or build it again."
+        if "gguf_file" not in options and lost[0] not in (checkpoint := Checkpoint(folder)).names():
+            instead = checkpoint.instead(lost[0])
         raise A3Error(
             f"{folder / options.get('gguf_file', '')}: no tensor of the expected shape for "
-            f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}. Fetch or build it again."
+            f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"
         )
     return model
 

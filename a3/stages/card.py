@@ -1,4 +1,8 @@
-"""The model card of a compressed folder: README.md, written anew from approx.json alone."""
+"""The model card of a compressed folder: README.md, written anew from approx.json alone.
+
+Of a folder that transformers saved again it says what the folder itself tells
+(a3.models.compressed), and that the rest is unknown.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +12,24 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from a3.errors import A3Error
-from a3.files import SEAL, read_record, sha256, whole_file, write_record
-from a3.models.checkpoint import CARD, front_matter
+from a3.files import SEAL, sha256, whole_file, write_record
+from a3.models.arch import is_compressed
+from a3.models.checkpoint import CARD, Checkpoint, front_matter
+from a3.models.compressed import compressed_record
 from a3.results import PERPLEXITY_PROTOCOL, Record, same_protocol
 from a3.solutions.modes import DENSE, PARTS
 
 PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
+MADE = f"Made from {{name}} without training, by closed-form low-rank solutions ({PAPER})"
+SAVED_AGAIN = (
+    f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), and saved again since, so "
+    "perhaps trained"
+)
+SMALLER = (
+    ": the same layers with smaller heads, a smaller intermediate size and a smaller KV cache."
+)
+# Of every card that is written here.
+TAGS = ("a3", "compressed", "low-rank")
 # What a base model's card says that holds for the compressed one.
 CARRIED = ("license", "license_name", "license_link", "language")
 NAMES = {"qk": "QK (attention scores)", "ov": "OV (attention output)", "mlp": "MLP"}
@@ -65,24 +81,25 @@ def base_name(source: dict[str, Any]) -> str | None:
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """Write README.md by a record as approx.json has it, whole or not at all."""
-    base = record["base_card"]
+    """Write README.md by a record as `compressed_record` has it, whole or not at all."""
+    base = base_card(record)
     data = ModelCardData(
         base_model=base["name"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["a3", "compressed", "low-rank", record["base"]["family"]],
+        tags=[*TAGS, record["base"]["family"]],
         **{key: base[key] for key in CARRIED if key in base},
     )
     name = base["name"] or f"a {record['base']['family']} model"
+    known = "modes" in record
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, compressed",
-        f"Made from {name} without training, by closed-form low-rank solutions ({PAPER}): the same "
-        "layers with smaller heads, a smaller intermediate size and a smaller KV cache.",
-        parts_table(record),
+        (MADE if known else SAVED_AGAIN).format(name=name) + SMALLER,
+        *([parts_table(record)] if known else []),
+        *([low_precision(record)] if "matrices" in record else []),
         sizes_table(record["size"]),
-        calibration(record["provenance"]["statistics"]),
+        calibration(record),
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
@@ -93,6 +110,11 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     ]
     with whole_file(folder / CARD) as temporary:
         temporary.write_text("\n\n".join(paragraphs) + "\n")
+
+
+def base_card(record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the base model; nothing where a record says nothing."""
+    return record.get("base_card") or {"name": None, "commit": None}
 
 
 def parts_table(record: dict[str, Any]) -> str:
@@ -113,6 +135,18 @@ def parts_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def low_precision(record: dict[str, Any]) -> str:
+    """What a3 quantise did, and the errors of outputs that it left."""
+    said, errors = record["provenance"], [m["relative_error"] for m in record["matrices"].values()]
+    rank = "" if said["rank"] is None else f" of rank {said['rank']}"
+    bits = record["size"]["compressed"]["bits_per_weight"]
+    return (
+        f"Low precision, emulated: {len(errors)} matrices, repaired by `{said['method']}`{rank}; "
+        f"{bits:.2f} bits for each weight of the dense model's matrices. Relative error of their "
+        f"outputs: mean {mean(errors):.3g}, largest {max(errors):.3g}."
+    )
+
+
 def sizes_table(size: dict[str, dict[str, int]]) -> str:
     """Sizes before and after."""
     rows = ["| | dense | compressed | kept |", "|---|---|---|---|"]
@@ -122,8 +156,11 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
     return "\n".join(rows)
 
 
-def calibration(statistics: dict[str, dict[str, Any]]) -> str:
-    """The text that statistics were taken of."""
+def calibration(record: dict[str, Any]) -> str:
+    """The text that statistics were taken of: those of quantisation, where it is quantised."""
+    if "provenance" not in record:
+        return "Calibration, modes and errors are unknown: it was saved without its approx.json."
+    statistics = record["provenance"]["statistics"]
     if not statistics:
         return "No calibration text: the modes go by the weights alone."
     # Gradients are of a share of the tokens.
@@ -163,44 +200,63 @@ def licence(base: dict[str, Any], name: str) -> str:
 
 
 def provenance(record: dict[str, Any]) -> str:
-    """What made the folder."""
-    made, commit = record["provenance"], record["base_card"]["commit"]
-    libraries = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    """What made the folder, as far as it is known."""
+    commit, dense = base_card(record)["commit"], record["base"]["weights_sha256"]
     lines = [
         *([f"- base model's commit `{commit}`"] if commit else []),
-        f"- base model's weights, SHA-256 `{record['base']['weights_sha256']}`",
+        *([f"- base model's weights, SHA-256 `{dense}`"] if dense else []),
         f"- weights here, SHA-256 `{record['weights_sha256']}`",
-        f"- a3's code `{made['code']}`; {libraries}",
-        "- ranks, errors and kept RoPE pairs of every layer: `approx.json`",
     ]
+    if "provenance" in record:
+        made = record["provenance"]
+        libraries = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+        lines += [f"- a3's code `{made['code']}`; {libraries}"]
+    if "modes" in record:
+        lines += ["- ranks, errors and kept RoPE pairs of every layer: `approx.json`"]
     return "\n".join(lines)
 
 
 def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Path]) -> None:
     """Put results of `a3 eval ppl`, dense and compressed of each text, into a folder's card.
 
-    They replace those that were there. Raises A3Error where a result is of other weights, or two of
-    one text were taken by different protocols.
+    They replace those that were there. Raises A3Error where a result is of other weights, two of
+    one text were taken by different protocols, or README.md is a card that a3 did not write.
     """
     if len(dense) != len(compressed):
         raise A3Error(
             f"card: {len(dense)} dense results, {len(compressed)} compressed ones; expected one of "
             "each for every text."
         )
-    path = folder / "approx.json"
-    record = read_record(path)
+    if not is_compressed(folder):
+        raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
+    Checkpoint(folder).verify_all()
+    record = compressed_record(folder)
     weights = {"dense": record["base"]["weights_sha256"], "compressed": record["weights_sha256"]}
     pairs = []
     for both in zip(dense, compressed, strict=True):
         read = dict(zip(weights, map(Record.read, both), strict=True))
         for kind, one in read.items():
-            require_weights(one, weights[kind], kind)
+            # Of a model that was saved again, the dense one is not known.
+            if weights[kind] is not None:
+                require_weights(one, weights[kind], kind)
         same_protocol(read["dense"], read["compressed"], PERPLEXITY_PROTOCOL)
         pairs.append({kind: {key: one[key] for key in SAID} for kind, one in read.items()})
     record["perplexity"] = pairs
+    if "files" not in record:
+        require_own_card(folder)
+        write_card(folder, record)
+        return
     write_card(folder, record)
     record["files"][CARD] = sha256(folder / CARD)
-    write_record(path, {key: value for key, value in record.items() if key != SEAL})
+    write_record(folder / "approx.json", {k: value for k, value in record.items() if k != SEAL})
+
+
+def require_own_card(folder: Path) -> None:
+    """Raise A3Error where README.md is not a3's, of a folder that has no record of it."""
+    tags = front_matter(folder / CARD).get("tags")
+    own = isinstance(tags, list) and set(TAGS) <= set(map(str, tags))
+    if (folder / CARD).exists() and not own:
+        raise A3Error(f"{folder / CARD}: a card that a3 did not write. Move it, and add it later.")
 
 
 def require_weights(record: Record, expected: str, kind: str) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder
 from a3.models.load import load_config
+from a3.models.readable import refuse_adapter, refuse_quantised
 from a3.stages.assemble import write_index
 from a3.stages.model import is_model_file
 from a3.stages.sources import MODEL_FILES, hub_model, source_kind
@@ -52,12 +53,17 @@ def source_folder(source: dict[str, Any]) -> Path:
     """The folder of a local or hub source; raises A3Error for another source, or no folder."""
     if source_kind(source) == "hub":
         small = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
-        return hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
-    folder = Path(source.get("path", ""))
-    if "path" not in source or not folder.is_dir():
-        raise A3Error(f"source {source}: expected a folder or owner/name@revision. Name one.")
-    if any(folder.glob("*.safetensors")):
-        raise A3Error(f"{folder}: has safetensors already. Nothing to convert: use it as it is.")
+        folder = hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
+    else:
+        folder = Path(source.get("path", ""))
+        if "path" not in source or not folder.is_dir():
+            raise A3Error(f"source {source}: expected a folder or owner/name@revision. Name one.")
+        if any(folder.glob("*.safetensors")):
+            raise A3Error(
+                f"{folder}: has safetensors already. Nothing to convert: use it as it is."
+            )
+    refuse_adapter(folder)
+    refuse_quantised(folder)
     return folder
 
 
