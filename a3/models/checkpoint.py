@@ -13,7 +13,7 @@ from torch import Tensor
 
 from a3.errors import A3Error
 from a3.files import read_json, read_record, sha256
-from a3.models.readable import DTYPES, INDEX, require_readable, weight_map_files
+from a3.models.readable import DTYPES, INDEX, require_readable, shards
 
 # The model card.
 CARD = "README.md"
@@ -59,7 +59,7 @@ class Checkpoint:
             return ["model.safetensors"]
         index = self.folder / INDEX
         if index.exists():
-            return weight_map_files(index)
+            return shards(index)
         raise A3Error(
             f"{self.folder}: no model.safetensors and no index of shards; a3 reads no others. "
             "Name a Hugging Face folder that has them."
@@ -121,18 +121,21 @@ class Checkpoint:
         """The end of a sentence about a tensor that is missing: what there is, and what to do."""
         stored = [key for keys in self.files().values() for key in keys]
         words = name.split(".")
-        for skipped in range(len(words) - 1):
-            end = ".".join(words[skipped:])
-            if found := [key for key in stored if key == end or key.endswith(f".{end}")]:
-                there = min(found, key=len).removesuffix(end)
-                meant = name.removesuffix(end)
-                break
-        else:
-            listed = ", ".join(sorted(stored)[:3])
-            return f", which hold {len(stored)}: {listed} … Is config.json of another model?"
-        how = next((how for prefix, how in PREFIXES.items() if prefix in there), "rename them")
+        ends = [".".join(words[skipped:]) for skipped in range(len(words) - 1)]
+        for end in ends:
+            found = [key.removesuffix(end) for key in stored if f".{key}".endswith(f".{end}")]
+            there, meant = min(found, key=len, default=""), name.removesuffix(end)
+            # Of another layer, it is no other name of this tensor.
+            if found and not re.search(r"\d", there + meant):
+                how = next((how for sign, how in PREFIXES.items() if sign in there), "rename them")
+                return (
+                    f", but {there + end!r}: its names begin with {there!r} in place of {meant!r} "
+                    f"({how})."
+                )
+        listed = f"{', '.join(sorted(stored)[:3])}{' …' if len(stored) > 3 else ''}"
         return (
-            f", but {there + end!r}: its names begin with {there!r} in place of {meant!r} ({how})."
+            f". There are {len(stored)} others: {listed}. Fetch or build it again: the checkpoint "
+            "is not whole, or its config.json is another's."
         )
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:

@@ -24,7 +24,7 @@ ADAPTER_TENSORS = re.compile(
     r"|vera_\w+|oft_\w+|boft_\w+|modules_to_save|original_module)(\.|$)"
 )
 # Kinds of peft that add tokens or prompts, and change no weight.
-PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "CPT", "ADAPTION")
+PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "CPT")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Of buffers: kept RoPE pairs, positions, masks. GPT-2's masks are bytes and called bias.
 BUFFERS = ("I64", "BOOL")
@@ -75,7 +75,8 @@ def refuse_adapter(folder: Path) -> None:
     if not found:
         return
     said = config_beside(found[0].parent / ADAPTER_CONFIG)
-    kind = said.get("peft_type") or (said.get("config") or {}).get("architecture") or ""
+    inner = said.get("config")
+    kind = said.get("peft_type") or (inner.get("architecture") if isinstance(inner, dict) else "")
     where = " and ".join(str(file.relative_to(folder)) for file in found[:2])
     apart = (
         f" If it is merged already, or not meant, move {where} out of the folder."
@@ -84,7 +85,7 @@ def refuse_adapter(folder: Path) -> None:
     )
     raise A3Error(
         f"{folder}: an unmerged adapter{f' ({kind})' if kind else ''}, {where}; "
-        f"{how_to_merge(found[0].parent, said, str(kind))}{apart}"
+        f"{how_to_merge(found[0].parent, said, str(kind or ''))}{apart}"
     )
 
 
@@ -97,7 +98,7 @@ def adapter_files(folder: Path) -> list[Path]:
 def how_to_merge(folder: Path, said: dict[str, Any], kind: str) -> str:
     """What to do with the adapter in a folder, by what its config has said."""
     base = said.get("base_model_name_or_path") or said.get("model_name") or "BASE"
-    if kind.upper().startswith(PROMPTS):
+    if any(sign in kind.upper() for sign in PROMPTS):
         return (
             f"prompts change no weight and cannot be merged: name the model without it ({base}), "
             "or train an adapter of weights, such as LoRA."
@@ -149,23 +150,26 @@ def refuse_missing_shards(folder: Path) -> None:
             )
     present = {path.name for path in folder.glob("*.safetensors")}
     # Without any, config.json may be all that is wanted.
-    if not present or "model.safetensors" in present:
+    if present and (folder / INDEX).exists():
+        shards(folder / INDEX)
         return
-    if (folder / INDEX).exists():
-        names = weight_map_files(folder / INDEX)
-        if missing := sorted(set(names) - present):
-            raise A3Error(
-                f"{folder / INDEX}: names {len(names)} files of weights, and {len(missing)} of "
-                f"them are not there: {', '.join(missing[:4])}"
-                f"{' …' if len(missing) > 4 else ''}. Fetch them."
-            )
+    if "model.safetensors" in present:
         return
-    shards = sorted(name for name in present if re.search(r"-\d+-of-\d+\.safetensors$", name))
-    if shards:
+    found = sorted(name for name in present if re.search(r"-\d+-of-\d+\.safetensors$", name))
+    if found:
         raise A3Error(
-            f"{folder}: {shards[0]} is a shard, and there is no {INDEX} that says which tensors "
+            f"{folder}: {found[0]} is a shard, and there is no {INDEX} that says which tensors "
             "are in which. Fetch it, and all shards."
         )
+
+
+def shards(index: Path) -> list[str]:
+    """Names of the files in an index of shards; raises A3Error where one is not there."""
+    names = weight_map_files(index)
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
+        raise A3Error(f"{index}: names {listed}, not there. Add them.")
+    return names
 
 
 def weight_map_files(index: Path) -> list[str]:
@@ -198,12 +202,13 @@ def refuse_quantised(folder: Path) -> None:
     refuse_adapter_tensors(folder, tensors)
     config = config_beside(folder / "config.json")
     key, method = declared(config)
-    by = next((name for name, dtype in tensors.items() if is_quantised(name, dtype)), None)
-    if by is not None:
+    if found := [name for name, dtype in tensors.items() if is_quantised(name, dtype)]:
+        by = min(found, key=lambda name: tensors[name] in DTYPES)
         method = method or method_of(tensors) or f"{tensors[by]} numbers"
+        what = "scales numbers of few bits" if tensors[by] in DTYPES else f"is {tensors[by]}"
         raise A3Error(
-            f"{folder}: quantised ({method}); dequantise it first: {by} is {tensors[by]}, and a3 "
-            f"reads {', '.join(DTYPES.values())}. Name the model before it was quantised, or save "
+            f"{folder}: quantised ({method}); dequantise it first: {by} {what}, and a3 reads "
+            f"{', '.join(DTYPES.values())} alone. Name the model before it was quantised, or save "
             "model.dequantize() of transformers where the method has it."
         )
     if key is None:
@@ -237,7 +242,8 @@ def declared(config: dict[str, Any]) -> tuple[str | None, str]:
     """The key by which a config says that it is quantised, and the method; (None, "") for none."""
     for where, of in (("", config), ("text_config.", config.get("text_config") or {})):
         for key in ("quantization_config", "compression_config", "quantization"):
-            if isinstance(of, dict) and (said := of.get(key)):
+            # transformers takes an empty one for a quantised model, too.
+            if isinstance(of, dict) and (said := of.get(key)) is not None:
                 method = said.get("quant_method") if isinstance(said, dict) else said
                 return where + key, str(method or ("MLX" if key == "quantization" else "unnamed"))
     return None, ""
@@ -255,12 +261,11 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 
 def header(path: Path) -> dict[str, str]:
     """Dtype of each tensor of a safetensors file; none of a damaged one, which opening it tells."""
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(min(length, LARGEST_HEADER))
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            content = json.loads(stream.read(min(length, LARGEST_HEADER)))
+    except (OSError, ValueError, RecursionError):
         return {}
     tensors = content.items() if isinstance(content, dict) else ()
     return {

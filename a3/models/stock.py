@@ -89,10 +89,10 @@ class Stock:
         """What becomes of low precision, for the user; empty where there is none."""
         if not self.repaired:
             return ""
-        dtype = self.checkpoint.dtype(f"{self.repaired[0]}.weight")
+        stored = {self.checkpoint.dtype(f"{name}.weight") for name in self.repaired}
         return (
-            f"A B of {len(self.repaired)} matrices added to W in float64 and rounded to {dtype}, "
-            "no longer numbers of few bits"
+            f"A B of {len(self.repaired)} matrices added to W in float64 and rounded to "
+            f"{', '.join(sorted(stored))}, no longer numbers of few bits"
         )
 
     def names(self) -> list[str]:

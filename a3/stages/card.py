@@ -40,8 +40,9 @@ SIZES = {
 }
 # What of a perplexity result the card says.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
+WITHOUT = "  # or, without a3: trust_remote_code=True in both calls, which runs modeling_a3.py"
 USE = """```python
-import a3  # or, without a3: trust_remote_code=True in both calls, which runs modeling_a3.py
+import a3{without}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
@@ -103,7 +104,8 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
-        USE,
+        # The code that travels does not emulate low precision.
+        USE.format(without="" if "matrices" in record else WITHOUT),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),

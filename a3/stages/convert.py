@@ -51,19 +51,18 @@ def convert(source: dict[str, Any], out: Path) -> None:
 
 def source_folder(source: dict[str, Any]) -> Path:
     """The folder of a local or hub source; raises A3Error for another source, or no folder."""
-    if source_kind(source) == "hub":
+    hub = source_kind(source) == "hub"
+    if hub:
         small = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
         folder = hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
     else:
         folder = Path(source.get("path", ""))
         if "path" not in source or not folder.is_dir():
             raise A3Error(f"source {source}: expected a folder or owner/name@revision. Name one.")
-        if any(folder.glob("*.safetensors")):
-            raise A3Error(
-                f"{folder}: has safetensors already. Nothing to convert: use it as it is."
-            )
     refuse_adapter(folder)
     refuse_quantised(folder)
+    if not hub and any(folder.glob("*.safetensors")):
+        raise A3Error(f"{folder}: has safetensors already. Nothing to convert: use it as it is.")
     return folder
 
 

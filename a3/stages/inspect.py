@@ -7,6 +7,7 @@ from typing import Any
 from a3.errors import A3Error
 from a3.files import read_json
 from a3.models.arch import is_compressed, load_arch
+from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.stock import obstacles, stock
 from a3.solutions.modes import PARTS, SERVABLE
@@ -48,6 +49,8 @@ def dense_lines(folder: Path) -> list[tuple[str, str]]:
 
 def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, str]]:
     """What a compressed folder is."""
+    # The record must be of these weights.
+    Checkpoint(folder).verify_all()
     record = compressed_record(folder)
     base, size = record["base"], record["size"]
     lines = model_lines(base, "compressed by a3")

@@ -29,6 +29,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from a3 import files
 from a3.errors import A3Error
+from a3.models.readable import refuse_adapter, refuse_quantised
 
 PLACES = ("wheel", "hub", "path")
 # Kinds of models that are made here, from another folder.
@@ -145,19 +146,24 @@ def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Pa
     """Folder, in the hub's cache, of a model's files: safetensors, config and tokenizer.
 
     Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
-    revision does not exist, or the download fails.
+    revision does not exist, or the download fails; for adapters and quantised weights before
+    these are downloaded, where the small files say so.
     """
-    folder = hub_call(
-        repo,
-        revision,
-        lambda: snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=NOT_MODEL_FILES,
-        ),
-    )
-    return whole_snapshot(Path(folder), repo)
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=NOT_MODEL_FILES,
+            )
+        )
+
+    small = hub_call(repo, revision, lambda: download(["*.json"]))
+    refuse_adapter(small)
+    refuse_quantised(small)
+    return whole_snapshot(hub_call(repo, revision, lambda: download(patterns)), repo)
 
 
 def whole_snapshot(folder: Path, repo: str) -> Path:
