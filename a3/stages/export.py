@@ -14,7 +14,6 @@ from a3.models.checkpoint import RECORDS, combined, hash_files, model_source
 from a3.models.load import load_whole
 from a3.models.stock import Stock, stock
 from a3.provenance import provenance
-from a3.results import weight_files
 from a3.stages.assemble import travels, write_index
 
 
@@ -68,12 +67,10 @@ def older_names(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(model: Stock, folder: Path) -> list[str]:
-    """The tensors in as many files as they were in; names of the files."""
-    names = weight_files(1)
-    if (count := len(model.checkpoint.files())) > 1:
-        names = weight_files(count - 1)
+    """The tensors in the files that they were in; names of the files."""
+    names = list(model.checkpoint.files())
     for name, tensors in zip(names, model.files(), strict=True):
         save_file(dict(sorted(tensors.items())), folder / name, {"format": "pt"})
-    if count > 1:
+    if len(names) > 1:
         write_index(folder, names)
     return names

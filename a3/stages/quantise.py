@@ -143,7 +143,7 @@ class Quantiser:
 
     def write(self, folder: Path, said: dict[str, Any]) -> None:
         """Write the quantised folder; `said` is its provenance."""
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        files = list(self.checkpoint.files())
         start = time.perf_counter()
         with tqdm(total=len(self.found), unit="matrix", desc="quantise") as bar:
             for file in files:
