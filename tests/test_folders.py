@@ -370,6 +370,28 @@ def test_sizes_of_products_and_of_smaller_heads_are_those_of_approx_json(work, t
     assert found["size"] == said["size"]
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("a3.mlp_ranks", [], r"a3\.mlp_ranks has 0 items, and num_hidden_layers is 2"),
+        ("a3.qk_ranks", [8, 8], "no tensor of the expected shape"),
+        ("a3.family", "mamba", "cannot read it"),
+        ("num_attention_heads", 10**9, "not the config of a compressed llama"),
+        ("num_hidden_layers", 10**9, "1000000000 layers, but the safetensors hold"),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have_are_refused(work, tmp_path, path, value, said):
+    again = tmp_path / "again"
+    repack(work / "dense", tmp_path / "whole")
+    save_again(tmp_path / "whole", again)
+    config = json.loads((again / "config.json").read_text())
+    key = path.removeprefix("a3.")
+    (config["a3"] if key != path else config)[key] = value
+    (again / "config.json").write_text(json.dumps(config))
+    with pytest.raises(A3Error, match=said):
+        compressed_record(again)
+
+
 def collect_inputs(model, text, out):
     """The statistics by which a model is quantised."""
     outputs = [out / f"{kind}.safetensors" for kind in INPUTS]

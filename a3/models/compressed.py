@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from a3.errors import A3Error
 from a3.files import read_record
 from a3.models.arch import Arch, CompressedArch, check_count, sizes
 from a3.models.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     # Without weights; refuses sizes that the tensors do not have.
     model = load_whole(folder, device_map="meta")
     a3, dense = config.a3, dense_config(folder)
+    require_lengths(folder, a3, config.num_hidden_layers)
     family = FAMILIES[a3["family"]]
     fields = family.describe(dense)
     dtype = checkpoint.dtype(family.packed_name(0, "q"))
@@ -55,6 +57,16 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "size": {"dense": dense_size, "compressed": size},
         "weights_sha256": checkpoint.sha256(),
     }
+
+
+def require_lengths(folder: Path, a3: dict[str, Any], layers: int) -> None:
+    """Raise A3Error unless the config says the sizes of so many layers."""
+    for key in ("qk_ranks", "ov_ranks", "mlp_ranks", "factors"):
+        if len(a3[key]) != layers:
+            raise A3Error(
+                f"{folder / 'config.json'}: a3.{key} has {len(a3[key])} items, and "
+                f"num_hidden_layers is {layers}. Save or build the model again."
+            )
 
 
 def count_of(config: PreTrainedConfig) -> int:

@@ -52,12 +52,20 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     """
     # Where peft is installed, transformers would load the adapter's model in place of this one.
     refuse_adapter(folder)
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = loaded(AutoModelForCausalLM, folder, **options)
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+    # Without weights, tensors of another shape cost nothing and are named below.
+    meta = options.get("device_map") == "meta"
+    wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": meta}
+    try:
+        model, info = loaded(AutoModelForCausalLM, folder, **options | wanted)
+    except A3Error:
+        if not meta and "gguf_file" not in options:
+            load_whole(folder, device_map="meta")
+        raise
+    other_shape = [name for name, *_ in info["mismatched_keys"]]
+    if lost := sorted(map(str, [*info["missing_keys"], *other_shape])):
         instead = ". Fetch or build it again."
-        if "gguf_file" not in options and lost[0] not in (checkpoint := Checkpoint(folder)).names():
-            instead = checkpoint.instead(lost[0])
+        if "gguf_file" not in options and info["missing_keys"]:
+            instead = Checkpoint(folder).instead(min(info["missing_keys"]))
         raise A3Error(
             f"{folder / options.get('gguf_file', '')}: no tensor of the expected shape for "
             f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"

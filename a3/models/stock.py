@@ -275,7 +275,14 @@ def dense_config(folder: Path) -> PreTrainedConfig:
     if "a3" not in content:
         return load_config(folder)
     family = content.pop("a3")["family"]
-    return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
+    try:
+        return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
+    # What transformers says of values that do not go together is of any type.
+    except Exception as error:
+        raise A3Error(
+            f"{folder / 'config.json'}: not the config of a compressed {family} "
+            f"({type(error).__name__}: {str(error).strip()}). Save or build the model again."
+        ) from error
 
 
 def rotary(config: PreTrainedConfig) -> Any:
