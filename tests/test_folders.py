@@ -300,6 +300,9 @@ def test_a_tensor_or_a_layer_that_is_missing_is_named_and_no_prefix_blamed(model
         Checkpoint(model).tensor(Q)
     with pytest.raises(A3Error, match=rf"expected shape for {Q}\. There are 20 others"):
         load_whole(model)
+    rewrite(model, lambda dense: dense | {Q: torch.ones(32, 64)})
+    with pytest.raises(A3Error, match=rf"no tensor of the expected shape for {Q}\. Fetch"):
+        load_whole(model)
 
 
 def test_shards_and_links_that_are_not_there_are_named(work, model, tmp_path):
@@ -562,7 +565,7 @@ def test_what_is_rounded_as_it_runs_is_not_exported(work, tmp_path, capsys, what
     capsys.readouterr()
     for words in (["hf"], ["gguf", "--type", "f32"]):
         assert main(["export", *words, str(low), "-o", str(tmp_path / "out")]) == 1
-        assert re.search(reason, capsys.readouterr().err)
+        assert re.search(f"{reason}.*quantise weights alone", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     assert re.search(f"llama.cpp.*: no: .*{reason}", inspect(low))
 

@@ -39,6 +39,8 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
 
+HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -144,7 +146,8 @@ def stock(folder: Path) -> Stock:
     Raises A3Error, with all reasons and how to make one that is, where it is none.
     """
     if found := obstacles(folder):
-        raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {HOW}")
+        how = HOW_PLAIN if found == precision_obstacles(quantised(folder)) else HOW
+        raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {how}")
     dense, kept, content = dense_config(folder), kept_pairs(folder), own_content(folder)
     rope, frequencies = dense.rope_parameters, rotary(dense).inv_freq
     if kept is None:
