@@ -108,7 +108,8 @@ def rewrite(model, change, **config):
     changed = {name: value.clone() for name, value in change(tensors).items()}
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if config:
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
 # --- adapters ---
@@ -494,6 +495,15 @@ def test_an_approx_json_of_other_weights_is_refused(work, tmp_path, capsys, file
             assert main(list(map(str, words))) == 1, words
             said = r"changed since it was written|no such file, but its record is there"
             assert re.search(said, capsys.readouterr().err), words
+
+
+def test_inspect_holds_weights_to_their_record_that_it_would_not_read(tmp_path):
+    tiny_model(tmp_path / "dense", "gpt2", n_inner=96)
+    repack(tmp_path / "dense", tmp_path / "whole")
+    assert "compressed by a3" in inspect(tmp_path / "whole")
+    rewrite(tmp_path / "whole", lambda tensors: {k: v * 1.5 for k, v in tensors.items()})
+    with pytest.raises(A3Error, match=r"model\.safetensors: changed since"):
+        inspect(tmp_path / "whole")
 
 
 # --- exports of quantised models ---
