@@ -127,6 +127,20 @@ def test_what_is_not_there_is_named(hub, run, model, tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
+def test_adapters_and_quantised_weights_are_refused_before_they_are_fetched(hub, run, model):
+    files = Repository.of(model).files
+    adapter = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b"pickle"}
+    config = json.loads(files["config.json"]) | {"quantization_config": {"quant_method": "gptq"}}
+    hub.add("models", "who/lora", Repository(files | adapter))
+    hub.add("models", "who/alone", Repository(adapter))
+    hub.add("models", "who/gptq", Repository(files | {"config.json": json.dumps(config).encode()}))
+    names = ("lora", "alone", "gptq")
+    said = run(*(("model", {"hub": f"who/{name}", "revision": "main"}) for name in names))
+    assert all("an unmerged adapter (LORA)" in one for one in said[:2])
+    assert "quantised (gptq); dequantise it first" in said[2]
+    assert not any("safetensors" in path or ".bin" in path for path in hub.requests)
+
+
 def test_a_download_that_breaks_off_leaves_nothing(hub, run, model, tmp_path):
     broken = Repository.of(model, truncated={"model.safetensors"})
     hub.add("models", "who/tiny", broken)

@@ -359,7 +359,7 @@ def test_a_compressed_model_is_quantised_and_counted_by_the_dense_one(tmp_path, 
     # Neither are they quantised twice,
     again = ["quantise", tmp_path / "low", "--rxx", collect(tmp_path / "low", tmp_path)]
     assert main([*map(str, again), "--rank", "4", "-o", str(tmp_path / "x")])
-    assert "quantised already" in capsys.readouterr().err
+    assert "quantised (a3 quantise); dequantise it first" in capsys.readouterr().err
     # nor by statistics of the dense model, which is another one.
     rxx = collect(tmp_path / "dense", tmp_path)
     assert main(["quantise", *map(str, [tmp_path / "small", "--rxx", rxx, "--rank", 4]), "-o", "x"])

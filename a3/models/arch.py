@@ -118,19 +118,6 @@ class CompressedArch(Arch):
         return name.removesuffix(".weight")
 
 
-def compressed_arch(folder: Path) -> CompressedArch:
-    """`CompressedArch` of a folder that a3 approx made; raises A3Error without its approx.json."""
-    record, sizes_of_parts = read_record(folder / "approx.json"), load_config(folder).a3
-    own = {
-        "head_dim": max(sizes_of_parts["ov_ranks"]),
-        "weights_sha256": record["weights_sha256"],
-        "size": record["size"]["compressed"],
-    }
-    if not record["base"]["experts"]:
-        own["intermediate_size"] = max(sizes_of_parts["mlp_ranks"])
-    return CompressedArch(**record["base"] | own)
-
-
 def is_compressed(folder: Path) -> bool:
     """Whether a folder is of a compressed model."""
     return model_type(folder) == LazyConfig.model_type
@@ -184,6 +171,8 @@ def sketch(folder: Path) -> Arch:
 def known_family(folder: Path) -> Family:
     """The adapter of a folder's family; raises A3Error, with the reason, where there is none."""
     found = model_type(folder)
+    if found == LazyConfig.model_type:
+        raise made_already(folder)
     if found not in FAMILIES:
         reason = REFUSED.get(found, "which a3 does not know")
         raise A3Error(
@@ -191,6 +180,22 @@ def known_family(folder: Path) -> Family:
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[found]
+
+
+def made_already(folder: Path) -> A3Error:
+    """What is said where a3 does not take a folder because of what it made of it itself."""
+    said = read_json(folder / "config.json").get("a3")
+    said = said if isinstance(said, dict) else {}
+    if "quantised" in said:
+        return A3Error(
+            f"{folder}: quantised (a3 quantise); dequantise it first: name the model that it was "
+            "made of, dense or compressed."
+        )
+    return A3Error(
+        f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), and this "
+        "takes a dense model. Name the one that it was made of. Compressed models are taken by "
+        "a3 eval, export, inspect, collect, quantise and card."
+    )
 
 
 def model_type(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor
 from a3.errors import A3Error
 from a3.files import read_json, read_record, sha256
 from a3.inputs import files_of
+from a3.models.readable import DTYPES, INDEX, require_readable, shards
 
-PICKLED = "pytorch_model*.bin*"
 # The model card.
 CARD = "README.md"
 # What says of a folder, under "files", which content a stage wrote.
@@ -27,18 +26,13 @@ READ = (
     *("added_tokens.json", "chat_template.*", "vocab.*", "merges.txt", "spiece.model"),
 )
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def refuse_pickled(folder: Path) -> None:
-    """Raise A3Error, with the command that converts it, where all weights are pickled."""
-    if any(folder.glob("*.safetensors")) or not any(folder.glob(PICKLED)):
-        return
-    command = shlex.join(["a3", "convert", str(folder), "-o", f"{folder}-safetensors"])
-    raise A3Error(
-        f"{folder}: no .safetensors file; its weights are pickled (.bin), and reading a pickle can "
-        f"run any code, so a3 does not. Convert them safely: {command}"
-    )
+# What wrappers put before the names of tensors, and how to save without it.
+PREFIXES = {
+    "base_model.model.": "peft: save what merge_and_unload() returns",
+    "module.": "DataParallel, DeepSpeed: save model.module",
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "language_model.": "of a model of several modalities: save its language model alone",
+}
 
 
 class Checkpoint:
@@ -46,12 +40,13 @@ class Checkpoint:
 
     Checkpoints saved from a bare trunk lack its name; with `prefix` they get it ("transformer").
     Of a folder that a stage wrote, the small files are held to its record at once, and a file of
-    weights when the first of its tensors is read. Raises A3Error where the folder has no
-    safetensors, or a file is missing, damaged or not the recorded one.
+    weights when the first of its tensors is read. Raises A3Error as `require_readable` does, and
+    where the folder has no safetensors, or a file is missing, damaged or not the recorded one.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
+        require_readable(folder)
         self._recorded = check_small(folder)
         names = self._names()
         if self._recorded and (added := sorted(set(names) - self._recorded.keys())):
@@ -68,10 +63,9 @@ class Checkpoint:
     def _names(self) -> list[str]:
         if (self.folder / "model.safetensors").exists():
             return ["model.safetensors"]
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.exists():
-            return weight_map_files(index)
-        refuse_pickled(self.folder)
+            return shards(index)
         raise A3Error(
             f"{self.folder}: no model.safetensors and no index of shards; a3 reads no others. "
             "Name a Hugging Face folder that has them."
@@ -123,9 +117,32 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; raises A3Error where there is none."""
         if name not in self._where:
-            raise A3Error(f"{self.folder}: no tensor {name!r} in its safetensors.")
+            raise A3Error(
+                f"{self.folder}: no tensor {name!r} in its safetensors{self.instead(name)}"
+            )
         file, key = self._where[name]
         return tuple(self._files[file].get_slice(key).get_shape())
+
+    def instead(self, name: str) -> str:
+        """The end of a sentence about a tensor that is missing: what there is, and what to do."""
+        stored = [key for keys in self.files().values() for key in keys]
+        words = name.split(".")
+        ends = [".".join(words[skipped:]) for skipped in range(len(words) - 1)]
+        for end in ends:
+            found = [key.removesuffix(end) for key in stored if f".{key}".endswith(f".{end}")]
+            there, meant = min(found, key=len, default=""), name.removesuffix(end)
+            # Of another layer, it is no other name of this tensor.
+            if found and not re.search(r"\d", there + meant):
+                how = next((how for sign, how in PREFIXES.items() if sign in there), "rename them")
+                return (
+                    f", but {there + end!r}: its names begin with {there!r} in place of {meant!r} "
+                    f"({how})."
+                )
+        listed = f"{', '.join(sorted(stored)[:3])}{' …' if len(stored) > 3 else ''}"
+        return (
+            f". There are {len(stored)} others: {listed}. Fetch or build it again: the checkpoint "
+            "is not whole, or its config.json is another's."
+        )
 
     def expect(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise A3Error unless tensor `name` exists and has this shape."""
@@ -139,8 +156,8 @@ class Checkpoint:
         found = self._stored_dtype(name)
         if found not in DTYPES:
             raise A3Error(
-                f"{self.folder}: tensor {name!r} is {found}; a3 compresses "
-                f"{', '.join(DTYPES.values())} weights. Dequantise the model first."
+                f"{self.folder}: tensor {name!r} is {found}; expected one of "
+                f"{', '.join(DTYPES.values())}. Fetch or build the model again."
             )
         return DTYPES[found]
 
@@ -243,20 +260,3 @@ def front_matter(card: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
-
-
-def weight_map_files(index: Path) -> list[str]:
-    """Names of the files in an index of shards; raises A3Error where it is not one."""
-    content = read_json(index)
-    names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
-        raise A3Error(
-            f"{index}: expected a weight_map of tensors to files of this folder. Fetch or build "
-            "it again."
-        )
-    return sorted(set(names.values()))
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file, and no path out of its folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

@@ -21,6 +21,7 @@ from a3.errors import A3Error
 from a3.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
+from a3.models.readable import refuse_adapter
 
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
@@ -52,12 +53,25 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 
     transformers only warns of a tensor that is missing, and makes one up at random.
     """
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = loaded(AutoModelForCausalLM, folder, **options)
-    if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+    # Where peft is installed, transformers would load the adapter's model in place of this one.
+    refuse_adapter(folder)
+    # Without weights, tensors of another shape cost nothing and are named below.
+    meta = options.get("device_map") == "meta"
+    wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": meta}
+    try:
+        model, info = loaded(AutoModelForCausalLM, folder, **options | wanted)
+    except A3Error:
+        if not meta and "gguf_file" not in options:
+            load_whole(folder, device_map="meta")
+        raise
+    other_shape = [name for name, *_ in info["mismatched_keys"]]
+    if lost := sorted(map(str, [*info["missing_keys"], *other_shape])):
+        instead = ". Fetch or build it again."
+        if "gguf_file" not in options and info["missing_keys"]:
+            instead = Checkpoint(folder).instead(min(info["missing_keys"]))
         raise A3Error(
             f"{folder / options.get('gguf_file', '')}: no tensor of the expected shape for "
-            f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}. Fetch or build it again."
+            f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"
         )
     return model
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -32,6 +32,9 @@ FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
 PAIRS = ".rope_pairs"
+# What old checkpoints hold of RoPE, and models compute.
+COMPUTED = ".rotary_emb.inv_freq"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Where configs of different ages have RoPE's parameters. (Of these families only some kinds of RoPE
 # obey the last.)
 ROPE_KEYS = (
@@ -42,6 +45,8 @@ ROPE_KEYS = (
     "partial_rotary_factor",
 )
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
+
+HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."
 
 
 @dataclass(frozen=True)
@@ -82,21 +87,64 @@ class Stock:
         """What divides the frequencies that RoPE has without scaling, (head_dim / 2,) float64."""
         return geometric(self.theta, self.head_dim) / self.frequencies.double()
 
+    @cached_property
+    def repaired(self) -> list[str]:
+        """Quantised modules whose tensors A (in, k) and B (k, out) are added to their weight."""
+        modules = quantised(self.folder)["modules"]
+        return [name for name, said in modules.items() if said["rank"]]
+
+    @property
+    def folded(self) -> str:
+        """What becomes of low precision, for the user; empty where there is none."""
+        if not self.repaired:
+            return ""
+        stored = {self.checkpoint.dtype(f"{name}.weight") for name in self.repaired}
+        return (
+            f"A B of {len(self.repaired)} matrices added to W in float64 and rounded to "
+            f"{', '.join(sorted(stored))}, no longer numbers of few bits"
+        )
+
     def names(self) -> list[str]:
-        """Names of all tensors."""
-        return [name for name in self.checkpoint.names() if not name.endswith(PAIRS)]
+        """Names of the tensors that the family's code reads, which are all that are to be kept.
+
+        Raises A3Error where a folder has others: what they do would be lost.
+        """
+        with torch.device("meta"):
+            read = set(AutoModelForCausalLM.from_config(self.config).state_dict())
+        used = {f"{name}.{factor}" for name in self.repaired for factor in "AB"}
+        names = [name for name in self.checkpoint.names() if name not in used]
+        if left := [name for name in names if name not in read and not self.ignored(name)]:
+            raise A3Error(
+                f"{self.folder}: {len(left)} tensors that {self.config.model_type} does not read, "
+                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}. Without them it is another "
+                "model: a3 exports none that needs them."
+            )
+        return [name for name in names if name in read]
+
+    def ignored(self, name: str) -> bool:
+        """Whether a tensor is nothing that a model reads: it is computed, or of a dropped layer."""
+        layer = LAYER.match(name)
+        dropped = layer is not None and int(layer[1]) >= self.config.num_hidden_layers
+        return dropped or name.endswith((PAIRS, COMPUTED))
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype that it is stored in."""
+        """One tensor, in the dtype that it is stored in; computed in float64 where it changes."""
         value = self.checkpoint.tensor(name)
-        if self.q_scale == 1 or not Q.search(name):
+        module, scaled = name.removesuffix(".weight"), self.q_scale != 1 and Q.search(name)
+        repaired = name.endswith(".weight") and module in self.repaired
+        if not (repaired or scaled):
             return value
-        return (value.double() * self.q_scale).to(value.dtype)
+        exact = value.double()
+        if repaired:
+            A, B = (self.checkpoint.tensor(f"{module}.{factor}").double() for factor in "AB")
+            exact += (A @ B).T
+        return (exact * self.q_scale if scaled else exact).to(value.dtype)
 
     def files(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of one file after the other; no more are in memory."""
-        for names in (list(each.values()) for each in self.checkpoint.files().values()):
-            yield {name: self.tensor(name) for name in names if not name.endswith(PAIRS)}
+        read = set(self.names())
+        for names in self.checkpoint.files().values():
+            yield {name: self.tensor(name) for name in names.values() if name in read}
 
 
 def stock(folder: Path) -> Stock:
@@ -105,7 +153,8 @@ def stock(folder: Path) -> Stock:
     Raises A3Error, with all reasons and how to make one that is, where it is none.
     """
     if found := obstacles(folder):
-        raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {HOW}")
+        how = HOW_PLAIN if found == precision_obstacles(quantised(folder)) else HOW
+        raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {how}")
     dense, kept, content = dense_config(folder), kept_pairs(folder), own_content(folder)
     rope, frequencies = dict(dense.rope_parameters), rotary(dense).inv_freq
     rope.pop("partial_rotary_factor", None)
@@ -143,7 +192,25 @@ def obstacles(folder: Path) -> list[str]:
         return [f"a3 writes no ordinary checkpoints of {config.model_type} (of {known} it does)"]
     a3 = read_json(folder / "config.json").get("a3")
     found = [] if a3 is None else [*size_obstacles(a3), *pair_obstacles(folder)]
-    return [*found, *rope_obstacles(config)]
+    return [*found, *rope_obstacles(config), *precision_obstacles(quantised(folder))]
+
+
+def quantised(folder: Path) -> dict[str, Any]:
+    """What a folder's config says of low precision, emulated: `modules` and `products`."""
+    a3 = read_json(folder / "config.json").get("a3") or {}
+    return a3.get("quantised") or {"modules": {}, "products": {}}
+
+
+def precision_obstacles(said: dict[str, Any]) -> list[str]:
+    """What low precision does as a model runs, which no weights can; `said` as of `quantised`."""
+    rounded = {name: one["x"] for name, one in said["modules"].items() if one["x"] != "none"}
+    found = []
+    if rounded:
+        formats = ", ".join(sorted(set(rounded.values())))
+        found.append(f"the inputs of {len(rounded)} of its matrices are rounded ({formats})")
+    if formats := ", ".join(sorted(set(said["products"].values()) - {"none"})):
+        found.append(f"the operands of its attention are rounded ({formats})")
+    return found
 
 
 def size_obstacles(a3: dict[str, Any]) -> list[str]:
@@ -220,7 +287,14 @@ def dense_config(folder: Path) -> PreTrainedConfig:
     if "a3" not in content:
         return load_config(folder)
     family = content.pop("a3")["family"]
-    return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
+    try:
+        return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
+    # What transformers says of values that do not go together is of any type.
+    except Exception as error:
+        raise A3Error(
+            f"{folder / 'config.json'}: not the config of a compressed {family} "
+            f"({type(error).__name__}: {str(error).strip()}). Save or build the model again."
+        ) from error
 
 
 def rotary(config: PreTrainedConfig) -> Any:

@@ -1,4 +1,8 @@
-"""The model card of a compressed folder: README.md, written anew from approx.json alone."""
+"""The model card of a compressed folder: README.md, written anew from approx.json alone.
+
+Of a folder that transformers saved again it says what the folder itself tells
+(a3.models.compressed), and that the rest is unknown.
+"""
 
 from pathlib import Path
 from statistics import mean
@@ -11,6 +15,16 @@ from a3.models.checkpoint import CARD, front_matter
 from a3.solutions.modes import DENSE, PARTS
 
 PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
+MADE = f"Made from {{name}} without training, by closed-form low-rank solutions ({PAPER})"
+SAVED_AGAIN = (
+    f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), and saved again since, so "
+    "perhaps trained"
+)
+SMALLER = (
+    ": the same layers with smaller heads, a smaller intermediate size and a smaller KV cache."
+)
+# Of every card that is written here.
+TAGS = ("a3", "compressed", "low-rank")
 # What a base model's card says that holds for the compressed one.
 CARRIED = ("license", "license_name", "license_link", "language")
 NAMES = {"qk": "QK (attention scores)", "ov": "OV (attention output)", "mlp": "MLP"}
@@ -19,8 +33,9 @@ SIZES = {
     "kv_bytes_per_token": "KV cache, bytes a token",
     "flops_per_token": "FLOPs a token",
 }
+WITHOUT = "  # or, without a3: trust_remote_code=True in both calls, which runs modeling_a3.py"
 USE = """```python
-import a3  # or, without a3: trust_remote_code=True in both calls, which runs modeling_a3.py
+import a3{without}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
@@ -60,34 +75,41 @@ def base_name(source: dict[str, Any]) -> str | None:
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """Write README.md by a record as approx.json has it, whole or not at all."""
-    base = record["base_card"]
+    """Write README.md by a record as `compressed_record` has it, whole or not at all."""
+    base = base_card(record)
     data = ModelCardData(
         base_model=base["name"],
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["a3", "compressed", "low-rank", record["base"]["family"]],
+        tags=[*TAGS, record["base"]["family"]],
         **{key: base[key] for key in CARRIED if key in base},
     )
     name = base["name"] or f"a {record['base']['family']} model"
+    known = "modes" in record
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, compressed",
-        f"Made from {name} without training, by closed-form low-rank solutions ({PAPER}): the same "
-        "layers with smaller heads, a smaller intermediate size and a smaller KV cache.",
-        parts_table(record),
+        (MADE if known else SAVED_AGAIN).format(name=name) + SMALLER,
+        *([parts_table(record)] if known else []),
+        *([low_precision(record)] if "matrices" in record else []),
         sizes_table(record["size"]),
-        calibration(record["provenance"]["statistics"]),
+        calibration(record),
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
-        USE,
+        # The code that travels does not emulate low precision.
+        USE.format(without="" if "matrices" in record else WITHOUT),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),
     ]
     with whole_file(folder / CARD) as temporary:
         temporary.write_text("\n\n".join(paragraphs) + "\n")
+
+
+def base_card(record: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the base model; nothing where a record says nothing."""
+    return record.get("base_card") or {"name": None, "commit": None}
 
 
 def parts_table(record: dict[str, Any]) -> str:
@@ -108,6 +130,18 @@ def parts_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def low_precision(record: dict[str, Any]) -> str:
+    """What a3 quantise did, and the errors of outputs that it left."""
+    said, errors = record["provenance"], [m["relative_error"] for m in record["matrices"].values()]
+    rank = "" if said["rank"] is None else f" of rank {said['rank']}"
+    bits = record["size"]["compressed"]["bits_per_weight"]
+    return (
+        f"Low precision, emulated: {len(errors)} matrices, repaired by `{said['method']}`{rank}; "
+        f"{bits:.2f} bits for each weight of the dense model's matrices. Relative error of their "
+        f"outputs: mean {mean(errors):.3g}, largest {max(errors):.3g}."
+    )
+
+
 def sizes_table(size: dict[str, dict[str, int]]) -> str:
     """Sizes before and after."""
     rows = ["| | dense | compressed | kept |", "|---|---|---|---|"]
@@ -117,8 +151,11 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
     return "\n".join(rows)
 
 
-def calibration(statistics: dict[str, dict[str, Any]]) -> str:
-    """The text that statistics were taken of."""
+def calibration(record: dict[str, Any]) -> str:
+    """The text that statistics were taken of: those of quantisation, where it is quantised."""
+    if "provenance" not in record:
+        return "Calibration, modes and errors are unknown: it was saved without its approx.json."
+    statistics = record["provenance"]["statistics"]
     if not statistics:
         return "No calibration text: the modes go by the weights alone."
     # Gradients are of a share of the tokens.
@@ -158,14 +195,17 @@ def licence(base: dict[str, Any], name: str) -> str:
 
 
 def provenance(record: dict[str, Any]) -> str:
-    """What made the folder."""
-    made, commit = record["provenance"], record["base_card"]["commit"]
-    libraries = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    """What made the folder, as far as it is known."""
+    commit, dense = base_card(record)["commit"], record["base"]["weights_sha256"]
     lines = [
         *([f"- base model's commit `{commit}`"] if commit else []),
-        f"- base model's weights, SHA-256 `{record['base']['weights_sha256']}`",
+        *([f"- base model's weights, SHA-256 `{dense}`"] if dense else []),
         f"- weights here, SHA-256 `{record['weights_sha256']}`",
-        f"- a3's code `{made['code']}`; {libraries}",
-        "- ranks, errors and kept RoPE pairs of every layer: `approx.json`",
     ]
+    if "provenance" in record:
+        made = record["provenance"]
+        libraries = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+        lines += [f"- a3's code `{made['code']}`; {libraries}"]
+    if "modes" in record:
+        lines += ["- ranks, errors and kept RoPE pairs of every layer: `approx.json`"]
     return "\n".join(lines)

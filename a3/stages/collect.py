@@ -17,15 +17,9 @@ from a3.documents import load_documents, token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, SAMPLED_FORMS
-from a3.models.arch import (
-    Arch,
-    CompressedArch,
-    compressed_arch,
-    is_compressed,
-    load_arch,
-    modules_of,
-)
+from a3.models.arch import Arch, CompressedArch, is_compressed, load_arch, modules_of
 from a3.models.checkpoint import check_small, model_source
+from a3.models.compressed import compressed_arch
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.parts import share

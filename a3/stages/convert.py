@@ -18,6 +18,7 @@ from a3.errors import A3Error
 from a3.files import read_json, whole_folder
 from a3.inputs import MODEL_FILES, files_of, is_model_file
 from a3.models.load import load_config
+from a3.models.readable import refuse_adapter, refuse_quantised
 from a3.stages.assemble import write_index
 from a3.stages.sources import hub_model, source_kind
 from a3.stages.travel import copy
@@ -50,13 +51,17 @@ def convert(source: dict[str, Any], out: Path) -> None:
 
 def source_folder(source: dict[str, Any]) -> Path:
     """The folder of a local or hub source; raises A3Error for another source, or no folder."""
-    if source_kind(source) == "hub":
+    hub = source_kind(source) == "hub"
+    if hub:
         small = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
-        return hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
-    folder = Path(source.get("path", ""))
-    if "path" not in source or not folder.is_dir():
-        raise A3Error(f"source {source}: expected a folder or owner/name@revision. Name one.")
-    if any(folder.glob("*.safetensors")):
+        folder = hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
+    else:
+        folder = Path(source.get("path", ""))
+        if "path" not in source or not folder.is_dir():
+            raise A3Error(f"source {source}: expected a folder or owner/name@revision. Name one.")
+    refuse_adapter(folder)
+    refuse_quantised(folder)
+    if not hub and any(folder.glob("*.safetensors")):
         raise A3Error(f"{folder}: has safetensors already. Nothing to convert: use it as it is.")
     return folder
 

@@ -7,11 +7,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from a3.errors import A3Error
-from a3.files import read_json, sha256, whole_folder, write_record
+from a3.files import sha256, whole_folder, write_record
+from a3.models.arch import is_compressed
 from a3.models.checkpoint import RECORDS, combined, hash_files, model_source
 from a3.models.load import load_whole
 from a3.models.stock import Stock, stock
-from a3.parts import weight_files
 from a3.provenance import provenance
 from a3.stages.assemble import write_index
 from a3.stages.travel import bring
@@ -20,12 +20,13 @@ from a3.stages.travel import bring
 def export_hf(folder: Path, out: Path) -> None:
     """Write the compressed `folder` as a checkpoint of its family to `out`, whole or not at all.
 
-    Tensors are as they are, but for the queries, which take up the softmax scale; tokenizer, chat
-    template, model card and generation config travel. export.json says of what it was made, with
-    the hash of each file. Raises A3Error, with all reasons, where the family's code cannot run it,
-    and where `out` exists.
+    Tensors are as they are, but for the queries, which take up the softmax scale, and weights that
+    a quantised model's A B are added to; tokenizer, chat template, model card and generation config
+    travel. export.json says of what it was made, with the hash of each file. Raises A3Error, with
+    all reasons, where the family's code cannot run it, where a tensor is left that it does not
+    read, and where `out` exists.
     """
-    if "a3" not in read_json(folder / "config.json"):
+    if not is_compressed(folder):
         raise A3Error(f"{folder}: an ordinary checkpoint already. Name a compressed folder.")
     if out.exists():
         raise A3Error(f"{out}: exists already. Name another folder, or delete it first.")
@@ -46,9 +47,12 @@ def export_hf(folder: Path, out: Path) -> None:
                 checkpoint_sha256=model.checkpoint.sha256(),
                 config_sha256=sha256(folder / "config.json"),
                 model=model_source(folder),
+                folded=model.folded,
             ),
         }
         write_record(made / "export.json", record)
+    if model.folded:
+        print(f"export: {model.folded}.")
 
 
 def older_names(rope: dict[str, Any]) -> dict[str, Any]:
@@ -61,12 +65,10 @@ def older_names(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(model: Stock, folder: Path) -> list[str]:
-    """The tensors in as many files as they were in; names of the files."""
-    names = weight_files(1)
-    if (count := len(model.checkpoint.files())) > 1:
-        names = weight_files(count - 1)
+    """The tensors in the files that they were in; names of the files."""
+    names = list(model.checkpoint.files())
     for name, tensors in zip(names, model.files(), strict=True):
         save_file(dict(sorted(tensors.items())), folder / name, {"format": "pt"})
-    if count > 1:
+    if len(names) > 1:
         write_index(folder, names)
     return names

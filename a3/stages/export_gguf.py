@@ -56,6 +56,8 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
             writer.write_tensor_data(quantize(value_of(model, name), type_))
         writer.write_tensor_data(model.rope_factors.float().numpy())
         writer.close()
+    if model.folded:
+        print(f"export: {model.folded}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         print(
             f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "

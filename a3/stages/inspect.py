@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from a3.errors import A3Error
-from a3.files import read_json, read_record
-from a3.models.arch import load_arch
+from a3.files import read_json
+from a3.models.arch import is_compressed, load_arch
+from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import compressed_record
 from a3.models.stock import obstacles, stock
 from a3.solutions.modes import PARTS, SERVABLE
 from a3.stages.export_gguf import require_llama
@@ -14,13 +16,15 @@ from a3.stages.gguf_vocabulary import rules_of
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 UNTESTED = "vLLM, TGI"
+UNKNOWN = "modes, errors and calibration are unknown: saved again without approx.json"
 
 
 def inspect(folder: Path) -> str:
     """What a dense or compressed folder is, as text; raises A3Error where it cannot be read."""
+    compressed = is_compressed(folder)
     content = read_json(folder / "config.json")
-    lines = compressed_lines(folder, content) if "a3" in content else dense_lines(folder)
-    lines += [("loads in", text) for text in runtimes(folder, "a3" in content)]
+    lines = compressed_lines(folder, content) if compressed else dense_lines(folder)
+    lines += [("loads in", text) for text in runtimes(folder, compressed)]
     width = max(len(name) for name, _ in lines)
     shown = [
         f"{'' if i and name == lines[i - 1][0] else name:<{width}}  {text}"
@@ -45,18 +49,34 @@ def dense_lines(folder: Path) -> list[tuple[str, str]]:
 
 def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, str]]:
     """What a compressed folder is."""
-    record = read_record(folder / "approx.json")
+    # The record must be of these weights.
+    Checkpoint(folder).verify_all()
+    record = compressed_record(folder)
     base, size = record["base"], record["size"]
     lines = model_lines(base, "compressed by a3")
     for part in PARTS:
         full = base["intermediate_size" if part == "mlp" else "head_dim"]
         kept = f"{runs(content['a3'][f'{part}_ranks'])} of {full}"
-        lines.append((TITLES[part], f"{record['modes'][part]}: {kept}"))
+        mode = f"{record['modes'][part]}: " if "modes" in record else ""
+        lines.append((TITLES[part], mode + kept))
+    if "modes" not in record:
+        lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):
         names = sorted({name for layer in content["a3"]["factors"] for name in layer})
         lines.append(("", f"products of two matrices in place of {', '.join(names)}"))
+    if "quantised" in content["a3"]:
+        lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
     both = size_lines(size["compressed"], size["dense"])
     return lines + [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
+
+
+def low_precision(size: dict[str, Any], said: dict[str, Any]) -> str:
+    """What a3 quantise made of the matrices, in a line; `size` as of `compressed_record`."""
+    rank = max(one["rank"] for one in said["modules"].values())
+    repair = f", A B of rank {rank}" if rank else ""
+    bits = size["compressed"].get("bits_per_weight")
+    bits = "unknown" if bits is None else f"{bits:.2f}"
+    return f"emulated in {len(said['modules'])} matrices{repair}; bits a weight: {bits}"
 
 
 def model_lines(arch: dict[str, Any], what: str) -> list[tuple[str, str]]:
@@ -100,11 +120,13 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     if found:
         lines.append(f"transformers without a3, llama.cpp, {UNTESTED}: no: {'; '.join(found)}")
         return lines
+    model = stock(folder)
     if compressed:
-        lines.append("transformers without a3: after a3 export hf")
+        folded = f" ({model.folded})" if model.folded else ""
+        lines.append(f"transformers without a3: after a3 export hf{folded}")
     reason = no_llama(folder)
     lines.append(f"llama.cpp: {f'no: {reason}' if reason else 'after a3 export gguf'}")
-    size, where = stock(folder).head_dim, "the folder of a3 export hf" if compressed else "it"
+    size, where = model.head_dim, "the folder of a3 export hf" if compressed else "it"
     lines.append(
         f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
         f"of {', '.join(map(str, SERVABLE))}: its own are of {size}"

@@ -12,17 +12,16 @@ from safetensors.torch import save_file
 from a3.errors import A3Error
 from a3.files import read_json, whole_folder, write_json, write_record
 from a3.inputs import files_of, hash_inputs, is_model_file
-from a3.models.arch import describe, load_arch
+from a3.models.arch import describe, known_family, load_arch
 from a3.models.checkpoint import (
     CARD,
     Checkpoint,
     front_matter,
     hash_files,
     recorded_files,
-    refuse_pickled,
-    weight_map_files,
 )
 from a3.models.load import load_tokenizer
+from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.provenance import provenance
 from a3.stages.gguf import load_gguf
@@ -36,7 +35,6 @@ from a3.stages.sources import (
 )
 from a3.stages.travel import copy
 
-INDEX = "model.safetensors.index.json"
 FIELDS = ("weight", "bias")
 
 
@@ -121,8 +119,10 @@ def link_model(source: Path, folder: Path) -> None:
     """
     if not source.is_dir():
         raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
+    require_readable(source)
     found = [path for path in files_of(source) if is_model_file(path)]
     check_model_files(source, {path.name for path in found})
+    known_family(source)
     # Where the source is a folder of a stage, it has to be the one that it wrote.
     Checkpoint(source).verify_all()
     for path in found:
@@ -183,10 +183,7 @@ def check_model_files(source: Path, names: set[str]) -> None:
     if "config.json" not in names:
         raise A3Error(f"{source}: no config.json. Name a folder in Hugging Face's layout.")
     if not any(name.endswith(".safetensors") for name in names):
-        refuse_pickled(source)
         raise A3Error(f"{source}: no .safetensors file. Name a folder that has one.")
-    if INDEX in names and (missing := sorted(set(weight_map_files(source / INDEX)) - names)):
-        raise A3Error(f"{source / INDEX}: names {', '.join(missing)}, not there. Add them.")
     if not has_tokenizer(source):
         raise A3Error(f"{source}: no tokenizer, expected one of {', '.join(VOCABULARIES)}. Add it.")
 

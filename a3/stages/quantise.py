@@ -19,11 +19,12 @@ from tqdm import tqdm
 import a3.models.quantised  # noqa: F401
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import read_json, read_record, sha256, whole_folder, write_record
+from a3.files import read_json, sha256, whole_folder, write_record
 from a3.formats import parse_format, quantise
-from a3.models.arch import Arch, compressed_arch, is_compressed, load_arch
+from a3.models.arch import Arch, is_compressed, load_arch, made_already
 from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
-from a3.models.load import count_parameters, load_config
+from a3.models.compressed import compressed_arch, compressed_record
+from a3.models.load import load_config
 from a3.provenance import provenance
 from a3.recipes import (
     INPUTS,
@@ -40,6 +41,9 @@ from a3.stages.approximate import repack
 from a3.stages.assemble import write_index
 from a3.stages.travel import bring
 from a3.statistics import KINDS, Rxx
+
+# What is said of the compressed model, where it is known, and holds for the quantised one.
+KEPT = ("base", "base_card", "modes", "ranks", "layers")
 
 
 def quantise_model(
@@ -62,6 +66,8 @@ def quantise_model(
     for spelled in formats_of(recipe):
         parse_format(spelled)
     compressed = is_compressed(model_folder)
+    if compressed and "quantised" in load_config(model_folder).a3:
+        raise made_already(model_folder)
     arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
     if arch.experts:
         raise A3Error(f"{model_folder}: a mixture of experts, which are not quantised yet.")
@@ -103,16 +109,13 @@ class Quantiser:
         method: str,
         rank: int | None,
     ) -> None:
-        """Raises A3Error as `quantise_model` does for the recipe, and for a quantised folder."""
+        """Raises A3Error as `quantise_model` does for the recipe."""
         self.folder = folder
         self.arch = compressed_arch(folder)
         self.checkpoint = Checkpoint(folder)
         self.config = load_config(folder).a3
-        if "quantised" in self.config:
-            raise A3Error(
-                f"{folder}: quantised already. Name the model that it was made of, dense or "
-                "compressed."
-            )
+        # What was known of the model before.
+        self.source = compressed_record(folder)
         self.statistics = statistics
         self.recipe = recipe
         self.method = method
@@ -142,8 +145,7 @@ class Quantiser:
 
     def write(self, folder: Path, said: dict[str, Any]) -> None:
         """Write the quantised folder; `said` is its provenance."""
-        source = read_record(self.folder / "approx.json")
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        files = list(self.checkpoint.files())
         start = time.perf_counter()
         with tqdm(total=len(self.found), unit="matrix", desc="quantise") as bar:
             for file in files:
@@ -156,12 +158,13 @@ class Quantiser:
         bring(self.folder, folder, "config.json", CARD, *RECORDS, "timing.json")
         hashes = hash_files(folder)
         write_record(folder / "timing.json", {"seconds": seconds, "layers": []})
-        kept = {key: source[key] for key in ("base", "modes", "ranks", "layers")}
+        kept = {key: self.source[key] for key in KEPT if key in self.source}
         record = kept | {
-            "approx": source["provenance"],
+            # None of a model that was trained after it was compressed.
+            "approx": self.source.get("provenance"),
             "provenance": said,
             "matrices": self.report,
-            "size": {"dense": source["size"]["dense"], "compressed": self.size(folder)},
+            "size": {"dense": self.source["size"]["dense"], "compressed": self.size()},
             "weights_sha256": combined([hashes[file] for file in files]),
             "files": hashes,
         }
@@ -230,24 +233,24 @@ class Quantiser:
             count += parse_format(entry["bias"]).bits(1, n, plain)
         return count
 
-    def size(self, folder: Path) -> dict[str, Any]:
-        """As approx.json says it, with the products' FLOPs and bits_per_weight."""
+    def size(self) -> dict[str, Any]:
+        """As approx.json says it, with the products' parameters and FLOPs, and bits_per_weight."""
         added = sum(
-            2 * said["rank"] * sum(self.checkpoint.shape(f"{module}.weight"))
+            said["rank"] * sum(self.checkpoint.shape(f"{module}.weight"))
             for module, said in self.report.items()
         )
-        size = read_record(self.folder / "approx.json")["size"]["compressed"]
+        size = self.source["size"]["compressed"]
         return size | {
-            "parameters": count_parameters(folder),
-            "flops_per_token": size["flops_per_token"] + added,
+            "parameters": size["parameters"] + added,
+            "flops_per_token": size["flops_per_token"] + 2 * added,
             "bits_per_weight": self.bits_per_weight(),
         }
 
     def bits_per_weight(self) -> float:
         """Bits of the layers' matrices for each weight that the dense model has in them."""
-        base = read_record(self.folder / "approx.json")["base"]
-        dense = projection_weights(base)
-        removed = base["size"]["parameters"] - count_parameters(self.folder)
+        dense = projection_weights(self.source["base"])
+        before, after = (self.source["size"][of]["parameters"] for of in ("dense", "compressed"))
+        removed = before - after
         quantised = sum(said["weights"] for said in self.report.values())
         bits = sum(said["bits"] for said in self.report.values())
         rest = 8 * WIDTHS[self.arch.dtype] * (dense - removed - quantised)

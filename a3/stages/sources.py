@@ -30,6 +30,7 @@ from huggingface_hub.file_download import repo_folder_name
 from a3 import files
 from a3.errors import A3Error
 from a3.inputs import MODEL_FILES, NOT_MODEL_FILES, TEMPLATES
+from a3.models.readable import refuse_adapter, refuse_quantised
 
 PLACES = ("wheel", "hub", "path")
 # Kinds of models that are made here, from another folder.
@@ -143,21 +144,25 @@ def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Pa
     """Folder, in the hub's cache, of a model's files: safetensors, config and tokenizer.
 
     Follows HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME. Raises A3Error when the repository or
-    revision does not exist, or the download fails.
+    revision does not exist, or the download fails; for adapters and quantised weights before
+    these are downloaded, where the small files say so.
     """
 
-    def download() -> str:
+    def download(patterns: list[str], without: list[str], at: str = revision) -> Path:
         folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=NOT_MODEL_FILES,
+            repo, revision=at, allow_patterns=patterns, ignore_patterns=without
         )
-        # A snapshot's folder has the name of its commit.
-        commit, templates = Path(folder).name, f"{TEMPLATES}/*.jinja"
-        return snapshot_download(repo, revision=commit, allow_patterns=templates)
+        return Path(folder)
 
-    return whole_snapshot(Path(hub_call(repo, revision, download)), repo)
+    def whole() -> Path:
+        folder = download(patterns, NOT_MODEL_FILES)
+        # A snapshot's folder has the name of its commit.
+        return download([f"{TEMPLATES}/*.jinja"], [], folder.name)
+
+    small = hub_call(repo, revision, lambda: download(["*.json"], NOT_MODEL_FILES))
+    refuse_adapter(small)
+    refuse_quantised(small)
+    return whole_snapshot(hub_call(repo, revision, whole), repo)
 
 
 def whole_snapshot(folder: Path, repo: str) -> Path:

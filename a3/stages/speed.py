@@ -30,10 +30,11 @@ from a3 import LazyConfig
 from a3.cost import kv_bytes, speed_cost
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import read_record, sha256, write_record
+from a3.files import sha256, write_record
 from a3.memory import GIB, require_memory
-from a3.models.arch import Arch, load_arch, sketch
+from a3.models.arch import Arch, is_compressed, load_arch, sketch
 from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import compressed_record
 from a3.models.families import FAMILIES
 from a3.models.load import (
     empty_model,
@@ -160,8 +161,8 @@ def check_counts(
 
 def of_folder(folder: Path, dtype: str, device: str) -> Candidate:
     """A dense or compressed folder."""
-    if (folder / "approx.json").exists():
-        record = read_record(folder / "approx.json")
+    if is_compressed(folder):
+        record = compressed_record(folder)
         shapes = record["base"] | {"size": record["size"]["compressed"]}
     else:
         shapes = load_arch(folder).to_json()
