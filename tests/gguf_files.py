@@ -69,9 +69,10 @@ def write_gguf(folder: Path, out: Path, arch: str, own: dict) -> Path:
     writer.add_block_count(layers)
     writer.add_context_length(512)
     writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config.get("intermediate_size", 4 * hidden))
+    wide = arch in ("gpt2", "bloom")
+    writer.add_feed_forward_length(4 * hidden if wide else config["intermediate_size"])
     writer.add_head_count(heads)
-    groups = heads if arch in ("gpt2", "bloom") else config["num_key_value_heads"]
+    groups = heads if wide else config["num_key_value_heads"]
     writer.add_head_count_kv(groups)
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
@@ -120,7 +121,10 @@ def stored_as(arch, name, value, heads, groups, names):
         value = value.T
     if arch == "bloom" and "query_key_value" in name:
         value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-    yield names.get_name(name, try_suffixes=(".weight", ".bias")), value
+    yield (
+        names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")),
+        value,
+    )
 
 
 def changed(source: Path, out: Path, keys=None, tensors=None, without=()) -> Path:
@@ -136,7 +140,7 @@ def changed(source: Path, out: Path, keys=None, tensors=None, without=()) -> Pat
     for name, value in (keys or {}).items():
         if name == "general.architecture":
             continue
-        kind = GGUFValueType.get_type(value)
+        kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
         inner = GGUFValueType.get_type(value[0]) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(name, value, kind, inner)
     stored = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}

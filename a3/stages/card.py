@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from a3.errors import A3Error
 from a3.files import SEAL, read_record, sha256, whole_file, write_record
 from a3.models.checkpoint import CARD, front_matter
+from a3.models.stock import FAMILIES, llama_cpp_cache
 from a3.results import PERPLEXITY_PROTOCOL, Record, same_protocol
 from a3.solutions.modes import DENSE, PARTS
 
@@ -17,6 +18,7 @@ PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
 # What a base model's card says that holds for the compressed one.
 CARRIED = ("license", "license_name", "license_link", "language")
 NAMES = {"qk": "QK (attention scores)", "ov": "OV (attention output)", "mlp": "MLP"}
+HEAD = ("qk", "ov")
 SIZES = {
     "parameters": "parameters",
     "kv_bytes_per_token": "KV cache, bytes a token",
@@ -87,6 +89,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         perplexities(record.get("perplexity", [])),
         "## Use",
         USE,
+        *llama_cpp(record),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),
@@ -120,6 +123,15 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
         dense, compressed = size["dense"][key], size["compressed"][key]
         rows.append(f"| {name} | {dense:,} | {compressed:,} | {compressed / dense:.1%} |")
     return "\n".join(rows)
+
+
+def llama_cpp(record: dict[str, Any]) -> list[str]:
+    """Which KV caches are right in llama.cpp, where heads of all layers have one size."""
+    dense = record["base"]["head_dim"]
+    sizes = {layer.get(part, {}).get("rank", dense) for layer in record["layers"] for part in HEAD}
+    if record["base"]["family"] not in FAMILIES or len(sizes) != 1:
+        return []
+    return [f"As a file for llama.cpp (`a3 export gguf`), KV cache: {llama_cpp_cache(*sizes)}."]
 
 
 def calibration(statistics: dict[str, dict[str, Any]]) -> str:

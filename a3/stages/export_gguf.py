@@ -20,7 +20,7 @@ from tqdm import tqdm
 from a3.errors import A3Error
 from a3.files import whole_file
 from a3.models.checkpoint import model_source
-from a3.models.stock import K, Q, Stock, stock
+from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
 from a3.stages.gguf_rope import FACTORS
 from a3.stages.gguf_vocabulary import add_vocabulary
 
@@ -56,11 +56,13 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
             writer.write_tensor_data(quantize(value_of(model, name), type_))
         writer.write_tensor_data(model.rope_factors.float().numpy())
         writer.close()
+    if model.head_dim % BLOCK:
+        print(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         print(
             f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
             f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
-            f"{model.checkpoint.shape(others[0])[-1]}. Ranks that are multiples have none."
+            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
         )
 
 

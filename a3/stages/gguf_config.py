@@ -243,6 +243,7 @@ def refuse_others(file: Gguf, known: Architecture, head_dim: int) -> None:
         "expert_count": (0,),
         "expert_used_count": (0,),
         "nextn_predict_layers": (0,),
+        **{key: (value,) for key, value in gguf_rope.BETAS.items()},
     }
     if known.rope:
         used |= set(gguf_rope.KEYS)

@@ -61,7 +61,9 @@ def places(
             parts = ["gate", "up"] if match[2] == "gate_up" else ["down"]
             found[name] = [f"blk.{match[1]}.ffn_{part}_exps.weight" for part in parts]
             continue
-        source = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        source = known.get_name(
+            name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
+        )
         if name == HEAD and config.tie_word_embeddings:
             source = EMBEDDING
         optional = file.architecture == "llama" and OPTIONAL.search(name)

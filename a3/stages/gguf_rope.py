@@ -26,10 +26,10 @@ KEYS = (
     "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.original_context_length",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
     "rope.scaling.finetuned",
 )
+# Of YaRN, what llama.cpp takes for most architectures whatever the file says.
+BETAS = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
 TYPES = ("none", "linear", "yarn", "longrope")
 # Llama 3's own; files hold its factors only.
 LOW, HIGH = 1.0, 4.0
@@ -82,8 +82,8 @@ def yarn(file: Gguf, factor: float, original: int, scale: float) -> dict[str, An
         "rope_type": "yarn",
         "factor": float(factor),
         "original_max_position_embeddings": original,
-        "beta_fast": float(file.own("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": float(file.own("rope.scaling.yarn_beta_slow", 1.0)),
+        "beta_fast": BETAS["rope.scaling.yarn_beta_fast"],
+        "beta_slow": BETAS["rope.scaling.yarn_beta_slow"],
     }
     if scale != 1:
         own = 0.1 * float(torch.tensor(factor).log()) + 1 if factor > 1 else 1.0
@@ -107,7 +107,11 @@ def simplest(divisors: Tensor, theta: float, length: int) -> dict[str, Any]:
             "high_freq_factor": HIGH,
             "original_max_position_embeddings": original,
         }
-        config = LlamaConfig(head_dim=rotated, rope_parameters={"rope_theta": theta} | found)
+        config = LlamaConfig(
+            head_dim=rotated,
+            max_position_embeddings=2 * ORIGINAL[-1],
+            rope_parameters={"rope_theta": theta} | found,
+        )
         frequencies = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
         if same(plain / frequencies.double(), divisors):
             return found

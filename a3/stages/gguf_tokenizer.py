@@ -1,9 +1,11 @@
 """The tokenizer of a GGUF file, with the rules that the file names and all chat templates."""
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from tokenizers.processors import TemplateProcessing
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from a3.errors import A3Error
@@ -12,6 +14,7 @@ from a3.stages.gguf import Gguf
 from a3.stages.gguf_rules import NAMES, RULES, Rules, cutter, normalizer
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+SPACE = "▁"
 TEMPLATE = "tokenizer.chat_template"
 IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # Of tokenizers that are not read here, or of what a runtime does with a model's answer.
@@ -31,9 +34,7 @@ def tokenizer_of(file: Gguf) -> PreTrainedTokenizerBase:
     if kind == "gpt2":
         tokenizer = byte_level(file, rules_of(file))
     elif kind == "llama":
-        if file.values.get("tokenizer.ggml.add_space_prefix") is False and not gemma(file):
-            raise refusal(file, "tokenizer.ggml.add_space_prefix is False, which a3 does not read")
-        tokenizer = load_tokenizer(file.path.parent, gguf_file=file.path.name)
+        tokenizer = sentencepiece(file)
     else:
         raise refusal(file, f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
     named = {
@@ -47,9 +48,28 @@ def tokenizer_of(file: Gguf) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def gemma(file: Gguf) -> bool:
-    """Whether SentencePiece is that of Gemma, which never had a space before the first word."""
-    return file.architecture.startswith("gemma")
+def sentencepiece(file: Gguf) -> PreTrainedTokenizerBase:
+    """SentencePiece; vocabulary and merges as transformers reads them from the file alone.
+
+    It would take a tokenizer.json that lies beside the file for the file's own, and has rules of
+    its own for texts that begin with a space; those of SentencePiece have one more before them.
+    """
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / file.path.name).symlink_to(file.path.resolve())
+        try:
+            tokenizer = load_tokenizer(Path(alone), gguf_file=file.path.name)
+        except A3Error as error:
+            raise A3Error(str(error).replace(alone, str(file.path.parent))) from error
+    if not file.architecture.startswith("gemma"):
+        spaced = file.values.get("tokenizer.ggml.add_space_prefix", True)
+        prefix = [normalizers.Prepend(SPACE)] if spaced else []
+        strip = [decoders.Strip(" ", 1, 0)] if spaced else []
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
+        backend.pre_tokenizer = None
+        parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        backend.decoder = decoders.Sequence(parts)
+    return tokenizer
 
 
 def refusal(file: Gguf, why: str) -> A3Error:
@@ -99,7 +119,12 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(marked)
     ids = {kind: special_id(file, kind, spelled) for kind in IDS}
     named = {f"{kind}_token": spelled[number] for kind, number in ids.items() if number is not None}
-    surround(file, tokenizer, ids, spelled, rules)
+    if added := surrounding(file, ids, rules):
+        content = json.loads(tokenizer.to_str())
+        content["post_processor"] = processor(
+            {kind: spelled[n] for kind, n in added.items()}, added
+        )
+        tokenizer = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=file.own("context_length"),
@@ -125,31 +150,35 @@ def special_id(file: Gguf, kind: str, spelled: dict[int, str]) -> int | None:
     return number
 
 
-def surround(
-    file: Gguf,
-    tokenizer: Tokenizer,
-    ids: dict[str, int | None],
-    spelled: dict[int, str],
-    rules: Rules,
-) -> None:
-    """Put BOS before, and EOS after each text where a file says so."""
-    default: dict[str, Any] = {"bos": rules.bos, "eos": False}
-    added = {
+def surrounding(file: Gguf, ids: dict[str, int | None], rules: Rules) -> dict[str, int]:
+    """The tokens that go with each text, BOS before and EOS after it, by their kind."""
+    default = {"bos": rules.bos, "eos": False}
+    found = {
         kind: ids[kind]
         for kind in default
         if file.values.get(f"tokenizer.ggml.add_{kind}_token", default[kind])
     }
-    if missing := [kind for kind, number in added.items() if number is None]:
+    if missing := [kind for kind, number in found.items() if number is None]:
         raise refusal(file, f"{missing[0].upper()} goes with each text, and no token is it")
-    if not added:
-        return
-    first = [spelled[added["bos"]]] if "bos" in added else []
-    last = [spelled[added["eos"]]] if "eos" in added else []
-    one, two = (
-        [(part, i) for part in (*first, text, *last)] for i, text in enumerate(("$A", "$B"))
-    )
-    tokenizer.post_processor = TemplateProcessing(
-        single=one,
-        pair=[*one, *two],
-        special_tokens=[(spelled[number], number) for number in added.values()],
-    )
+    return found
+
+
+def processor(tokens: dict[str, str], numbers: dict[str, int]) -> dict[str, Any]:
+    """What puts tokens around each text, as a tokenizer.json has it."""
+    sequences = []
+    for which, text in enumerate("AB"):
+        special = {
+            kind: [{"SpecialToken": {"id": token, "type_id": which}}]
+            for kind, token in tokens.items()
+        }
+        middle = [{"Sequence": {"id": text, "type_id": which}}]
+        sequences.append([*special.get("bos", []), *middle, *special.get("eos", [])])
+    return {
+        "type": "TemplateProcessing",
+        "single": sequences[0],
+        "pair": [*sequences[0], *sequences[1]],
+        "special_tokens": {
+            token: {"id": token, "ids": [numbers[kind]], "tokens": [token]}
+            for kind, token in tokens.items()
+        },
+    }

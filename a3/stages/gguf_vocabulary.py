@@ -6,6 +6,7 @@ tokenizer.json, and rules that have none are refused.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.errors import A3Error
-from a3.files import read_json
 from a3.models.load import load_tokenizer
 from a3.stages.gguf_rules import RULES, Rules, steps_in
 
@@ -30,7 +30,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     whose rules llama.cpp has no name for.
     """
     tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
-    content = read_json(path)
+    content = content_of(tokenizer, path)
     name = rules_of(content, path)
     tokens, types = entries(tokenizer, size)
     writer.add_tokenizer_model("gpt2")
@@ -43,11 +43,33 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
         number = getattr(tokenizer, f"{kind}_token_id")
         if number is not None and number < size:
             getattr(writer, f"add_{kind}_token_id")(number)
-    first, last = tokenizer("a").input_ids[0], tokenizer("a").input_ids[-1]
-    writer.add_add_bos_token(first == tokenizer.bos_token_id)
-    writer.add_add_eos_token(last == tokenizer.eos_token_id)
+    bos, eos = surrounding(tokenizer, path)
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)
     writer.add_add_space_prefix(False)
     add_templates(writer, tokenizer.chat_template)
+
+
+def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
+    """What a tokenizer does, as a tokenizer.json says it; of some families that is another one
+    than the file's. Raises A3Error for a tokenizer that has none."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise A3Error(
+            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one."
+        )
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
+    """Whether BOS goes before, and EOS after each text; A3Error where other tokens do."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
+            return bos, eos
+    raise A3Error(
+        f"{path}: it puts other tokens than BOS and EOS around a text ({whole} around {inner}), "
+        "which llama.cpp would not do. Use a runtime that reads tokenizer.json."
+    )
 
 
 def merges_of(content: dict[str, Any], path: Path) -> list[str]:

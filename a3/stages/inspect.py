@@ -7,10 +7,11 @@ from typing import Any
 from a3.errors import A3Error
 from a3.files import read_json, read_record
 from a3.models.arch import load_arch
-from a3.models.stock import obstacles, stock
+from a3.models.load import load_tokenizer
+from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import PARTS, SERVABLE
 from a3.stages.export_gguf import require_llama
-from a3.stages.gguf_vocabulary import rules_of
+from a3.stages.gguf_vocabulary import content_of, rules_of
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 UNTESTED = "vLLM, TGI"
@@ -103,8 +104,9 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     if compressed:
         lines.append("transformers without a3: after a3 export hf")
     reason = no_llama(folder)
-    lines.append(f"llama.cpp: {f'no: {reason}' if reason else 'after a3 export gguf'}")
     size, where = stock(folder).head_dim, "the folder of a3 export hf" if compressed else "it"
+    cache = llama_cpp_cache(size)
+    lines.append(f"llama.cpp: {f'no: {reason}' if reason else f'after a3 export gguf; {cache}'}")
     lines.append(
         f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
         f"of {', '.join(map(str, SERVABLE))}: its own are of {size}"
@@ -117,7 +119,7 @@ def no_llama(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     try:
         require_llama(stock(folder))
-        rules_of(read_json(path), path)
+        rules_of(content_of(load_tokenizer(folder), path), path)
     except A3Error as error:
         return str(error)
     return None
