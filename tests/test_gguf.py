@@ -275,9 +275,9 @@ ROPES = {
     ),
     "attention": ({"llama.rope.scaling.attn_factor": 1.25}, {}, {"attention_factor": 1.25}),
     "longrope": (
-        {TYPE: "longrope", "llama.rope.scaling.original_context_length": 128},
+        {TYPE: "longrope", "llama.rope.scaling.original_context_length": 256},
         {"rope_factors_short.weight": FACTORS, "rope_factors_long.weight": FACTORS + 1},
-        {"long_factor": (FACTORS + 1).tolist(), "original_max_position_embeddings": 128},
+        {"long_factor": (FACTORS + 1).tolist(), "original_max_position_embeddings": 256},
     ),
 }
 
