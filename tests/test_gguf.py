@@ -49,7 +49,7 @@ EXPORTS = {
     "yarn": ("llama", {"rope_parameters": YARN | ORIGINAL}),
     "longrope": ("qwen2", {"rope_parameters": LONGROPE | ORIGINAL}),
     "mistral": ("mistral", {"sliding_window": None}),
-    "ministral": ("ministral", {"sliding_window": None, "head_dim": 16}),
+    "ministral": ("ministral", {"sliding_window": 512, "head_dim": 16}),
     "qwen2": ("qwen2", {}),
 }
 TEXTS = [

@@ -1,8 +1,8 @@
 """How byte-level BPE cuts text into words, by llama.cpp's names for it (`tokenizer.ggml.pre`).
 
 llama.cpp has the rules of each name built in; those here are of the tokenizer.json that a name
-stands for, and were compared with llama.cpp on texts of many scripts. It differs in combining marks
-alone: it does not compose characters, and has others for `tekken` and `gpt-4o`.
+stands for, and were compared with llama.cpp on texts of many scripts. It composes no characters,
+and knows upper and lower case of ASCII alone for `tekken` and `gpt-4o`; else both are the same.
 """
 
 from dataclasses import dataclass
