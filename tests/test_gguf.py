@@ -117,6 +117,7 @@ def test_a_compressed_model_comes_back_the_same(tmp_path):
     back = through_gguf(tmp_path / "small", tmp_path / "gguf")
     torch.testing.assert_close(logits(back), logits(tmp_path / "small"), rtol=0, atol=5e-5)
     assert json.loads((back / "config.json").read_text())["head_dim"] == 12
+    assert llama_cpp_cache(12) in (tmp_path / "small/README.md").read_text()
     same_tokenizers(tmp_path / "small", back)
 
 
@@ -399,6 +400,34 @@ def test_digits_are_cut_as_smollms_file_says(plain, tmp_path):
     words = [word for word, _ in cut.pre_tokenize_str("in  1969")]
     assert words == ["in", "ĠĠ", "1", "9", "6", "9"]
     assert RULES["smollm"].steps[0] == "single digits"
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
+    tokens += [f"x{i}" for i in range(300 - len(tokens))]
+    keys = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(300)],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 41,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": spaced,
+    }
+    lost = [f"tokenizer.ggml.{name}" for name in ("merges", "add_bos_token", "padding_token_id")]
+    # Another tokenizer beside the file, which transformers would take.
+    shutil.copy(plain / "hf/tokenizer.json", tmp_path)
+    path = changed(plain / "model.gguf", tmp_path / "x.gguf", keys, without=lost)
+    run("model", path, "-o", tmp_path / "x")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x")
+    one, two = ["▁a"], ["▁", "▁a"]
+    for text, expected in (("a", one if spaced else ["a"]), (" a", two if spaced else one)):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *expected]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 # --- what llama.cpp's quantised caches need -------------------------------------------------------
