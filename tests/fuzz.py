@@ -448,6 +448,7 @@ def write_gguf(dense: Path, out: Path) -> None:
     tokenizer = json.loads(Tokenizer.from_file(str(dense / "tokenizer.json")).to_str())
     vocabulary = tokenizer["model"]["vocab"]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
     writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from safetensors.torch import load_file
 from test_compressed import prepare
 from tiny import tiny_llama, tiny_model
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -28,7 +28,8 @@ from a3.stages.approximate import approximate, approximate_part
 from a3.stages.assemble import gather
 from a3.stages.export import export_hf
 from a3.stages.export_gguf import export_gguf
-from a3.stages.gguf_vocabulary import RULES, rules_of
+from a3.stages.gguf_rules import RULES
+from a3.stages.gguf_vocabulary import rules_of
 from a3.stages.inspect import inspect, runs
 from a3.stages.plan import Plan
 
@@ -312,10 +313,10 @@ WORDS = {
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
     ),
     "llama-bpe": pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(RULES["llama-bpe"][0][0]), "isolated"), BYTES]
+        [pre_tokenizers.Split(Regex(RULES["llama-bpe"].steps[0]), "isolated"), BYTES]
     ),
     "qwen2": pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(RULES["qwen2"][0][0]), "isolated"), BYTES]
+        [pre_tokenizers.Split(Regex(RULES["qwen2"].steps[0]), "isolated"), BYTES]
     ),
 }
 
@@ -325,6 +326,8 @@ def test_rules_of_words_have_llama_cpps_name(name, tmp_path):
     model = models.BPE(ignore_merges=name == "llama-bpe")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = WORDS[name]
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     assert rules_of(json.loads(tokenizer.to_str()), tmp_path) == name
 
 
@@ -335,8 +338,8 @@ def test_rules_of_words_have_llama_cpps_name(name, tmp_path):
         (models.BPE(byte_fallback=True), WORDS["gpt-2"], "expected byte-level BPE"),
         (models.BPE(), pre_tokenizers.Whitespace(), "words are cut by .*Whitespace"),
         (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), "words are cut by"),
-        # Llama 3's words, but merges where words are in the vocabulary.
-        (models.BPE(), WORDS["llama-bpe"], "words are cut by"),
+        # No name of GPT-2's words takes words of the vocabulary without merges.
+        (models.BPE(ignore_merges=True), WORDS["gpt-2"], "words are cut by"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(model, words, reason, tmp_path):

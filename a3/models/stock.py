@@ -44,6 +44,8 @@ ROPE_KEYS = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+# Numbers of a row that llama.cpp's quantised caches store together.
+BLOCK = 32
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
 
 HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."
@@ -167,6 +169,17 @@ def stock(folder: Path) -> Stock:
     # A head of the whole size has the family's own scale, to the last bit.
     q_scale = 1.0 if len(kept) == len(frequencies) else scaling * rank**0.5
     return Stock(folder, content | {"rope_parameters": rope}, q_scale, frequencies[kept])
+
+
+def llama_cpp_cache(head_dim: int) -> str:
+    """Types of KV cache with which llama.cpp computes rightly, for heads of this size."""
+    if head_dim % BLOCK == 0:
+        return "every type of KV cache"
+    return (
+        f"keys in f32, f16 or bf16 only: heads of {head_dim} are no multiple of {BLOCK}, and with "
+        "quantised keys (q8_0, q4_0 …) and no flash attention, llama.cpp gives NaN without a "
+        "message, or aborts. --multiple 32 takes sizes that every type of KV cache has"
+    )
 
 
 def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:

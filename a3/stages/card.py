@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from a3.files import whole_file
 from a3.models.checkpoint import CARD, front_matter
+from a3.models.stock import FAMILIES, llama_cpp_cache
 from a3.solutions.modes import DENSE, PARTS
 
 PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
@@ -28,6 +29,7 @@ TAGS = ("a3", "compressed", "low-rank")
 # What a base model's card says that holds for the compressed one.
 CARRIED = ("license", "license_name", "license_link", "language")
 NAMES = {"qk": "QK (attention scores)", "ov": "OV (attention output)", "mlp": "MLP"}
+HEAD = ("qk", "ov")
 SIZES = {
     "parameters": "parameters",
     "kv_bytes_per_token": "KV cache, bytes a token",
@@ -99,6 +101,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "## Use",
         # The code that travels does not emulate low precision.
         USE.format(without="" if "matrices" in record else WITHOUT),
+        *llama_cpp(record),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),
@@ -149,6 +152,17 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
         dense, compressed = size["dense"][key], size["compressed"][key]
         rows.append(f"| {name} | {dense:,} | {compressed:,} | {compressed / dense:.1%} |")
     return "\n".join(rows)
+
+
+def llama_cpp(record: dict[str, Any]) -> list[str]:
+    """Which KV caches are right in llama.cpp, where heads of all layers have one size."""
+    if "layers" not in record:
+        return []
+    dense = record["base"]["head_dim"]
+    sizes = {layer.get(part, {}).get("rank", dense) for layer in record["layers"] for part in HEAD}
+    if record["base"]["family"] not in FAMILIES or len(sizes) != 1:
+        return []
+    return [f"As a file for llama.cpp (`a3 export gguf`), KV cache: {llama_cpp_cache(*sizes)}."]
 
 
 def calibration(record: dict[str, Any]) -> str:

