@@ -395,7 +395,9 @@ def model_entry(name: str) -> dict[str, Any]:
 
 def text_entry(name: str) -> dict[str, Any]:
     """A catalogue entry for what a user calls a text; raises A3Error where it is nothing."""
-    return entry(name, "texts", "a text or .jsonl file")
+    found = entry(name, "texts", "a file or folder of text")
+    # As in every command that reads a file itself, empty records are documents.
+    return {"min_chars": 0} | found if Path(name).exists() else found
 
 
 def entry(name: str, section: str, local: str) -> dict[str, Any]:
@@ -406,8 +408,7 @@ def entry(name: str, section: str, local: str) -> dict[str, Any]:
     if name.startswith("{"):
         return parse_json(name)
     if Path(name).exists():
-        kind = {".txt": {"format": "text"}, "": {}}.get(Path(name).suffix, {})
-        return {"source": {"path": name}} | (kind if section == "texts" else {})
+        return {"source": {"path": name}}
     catalogue = load_yaml(CATALOGUE)[section]
     if name in catalogue:
         return catalogue[name]

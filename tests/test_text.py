@@ -16,11 +16,12 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tiny import tiny_tokenizer
 
-from a3.documents import Document, load_documents, token_blocks, write_documents
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import read_json, sha256
 from a3.harness import task_config
 from a3.provenance import PACKAGE
+from a3.reading import Document, load_documents, write_documents
 from a3.stages.text import documents, exclude_and_split, harness_items
 
 WIKI = """<doc id="1" url="https://x" title="Fire &amp; Ice">

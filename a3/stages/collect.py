@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from a3.cost import GRADIENT_BLOCKS
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS
@@ -23,6 +23,7 @@ from a3.models.checkpoint import check_small, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.parts import share
 from a3.provenance import provenance
+from a3.reading import load_documents, text_sha256
 from a3.stages.fisher import run_backward
 from a3.stages.gradients import run_gradients
 from a3.stages.stream import fits, run_streamed
@@ -129,7 +130,7 @@ def collect(
         config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),
         text=text_source(text),
-        text_sha256=sha256(text),
+        text_sha256=text_sha256(text),
         block_length=block_length,
         seed=seed,
         bos=bos,

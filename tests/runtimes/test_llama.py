@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
-from a3.documents import load_documents, scored_blocks
+from a3.documents import scored_blocks
 from a3.files import read_record
+from a3.reading import load_documents
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-runtimes/bin/python"
