@@ -45,16 +45,18 @@ def exclusions(found: Sequence[Document], excluded: Sequence[Document]) -> list[
     """Why each document may not be used: one of REASONS, or None where it may.
 
     That is where its title is one of `excluded`, where 13 words in a row of it occur there, or
-    where all of it, however short, is a document there; empty titles and documents aside.
+    where all of it, however short, is a document or a line there. An empty title or document is
+    the same as no other.
     """
     titles = {same(document.title) for document in excluded} - {""}
     numbers: dict[str, int] = {}
-    wholes, runs = {digest("")}, [np.empty(0, np.uint64)]
+    wholes: set[bytes] = set()
+    runs = [np.empty(0, np.uint64)]
     for document in excluded:
         text = plain(document.text)
-        wholes.add(digest(text))
+        wholes.update(map(digest, [text, *text.split("\n")]))
         runs.append(windows(text, numbers))
-    wholes.remove(digest(""))
+    wholes.discard(digest(""))
     known = np.unique(np.concatenate(runs))
     reasons: list[str | None] = []
     for document in found:

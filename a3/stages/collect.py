@@ -16,7 +16,7 @@ from tqdm import tqdm
 from a3.cost import GRADIENT_BLOCKS
 from a3.documents import token_blocks
 from a3.errors import A3Error
-from a3.files import read_record, sha256, write_record
+from a3.files import SEAL, read_record, sha256, write_record
 from a3.kinds import GRADIENT_FORMS, SAMPLED_FORMS
 from a3.models.arch import Arch, CompressedArch, compressed_arch, is_compressed, load_arch
 from a3.models.checkpoint import check_small, model_source
@@ -145,9 +145,14 @@ def collect(
 
 
 def text_source(text: Path) -> str:
-    """Where a text is from as the record beside it says; its file's name where there is none."""
+    """Where a text is from as the record beside it says; its file's name where there is none.
+
+    A file of that name without a seal is another of the user's, or the text itself.
+    """
     record = text.with_suffix(".json")
-    return read_record(record)["source"] if record.exists() else text.name
+    if text.suffix != ".jsonl" or not record.is_file() or SEAL.encode() not in record.read_bytes():
+        return text.name
+    return read_record(record).get("source", text.name)
 
 
 def merge_shards(paths: list[Path], out: Path) -> None:
