@@ -20,6 +20,8 @@ from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose
 DTYPES = ("float32", "bfloat16", "float16")
 # The keys of a3.documents.JOINS.
 JOINS = ("empty-line", "space", "nothing")
+# What every command reads as a text.
+TEXT = ".txt, .md, .jsonl, .json, .csv, .tsv or .parquet (text, title), plain or .gz, or a folder"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -395,7 +397,9 @@ def model_entry(name: str) -> dict[str, Any]:
 
 def text_entry(name: str) -> dict[str, Any]:
     """A catalogue entry for what a user calls a text; raises A3Error where it is nothing."""
-    return entry(name, "texts", "a text or .jsonl file")
+    found = entry(name, "texts", "a file or folder of text")
+    # As in every command that reads a file itself, empty records are documents.
+    return {"min_chars": 0} | found if Path(name).exists() else found
 
 
 def entry(name: str, section: str, local: str) -> dict[str, Any]:
@@ -403,8 +407,7 @@ def entry(name: str, section: str, local: str) -> dict[str, Any]:
     if name.startswith("{"):
         return parse_json(name)
     if Path(name).exists():
-        kind = {".txt": {"format": "text"}, "": {}}.get(Path(name).suffix, {})
-        return {"source": {"path": name}} | (kind if section == "texts" else {})
+        return {"source": {"path": name}}
     from a3.config import CATALOGUE
     from a3.files import load_yaml
 
@@ -439,7 +442,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(commands, "compress", compress, "collect and approx in one go")
     one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
-    one.add_argument("--text", default="wiki-articles", help="calibration: file or catalogue name")
+    text_ = "calibration: catalogue name or " + TEXT
+    one.add_argument("--text", default="wiki-articles", help=text_)
     add_modes(one)
     add_servable(one)
     add_out(one, "compressed Hugging Face folder, new")
@@ -461,7 +465,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add(commands, "collect", collect, "model and text to Rxx files")
     one.add_argument("model", type=Path, help="Hugging Face folder")
-    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    one.add_argument("--text", type=Path, required=True, help=TEXT)
     one.add_argument(
         "-o",
         "--out",
@@ -553,7 +557,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = evaluate.add_subparsers(metavar="KIND", required=True)
     one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    one.add_argument("--text", type=Path, required=True, help=TEXT)
     one.add_argument("--name", help="what the result calls the text (default: the file's name)")
     one.add_argument("--split", default="test", help="what the result calls its part")
     one.add_argument("--source", type=Path, help="docs.json: where the text is from")
@@ -616,18 +620,19 @@ def parser() -> argparse.ArgumentParser:
     add_out(one, "Hugging Face folder, new")
     one = add(commands, "train", train, "train a small model and its tokenizer on a text")
     one.add_argument("model", help="catalogue name, or JSON, whose source is train")
-    one.add_argument("--text", type=Path, required=True, help=".txt or .jsonl (title, text)")
+    one.add_argument("--text", type=Path, required=True, help=TEXT)
     add_out(one, "Hugging Face folder")
     add_threads(one)
 
     one = add(commands, "text", text, "make docs.jsonl")
-    one.add_argument("text", help="file, catalogue name, or JSON as in the config")
+    text_ = "catalogue name, JSON as in the config, or " + TEXT
+    one.add_argument("text", help=text_)
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
     text_ = "folder of texts that a mixture is made of, NAME/docs.jsonl"
     one.add_argument("--texts", type=Path, help=text_)
     add_out(one, "docs.jsonl")
     one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
-    one.add_argument("documents", type=Path, help="docs.jsonl")
+    one.add_argument("documents", type=Path, help="docs.jsonl, or as for a3 text")
     one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
     one.add_argument("--shares", type=parse_json, default={}, help="JSON: dev, test, harness")
     add_out(one, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")

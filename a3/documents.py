@@ -1,10 +1,7 @@
-"""Documents on disk (one JSON a line, or a plain text file) and the token blocks cut from them."""
+"""The token blocks that are cut from documents, and the order of documents."""
 
-import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from a3.errors import A3Error
-from a3.files import whole_file
+from a3.reading import Document
 
 # What stands between two documents, by the name that protocols have for it.
 JOINS = {"empty-line": "\n\n", "space": " ", "nothing": ""}
@@ -23,84 +20,6 @@ ALL = "all"
 CHARACTERS_PER_TOKEN = 6
 # The last tokens of a text cut short may differ from those of the whole text: so many are not used.
 MARGIN = 64
-
-
-@dataclass(frozen=True)
-class Document:
-    """One article, page or speech; `title` may be empty. `part`: of a mixture, where it is from."""
-
-    title: str
-    text: str
-    part: str = ""
-
-
-def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Write one JSON object a line (title, text, part if any), whole or not at all."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for document in documents:
-            fields = {
-                key: value for key, value in asdict(document).items() if value or key != "part"
-            }
-            stream.write(json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n")
-
-
-def load_documents(path: Path) -> list[Document]:
-    """Documents of a .jsonl file (fields text and, optionally, title), or a text file as one.
-
-    Raises A3Error when the file is missing, empty, not UTF-8 or (with its line) not such JSON.
-    """
-    text = read_text(path)
-    if path.suffix != ".jsonl":
-        return [Document(path.stem, text)]
-    return parse_lines(text, str(path))
-
-
-def parse_lines(text: str, name: str) -> list[Document]:
-    """Documents of the text of a .jsonl file called `name`."""
-    # Not splitlines: JSON leaves other line separators, such as U+2028, inside strings.
-    lines = enumerate(text.split("\n"), 1)
-    return [parse(line, f"{name}: line {i}") for i, line in lines if line.strip()]
-
-
-def parse(line: str, where: str) -> Document:
-    """One line of a .jsonl file; raises A3Error that says where it is."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise A3Error(f"{where}: not JSON ({error}). Write one JSON object a line.") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise A3Error(f"{where}: found {found}, expected an object whose text is a string.")
-    document = Document(str(fields.get("title", "")), fields["text"], str(fields.get("part", "")))
-    try:
-        f"{document.title}{document.text}{document.part}".encode()
-    except UnicodeEncodeError as error:
-        raise A3Error(f"{where}: half a surrogate pair ({error}). Correct the line.") from error
-    return document
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark; A3Error when missing, empty or other."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise A3Error(f"{path}: no such file. Build it, or correct the path.") from None
-    except IsADirectoryError:
-        raise A3Error(f"{path}: a folder, expected a text or .jsonl file. Name a file.") from None
-    return decode(content, str(path))
-
-
-def decode(content: bytes, name: str) -> str:
-    """The text of a file called `name`; raises A3Error when it is empty or not UTF-8."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise A3Error(
-            f"{name}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8."
-        ) from error
-    if not text.strip():
-        raise A3Error(f"{name}: the file holds no text. Choose another, or build it again.")
-    return text
 
 
 def interleave(

@@ -6,8 +6,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from a3.documents import read_text
 from a3.errors import A3Error
+from a3.reading import read_text
 
 
 def load_items(path: str, **_: Any) -> DatasetDict:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from a3.files import sha256
+from a3.reading import walk
 
 # Mistral has names such as tokenizer.model.v3.
 MODEL_FILES = [
@@ -48,8 +49,8 @@ def model_inputs(path: Path) -> list[Path]:
 
 
 def text_inputs(path: Path) -> list[Path]:
-    """The files of a local text: a folder's .txt files, or the one file."""
-    return sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    """The files of a local text: those in a folder, whether they are read or not, or the one."""
+    return sorted(walk(path)) if path.is_dir() else [path]
 
 
 INPUTS = {"models": model_inputs, "texts": text_inputs}

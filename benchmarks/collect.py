@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.models.arch import Arch, load_arch
+from a3.reading import load_documents
 from a3.solutions.modes import choose, kinds_needed
 from a3.stages.collect import run
 from a3.statistics import KINDS, Accumulator

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.models.load import load_model, load_tokenizer
+from a3.reading import load_documents
 from a3.stages.perplexity import block_losses
 
 MODULES = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]

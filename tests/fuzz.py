@@ -27,12 +27,12 @@ from tokenizers import Tokenizer
 
 from a3 import harness
 from a3.config import complete, load_yaml, read_experiments
-from a3.documents import load_documents
 from a3.errors import A3Error
 from a3.files import read_record, sha256
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model
+from a3.reading import load_documents
 from a3.results import Record, read_runs
 from a3.solutions.modes import choose
 from a3.stages.approximate import approximate

@@ -8,7 +8,7 @@ from test_compressed import MODELS, SETTINGS, needs, prepare
 from test_solutions import D, G, H, N, attention, gram, h, inputs
 from transformers import AutoModelForCausalLM
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import read_record
 from a3.kinds import KINDS
@@ -17,6 +17,7 @@ from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
 from a3.models.modeling_a3 import LowRank
+from a3.reading import load_documents
 from a3.recipes import METHODS, kinds_read
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares

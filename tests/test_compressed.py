@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.kinds import GRADIENT_FORMS
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.models.modeling_a3 import scores_in_float32
+from a3.reading import load_documents
 from a3.solutions import qk
 from a3.solutions.modes import MODES as ALL
 from a3.solutions.modes import choose

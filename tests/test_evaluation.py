@@ -27,18 +27,12 @@ from a3.config import (
     read_experiments,
     validate,
 )
-from a3.documents import (
-    Document,
-    load_documents,
-    permuted,
-    scored_blocks,
-    token_blocks,
-    write_documents,
-)
+from a3.documents import permuted, scored_blocks, token_blocks
 from a3.errors import A3Error
 from a3.files import SEAL, load_yaml, read_record, write_record
 from a3.harness import task_config
 from a3.models.load import load_tokenizer
+from a3.reading import Document, load_documents, write_documents
 from a3.results import read_runs
 from a3.stages.harness import find_task, scores
 from a3.stages.text import make_documents

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from a3.cli import main
 from a3.config import read_experiments
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.formats import parse_format, quantise
 from a3.models.load import load_tokenizer
 from a3.models.quantised import QuantisedLinear, QuantisedProducts
+from a3.reading import load_documents
 from a3.recipes import complete_recipe, entry_for, parse_quantisation
 from a3.results import Place
 from a3.solutions import lqer

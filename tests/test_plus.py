@@ -12,13 +12,14 @@ from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
 from a3 import linalg
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import read_record, write_record
 from a3.linalg import eliminate, take_over
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
+from a3.reading import load_documents
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import choose, find_mode
 from a3.stages.allocate import Curve, allocate, at, cost, least_loss

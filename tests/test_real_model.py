@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
+from a3.reading import load_documents
 from a3.solutions.modes import choose, kinds_needed
 from a3.stages.approximate import approximate
 from a3.stages.collect import collect

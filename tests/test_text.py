@@ -16,11 +16,12 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tiny import tiny_tokenizer
 
-from a3.documents import Document, load_documents, token_blocks, write_documents
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import read_json, sha256
 from a3.harness import task_config
 from a3.provenance import PACKAGE
+from a3.reading import Document, load_documents, write_documents
 from a3.stages.text import documents, exclude_and_split, harness_items
 
 WIKI = """<doc id="1" url="https://x" title="Fire &amp; Ice">
@@ -113,7 +114,7 @@ def test_formats_of_local_files(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', None, r"line 2: found \['txt'\], expected"),
         ("a.jsonl", b"{\n", None, r"line 1: not JSON"),
         ("a.json", b'{"a": {"title": "A"}}', "summaries", r"KeyError\('extract'\)"),
-        ("a.bin", b"x", None, "format is None, expected doc-tags or"),
+        ("a.bin", b"x", None, r"\.bin is no text that is known; expected \.txt"),
         ("a.parquet", b"x", None, r"a\.parquet: cannot be read"),
     ],
 )
@@ -162,7 +163,7 @@ def test_seen_titles_and_13_grams_are_taken_out(tmp_path):
     )
     assert load_documents(tmp_path / "t" / "test.jsonl") == some[2:]
     counts = read_json(tmp_path / "t" / "split.json")
-    assert counts["excluded"] == {"title": 1, "13-gram": 1}
+    assert counts["excluded"] == {"title": 1, "13-gram": 1, "whole": 0}
     assert counts["documents"] == {"found": 5, "dev": 0, "test": 3, "harness": 0}
     assert counts["inputs"]["c/docs.jsonl"] == sha256(tmp_path / "c" / "docs.jsonl")
 

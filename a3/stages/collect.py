@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
-from a3.files import read_record, sha256, write_record
+from a3.files import SEAL, read_record, sha256, write_record
 from a3.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, SAMPLED_FORMS
 from a3.models.arch import Arch, CompressedArch, is_compressed, load_arch, modules_of
 from a3.models.checkpoint import check_small, model_source
@@ -24,6 +24,7 @@ from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.parts import share
 from a3.provenance import provenance
+from a3.reading import load_documents, text_sha256
 from a3.stages.fisher import run_backward
 from a3.stages.gradients import run_gradients
 from a3.stages.stream import fits, run_streamed
@@ -132,7 +133,7 @@ def collect(
         config_sha256=sha256(model_folder / "config.json"),
         model=model_source(model_folder),
         text=text_source(text),
-        text_sha256=sha256(text),
+        text_sha256=text_sha256(text),
         block_length=block_length,
         seed=seed,
         bos=bos,
@@ -147,9 +148,14 @@ def collect(
 
 
 def text_source(text: Path) -> str:
-    """Where a text is from as the record beside it says; its file's name where there is none."""
+    """Where a text is from as the record beside it says; its file's name where there is none.
+
+    A file of that name without a seal is another of the user's, or the text itself.
+    """
     record = text.with_suffix(".json")
-    return read_record(record)["source"] if record.exists() else text.name
+    if text.suffix != ".jsonl" or not record.is_file() or SEAL.encode() not in record.read_bytes():
+        return text.name
+    return read_record(record).get("source", text.name)
 
 
 def merge_shards(paths: list[Path], out: Path) -> None:

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 # Named here so that a change of the compressed model makes evaluations stale.
 import a3.models.quantised  # noqa: F401
-from a3.documents import load_documents, scored_blocks
+from a3.documents import scored_blocks
 from a3.errors import A3Error
 from a3.files import read_record, sha256, write_record
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.provenance import provenance
+from a3.reading import load_documents, text_sha256
 
 
 def perplexity(
@@ -69,7 +70,7 @@ def perplexity(
         "text": name,
         "split": split,
         "source": None if source is None else read_record(source)["source"],
-        "text_sha256": sha256(text),
+        "text_sha256": text_sha256(text),
         "join": join,
         "block_length": block_length,
         "stride": block_length,

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import httpx2
-from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets import Dataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -220,7 +220,7 @@ def file_rows(source: dict[str, Any], cache: str) -> Dataset:
 
 
 def table_rows(paths: list[Path], split: str, cache: str) -> Dataset:
-    """Rows of .parquet, .json, .jsonl or .csv files, plain or packed, as one split.
+    """Rows of .parquet, .json, .jsonl or .csv files of the hub, plain or packed, as one split.
 
     `split` may be a slice such as train[:1000]; `cache` is a folder for the rows.
     Raises A3Error when a file is missing, damaged, or of another kind.
@@ -231,11 +231,28 @@ def table_rows(paths: list[Path], split: str, cache: str) -> Dataset:
             f"{paths[0]}: no such file, or not one of {', '.join(TABLES)}. Correct path or files."
         )
     chosen = {split.split("[")[0]: [str(path) for path in paths]}
+    # Left to itself, the reader takes words such as null and NA for nothing.
+    options = {"keep_default_na": False} if reader == "csv" else {}
     try:
-        return load_dataset(reader, data_files=chosen, split=split, cache_dir=cache)
+        return load_dataset(reader, data_files=chosen, split=split, cache_dir=cache, **options)
     except (DatasetsError, ValueError, OSError) as error:
         cause = first_line(error.__cause__ or error)
         raise A3Error(f"{paths[0]}: cannot be read ({cause}). Correct the file.") from error
+
+
+def rows_of(split: str, count: int) -> slice:
+    """Which of `count` rows a `split` of `datasets` names: train is all, train[:10%] a part.
+
+    Raises A3Error for what is no split.
+    """
+    try:
+        name = split.split("[")[0]
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: count})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise A3Error(
+            f"split {split!r}: {first_line(error)} Expected train, or a part of it, train[:1000]."
+        ) from error
+    return slice(part.from_, part.to)
 
 
 def configuration_rows(source: dict[str, Any], _: str) -> Dataset:

@@ -6,45 +6,48 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from a3.documents import (
-    Document,
-    decode,
-    interleave,
-    load_documents,
-    parse_lines,
-    read_text,
-    write_documents,
-)
+from a3.documents import interleave
 from a3.errors import A3Error
 from a3.files import sha256, whole_file, write_record
-from a3.inputs import hash_inputs, text_inputs
+from a3.inputs import hash_inputs
+from a3.overlap import REASONS, exclusions, same
 from a3.provenance import provenance
+from a3.reading import (
+    KINDS,
+    RECORDS,
+    Document,
+    as_document,
+    decode,
+    inner,
+    kind_of,
+    load_documents,
+    parse,
+    read_bytes,
+    text_files,
+    text_sha256,
+    unpack,
+    write_documents,
+)
 from a3.stages.sources import (
     PLACES,
-    TABLES,
     hub_commit,
     hub_rows,
+    rows_of,
     source_kind,
-    table_rows,
     wheel_file,
     wheel_members,
 )
 
-FORMATS = ("doc-tags", "summaries", "text", "lines", "jsonl", "dataset")
-SUFFIXES = {suffix: "dataset" for suffix in TABLES} | {".txt": "text", ".jsonl": "jsonl"}
+PROSE = ("text", "lines", "doc-tags")
+FORMATS = (*PROSE, "summaries", "jsonl", "dataset")
 DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MULTILINE | re.DOTALL)
 SPLITS = ("dev", "test", "harness")
 WORD = re.compile(r"\w+")
-NGRAM = 13
-# Fixed random odd numbers: sums of word numbers times them do not meet by chance.
-MULTIPLIERS = np.random.PCG64(NGRAM).random_raw(NGRAM).astype(np.uint64) | np.uint64(1)
 # Of a description. More of them do not help a dense SmolLM2-135M: on 300 items it gets 0.70 right
 # with 15 words, 0.80 with 20 and 0.77 with 25, and time grows with them.
 WORDS = 20
@@ -120,70 +123,75 @@ def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Docu
 def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:
     """Documents of a text: `source`, and optionally `format` and `min_chars`.
 
-    Formats: doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}),
-    text (each file one document), lines (each line one), jsonl (fields text and title), dataset (a
-    column of a hub data set or of a local .parquet, .json or .csv).
+    A file is what its name says, as everywhere (a3.reading), unless `format` says otherwise:
+    doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}), text (each
+    file one document, whatever it holds), lines (each line one), jsonl (JSON of records), dataset
+    (records, as the name says; of a hub data set its rows). Of records `column` of the source
+    (default text) is the text, and title the title.
     Raises A3Error when the source cannot be read as that format or nothing is left of it.
     """
-    source = spec["source"]
-    kind = text_format(spec)
-    if kind == "dataset":
-        found = dataset_documents(source)
-    else:
-        found = [
-            document
-            for name, content in contents(source, wheels)
-            for document in parse(kind, name, content)
-        ]
+    source, form = spec["source"], spec.get("format")
+    hub = source_kind(source) == "hub"
+    allowed = ("dataset",) if hub else FORMATS
+    if form is not None and form not in allowed:
+        raise A3Error(
+            f"text {source}: format is {form}, expected {' or '.join(allowed)}. Correct format."
+        )
+    found = hub_documents(source) if hub else local_documents(source, form, wheels)
     least = spec.get("min_chars", 1)
     kept = [document for document in found if len(document.text.strip()) >= least]
-    if not kept:
+    if not any(document.text.strip() for document in kept):
         raise A3Error(
-            f"text {source}: {len(found)} documents, none of at least {least} characters. Correct "
-            f"the source or lower min_chars."
+            f"text {source}: {len(found)} documents, none of at least {max(least, 1)} characters. "
+            "Correct the source or lower min_chars."
         )
     return kept
 
 
-def text_format(spec: dict[str, Any]) -> str:
-    """The format named, or the one the source implies; raises A3Error where it cannot be."""
-    source = spec["source"]
-    suffix = Path(source.get("path", "")).suffix
-    implied = "dataset" if source_kind(source) == "hub" else SUFFIXES.get(suffix)
-    found = spec.get("format", implied)
-    allowed = FORMATS if suffix in TABLES else FORMATS[:-1]
-    allowed = ("dataset",) if "hub" in source else allowed
-    if found not in allowed:
-        raise A3Error(
-            f"text {source}: format is {found}, expected {' or '.join(allowed)}. Set format."
-        )
-    return found
+def local_documents(
+    source: dict[str, Any], form: str | None, wheels: Path | None
+) -> list[Document]:
+    """Documents of the files of a wheel or path source, as `documents` says."""
+    column = source.get("column")
+    if column is not None and form in PROSE:
+        raise A3Error(f"text {source}: format {form} has no columns. Leave column out.")
+    found = [
+        document
+        for name, content in contents(source, form, wheels)
+        for document in parse_as(form, name, content, column)
+    ]
+    return found[rows_of(source["split"], len(found))] if "split" in source else found
 
 
-def contents(source: dict[str, Any], wheels: Path | None) -> list[tuple[str, str]]:
-    """(name, text) of each file of a wheel or path source; a folder gives its .txt files."""
+def contents(
+    source: dict[str, Any], form: str | None, wheels: Path | None
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of a wheel or path source; of a folder, those of the format."""
     if "wheel" in source:
         path = wheel_file(source["wheel"], wheels)
         members = wheel_members(path, source["wheel"]["member"])
-        return [(name, decode(content, f"{path}: {name}")) for name, content in members]
-    path = Path(source["path"])
-    paths = text_inputs(path)
-    if not paths:
-        raise A3Error(f"{path}: no .txt file in this folder. Name a file, or add some.")
-    return [(str(path), read_text(path)) for path in paths]
+        yield from ((f"{path}: {name}", content) for name, content in members)
+    else:
+        kinds = {None: set(KINDS.values()), "summaries": {"json"}, "jsonl": {"json"}}
+        kinds |= {"dataset": set(RECORDS)} | {each: {"text"} for each in PROSE}
+        files = text_files(Path(source["path"]), kinds[form])
+        yield from ((str(file), read_bytes(file)) for file in files)
 
 
-def parse(kind: str, name: str, content: str) -> list[Document]:
-    """Documents of one file in one of the formats; A3Error where it is not of that format."""
-    if kind == "jsonl":
-        return parse_lines(content, name)
-    if kind == "lines":
-        return [Document("", line) for line in content.split("\n")]
-    if kind == "doc-tags":
-        return doc_tags(name, content)
-    if kind == "summaries":
-        return summaries(name, content)
-    return [Document(PurePosixPath(name).stem, content)]
+def parse_as(form: str | None, name: str, content: bytes, column: str | None) -> list[Document]:
+    """Documents of one file, in one of the formats; A3Error where it is not of that format."""
+    if form == "dataset" and kind_of(name) not in RECORDS:
+        raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
+    if form in (None, "dataset", "jsonl"):
+        return parse(name, content, column, "json" if form == "jsonl" else None)
+    text = decode(unpack(name, content), name)
+    if form == "lines":
+        return [Document("", line) for line in text.split("\n")]
+    if form == "doc-tags":
+        return doc_tags(name, text)
+    if form == "summaries":
+        return summaries(name, text)
+    return [Document(inner(name)[0], text)]
 
 
 def doc_tags(name: str, content: str) -> list[Document]:
@@ -202,35 +210,33 @@ def summaries(name: str, content: str) -> list[Document]:
     """Documents of a JSON object of objects that have a title and an extract."""
     try:
         values = list(json.loads(content).values())
-        return [Document(value["title"], value["extract"].strip()) for value in values]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        fields = [{"title": value["title"], "text": value["extract"].strip()} for value in values]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise A3Error(
             f"{name}: {error!r}; expected JSON of the form {{title: {{title, extract}}}}. Correct "
             f"format or the file."
         ) from error
+    return [as_document(each, "text", f"{name}: record {i}") for i, each in enumerate(fields, 1)]
 
 
-def dataset_documents(source: dict[str, Any]) -> list[Document]:
+def hub_documents(source: dict[str, Any]) -> list[Document]:
     """Each row's `column` (default text) as a document, and its `title` where there is one.
 
     Empty rows too, which `min_chars` leaves out unless it is 0: some protocols join them.
     """
     column = source.get("column", "text")
-    # A local file is read through a temporary cache: nothing stale, nothing left behind.
+    # Files are read through a temporary cache: nothing stale, nothing left behind.
     with tempfile.TemporaryDirectory() as cache:
-        if "hub" in source:
-            rows = hub_rows(source, cache)
-        else:
-            rows = table_rows([Path(source["path"])], source.get("split", "train"), cache)
+        rows = hub_rows(source, cache)
         found = {name: feature.dtype for name, feature in rows.features.items()}
         if found.get(column) not in ("string", "large_string"):
             raise A3Error(
                 f"text {source}: column {column}: expected text, found columns {found}. Correct "
                 f"column."
             )
-        titles = rows["title"] if "title" in found else [""] * len(rows)
-        pairs = zip(titles, rows[column], strict=True)
-        return [Document(str(title or ""), text or "") for title, text in pairs]
+        rows = rows.select_columns([name for name in (column, "title") if name in found])
+        where = f"text {source['hub']}: row"
+        return [as_document(row, column, f"{where} {i}") for i, row in enumerate(rows, 1)]
 
 
 # --- what may not be evaluated on -----------------------------------------------------------------
@@ -244,9 +250,10 @@ def exclude_and_split(
 ) -> None:
     """Write dev.jsonl, test.jsonl, harness.jsonl and split.json (counts, hashes) into `out_dir`.
 
-    A document is left out when its title is a title of the excluded texts (letter case aside) or
-    any 13 words in a row of it occur in them. The others are split by a hash of title and text, so
-    that a document's split depends on nothing else. Without shares all go to test.
+    A document is left out when it occurs in the excluded texts, as `exclusions` says. The others
+    are split by a hash of title and text, so that a document's split depends on nothing else; of
+    the same text several times (title, case, spaces aside) the least hash counts, so that no two
+    splits hold it. Without shares all go to test.
     Raises A3Error for unknown or wrong shares, or when nothing is left.
     """
     shares = check_shares(shares or {"test": 1.0})
@@ -254,23 +261,23 @@ def exclude_and_split(
     excluded = [document for path in exclude_paths for document in load_documents(path)]
     reasons = exclusions(found, excluded)
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for document, reason in zip(found, reasons, strict=True):
-        if reason is None:
-            splits[choose_split(document, shares)].append(document)
+    kept = [d for d, reason in zip(found, reasons, strict=True) if reason is None]
+    for document, place in zip(kept, split_places(kept), strict=True):
+        splits[choose_split(place, shares)].append(document)
     if not any(splits.values()):
         raise A3Error(
             f"{docs_path}: all {len(found)} documents occur in the calibration texts. Evaluate on "
             f"another text, or take that one out of exclude."
         )
-    for split, kept in splits.items():
-        write_documents(out_dir / f"{split}.jsonl", kept)
+    for split, chosen in splits.items():
+        write_documents(out_dir / f"{split}.jsonl", chosen)
     write_record(
         out_dir / "split.json",
         {
             "documents": {"found": len(found)} | {split: len(splits[split]) for split in SPLITS},
-            "excluded": {reason: reasons.count(reason) for reason in ("title", f"{NGRAM}-gram")},
+            "excluded": {reason: reasons.count(reason) for reason in REASONS},
             "inputs": {
-                f"{path.parent.name}/{path.name}": sha256(path)
+                f"{path.parent.name}/{path.name}": text_sha256(path)
                 for path in (docs_path, *exclude_paths)
             },
             "shares": shares,
@@ -292,49 +299,19 @@ def check_shares(shares: dict[str, float]) -> dict[str, float]:
     return {split: float(shares.get(split, 0)) for split in SPLITS}
 
 
-def exclusions(found: Sequence[Document], excluded: Sequence[Document]) -> list[str | None]:
-    """Why each document may not be used: "title", "13-gram", or None where it may."""
-    titles = {document.title.casefold() for document in excluded} - {""}
-    numbers: dict[str, int] = {}
-    known = np.unique(
-        np.concatenate([np.empty(0, np.uint64), *(ngrams(d.text, numbers) for d in excluded)])
-    )
-    reasons: list[str | None] = []
-    for document in found:
-        if document.title.casefold() in titles:
-            reasons.append("title")
-        else:
-            seen = any_in(ngrams(document.text, numbers), known)
-            reasons.append(f"{NGRAM}-gram" if seen else None)
-    return reasons
+def split_places(documents: Sequence[Document]) -> list[float]:
+    """A hash in [0, 1) of each document, one for all of the same text, unless that is empty."""
+    texts = [same(document.text) or f"\0{document.title}" for document in documents]
+    places: dict[str, float] = {}
+    for text, document in zip(texts, documents, strict=True):
+        hashed = hashlib.sha256(f"{document.title}\0{document.text}".encode()).digest()
+        place = int.from_bytes(hashed[:8], "big") / 2**64
+        places[text] = min(place, places.get(text, place))
+    return [places[text] for text in texts]
 
 
-def any_in(values: np.ndarray, known: np.ndarray) -> bool:
-    """Whether any of `values` is in the sorted `known`; np.isin would sort `known` at each call."""
-    if len(known) == 0:
-        return False
-    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return bool((known[places] == values).any())
-
-
-def ngrams(text: str, numbers: dict[str, int]) -> np.ndarray:
-    """A 64-bit hash of every 13 words in a row of `text`; `numbers` gives each new word a number.
-
-    Hashes are sums modulo 2^64 of the words' numbers times fixed odd multipliers.
-    """
-    words = WORD.findall(text.lower())
-    ids = np.array([numbers.setdefault(word, len(numbers) + 1) for word in words], np.uint64)
-    count = max(0, len(ids) - NGRAM + 1)
-    total = np.zeros(count, np.uint64)
-    for i in range(NGRAM):
-        total += ids[i : i + count] * MULTIPLIERS[i]
-    return total
-
-
-def choose_split(document: Document, shares: dict[str, float]) -> str:
-    """The split whose part of [0, 1) holds the document's hash."""
-    digest = hashlib.sha256(f"{document.title}\0{document.text}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+def choose_split(place: float, shares: dict[str, float]) -> str:
+    """The split whose part of [0, 1) holds `place`."""
     total = 0.0
     for split, share in shares.items():
         total += share
@@ -356,8 +333,10 @@ def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None
     least that many; the 3 other titles are those of other documents, drawn by `seed`.
     Raises A3Error when there are too few documents.
     """
-    usable = [d for d in load_documents(docs_path) if d.title and len(d.text.split()) >= WORDS]
-    titles = sorted({document.title for document in usable})
+    found = load_documents(docs_path)
+    usable = [d for d in found if d.title.strip() and len(d.text.split()) >= WORDS]
+    # Of titles that differ in case or spaces only, one.
+    titles = list({same(title): title for title in sorted({d.title for d in usable})}.values())
     if len(usable) < items or len(titles) < CHOICES:
         raise A3Error(
             f"{docs_path}: {len(usable)} documents have a title and {WORDS} words, needed {items} "
@@ -368,12 +347,13 @@ def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None
     with whole_file(out_dir / "items.jsonl") as temporary:
         lines = (json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n" for fields in made)
         temporary.write_text("".join(lines), encoding="utf-8")
-    say(out_dir / "items.jsonl", items=items, seed=seed, text_sha256=sha256(docs_path))
+    say(out_dir / "items.jsonl", items=items, seed=seed, text_sha256=text_sha256(docs_path))
 
 
 def item(document: Document, titles: list[str], draw: random.Random) -> dict[str, Any]:
     """One multiple-choice item; `draw` chooses the other titles and the order."""
-    others = [title for title in draw.sample(titles, CHOICES) if title != document.title]
+    own = same(document.title)
+    others = [title for title in draw.sample(titles, CHOICES) if same(title) != own]
     choices = [document.title, *others[: CHOICES - 1]]
     draw.shuffle(choices)
     start = " ".join(mask(document.title, document.text).split()[:WORDS])

@@ -27,13 +27,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from a3.documents import Document, load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
-from a3.files import sha256, whole_folder, write_record
+from a3.files import whole_folder, write_record
 from a3.models.checkpoint import hash_files
 from a3.models.load import load_tokenizer
 from a3.models.tokenizer import differences
 from a3.provenance import provenance
+from a3.reading import Document, load_documents, text_sha256
 
 BOS, EOS = "<s>", "</s>"
 # Shares of the steps: the learning rate rises in the first; the loss is told of the last.
@@ -100,7 +101,7 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
         f"train: {time.perf_counter() - start:.0f} s; loss {loss:.3f} nats a token at the end, "
         f"unigram statistics alone {unigrams:.3f}"
     )
-    record = provenance(__name__, recipe=asdict(recipe), text_sha256=sha256(text))
+    record = provenance(__name__, recipe=asdict(recipe), text_sha256=text_sha256(text))
     with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
