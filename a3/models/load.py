@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,6 +17,7 @@ from transformers import (
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
+from a3.files import read_json
 from a3.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
@@ -34,6 +36,8 @@ def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The model of a dense or compressed folder, every recorded file of it held to its hash.
 
+    It generates greedily: `generate` would take every option that its caller leaves out from
+    generation_config.json, so nothing of that file is kept but the end of a text.
     Raises A3Error where its weights do not fit the memory at hand, a file changed, transformers
     cannot read it, or a tensor is missing.
     """
@@ -41,7 +45,29 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     needed = checkpoint.parameters() * WIDTHS[dtype]
     require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
     checkpoint.verify_all()
-    return load_whole(folder, dtype=getattr(torch, dtype)).eval()
+    greedy = GenerationConfig(eos_token_id=end_tokens(folder))
+    return load_whole(folder, dtype=getattr(torch, dtype), generation_config=greedy).eval()
+
+
+def end_tokens(folder: Path) -> list[int] | None:
+    """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
+
+    Raises A3Error where they are no ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        said = read_json(path) if path.is_file() else {}
+        if not isinstance(said, dict):
+            raise A3Error(f"{path}: found {type(said).__name__}, expected an object. Correct it.")
+        found = said.get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(each) is int for each in ids):
+            raise A3Error(
+                f"{path}: eos_token_id is {found!r}, expected a token's id or a list of ids. "
+                "Correct it."
+            )
+        if found not in (None, []):
+            return ids
+    return None
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
