@@ -22,6 +22,14 @@ from a3.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 
+# What a config.json may say of how a model is run, and a3 decides.
+PLAIN = {
+    "attn_implementation": None,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
     """The config of a folder; raises A3Error where it cannot be read."""
@@ -45,8 +53,8 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     needed = checkpoint.parameters() * WIDTHS[dtype]
     require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
     checkpoint.verify_all()
-    greedy = GenerationConfig(eos_token_id=end_tokens(folder))
-    return load_whole(folder, dtype=getattr(torch, dtype), generation_config=greedy).eval()
+    options = PLAIN | {"generation_config": GenerationConfig(eos_token_id=end_tokens(folder))}
+    return load_whole(folder, dtype=getattr(torch, dtype), **options).eval()
 
 
 def end_tokens(folder: Path) -> list[int] | None:
