@@ -1,5 +1,6 @@
 """Stage eval harness: EleutherAI's lm-eval on a dense or compressed folder, one task a file."""
 
+import os
 import random
 import tempfile
 import time
@@ -31,8 +32,8 @@ from a3.tasks import data_files, read_task
 
 # lm-eval sorts requests by length, so that a batch pads little; larger ones gain nothing on a CPU.
 CPU_BATCH = 8
-# Resamples for the standard error of a metric that is no mean over items; lm-eval's own default.
-BOOTSTRAPS = 100_000
+# Resamples for the standard error of a metric that is no mean over items: known to 1%.
+BOOTSTRAPS = 10_000
 
 
 def harness(
@@ -75,6 +76,9 @@ def harness(
             needs_end = any(t.OUTPUT_TYPE == "generate_until" for t in loaded["tasks"].values())
             require_end(tokenizer, model_folder, needs_end)
         wrapped = wrap(model_folder, tokenizer, dtype, device)
+        # Of lm-eval: resample in this process. Its pool takes every core, and never ends where a
+        # worker is told to while it starts, since it has the command line's handler of SIGTERM.
+        os.environ["DISABLE_MULTIPROC"] = "1"
         start = time.perf_counter()
         seed_all(seed)
         with torch.inference_mode(), one_line(f"harness task {task!r}", own=False):

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask, Task
 
 from a3.errors import A3Error
+from a3.stages.scores import number
 
 ROLLING = "loglikelihood_rolling"
 # Some answer of a model to one request, by the task's kind.
@@ -113,6 +115,12 @@ def check_metric(task: Task, metric: str | None) -> None:
         raise A3Error(f"{where}: lm-eval has no such aggregation, of {', '.join(unknown)}.")
     answers = [ANSWERS[task.OUTPUT_TYPE]] * len(task.instances)
     found = task.process_results(task.instances[0].doc, answers)
+    for name, value in found.items():
+        if task.aggregation().get(name) is mean and number(value) is None:
+            raise A3Error(
+                f"{where}: an item's {name} is no number that has a mean. Leave it out, or set its "
+                "aggregation."
+            )
     filters = [each.name for each in task._filters]
     known = [name if kind == "none" else f"{name},{kind}" for kind in filters for name in found]
     if not known:
