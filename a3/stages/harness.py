@@ -12,6 +12,7 @@ from typing import Any
 import lm_eval
 import numpy as np
 import torch
+from lm_eval.api.registry import metric_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
@@ -25,7 +26,7 @@ from a3.harness import task_config
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import end_tokens, load_model, load_tokenizer
 from a3.provenance import provenance
-from a3.stages.prompting import PINNED, Prompting, choose_template, stand_in
+from a3.stages.prompting import Prompting, choose_template, stand_in
 from a3.stages.rehearsal import rehearse
 from a3.stages.scores import scores
 from a3.tasks import data_files, read_task
@@ -72,7 +73,7 @@ def harness(
         with one_line(str(yaml or items or f"harness task {task!r}"), own=not (yaml or items)):
             loaded = manager.load([chosen])
             options = prompting.options(stand_in(tokenizer))
-            rehearse(task, loaded, metric, shots, seed, options)
+            rehearse(task, loaded, bool(yaml or items), metric, shots, seed, options)
             needs_end = any(t.OUTPUT_TYPE == "generate_until" for t in loaded["tasks"].values())
             require_end(tokenizer, model_folder, needs_end)
         wrapped = wrap(model_folder, tokenizer, dtype, device)
@@ -106,6 +107,21 @@ def harness(
     write_record(out.with_suffix(".timing.json"), {"seconds": seconds})
 
 
+def require_metrics(config: dict[str, Any], path: Path) -> None:
+    """Raise A3Error for a metric of a local task that lm-eval itself does not have.
+
+    It would look for one at the hub, and run the code that it finds.
+    """
+    entries = config.get("metric_list") or []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name = entry.get("metric") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name not in metric_registry or entry.get("hf_evaluate"):
+            raise A3Error(
+                f"{path}: metric_list has {entry!r}; expected under metric one of lm-eval's own: "
+                f"{', '.join(sorted(metric_registry))}."
+            )
+
+
 def seed_all(seed: int) -> None:
     """Seed every generator that a task may draw from."""
     random.seed(seed)
@@ -133,6 +149,11 @@ def one_line(where: str, own: bool) -> Iterator[None]:
             todo = (
                 "Its data set comes from the hub: the hub has to be reached (HF_ENDPOINT), or the "
                 "data set be there (HF_HOME)."
+            )
+        if isinstance(root, OverflowError):
+            todo = (
+                "A perplexity is beyond all numbers: of words that are whole paragraphs, say, in "
+                "scripts without spaces. Take byte_perplexity or bits_per_byte."
             )
         raise A3Error(
             f"{where}: lm-eval {lm_eval.__version__} cannot run it ({said[:500]}). {todo}"
@@ -166,7 +187,6 @@ def wrap(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: s
         # The model's, whatever the tokenizer's model_max_length says.
         max_length=resolve_max_length(model.config),
         batch_size=CPU_BATCH if device == "cpu" else "auto",
-        chat_template_args=PINNED,
     )
 
 
@@ -185,6 +205,9 @@ def find_task(
         files = [yaml, *map(Path, data_files(config))]
         if missing := [str(path) for path in files if not path.is_file()]:
             raise A3Error(f"{yaml}: no file {', '.join(missing)}. Correct data_files.")
+        if empty := [str(path) for path in files if not path.stat().st_size]:
+            raise A3Error(f"{yaml}: nothing in {', '.join(empty)}. Correct data_files.")
+        require_metrics(config, yaml)
         config |= {"task": task, "dataset_kwargs": config["dataset_kwargs"] | {"cache_dir": cache}}
         # Where the YAML says 0, lm-eval would take it for the last word.
         return config | ({} if shots is None else {"num_fewshot": shots}), local, files

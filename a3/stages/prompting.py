@@ -1,7 +1,6 @@
 """How the harness puts a question: chat template, examples as turns, a system instruction."""
 
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from a3.errors import A3Error
 
 # Templates that put today's date into the prompt (Llama 3's) get this one, which Llama's own falls
 # back to: results of two days could not be compared otherwise.
-PINNED = {"strftime_now": datetime(2024, 7, 26).strftime}
+NOW = "strftime_now"
+PINNED = f"{{%- macro {NOW}(format) -%}}26 Jul 2024{{%- endmacro -%}}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Prompting:
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> SimpleNamespace:
     """What `HFLM.apply_chat_template` reads of a model."""
-    return SimpleNamespace(tokenizer=tokenizer, chat_template_args=PINNED)
+    return SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, prompting: Prompting, folder: Path) -> None:
@@ -75,14 +75,12 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, prompting: Prompting, fo
             f"{folder}: its tokenizer has no chat template {name!r}; it has "
             f"{', '.join(sorted(named))}. Set apply-chat-template to one of them."
         )
-    tokenizer.chat_template = named[name]
+    tokenizer.chat_template = (PINNED if NOW in named[name] else "") + named[name]
     system = prompting.system_instruction
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "?"})
     try:
-        shown = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **PINNED
-        )
+        shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     # Templates call functions of Python's, too.
     except (TemplateError, LookupError, TypeError, ValueError) as error:
         raise A3Error(

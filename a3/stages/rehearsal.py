@@ -21,6 +21,7 @@ ANSWERS = {
 def rehearse(
     name: str,
     loaded: dict[str, Any],
+    local: bool,
     metric: str | None,
     shots: int | None,
     seed: int,
@@ -28,9 +29,10 @@ def rehearse(
 ) -> None:
     """Set the number of examples, and build the prompt of the first item of each task.
 
-    `loaded` is what lm-eval's TaskManager loads; `options` are those of `build_all_requests`.
-    Raises A3Error for what a3 does not run, examples that there are not, and a metric that the task
-    does not have; what lm-eval itself raises goes through.
+    `loaded` is what lm-eval's TaskManager loads; `options` are those of `build_all_requests`. Of a
+    `local` task every item's right answer is looked at. Raises A3Error for what a3 does not run,
+    examples that there are not, a metric that the task does not have, and an answer that is not
+    among the choices; what lm-eval itself raises goes through.
     """
     group = loaded["groups"].get(name)
     if group is not None and not group.aggregate_metric_list:
@@ -47,6 +49,8 @@ def rehearse(
         # Drawing the examples of that item took from the seed.
         each.set_fewshot_seed(seed)
         check_metric(each, metric if group is None else None)
+        if local:
+            check_answers(each)
 
 
 def check_kind(task: Task, options: dict[str, Any]) -> None:
@@ -90,7 +94,7 @@ def check_examples(task: Task) -> None:
         raise A3Error(f"{where}, and it scores documents, without a prompt. Set shots to 0.")
     scored = config.test_split or config.validation_split
     shown = task.fewshot_cfg.split
-    if shown is None and not (config.fewshot_config or {}).get("samples"):
+    if shown is None and task.fewshot_cfg.samples is None:
         shown = config.training_split or scored
     # lm-eval leaves the item out only where fewshot_split is test_split.
     if shown == scored and task.fewshot_cfg.split != config.test_split:
@@ -130,3 +134,22 @@ def check_metric(task: Task, metric: str | None) -> None:
         )
     if metric not in (None, *known):
         raise A3Error(f"{where}: metric is {metric}, expected {' or '.join(known)}.")
+
+
+def check_answers(task: Task) -> None:
+    """Raise A3Error where an item's right answer is none of its choices: always wrong, to lm-eval.
+
+    It is a choice's place or its text; of several right ones their places.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for i, doc in enumerate(task.eval_docs):
+        choices = task.doc_to_choice(doc)
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        places = range(len(choices))
+        one = gold in choices if isinstance(gold, str) else gold in places
+        if not (all(each in places for each in gold) if isinstance(gold, list) else one):
+            raise A3Error(
+                f"harness task {task.task_name!r}: the answer of item {i} is {gold!r}, and its "
+                f"choices are {choices}. Correct doc_to_target, doc_to_choice or the data."
+            )
