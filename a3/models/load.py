@@ -24,7 +24,8 @@ from a3.models.families import FAMILIES
 
 # What a config.json may say of how a model is run, and a3 decides.
 PLAIN = {
-    "attn_implementation": None,
+    "_attn_implementation": None,
+    "_experts_implementation": None,
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -53,8 +54,8 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     needed = checkpoint.parameters() * WIDTHS[dtype]
     require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
     checkpoint.verify_all()
-    options = PLAIN | {"generation_config": GenerationConfig(eos_token_id=end_tokens(folder))}
-    return load_whole(folder, dtype=getattr(torch, dtype), **options).eval()
+    greedy = GenerationConfig(eos_token_id=end_tokens(folder))
+    return load_whole(folder, dtype=getattr(torch, dtype), generation_config=greedy).eval()
 
 
 def end_tokens(folder: Path) -> list[int] | None:
@@ -83,7 +84,7 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 
     transformers only warns of a tensor that is missing, and makes one up at random.
     """
-    options |= {"use_safetensors": True, "output_loading_info": True}
+    options |= PLAIN | {"use_safetensors": True, "output_loading_info": True}
     model, info = loaded(AutoModelForCausalLM, folder, **options)
     if lost := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise A3Error(
