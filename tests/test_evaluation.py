@@ -642,3 +642,10 @@ def test_the_workflow_takes_names_mixtures_and_local_tasks(local, tmp_path):
     assert (rules.count("eval_ppl"), rules.count("eval_harness")) == (4, 6)
     for words in ("--tokens all --block-length 2048 --bos-once --join empty-line", "--shots 5"):
         assert words in output
+    # Another prompt is another result.
+    chat = "apply_chat_template: tool, fewshot_as_multiturn: true, system_instruction: '-a b'"
+    project.edit("config/config.yaml", "task.yaml}", f"task.yaml, {chat}}}")
+    rules, output = project.snakemake("-n", "--printshellcmds", made[1])
+    assert rules == ["eval_harness"]
+    options = "--apply-chat-template=tool --fewshot-as-multiturn '--system-instruction=-a b'"
+    assert options in output
