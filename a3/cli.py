@@ -574,6 +574,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shots", type=int, help="examples shown (default: the task's)")
     one.add_argument("--limit", type=int, help="only the first items")
     one.add_argument("--seed", type=int, default=0, help="chooses the examples shown")
+    text_ = "put the prompt into the tokenizer's chat template, or into that of this name"
+    one.add_argument(
+        "--apply-chat-template", nargs="?", const=True, default=False, metavar="NAME", help=text_
+    )
+    text_ = "with a chat template: examples as turns of the chat, not in one turn of the user"
+    one.add_argument("--fewshot-as-multiturn", action="store_true", help=text_)
+    one.add_argument("--system-instruction", metavar="TEXT", help="put before the prompt")
     add_out(one, "result, JSON")
     add_run(one)
 

@@ -84,6 +84,12 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         check_mixture(name, whole["texts"])
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
+    for name, entry in whole["harness"].items():
+        if entry["fewshot_as_multiturn"] and not entry["apply_chat_template"]:
+            raise A3Error(
+                f"config: harness.{name}.fewshot_as_multiturn makes examples turns of a chat, and "
+                "there is none. Set apply_chat_template too."
+            )
     for section in ("perplexity", "harness", "speed"):
         for name in whole["evaluate"][section]:
             defined(section, name, whole[section], f"evaluate.{section}")

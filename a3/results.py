@@ -27,7 +27,19 @@ PERPLEXITY_PROTOCOL = (
     "token_ids_sha256",
 )
 SPEED_PROTOCOL = ("batch", "prompt", "new_tokens", "repeats", "attention", "dtype", "threads")
-HARNESS_PROTOCOL = ("metric", "items", "shots", "task_hash", "lm_eval")
+HARNESS_PROTOCOL = (
+    "metric",
+    "items",
+    "shots",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+    "task_hash",
+    "prompts_sha256",
+    "lm_eval",
+)
+# Before the name of a metric: the items' values of a result are the mean of its logarithm.
+LOG = "log_"
 # Statistics that spectra are made of.
 SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 # Both models are scored by the same code.

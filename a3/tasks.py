@@ -13,13 +13,15 @@ from a3.files import load_yaml
 READERS = ("csv", "json", "parquet")
 # Keys under which lm-eval and `datasets` look for other files than the data files.
 ELSEWHERE = ("include", "use_prompt", "data_dir")
+# Without them lm-eval cannot ask anything.
+NEEDED = ("doc_to_text", "doc_to_target")
 
 
 def read_task(path: Path) -> dict[str, Any]:
     """The YAML of a local task; all of the task is in it and in its data files.
 
     Raises A3Error where it cannot be read, has Python in it (`!function`) or runs some, reads
-    another file, or has no local data.
+    another file, has no local data, or does not say what is asked.
     """
     task = load_yaml(path)
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):
@@ -38,13 +40,16 @@ def read_task(path: Path) -> dict[str, Any]:
             f"{path}: dataset_path is {task.get('dataset_path')!r}, with files {data_files(task)}; "
             f"expected one of {', '.join(READERS)}, and dataset_kwargs.data_files."
         )
+    choice = ["doc_to_choice"] if task.get("output_type") == "multiple_choice" else []
+    if missing := [key for key in (*NEEDED, *choice) if task.get(key) is None]:
+        raise A3Error(f"{path}: no {', '.join(missing)}. Say what is asked.")
     return task
 
 
 def data_files(task: dict[str, Any]) -> list[str]:
-    """The data files of a task: of one name, a list, or {split: one or several}."""
-    found = (task.get("dataset_kwargs") or {}).get("data_files") or []
+    """The data files of a task: of one name, a list, or {split: one or several}; else none."""
+    options = task.get("dataset_kwargs")
+    found = options.get("data_files") if isinstance(options, dict) else None
     groups = list(found.values()) if isinstance(found, dict) else [found]
-    return [
-        str(name) for group in groups for name in ([group] if isinstance(group, str) else group)
-    ]
+    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
+    return names if all(isinstance(name, str) for name in names) else []

@@ -7,9 +7,11 @@ import random
 from pathlib import Path
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api.metrics import nanmean
 from lm_eval.tasks import TaskManager
 from test_text import Guess
 from test_workflow import Project
@@ -34,7 +36,8 @@ from a3.harness import task_config
 from a3.models.load import load_tokenizer
 from a3.reading import Document, load_documents, write_documents
 from a3.results import read_runs
-from a3.stages.harness import find_task, scores
+from a3.stages.harness import find_task
+from a3.stages.scores import scores
 from a3.stages.text import make_documents
 
 ROOT = Path(__file__).parent.parent
@@ -417,30 +420,34 @@ def test_a_group_is_its_aggregate(local):
     (local / "group/both.yaml").write_text(yaml.safe_dump(group))
     manager = TaskManager(include_path=str(local / "group"), include_defaults=False)
     found = lm_eval.simple_evaluate(model=Guess(), tasks=["both"], task_manager=manager)
-    record = scores("both", found)
+    tasks = manager.load(["both"])["tasks"]
+    means = {name: one.aggregation() for name, one in tasks.items()}
+    record = scores("both", found, means)
     assert (record["items"], record["shots"], record["metric"]) == (6, 0, "acc")
     assert len(record["item_scores"]) == 6
     assert record["value"] == pytest.approx(sum(record["item_scores"]) / 6)
     assert record["stderr"] == found["results"]["both"]["acc_stderr,none"]
-    one = scores("a", {**found, "samples": {"a": found["samples"]["a"]}})
+    one = scores("a", {**found, "samples": {"a": found["samples"]["a"]}}, means)
     assert record["item_scores"][:4] == one["item_scores"]
     with pytest.raises(A3Error, match="metric is acc_norm, expected acc"):
-        scores("both", found, "acc_norm")
+        scores("both", found, means, "acc_norm")
 
 
 def test_scores_of_a_filter_and_of_no_number():
     """Strict matches only, in the documents' order; a value that is no number is null."""
+    means = {"gsm8k": {"exact_match": nanmean}}
     strict = [
-        {"doc_id": i, "filter": "strict-match", "exact_match": float(i > 1)} for i in range(4)
+        {"doc_id": i, "filter": "strict-match", "exact_match": float(i > 1)} for i in range(5)
     ]
     loose = [{"doc_id": i, "filter": "flexible-extract", "exact_match": 1.0} for i in range(4)]
-    strict[3]["exact_match"] = (1.0, 2)
-    keys = {"doc_hash": "d", "prompt_hash": "p", "target_hash": "t"}
+    strict[3]["exact_match"], strict[4]["exact_match"] = (1.0, 2), np.nan
+    strict[2]["exact_match"] = np.bool_(True)
+    keys = {"doc_hash": "d", "prompt_hash": "p", "target_hash": "t", "arguments": [("p", "t")]}
     found = {
         "results": {
             "gsm8k": {
                 "alias": "gsm8k",
-                "exact_match,strict-match": 0.5,
+                "exact_match,strict-match": 1 / 3,
                 "exact_match_stderr,strict-match": 0.1,
                 "exact_match,flexible-extract": 1.0,
                 "exact_match_stderr,flexible-extract": 0.0,
@@ -450,11 +457,14 @@ def test_scores_of_a_filter_and_of_no_number():
         "n-shot": {"gsm8k": 5},
         "n-samples": {"gsm8k": {"effective": 4}},
         "versions": {"gsm8k": 3.0},
+        "higher_is_better": {"gsm8k": {"exact_match": True}},
     }
-    record = scores("gsm8k", found, "exact_match,strict-match")
-    assert record["item_scores"] == [0.0, 0.0, 1.0, None]
-    assert (record["value"], record["stderr"]) == (0.5, 0.1)
-    assert scores("gsm8k", found, "exact_match,flexible-extract")["item_scores"] == [1.0] * 4
+    record = scores("gsm8k", found, means, "exact_match,strict-match")
+    assert record["item_scores"] == [0.0, 0.0, 1.0, None, None]
+    assert record["item_measure"] == "exact_match,strict-match"
+    assert (record["value"], record["stderr"]) == (1 / 3, 0.1)
+    loose_record = scores("gsm8k", found, means, "exact_match,flexible-extract")
+    assert loose_record["item_scores"] == [1.0] * 4
 
 
 def test_named_tasks_are_lm_evals(monkeypatch):
@@ -630,3 +640,10 @@ def test_the_workflow_takes_names_mixtures_and_local_tasks(local, tmp_path):
     assert (rules.count("eval_ppl"), rules.count("eval_harness")) == (4, 6)
     for words in ("--tokens all --block-length 2048 --bos-once --join empty-line", "--shots 5"):
         assert words in output
+    # Another prompt is another result.
+    chat = "apply_chat_template: tool, fewshot_as_multiturn: true, system_instruction: '-a b'"
+    project.edit("config/config.yaml", "task.yaml}", f"task.yaml, {chat}}}")
+    rules, output = project.snakemake("-n", "--printshellcmds", made[1])
+    assert rules == ["eval_harness"]
+    options = "--apply-chat-template=tool --fewshot-as-multiturn '--system-instruction=-a b'"
+    assert options in output

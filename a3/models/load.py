@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,10 +19,20 @@ from transformers import (
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
+from a3.files import read_json
 from a3.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.readable import refuse_adapter
+
+# What a config.json may say of how a model is run, and a3 decides.
+PLAIN = {
+    "_attn_implementation": None,
+    "_experts_implementation": None,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
@@ -38,6 +49,8 @@ def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The model of a dense or compressed folder, every recorded file of it held to its hash.
 
+    It generates greedily: `generate` would take every option that its caller leaves out from
+    generation_config.json, so nothing of that file is kept but the end of a text.
     Raises A3Error where its weights do not fit the memory at hand, a file changed, transformers
     cannot read it, or a tensor is missing.
     """
@@ -45,7 +58,29 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     needed = count_parameters(folder) * WIDTHS[dtype]
     require_memory(needed, f"{folder}: in {dtype} it", "Take a dtype of fewer bytes")
     checkpoint.verify_all()
-    return load_whole(folder, dtype=getattr(torch, dtype)).eval()
+    greedy = GenerationConfig(eos_token_id=end_tokens(folder))
+    return load_whole(folder, dtype=getattr(torch, dtype), generation_config=greedy).eval()
+
+
+def end_tokens(folder: Path) -> list[int] | None:
+    """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
+
+    Raises A3Error where they are no ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        said = read_json(path) if path.is_file() else {}
+        if not isinstance(said, dict):
+            raise A3Error(f"{path}: found {type(said).__name__}, expected an object. Correct it.")
+        found = said.get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(each) is int for each in ids):
+            raise A3Error(
+                f"{path}: eos_token_id is {found!r}, expected a token's id or a list of ids. "
+                "Correct it."
+            )
+        if found not in (None, []):
+            return ids
+    return None
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
@@ -59,18 +94,18 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     meta = options.get("device_map") == "meta"
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": meta}
     try:
-        model, info = loaded(AutoModelForCausalLM, folder, **options | wanted)
+        model, info = loaded(AutoModelForCausalLM, folder, **options | PLAIN | wanted)
     except A3Error:
-        if not meta and "gguf_file" not in options:
+        if not meta:
             load_whole(folder, device_map="meta")
         raise
     other_shape = [name for name, *_ in info["mismatched_keys"]]
     if lost := sorted(map(str, [*info["missing_keys"], *other_shape])):
         instead = ". Fetch or build it again."
-        if "gguf_file" not in options and info["missing_keys"]:
+        if info["missing_keys"]:
             instead = Checkpoint(folder).instead(min(info["missing_keys"]))
         raise A3Error(
-            f"{folder / options.get('gguf_file', '')}: no tensor of the expected shape for "
+            f"{folder}: no tensor of the expected shape for "
             f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"
         )
     return model

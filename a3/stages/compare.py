@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from a3.errors import A3Error
-from a3.results import HARNESS_PROTOCOL, Place, Record, Run
+from a3.results import HARNESS_PROTOCOL, LOG, Place, Record, Run
 
 Groups = list[tuple[Run, list[Run]]]
 
@@ -18,8 +18,6 @@ PLACE = tuple(field.name for field in fields(Place))
 BETTER, WORSE, SAME = "better", "worse", "no difference"
 # A difference counts from so many of its standard errors on.
 ERRORS = 2
-# Metrics of lm-eval that are better the lower they are, of those that items have one by one.
-LOWER = ("brier_score", "ter")
 # Keys of a statistics record that do not say how its text was read.
 NOT_SETTINGS = {
     "stage",
@@ -40,9 +38,12 @@ def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, An
     return {"delta": float(found.mean()), "delta_stderr": float(found.sem())}
 
 
-def verdict(delta: float, stderr: float, lower_is_better: bool) -> str:
-    """What a difference says; nothing ("") where one pair leaves it without a standard error."""
-    if math.isnan(stderr):
+def verdict(delta: float, stderr: float, lower_is_better: bool | None) -> str:
+    """What a difference says; nothing ("") where one pair leaves it without a standard error.
+
+    Nor where it is not known (None) what is better.
+    """
+    if math.isnan(stderr) or lower_is_better is None:
         return ""
     if abs(delta) <= ERRORS * stderr:
         return SAME
@@ -52,9 +53,11 @@ def verdict(delta: float, stderr: float, lower_is_better: bool) -> str:
 def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     """Every row against the row of the method `reference` of its model, calibration and ratio.
 
-    Differences are row − reference, paired over the same blocks (nll, nats a token) or items (the
-    task's metric, where both results have `item_scores`); a verdict is about the row. Rows without
-    a reference beside them are left out. Raises A3Error where scores are not one an item.
+    Differences are row − reference, paired over the same blocks (nll, nats a token) or items (what
+    the items' values are the mean of: the task's metric, or its logarithm where it is a
+    perplexity). Of a metric that is no mean over items, the difference of the two scores stands
+    without an error and a verdict. A verdict is about the row. Rows without a reference beside them
+    are left out. Raises A3Error where scores are not one an item.
     """
     if reference is None:
         return []
@@ -89,16 +92,43 @@ def _comparison(run: Run, other: Run) -> dict[str, Any]:
         row[f"{text}.blocks"] = record["blocks"]
         row[f"{text}.nll_verdict"] = verdict(*found.values(), lower_is_better=True)
     for task, record in run.harness.items():
-        scores = [each.data.get("item_scores") for each in (other.harness[task], record)]
-        if None in scores:
-            continue
-        _require_items(record, scores)
-        found = differences(*scores)
-        metric = record["metric"]
-        row |= {f"{task}.{metric}_{key}": value for key, value in found.items()}
-        row[f"{task}.items"] = record["items"]
-        row[f"{task}.{metric}_verdict"] = verdict(*found.values(), lower_is_better=metric in LOWER)
+        found = _harness(other.harness[task], record)
+        row |= {f"{task}.{key}": value for key, value in found.items()}
     return row
+
+
+def _harness(before: Record, after: Record) -> dict[str, Any]:
+    """What two results of a task say of each other: nothing where one has no value."""
+    measure = after["item_measure"]
+    if measure is None or before["item_measure"] != measure:
+        return _unpaired(before, after)
+    scores = [each["item_scores"] for each in (before, after)]
+    _require_items(after, scores)
+    # An item that has no value in one of them says nothing.
+    pairs = [pair for pair in zip(*scores, strict=True) if None not in pair]
+    if not pairs:
+        return {}
+    found = differences(*zip(*pairs, strict=True))
+    higher = False if measure.startswith(LOG) else after["higher_is_better"]
+    said = verdict(*found.values(), lower_is_better=None if higher is None else not higher)
+    return {
+        **{f"{measure}_{key}": value for key, value in found.items()},
+        "items": len(pairs),
+        f"{measure}_verdict": said,
+    }
+
+
+def _unpaired(before: Record, after: Record) -> dict[str, Any]:
+    """The difference of two scores whose error over items nobody knows."""
+    metric = after["metric"]
+    if before["value"] is None or after["value"] is None:
+        return {}
+    return {
+        f"{metric}_delta": after["value"] - before["value"],
+        f"{metric}_delta_stderr": None,
+        "items": after["items"],
+        f"{metric}_verdict": "",
+    }
 
 
 def _require_items(record: Record, scores: list[list[float]]) -> None:

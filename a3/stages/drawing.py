@@ -138,8 +138,12 @@ def points(
 
 
 def log_if_wide(axes: Axes, values: list[float], limit: float = math.inf) -> None:
-    """A logarithmic axis where the worst is over five times the best, up to `limit` times it."""
-    span = max(values) / min(values)
+    """A logarithmic axis where the worst is over five times the best, up to `limit` times it.
+
+    Values that there are not (NaN) do not count; where one is 0 or less the axis stays as it is.
+    """
+    values = [value for value in values if not math.isnan(value)]
+    span = max(values) / min(values) if values and min(values) > 0 else 1.0
     if span > 5:
         axes.set_yscale("log")
         if span > limit:

@@ -1,5 +1,6 @@
 """Figures of a table: quality against compression, error by layer, kept RoPE pairs."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 from a3.files import whole_folder, write_json
-from a3.results import Run, read_runs
+from a3.results import LOG, Record, Run, read_runs
 from a3.stages.bits_figure import bits_drawing
 from a3.stages.drawing import (
     COLOURS,
@@ -114,13 +115,16 @@ def _perplexities(texts: Sequence[str]) -> dict[str, Measure]:
 
 def _scores(tasks: Sequence[str]) -> dict[str, Measure]:
     return {
-        task: lambda run, task=task: (run.harness[task]["value"], run.harness[task]["stderr"])
+        task: lambda run, task=task: (
+            math.nan if run.harness[task]["value"] is None else run.harness[task]["value"],
+            run.harness[task]["stderr"],
+        )
         for task in tasks
     }
 
 
 def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
-    figure = _quality(dense, runs, _perplexities(texts), "perplexity", log=True)
+    figure = _quality(dense, runs, _perplexities(texts), "perplexity", log=texts)
     caption = (
         f"{dense.place.model}: perplexity (lower is better) {_against(runs)}. The dashed "
         "line is the dense model. Bars are one standard error over the blocks of text; "
@@ -131,13 +135,19 @@ def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
 
 
 def _harness(dense: Run, runs: list[Run], tasks: Sequence[str]) -> Drawing:
-    figure = _quality(dense, runs, _scores(tasks), "score", log=False)
+    perplexities = [task for task in tasks if _is_logarithmic(dense.harness[task])]
+    figure = _quality(dense, runs, _scores(tasks), "score", log=perplexities)
     metrics = sorted({dense.harness[task]["metric"] for task in tasks})
     caption = (
         f"{dense.place.model}: harness score ({', '.join(metrics)}) {_against(runs)}. The dashed "
         "line is the dense model. Bars are one standard error over the items."
     )
     return Drawing(f"harness-{dense.place.model}", caption, figure)
+
+
+def _is_logarithmic(record: Record) -> bool:
+    """Whether a task's score is a perplexity."""
+    return (record["item_measure"] or "").startswith(LOG)
 
 
 def _against(runs: list[Run]) -> str:
@@ -151,9 +161,12 @@ def _against(runs: list[Run]) -> str:
 
 
 def _quality(
-    dense: Run, runs: list[Run], panels: dict[str, Measure], label: str, log: bool
+    dense: Run, runs: list[Run], panels: dict[str, Measure], label: str, log: Sequence[str]
 ) -> Figure:
-    """One row a text or task; nominal ratio, if any, on the left, parameters left on the right."""
+    """One row a text or task; nominal ratio, if any, on the left, parameters left on the right.
+
+    The panels that `log` names are logarithmic where values span far.
+    """
     curves = _curves(runs)
     ratios = {run.place.nominal for run in runs} - {None}
     step = min(0.004, 0.02 / max(len(curves), 1))
@@ -169,7 +182,7 @@ def _quality(
         _curves_on(row[-1], dense, curves, measure, lambda run: _kept(dense, run), 0)
         row[0].set_title(f"{dense.place.model}, {name}")
         row[0].set_ylabel(label)
-        if log:
+        if name in log:
             values = [measure(run)[0] for run in (dense, *runs)]
             log_if_wide(row[0], values, OFF_SCALE)
         for axes in row:
@@ -188,7 +201,8 @@ def _from_the_top(curves: dict[str, list[Run]], panels: dict[str, Measure]) -> l
     """Labels of the curves in the order of their ends on the first panel, from the top."""
     measure = next(iter(panels.values()))
     ends = {label: measure(curve[-1])[0] for label, curve in curves.items()}
-    return sorted(ends, key=lambda label: -ends[label])
+    # Those without a value are last.
+    return sorted(ends, key=lambda label: (math.isnan(ends[label]), -ends[label]))
 
 
 def _legend(figure: Figure, axes: Axes, order: list[str], columns: int) -> None:

@@ -38,9 +38,6 @@ def generation(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=tokenizer.eos_token_id,
         )[0, ids.shape[1] :]
     seconds = time.perf_counter() - start
     record = {

@@ -76,7 +76,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
             own = [x for x in lines if x["measure"].startswith("accuracy ")]
             for average in (x for x in lines if x["measure"] == one.cell.measure):
                 same = [x["ours"] for x in own if all(x[key] == average[key] for key in KEYS)]
-                average["ours"] = sum(same) / len(same)
+                average["ours"] = None if None in same else sum(same) / len(same)
     write_csv(out, lines)
 
 

@@ -22,6 +22,7 @@ from a3.stages.tables import (
     markdown_table,
     named,
     numbers,
+    score,
     short,
     text_columns,
 )
@@ -171,7 +172,7 @@ def surgery_columns(frame: pd.DataFrame) -> list[Column]:
     for key in [key for key in frame if key.endswith(".value")]:
         task = key.removesuffix(".value")
         metric = frame[f"{task}.metric"].iloc[0]
-        found.append(numbers(frame, f"{task} {metric}", key, "{:.3f}".format, "_stderr"))
+        found.append(numbers(frame, f"{task} {metric}", key, score, "_stderr"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from a3.kinds import KINDS, SAMPLED_FORMS
 from a3.results import (
     DENSE,
     HARNESS_PROTOCOL,
+    LOG,
     PERPLEXITY_PROTOCOL,
     Place,
     Record,
@@ -147,11 +149,15 @@ def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
 
 
 def _harness(dense: Record, record: Record) -> dict[str, Any]:
-    """A task's value, its standard error, and its distance to the dense model's."""
+    """A task's value, its standard error, and its distance to the dense model's.
+
+    None where lm-eval has no such number.
+    """
+    values = (record["value"], dense["value"])
     return {
         "value": record["value"],
         "value_stderr": record["stderr"],
-        "value_delta": record["value"] - dense["value"],
+        "value_delta": None if None in values else record["value"] - dense["value"],
     }
 
 
@@ -220,7 +226,7 @@ def names(frame: pd.DataFrame, measure: str) -> list[str]:
 def columns(frame: pd.DataFrame) -> list[Column]:
     """The columns of results.csv that people compare, rounded."""
     found = _names_of_rows(frame)
-    deltas = [key for key in frame if "_delta" in key]
+    deltas = [key for key in frame if key.endswith(("_delta", "_delta_stderr"))]
     frame = frame.copy()
     frame.loc[[place.is_dense for place in _places(frame)], deltas] = float("nan")
     for text in names(frame, "perplexity"):
@@ -233,8 +239,8 @@ def columns(frame: pd.DataFrame) -> list[Column]:
     for task in names(frame, "value"):
         metric = frame[f"{task}.metric"].iloc[0]
         found += [
-            numbers(frame, f"{task} {metric}", f"{task}.value", "{:.3f}".format, "_stderr"),
-            numbers(frame, f"{task} Δ {metric}", f"{task}.value_delta", "{:+.3f}".format),
+            numbers(frame, f"{task} {metric}", f"{task}.value", score, "_stderr"),
+            numbers(frame, f"{task} Δ {metric}", f"{task}.value_delta", partial(score, sign="+")),
         ]
     return [
         *found,
@@ -269,8 +275,9 @@ def comparison_columns(frame: pd.DataFrame) -> list[Column]:
     found = _names_of_rows(frame)
     for key in [key for key in frame if key.endswith("_delta")]:
         name, _, measure = key.removesuffix("_delta").rpartition(".")
-        found.append(numbers(frame, f"{name} Δ {measure}", key, "{:+.4f}".format, "_stderr"))
-        said = frame[f"{name}.{measure}_verdict"].fillna("–").tolist()
+        show = partial(score, decimals=4, sign="+")
+        found.append(numbers(frame, f"{name} Δ {measure}", key, show, "_stderr"))
+        said = frame[f"{name}.{measure}_verdict"].astype(object).fillna("–").tolist()
         found.append(Column(f"{name} verdict", said, said, "short"))
     kept = numbers(frame, "parameters, of the reference's", "parameters_ratio", "{:.1%}".format)
     return [*found, kept]
@@ -336,7 +343,8 @@ def protocol(frame: pd.DataFrame) -> list[Column]:
         first = group.iloc[0]
         for keys, measure in ((PERPLEXITY_PROTOCOL, "perplexity"), (HARNESS_PROTOCOL, "value")):
             for name in names(frame, measure):
-                said = [f"{key} {_digest(key, first[f'{name}.{key}'])}" for key in keys]
+                there = [key for key in keys if not pd.isna(first[f"{name}.{key}"])]
+                said = [f"{key} {_digest(key, first[f'{name}.{key}'])}" for key in there]
                 rows.append((model, name, ", ".join(said)))
     return text_columns(("model", "measured on", "protocol"), rows)
 
@@ -362,12 +370,17 @@ def markdown(folder: Path) -> str:
 
 def comparison_note(frame: pd.DataFrame) -> str:
     """What comparisons.csv compares, in a few sentences."""
-    return (
+    said = (
         f"Each row against {frame['reference'].iloc[0]} of the same model, calibration and ratio: "
         "Δ is the row's value less the reference's, over the same blocks or items, ± the standard "
         "error of that paired difference. A row is better or worse where Δ exceeds two standard "
         "errors; of twenty rows that do not differ, about one does so by chance."
     )
+    if any(f".{LOG}" in key for key in frame):
+        said += " Of a task's perplexity Δ is of its logarithm, in nats."
+    if any(frame[key].isna().all() for key in frame if key.endswith("_delta_stderr")):
+        said += " A Δ without ± has no known error, and no verdict."
+    return said
 
 
 def seed_note(frame: pd.DataFrame) -> str:
@@ -432,6 +445,11 @@ def _plus_minus(text: str, error: float) -> str:
     return f"{text} ± {error:.{len(text.partition('.')[2])}f}"
 
 
+def score(value: float, decimals: int = 3, sign: str = "") -> str:
+    """A share, or another score of lm-eval's, whose size may be any."""
+    return f"{value:{sign}.{decimals}f}" if abs(value) < 1000 else f"{value:{sign}.4g}"
+
+
 def short(value: float) -> str:
     """Two decimals while they mean something."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
@@ -453,7 +471,9 @@ def _digest(key: str, value: Any) -> str:
 
 def markdown_table(found: Sequence[Column]) -> str:
     """Columns as GitHub Markdown."""
-    frame = pd.DataFrame({column.title: [_escape(t) for t in column.texts] for column in found})
+    # A text and a task may have one name, and a title.
+    rows = zip(*([_escape(text) for text in column.texts] for column in found), strict=True)
+    frame = pd.DataFrame(list(rows), columns=[column.title for column in found])
     align = ["right" if column.kind == "number" else "left" for column in found]
     return str(
         frame.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=align)
@@ -462,4 +482,4 @@ def markdown_table(found: Sequence[Column]) -> str:
 
 def _escape(text: str) -> str:
     """Keep a name from ending its cell or turning into HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.splitlines()).replace("|", "\\|").replace("<", "&lt;")

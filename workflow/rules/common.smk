@@ -222,6 +222,11 @@ def settings(section, key, names):
                 words.append(BOS_OPTIONS[chosen[name]])
             elif isinstance(chosen.get(name), list):
                 words += [option, *chosen[name]]
+            elif isinstance(chosen.get(name), bool):
+                words += [option] if chosen[name] else []
+            # Text of the user's may begin with a hyphen.
+            elif name in ("apply_chat_template", "system_instruction") and name in chosen:
+                words.append(f"{option}={chosen[name]}")
             elif name in chosen:
                 words += [option, str(chosen[name])]
         return words

@@ -1,5 +1,10 @@
 """Stages eval ppl, harness and speed, of dense and compressed models alike."""
 
+HARNESS_SETTINGS = (
+    *("metric", "shots", "limit", "seed", "dtype"),
+    *("apply_chat_template", "fewshot_as_multiturn", "system_instruction"),
+)
+
 
 rule eval_ppl:
     input:
@@ -53,7 +58,7 @@ rule eval_harness:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         task=task_options,
         content=task_content,
-        settings=settings("harness", "task", ("metric", "shots", "limit", "seed", "dtype")),
+        settings=settings("harness", "task", HARNESS_SETTINGS),
         threads=C["threads"]["eval"],
         device=C["device"],
         code=fingerprint("a3.stages.harness"),
