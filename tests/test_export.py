@@ -277,7 +277,10 @@ def test_ranks_that_differ_between_layers_are_refused(llama, tmp_path):
             "its RoPE is longrope, whose frequencies depend",
         ),
         ({"rope_type": "yarn", "factor": 4.0}, "its RoPE, yarn, multiplies queries and keys by"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "its RoPE turns 0.5 of each head"),
+        (
+            {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5},
+            "RoPE's tables are 8 numbers wide and heads 16",
+        ),
     ],
 )
 def test_rope_that_no_table_of_factors_is_is_refused(tmp_path, rope, reason):
