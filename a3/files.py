@@ -153,6 +153,8 @@ def require_place(path: Path) -> None:
         if path.is_symlink():
             raise A3Error(f"{path}: a link, expected a place of its own. Name another place.")
         resolved = path.resolve()
+        if resolved.exists() and not path.exists():
+            raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
         there = next(part for part in resolved.parents if part.exists())
         longest = os.pathconf(there, "PC_NAME_MAX")
         # What is written has a longer name at first.
@@ -292,8 +294,16 @@ def load_yaml(path: Path) -> Any:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record with its seal as `write_json` does."""
+    """Write a record with its seal as `write_json` does; A3Error where it is no record's place."""
+    if path.exists() and SEAL not in (read_json(path) if is_json(path) else {}):
+        raise A3Error(f"{path}: exists already, and is no record. Name another, or delete it.")
     write_json(path, seal(record))
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file may be an object of JSON, by its first character."""
+    with path.open("rb") as stream:
+        return stream.read(1) == b"{"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from a3.errors import A3Error
 from a3.files import (
     Seal,
+    is_json,
     read_record,
     require_apart,
     require_replaceable,
@@ -146,7 +147,7 @@ def stage_of(path: Path) -> str | None:
     try:
         if path.suffix == ".safetensors" and (said := metadata(path)):
             return stage_in(unseal(said, path))
-        if path.suffix not in (".safetensors", ".jsonl") and path.open("rb").read(1) == b"{":
+        if path.suffix not in (".safetensors", ".jsonl") and is_json(path):
             return stage_in(read_record(path))
         return stage_beside(path)
     except (A3Error, OSError, ValueError):
