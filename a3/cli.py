@@ -17,7 +17,7 @@ from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
 from a3.options import DTYPES, LARGEST_SEED, MOST_THREADS, Parser, count
 from a3.recipes import METHODS, check_method
-from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose
+from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose, parse_ratio
 
 # Cells of a table's rows, and what may stand beside them.
 ROW = (*PARTS, "ratio")
@@ -96,6 +96,8 @@ def plan(
     """Say what jobs will cost, and refuse what cannot be."""
     from a3.stages.forecast import Job, forecast, refuse, stages_of, table
 
+    for where in sorted({job["settings"]["device"] for job in jobs}):
+        kinds_of.require_device(where, "float32")
     found = [Job(**job) for job in jobs]
     if model is not None:
         found += stages_of(folder(model), row, settings)
@@ -108,6 +110,10 @@ def plan(
 
 def wheel(name: str, version: str, sha256: str, out: Path) -> None:
     """Fetch one wheel."""
+    from a3.config import validate_entry
+
+    said = {"name": name, "version": version, "sha256": sha256, "member": "all"}
+    validate_entry(said, "wheel", "wheel")
     from a3.stages.sources import fetch_wheel
 
     fetch_wheel(name, version, sha256, out)
@@ -439,7 +445,7 @@ def entry(name: str, section: str) -> dict[str, Any]:
         if name in catalogue:
             return catalogue[name]
         raise A3Error(f"{name!r}: expected {local}, or one of {', '.join(sorted(catalogue))}.")
-    if is_there(Path(name)):
+    if name and is_there(Path(name)):
         kind = {".txt": {"format": "text"}, "": {}}.get(Path(name).suffix, {})
         return {"source": {"path": name}} | (kind if section == "texts" else {})
     if name in catalogue:
@@ -451,6 +457,22 @@ def entry(name: str, section: str) -> dict[str, Any]:
         f"{name!r}: expected {local}, one of {', '.join(sorted(catalogue))}, or a hub repository "
         "with its revision (owner/name@revision); found none of them."
     )
+
+
+def ratio(word: str) -> str:
+    """A ratio as tables spell it; raises A3Error where it is none."""
+    if word != NO_RATIO:
+        parse_ratio(word)
+    return word
+
+
+def shares(word: str) -> dict[str, float]:
+    """JSON of the shares of dev, test and harness."""
+    from a3.config import validate_entry
+
+    found = kinds_of.read_json(word)
+    validate_entry(found, "text/properties/split", f"shares {kinds_of.shown(word)}")
+    return found
 
 
 def is_there(path: Path) -> bool:
@@ -499,7 +521,7 @@ def parser() -> argparse.ArgumentParser:
     text_ = "<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …"
     add_out(one, targets.STATISTICS, text_, nargs="+")
     text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
-    one.add_argument("--experiments", type=kinds_of.rows(*ROW), default=[], help=text_)
+    one.add_argument("--experiments", type=kinds_of.rows(*ROW, least=0), default=[], help=text_)
     text_ = "one layer at a time in memory (default: where all weights do not fit)"
     one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
     one.add_argument(
@@ -621,7 +643,7 @@ def parser() -> argparse.ArgumentParser:
     text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
     one.add_argument("models", type=Path, nargs="+", help=text_)
     text_ = "time the dense model and those of these ratios, all with random weights"
-    one.add_argument("--ratio", nargs="+", default=[], help=text_)
+    one.add_argument("--ratio", type=ratio, nargs="+", default=[], help=text_)
     add_parts(one)
     text_ = "with --ratio: also a mode that factors the matrices of all parts: svd-llm …"
     one.add_argument("--beside", nargs="+", default=[], metavar="MODE", help=text_)
@@ -671,7 +693,7 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
     one.add_argument("documents", type=Path, help="docs.jsonl")
     one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
-    one.add_argument("--shares", type=kinds_of.mapping, default={}, help="JSON: dev, test, harness")
+    one.add_argument("--shares", type=shares, default={}, help="JSON: dev, test, harness")
     add_out(one, targets.SPLIT, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
     one = add(commands, "items", items, "make multiple-choice items: title from description")
     one.add_argument("documents", type=Path, help="harness.jsonl")
@@ -772,7 +794,7 @@ def add_out(
 def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
     text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
-    one.add_argument("--ratio", default=NO_RATIO, help=text)
+    one.add_argument("--ratio", type=ratio, default=NO_RATIO, help=text)
     add_parts(one)
 
 

@@ -7,6 +7,7 @@ import csv
 import difflib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def validate_entry(entry: Any, kind: str, what: str) -> None:
 
 
 def require_plain(value: Any, where: str, what: str) -> None:
-    """Raise A3Error for a key that is no text, as all keys of ours are, for NaN and infinity."""
+    """Raise A3Error for a key that is no text, as all keys of ours are, and for NaN and infinity.
+
+    Text is of characters that a path can have: neither NUL nor half a surrogate pair.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -85,6 +89,8 @@ def require_plain(value: Any, where: str, what: str) -> None:
             require_plain(item, where, what)
     elif isinstance(value, float) and not math.isfinite(value):
         raise A3Error(f"{what}: {where}: {value} is no number. Correct this key.")
+    elif isinstance(value, str) and not re.fullmatch("[^\\0\ud800-\udfff]*", value):
+        raise A3Error(f"{what}: {where}: {value!r} has characters that are none. Correct this key.")
 
 
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from a3.errors import A3Error
 # libraries in C can count.
 MOST = 10**12
 # torch starts so many without a word, and then there are none left.
-MOST_THREADS = 4096
+MOST_THREADS = 1024
 # Of numpy's generator, to which lm-eval gives it.
 LARGEST_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,7 +32,7 @@ def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
     def read(word: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", word) or not least <= int(word) <= most:
             raise argparse.ArgumentTypeError(
-                f"expected an integer from {least} to {most}, found {word!r}"
+                f"expected an integer from {least} to {most}, found {shown(word)}"
             )
         return int(word)
 
@@ -47,7 +47,7 @@ def count_or_all(word: str) -> int | str:
 def part(word: str) -> str:
     """One of several parts: 0of4."""
     if not re.fullmatch(r"[0-9]{1,9}of[0-9]{1,9}", word):
-        raise argparse.ArgumentTypeError(f"expected 0of4, 1of4 …, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected 0of4, 1of4 …, found {shown(word)}")
     return word
 
 
@@ -63,7 +63,7 @@ def unicode(word: str) -> str:
 def device(word: str) -> str:
     """The name of a device; whether it is there only torch can say (`require_device`)."""
     if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", word):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 …, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 …, found {shown(word)}")
     return word
 
 
@@ -102,15 +102,18 @@ def shown(word: str) -> str:
     return repr(word) if len(word) < 200 else f"{word[:200]!r} …"
 
 
-def rows(*columns: str, others: tuple[str, ...] | None = None) -> Callable[[str], list[Any]]:
+def rows(
+    *columns: str, others: tuple[str, ...] | None = None, least: int = 1
+) -> Callable[[str], list[Any]]:
     """JSON of the rows of a table: each has all of `columns`, and none but them and `others`.
 
-    Without `others` there may be any. Values are text; numbers become text.
+    Without `others` there may be any. Values are text; numbers become text. There are at `least`
+    so many rows.
     """
 
     def read(word: str) -> list[dict[str, str]]:
         found = read_json(word)
-        for row in found if isinstance(found, list) else [None]:
+        for row in found if isinstance(found, list) and len(found) >= least else [None]:
             cells = isinstance(row, dict) and all(
                 type(v) in (str, int, float) for v in row.values()
             )
@@ -177,9 +180,9 @@ def wrong_job(job: Any) -> str | None:
         return "threads and count are integers from 1 on"
     if any(type(settings[key]) is not int or settings[key] < 0 for key in NUMBERS if key in needed):
         return f"{', '.join(NUMBERS)} are integers"
-    if (
-        not isinstance(settings.get("row", {}), dict)
-        or settings.get("dtype", "float32") not in DTYPES
-    ):
-        return f"row is an object, and dtype one of {', '.join(DTYPES)}"
+    row = settings.get("row", {})
+    if not isinstance(row, dict) or (row and {"qk", "ov", "mlp", "ratio"} - row.keys()):
+        return "row has qk, ov, mlp and ratio, or nothing"
+    if settings.get("dtype", "float32") not in DTYPES or not isinstance(settings["device"], str):
+        return f"dtype is one of {', '.join(DTYPES)}, and device a name"
     return None
