@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from a3 import options as kinds_of
+from a3 import options as values
 from a3 import targets
 from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
@@ -22,8 +22,8 @@ from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose, parse
 # Cells of a table's rows, and what may stand beside them.
 ROW = (*PARTS, "ratio")
 SEED = count(0, LARGEST_SEED)
-EXPERIMENTS = kinds_of.rows("model", others=("calibration", *ROW, "quantise"))
-SURGERIES = kinds_of.rows("model", "calibration", "mode", "size", others=())
+EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise"))
+SURGERIES = values.rows("model", "calibration", "mode", "size", others=())
 # The keys of a3.documents.JOINS.
 JOINS = ("empty-line", "space", "nothing")
 
@@ -78,7 +78,7 @@ def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
 
         torch.set_num_threads(threads)
     if device not in (None, "cpu") or dtype not in (None, "float32"):
-        kinds_of.require_device(device or "cpu", dtype or "float32")
+        values.require_device(device or "cpu", dtype or "float32")
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def plan(
     from a3.stages.forecast import Job, forecast, refuse, stages_of, table
 
     for where in sorted({job["settings"]["device"] for job in jobs}):
-        kinds_of.require_device(where, "float32")
+        values.require_device(where, "float32")
     found = [Job(**job) for job in jobs]
     if model is not None:
         found += stages_of(folder(model), row, settings)
@@ -437,8 +437,8 @@ def entry(name: str, section: str) -> dict[str, Any]:
 
     kind, local = SECTIONS[section]
     if name.startswith("{"):
-        found = kinds_of.read_json(name)
-        validate_entry(found, kind, f"{kind} {kinds_of.shown(name)}")
+        found = values.read_json(name)
+        validate_entry(found, kind, f"{kind} {values.shown(name)}")
         return found
     catalogue = load_yaml(CATALOGUE)[section]
     if section == "quantisations":
@@ -470,8 +470,8 @@ def shares(word: str) -> dict[str, float]:
     """JSON of the shares of dev, test and harness."""
     from a3.config import validate_entry
 
-    found = kinds_of.read_json(word)
-    validate_entry(found, "text/properties/split", f"shares {kinds_of.shown(word)}")
+    found = values.read_json(word)
+    validate_entry(found, "text/properties/split", f"shares {values.shown(word)}")
     return found
 
 
@@ -508,7 +508,7 @@ def parser() -> argparse.ArgumentParser:
     add_modes(one)
     add_run(add_blocks(one, tokens=32768, seed=False))
     text_ = "JSON: jobs of a workflow, in place of one model's collect, approx and evaluation"
-    one.add_argument("--jobs", type=kinds_of.jobs, default=[], help=text_)
+    one.add_argument("--jobs", type=values.jobs, default=[], help=text_)
     one.add_argument("--results", type=Path, default=Path("results"), help="where files will lie")
     one.add_argument("--cores", type=count(), default=1, help="jobs that run at once")
     text_ = "jobs run on other machines: this one's memory does not count"
@@ -521,12 +521,12 @@ def parser() -> argparse.ArgumentParser:
     text_ = "<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …"
     add_out(one, targets.STATISTICS, text_, nargs="+")
     text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
-    one.add_argument("--experiments", type=kinds_of.rows(*ROW, least=0), default=[], help=text_)
+    one.add_argument("--experiments", type=values.rows(*ROW, least=0), default=[], help=text_)
     text_ = "one layer at a time in memory (default: where all weights do not fit)"
     one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
     one.add_argument(
         "--shard",
-        type=kinds_of.part,
+        type=values.part,
         help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them",
     )
     add_run(add_blocks(one, tokens=32768, seed=True))
@@ -552,7 +552,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
     add_servable(one)
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
-    one.add_argument("--part", type=kinds_of.part, help=text_)
+    one.add_argument("--part", type=values.part, help=text_)
     add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
     add_threads(one)
 
@@ -632,7 +632,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     one.add_argument(
         "--prompt",
-        type=kinds_of.unicode,
+        type=values.unicode,
         required=True,
         help="taken as it is, without a chat template",
     )
@@ -748,7 +748,7 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "report", report, "self-contained HTML report")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)
-    one.add_argument("--config", type=kinds_of.mapping, required=True, help="JSON")
+    one.add_argument("--config", type=values.mapping, required=True, help="JSON")
     add_out(one, targets.PLAIN, "report.html")
     paper = commands.add_parser("paper", help="the paper's tables", description="Paper's tables.")
     kinds = paper.add_subparsers(metavar="KIND", required=True)
@@ -839,7 +839,7 @@ def add_blocks(
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
     text = "tokens to use, or all" if scored else "tokens to use"
-    number = kinds_of.count_or_all if scored else count()
+    number = values.count_or_all if scored else count()
     one.add_argument("--tokens", type=number, default=tokens, help=text)
     one.add_argument("--block-length", type=count(2), default=1024, help="tokens a block")
     bos = argparse.BooleanOptionalAction
@@ -855,7 +855,7 @@ def add_blocks(
 def add_run(one: argparse.ArgumentParser) -> None:
     """Where and how the model runs."""
     one.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the forward pass")
-    one.add_argument("--device", type=kinds_of.device, default="cpu", help="cpu, cuda …")
+    one.add_argument("--device", type=values.device, default="cpu", help="cpu, cuda …")
     add_threads(one)
 
 

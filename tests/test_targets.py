@@ -312,6 +312,17 @@ def test_callers_in_python_are_refused_too(made, tmp_path):
     assert (mine / "thesis.tex").read_text() == "mine"
 
 
+def test_words_that_the_user_put_into_a_card_stay(made, tmp_path, capsys):
+    shutil.copytree(made / "small", tmp_path / "small")
+    card = tmp_path / "small/README.md"
+    card.write_text(card.read_text() + "My own words.")
+    before, result = state(tmp_path), str(made / "ppl.json")
+    words = ["card", str(tmp_path / "small"), "--dense", result, "--compressed", result]
+    assert main(words) == 1
+    assert "move it elsewhere first" in capsys.readouterr().err
+    assert state(tmp_path) == before
+
+
 def test_a_made_folder_is_made_again_when_its_source_changed(made, tmp_path):
     """Its weights are links: the record's hashes are of what they pointed to."""
     copy = tmp_path / "source"

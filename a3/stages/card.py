@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from a3.errors import A3Error
 from a3.files import SEAL, read_record, sha256, whole_file, write_record
-from a3.models.checkpoint import CARD, front_matter
+from a3.models.checkpoint import CARD, check_file, front_matter
 from a3.results import PERPLEXITY_PROTOCOL, Record, same_protocol
 from a3.solutions.modes import DENSE, PARTS
 
@@ -189,6 +189,9 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
         )
     path = folder / "approx.json"
     record = read_record(path)
+    if (folder / CARD).exists():
+        known = record["files"].get(CARD, "")
+        check_file(folder / CARD, known, "It would be written over: move it elsewhere first.")
     weights = {"dense": record["base"]["weights_sha256"], "compressed": record["weights_sha256"]}
     pairs = []
     for both in zip(dense, compressed, strict=True):
