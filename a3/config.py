@@ -5,7 +5,9 @@ Read by the Snakefile at every start, so nothing heavy is imported here.
 
 import csv
 import difflib
+import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
 from a3.surgery import find_surgery, parse_size
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+# A link, so that an installed a3 has it too.
+SCHEMA = Path(__file__).parent / "config.schema.yaml"
 # What the catalogue has entries of.
 SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
 COLUMNS = ("model", "calibration", *PARTS, "ratio")
@@ -28,11 +32,23 @@ SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
 QUANTISE = "quantise"
 
 
-def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
-    """Raise A3Error that names the first wrong key, what was found and what was expected."""
-    require_text_keys(config, "the top level")
+# A whole number has no point: 512.0 would pass for a number of tokens, and break what counts them.
+STRICT = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: type(value) is int
+    ),
+)
+
+
+def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
+    """Raise A3Error that names the first wrong key, what was found and what was expected.
+
+    `what` is what the user calls it.
+    """
+    require_plain(config, "the top level", what)
     errors = sorted(
-        jsonschema.Draft202012Validator(schema).iter_errors(config),
+        STRICT(schema).iter_errors(config),
         key=lambda error: [str(part) for part in error.absolute_path],
     )
     if not errors:
@@ -46,22 +62,35 @@ def validate(config: dict[str, Any], schema: dict[str, Any]) -> None:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise A3Error(
-            f"config: unknown key {unknown[0]!r} at {where}; expected one of "
+            f"{what}: unknown key {unknown[0]!r} at {where}; expected one of "
             f"{', '.join(known)}.{hint}"
         )
-    raise A3Error(f"config: {where}: {error.message}. Correct this key.")
+    raise A3Error(f"{what}: {where}: {error.message}. Correct this key.")
 
 
-def require_text_keys(value: Any, where: str) -> None:
-    """Raise A3Error where a key is a number, date or the like, which no key of ours is."""
+def validate_entry(entry: Any, kind: str, what: str) -> None:
+    """Raise A3Error unless this is what the config calls a `kind`: model, text, quantisation …"""
+    definitions = load_yaml(SCHEMA)["$defs"]
+    validate(entry, {"$ref": f"#/$defs/{kind}", "$defs": definitions}, what)
+
+
+def require_plain(value: Any, where: str, what: str) -> None:
+    """Raise A3Error for a key that is no text, as all keys of ours are, and for NaN and infinity.
+
+    Text is of characters that a path can have: neither NUL nor half a surrogate pair.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise A3Error(f'config: the key {key!r} at {where}: expected text. Put it in "".')
-            require_text_keys(item, key)
+                raise A3Error(f'{what}: the key {key!r} at {where}: expected text. Put it in "".')
+            require_plain(item, key, what)
     elif isinstance(value, list):
         for item in value:
-            require_text_keys(item, where)
+            require_plain(item, where, what)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise A3Error(f"{what}: {where}: {value} is no number. Correct this key.")
+    elif isinstance(value, str) and not re.fullmatch("[^\\0\ud800-\udfff]*", value):
+        raise A3Error(f"{what}: {where}: {value!r} has characters that are none. Correct this key.")
 
 
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +109,10 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
                 defined("text", entry["text"], whole["texts"], f"{section}.{name}.text")
     for name, model in whole["models"].items():
         check_made(name, model["source"], whole)
+        check_outside("models", name, whole)
     for name, text in whole["texts"].items():
         check_mixture(name, whole["texts"])
+        check_outside("texts", name, whole)
         for other in text.get("exclude", []):
             defined("text", other, whole["texts"], f"texts.{name}.exclude")
     for name, entry in whole["harness"].items():
@@ -117,6 +148,17 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
         raise A3Error(
             f"config: {where} names the {what} {name!r}, which is not defined; defined are "
             f"{', '.join(sorted(table)) or 'none'}."
+        )
+
+
+def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
+    """Raise A3Error where a source is what the workflow would delete to make something of it."""
+    path = config[section][name]["source"].get("path")
+    made = Path(config["results"], section, name)
+    if path is not None and made.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+        raise A3Error(
+            f"config: {section}.{name}.source.path is {path}, and {made} is what is made of it and "
+            "deleted before. Choose other results, or another name."
         )
 
 

@@ -59,6 +59,8 @@ def check_method(method: str, rank: int | None) -> None:
         raise A3Error(
             f"method {method!r} of quantisation is not known. Methods: {', '.join(METHODS)}."
         )
+    if rank is not None and rank < 1:
+        raise A3Error(f"rank of the repair is {rank}; expected 1 or more.")
     if (rank is None) != (method == "none"):
         raise A3Error(
             f"method {method!r} has {'no rank' if rank is None else f'rank {rank}'}. Methods but "

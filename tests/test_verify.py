@@ -11,8 +11,8 @@ from tiny import BLOCK, TAIL, run, tiny_llama, tiny_results
 from a3 import files
 from a3.cli import main
 from a3.errors import A3Error
-from a3.files import read_record, sha256, whole_folder, write_record
-from a3.models.checkpoint import Checkpoint
+from a3.files import Seal, read_record, sha256, whole_folder, write_record
+from a3.models.checkpoint import Checkpoint, hash_files
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +203,11 @@ def test_one_damaged_weight_stops_every_stage(results, capsys):
 def write_folders(path, mark, count):
     """Put a folder whose files all say `mark` at `path`, again and again."""
     for _ in range(count):
-        with whole_folder(path) as folder:
+        with whole_folder(path, Seal("arch.json", "test")) as folder:
             for i in range(10):
                 (folder / str(i)).write_text(mark)
+            made = {"files": hash_files(folder), "provenance": {"stage": "test"}}
+            write_record(folder / "arch.json", made)
 
 
 def test_of_two_writers_of_a_folder_one_wins_whole(tmp_path):
@@ -217,8 +219,8 @@ def test_of_two_writers_of_a_folder_one_wins_whole(tmp_path):
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert len({file.read_text() for file in path.iterdir()}) == 1
-    assert len(list(path.iterdir())) == 10
+    assert len({(path / str(i)).read_text() for i in range(10)}) == 1
+    assert len(list(path.iterdir())) == 11
     assert list(tmp_path.iterdir()) == [path]
 
 

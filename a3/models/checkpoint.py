@@ -12,14 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from a3.errors import A3Error
-from a3.files import read_json, read_record, sha256
+from a3.files import RECORDS, read_json, read_record, sha256
 from a3.inputs import files_of
 from a3.models.readable import DTYPES, INDEX, require_readable, shards
 
 # The model card.
 CARD = "README.md"
-# What says of a folder, under "files", which content a stage wrote.
-RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 # What transformers reads of a folder beside config and weights, where it is there.
 READ = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json"),

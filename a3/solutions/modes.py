@@ -23,6 +23,8 @@ MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
 SERVABLE = (64, 80, 96, 112, 120, 128, 256)
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
+# Characters; paths hold it.
+LONGEST_RATIO = 20
 # Stands for the ratio where every compressed part has a size of its own.
 NO_RATIO = "-"
 # Least squares overfits a short calibration: it is damped as if so many more tokens had been seen,
@@ -238,6 +240,8 @@ def parse_ratio(text: str) -> Decimal:
     Raises A3Error outside [0, 1), and for `0.20` or `.2`: paths hold the ratio as it is spelled,
     and a checkpoint has one path.
     """
+    if len(text) > LONGEST_RATIO:
+        raise A3Error(f"ratio {text[:LONGEST_RATIO]!r} …: expected fewer digits, such as 0.125.")
     try:
         ratio = Decimal(text)
     except InvalidOperation:

@@ -39,6 +39,7 @@ from a3.stages.assemble import (
 )
 from a3.stages.plan import Plan, factor_ranks
 from a3.statistics import KINDS, Rxx
+from a3.targets import APPROXIMATED
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 # Modes that share out a ratio among the layers.
@@ -80,7 +81,7 @@ def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
     count = min(arch.layers, -(-size // LARGEST_PART))
     numbers = [f"{i}of{count}" for i in range(count)]
-    with whole_folder(out) as folder:
+    with whole_folder(out, APPROXIMATED.seal, [solver.checkpoint.folder]) as folder:
         parts = [folder / f".{number}.safetensors" for number in numbers]
         for number, path in zip(numbers, parts, strict=True):
             solve_run(solver, plan, number, path)

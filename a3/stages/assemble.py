@@ -33,6 +33,7 @@ from a3.sizes import sizes
 from a3.solutions.modes import PARTS
 from a3.stages.card import base_of, write_card
 from a3.stages.travel import bring
+from a3.targets import APPROXIMATED
 
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks = tuple[int, int, int | list[int]]
@@ -100,7 +101,7 @@ def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
     """
     arch, parts = load_arch(model_folder), read_parts(paths)
     require_base(arch, paths[0], parts[0])
-    with whole_folder(out) as folder:
+    with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
         near = paths[0].stat().st_dev == folder.stat().st_dev
         bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]

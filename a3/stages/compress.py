@@ -1,10 +1,9 @@
 """a3 compress: collect and approx in one go, keeping only the compressed folder."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from a3.errors import A3Error
+from a3.files import hidden_folder, require_replaceable
 from a3.stages.allocate import allocate
 from a3.stages.approximate import approximate
 from a3.stages.collect import collect
@@ -12,6 +11,7 @@ from a3.stages.model import resolve_model
 from a3.stages.plan import Plan
 from a3.stages.sources import fetch_wheel
 from a3.stages.text import make_documents
+from a3.targets import NEW
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
@@ -30,18 +30,18 @@ def compress(
     `settings` are those of `collect`. Raises A3Error where `out` exists already, and as the stages
     do; then nothing is left behind.
     """
-    if out.exists():
-        raise A3Error(f"{out}: exists already. Name another folder, or delete it first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
-        work = Path(name)
+    require_replaceable(out, NEW.seal)
+    kinds = plan.kinds()
+    known = {"model": known_as(model), "docs.jsonl": known_as(text)}
+    known |= {f"{kind}.safetensors": f"the statistics {kind}" for kind in kinds}
+    with hidden_folder(out, known) as work:
         for entry in (model, text):
             find_source(entry, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
         # Refused modes and sizes are said before the long part.
         plan.check(work / "model")
         make_documents(text, work, None, work / "docs.jsonl")
-        outputs = {kind: work / f"{kind}.safetensors" for kind in plan.kinds()}
+        outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}
         if outputs:
             collect(work / "model", work / "docs.jsonl", outputs, **settings)
         allocation = None
@@ -49,3 +49,10 @@ def compress(
             allocation = work / "allocation.json"
             allocate(work / "model", work, plan, allocation)
         approximate(work / "model", work, plan, out, allocation)
+
+
+def known_as(entry: dict[str, Any]) -> str:
+    """What the user knows a model or text by: its path, the hub's name, or a wheel's member."""
+    source = entry["source"]
+    wheel = source.get("wheel", {})
+    return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"

@@ -34,11 +34,9 @@ def convert(source: dict[str, Any], out: Path) -> None:
     or not at all. Raises A3Error where `out` exists, there are no pickled weights or others beside
     them, or a file holds anything but tensors by their names.
     """
-    if out.exists():
-        raise A3Error(f"{out}: exists already. Name another folder, or delete it first.")
     folder = source_folder(source)
     names, tied = pickled_files(folder), tied_names(folder)
-    with whole_folder(out) as made:
+    with whole_folder(out, of=[folder]) as made:
         for path in files_of(folder):
             if is_model_file(path) and path.name != INDEX:
                 copy(path, folder, made)

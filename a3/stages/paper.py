@@ -50,8 +50,10 @@ PROTOCOL = {
 
 
 def read_table(path: Path) -> tuple[Paper, Table]:
-    """A table of the paper by config/paper/<table>.yaml."""
-    paper = Paper(path.parent.with_suffix(".yaml"))
+    """A table of the paper by config/paper/<table>.yaml; raises A3Error where there is none."""
+    paper = Paper(path.resolve().parent.with_suffix(".yaml"))
+    if path.stem not in paper.tables:
+        raise A3Error(f"{path}: no such table. Tables: {', '.join(paper.tables)}.")
     return paper, paper.tables[path.stem]
 
 

@@ -5,7 +5,6 @@ of each matrix, and how many bits the model has for each weight of the dense mod
 """
 
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tqdm import tqdm
 import a3.models.quantised  # noqa: F401
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
-from a3.files import read_json, sha256, whole_folder, write_record
+from a3.files import hidden_folder, read_json, sha256, whole_folder, write_record
 from a3.formats import parse_format, quantise
 from a3.models.arch import Arch, is_compressed, load_arch, made_already
 from a3.models.checkpoint import CARD, RECORDS, Checkpoint, combined, hash_files, model_source
@@ -41,6 +40,7 @@ from a3.stages.approximate import repack
 from a3.stages.assemble import write_index
 from a3.stages.travel import bring
 from a3.statistics import KINDS, Rxx
+from a3.targets import QUANTISED
 
 # What is said of the compressed model, where it is known, and holds for the quantised one.
 KEPT = ("base", "base_card", "modes", "ranks", "layers")
@@ -87,14 +87,13 @@ def quantise_model(
         rank=rank,
         statistics={kind: rxx.summary for kind, rxx in statistics.items()},
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+    with hidden_folder(out, {"full": model_folder}) as work:
         source = model_folder
         if not compressed:
-            source = Path(name, "full")
+            source = work / "full"
             repack(model_folder, source)
         quantiser = Quantiser(source, statistics, recipe, method, rank)
-        with whole_folder(out) as folder:
+        with whole_folder(out, QUANTISED.seal, [model_folder]) as folder:
             quantiser.write(folder, said)
 
 

@@ -25,6 +25,7 @@ from a3.solutions.pca import Components, affordable, many_inputs, one_input
 from a3.stages.travel import bring
 from a3.statistics import Rxx
 from a3.surgery import MATRICES, METRIC, VARIANCE, Size, find_surgery
+from a3.targets import OPERATED
 
 INDEX = "model.safetensors.index.json"
 # A matrix by its layer and name.
@@ -45,7 +46,7 @@ def surgery(model_folder: Path, rxx_folder: Path | None, mode: str, size: Size, 
     table = Operation(model_folder, rxx_folder, mode)
     left = float(1 - size.share) if size.of == VARIANCE else table.left_by(size)
     rebuilt, sets = table.operate(left)
-    with whole_folder(out) as folder:
+    with whole_folder(out, OPERATED.seal, [model_folder]) as folder:
         write_weights(table, rebuilt, folder)
         bring(model_folder, folder, *RECORDS)
         if (model_folder / INDEX).exists():

@@ -35,6 +35,7 @@ from a3.models.load import load_tokenizer
 from a3.models.tokenizer import differences
 from a3.provenance import provenance
 from a3.reading import Document, load_documents, text_sha256
+from a3.targets import TRAINED
 
 BOS, EOS = "<s>", "</s>"
 # Shares of the steps: the learning rate rises in the first; the loss is told of the last.
@@ -102,7 +103,7 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
         f"unigram statistics alone {unigrams:.3f}"
     )
     record = provenance(__name__, recipe=asdict(recipe), text_sha256=text_sha256(text))
-    with whole_folder(out) as folder:
+    with whole_folder(out, TRAINED.seal) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         report = {"loss": loss, "unigram_loss": unigrams, "losses": losses}

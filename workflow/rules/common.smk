@@ -1,4 +1,8 @@
-"""What all rules share: the checked configuration, names of files, and the code's fingerprints."""
+"""What all rules share: the checked configuration, names of files, and the code's fingerprints.
+
+a3 writes over no folder but one that is empty or has its record. Snakemake deletes the record, which
+is an output, and leaves the rest: rules whose output is a folder delete that first.
+"""
 
 import json
 import re

@@ -29,7 +29,6 @@ rule export_hf:
         model=subpath(input[0], parent=True),
         out=subpath(output.config, parent=True),
         code=fingerprint("a3.stages.export"),
-    # A folder that is there is refused, and Snakemake makes it before.
     shell:
         "rm -rf {params.out:q} && a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
 

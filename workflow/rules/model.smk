@@ -38,8 +38,8 @@ rule train:
         threads=C["threads"]["train"],
         code=fingerprint("a3.stages.train"),
     shell:
-        "a3 train {params.recipe:q} --text {input:q} --threads {params.threads}"
-        " -o {params.out:q} &> {log:q}"
+        "rm -rf {params.out:q} && a3 train {params.recipe:q} --text {input:q}"
+        " --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 
 rule model:
@@ -62,4 +62,5 @@ rule model:
         base=base_option,
         code=fingerprint("a3.stages.model"),
     shell:
-        "a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q} -o {params.out:q} &> {log:q}"
+        "rm -rf {params.out:q} && a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q}"
+        " -o {params.out:q} &> {log:q}"

@@ -31,8 +31,8 @@ rule quantise:
         out=QUANTISED,
         code=fingerprint("a3.stages.quantise"),
     shell:
-        "a3 quantise {params.model:q} --rxx {params.rxx:q} {params.recipe:q}"
-        " --threads {params.threads} -o {params.out:q} &> {log:q}"
+        "rm -rf {params.out:q} && a3 quantise {params.model:q} --rxx {params.rxx:q}"
+        " {params.recipe:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 
 if QUANTISED_KINDS:

@@ -42,8 +42,8 @@ rule surgery:
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.surgery"),
     shell:
-        "a3 surgery {params.model:q} {params.rxx:q} --mode {wildcards.mode:q}"
-        " --size {wildcards.size:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
+        "rm -rf {params.out:q} && a3 surgery {params.model:q} {params.rxx:q}"
+        " --mode {wildcards.mode:q} --size {wildcards.size:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 
 rule eval_generation:
