@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from a3.documents import token_blocks
+from a3.errors import A3Error
 from a3.kinds import GRADIENT_FORMS
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
@@ -735,7 +736,11 @@ def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mut
     if mutate is keep_layout and arch.rope_layout != "neighbours":
         pytest.skip("pairs are in halves")
     mutate(monkeypatch)
-    small = compress(dense, tmp_path / "small", "0")
+    try:
+        small = compress(dense, tmp_path / "small", "0")
+    except A3Error as error:
+        assert "transformers' own code makes it" in str(error)
+        return
     ids = tokens(dense)
     difference = (logits(small, ids) - logits(load(dense / "dense"), ids)).abs().max()
     assert difference > 1e-3, "the identity at ratio 0 would not have shown this"
