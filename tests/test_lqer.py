@@ -375,11 +375,11 @@ def test_a_compressed_model_is_quantised_and_counted_by_the_dense_one(tmp_path, 
     [
         ({"layers": [{"match": "q_proj"}]}, "a whole name such as model.layers.0.self_attn.q_proj"),
         ({"layers": [{"match": "("}]}, "not a regular expression"),
-        ({"layers": [{}]}, "match is None, not a regular expression"),
+        ({"layers": [{}]}, "'match' is a required property"),
         ({"layers": [{"match": ".*", "w": "none"}]}, "unknown key 'w' at layers.0"),
-        ({"layers": [{"match": ".*", "W": "bfp4"}]}, "number format 'bfp4' is not known"),
+        ({"layers": [{"match": ".*", "W": "bfp4"}]}, "layers.0.W: 'bfp4' does not match"),
         ({"layers": [{"match": ".*"}], "products": {"s": "none"}}, "unknown key 's' at products"),
-        ({"products": {}}, "expected a list `layers`"),
+        ({"products": {}}, "'layers' is a required property"),
     ],
 )
 def test_recipes_that_say_nothing_sensible_are_refused(tmp_path, capsys, recipe, said):

@@ -267,8 +267,8 @@ def test_a_family_without_sdpa_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--repeats", "0"], "repeats is 0; expected 1 at least"),
-        (["--new-tokens", "-1"], "new_tokens is -1"),
+        (["--repeats", "0"], "--repeats: expected an integer from 1"),
+        (["--new-tokens", "-1"], "--new-tokens: expected an integer from 1"),
         (["--layers", "1"], "layers without a ratio"),
         (["--ratio", "0.25", "--layers", "3"], "layers is 3; expected 1 to 2"),
         (["--ratio", "1.5"], "ratio is 1.5"),
