@@ -158,8 +158,9 @@ def test_no_title_is_the_title_of_no_other(tmp_path, title):
     for name, said in (("score", "scored text"), ("cal", "something else")):
         rows = [{"title": title, "text": f"{said} {i}"} for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("split", tmp_path / "score.jsonl", "--exclude", tmp_path / "cal.jsonl", "-o", tmp_path)
-    record = read_json(tmp_path / "split.json")
+    out = tmp_path / "split"
+    run("split", tmp_path / "score.jsonl", "--exclude", tmp_path / "cal.jsonl", "-o", out)
+    record = read_json(out / "split.json")
     assert record["excluded"] == {"title": 0, "13-gram": 0, "whole": 0}
     assert record["documents"]["test"] == 9
 

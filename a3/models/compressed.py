@@ -41,7 +41,11 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     require_lengths(folder, a3, config.num_hidden_layers)
     family = FAMILIES[a3["family"]]
     fields, dense_model = arch.described(folder, family, dense)
-    dtype = checkpoint.dtype(family.packed_name(0, "q"))
+    # Any matrix of attention: which of them are products of two, the modes have decided.
+    attention = f"{family.attention_module(0)}."
+    dtype = checkpoint.dtype(
+        next(n for n in checkpoint.names() if n.startswith(attention) and n.endswith(".weight"))
+    )
     full = (fields["head_dim"], fields["head_dim"], fields["intermediate_size"])
     dense_size = sizes(fields, [full] * fields["layers"], number_of_parameters(dense_model), dtype)
     ranks = list(zip(a3["qk_ranks"], a3["ov_ranks"], a3["mlp_ranks"], strict=True))
