@@ -29,12 +29,6 @@ def read_task(path: Path) -> dict[str, Any]:
     for key in ELSEWHERE:
         if key in task or key in (task.get("dataset_kwargs") or {}):
             raise A3Error(f"{path}: {key} is not supported. Write all of the task in this file.")
-    for metric in task.get("metric_list") or []:
-        name = str(metric.get("metric") if isinstance(metric, dict) else metric)
-        if "/" in name or (isinstance(metric, dict) and metric.get("hf_evaluate")):
-            raise A3Error(
-                f"{path}: the metric {name!r} is a script, and a3 runs none. Take one of lm-eval's."
-            )
     if task.get("dataset_path") not in READERS or not data_files(task):
         raise A3Error(
             f"{path}: dataset_path is {task.get('dataset_path')!r}, with files {data_files(task)}; "

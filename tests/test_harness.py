@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 
 import lm_eval
 import pytest
@@ -20,7 +21,6 @@ from a3.cli import main
 from a3.config import complete
 from a3.errors import A3Error
 from a3.files import load_yaml, read_record
-from a3.models.checkpoint import Checkpoint
 from a3.stages.figures import build_figures
 from a3.stages.prompting import Prompting, choose_template
 from a3.stages.report import build_report
@@ -222,6 +222,7 @@ def test_perplexities_are_told_apart(kinds):
 def test_tables_figures_and_report_take_every_kind(kinds, reference):
     results, methods, records = kinds
     out = built(kinds, list(KINDS), reference)
+    shutil.rmtree(out / "figures", ignore_errors=True)
     build_figures(results, methods, [], ["words"], out / "figures")
     build_report(results, out, {}, out / "report.html")
     text = print_table(out)
@@ -249,6 +250,7 @@ def test_a_score_that_is_no_number_is_a_dash(kinds):
         assert rows(out / "results.csv")[2]["titles.value_delta"] == ""
         columns_ = {each.title: each.texts for each in columns(read_table(out / "results.csv"))}
         assert columns_["titles acc"][2] == columns_["titles Δ acc"][2] == "–"
+    shutil.rmtree(out / "figures", ignore_errors=True)
     build_figures(results, methods, [], ["titles"], out / "figures")
 
 
@@ -528,7 +530,6 @@ def test_lm_eval_does_not_tie_a_head_that_is_stored_apart(tmp_path):
     tokenizer = stage.load_tokenizer(folder)
     model = stage.wrap(folder, tokenizer, "float32", "cpu").model
     assert (model.lm_head.weight == tensors["lm_head.weight"]).all()
-    assert Checkpoint(folder).parameters()
 
 
 def test_the_length_is_the_models_whatever_the_tokenizer_says(models, tmp_path):

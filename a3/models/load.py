@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from a3.dtypes import WIDTHS
 from a3.errors import A3Error
@@ -143,8 +144,13 @@ def count_parameters(folder: Path) -> int:
 
 
 def tensors_of_model(folder: Path) -> frozenset[str]:
-    """Names, in memory, of the tensors that transformers loads for the model of a dense folder."""
-    return frozenset(empty_model(load_config(folder)).state_dict())
+    """Names of the tensors that transformers loads for the model of a dense folder.
+
+    Those that they have in memory, and those in files of families that call them otherwise there.
+    """
+    model = empty_model(load_config(folder))
+    inside = model.state_dict()
+    return frozenset(inside) | frozenset(revert_weight_conversion(model, inside))
 
 
 def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:

@@ -146,7 +146,8 @@ def refuse_missing_shards(folder: Path) -> None:
         if not path.exists():
             raise A3Error(
                 f"{path}: a link to {path.readlink()}, which is not there: the model that this "
-                "folder was made of was moved or deleted. Put it back, or make the folder again."
+                "folder was made of was moved or deleted. Put it back, or make the folder again: "
+                f"{shlex.join(['a3', 'model', 'SOURCE', '-o', str(folder)])}"
             )
     present = {path.name for path in folder.glob("*.safetensors")}
     # Without any, config.json may be all that is wanted.

@@ -206,13 +206,13 @@ def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[s
 def names_to_keep(
     checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int | None
 ) -> list[str]:
-    """Tensors of a layer, or of none, that the model has: those `known` by their names in memory.
+    """Tensors of a layer, or of none, that the model has: those `known`.
 
     Older checkpoints hold masks and RoPE's frequencies, too.
     """
     adapter = arch.adapter
     names = adapter.names_in(checkpoint, layer)
-    return [name for name in names if adapter.packed_rest(name) in known]
+    return [name for name in names if known & {name, adapter.packed_rest(name)}]
 
 
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from a3.errors import A3Error
 from a3.files import SEAL, sha256, write_record
 from a3.models.arch import is_compressed
-from a3.models.checkpoint import CARD, Checkpoint, check_file, front_matter
+from a3.models.checkpoint import CARD, Checkpoint, check_file, front_matter, recorded_files
 from a3.models.compressed import compressed_record
 from a3.results import PERPLEXITY_PROTOCOL, Record, same_protocol
 from a3.stages.card import TAGS, write_card
@@ -28,6 +28,9 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
         )
     if not is_compressed(folder):
         raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
+    if recorded := recorded_files(folder) if (folder / CARD).exists() else {}:
+        instead = "It would be written over: move it elsewhere first."
+        check_file(folder / CARD, recorded.get(CARD, ""), instead)
     Checkpoint(folder).verify_all()
     record = compressed_record(folder)
     weights = {"dense": record["base"]["weights_sha256"], "compressed": record["weights_sha256"]}
@@ -41,9 +44,6 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
         same_protocol(read["dense"], read["compressed"], PERPLEXITY_PROTOCOL)
         pairs.append({kind: {key: one[key] for key in SAID} for kind, one in read.items()})
     record["perplexity"] = pairs
-    if "files" in record and (folder / CARD).exists():
-        known = record["files"].get(CARD, "")
-        check_file(folder / CARD, known, "It would be written over: move it elsewhere first.")
     if "files" not in record:
         require_own_card(folder)
         write_card(folder, record)
