@@ -286,11 +286,10 @@ def test_blocks_longer_than_the_positions(tmp_path, capsys, name):
     (tmp_path / "text.txt").write_text(TEXT)
     text = ["--text", str(tmp_path / "text.txt"), "--tokens", "96"]
     limited = FAMILIES_KNOWN[family].positions
-    score = ["eval", "ppl", str(dense), "-o", str(tmp_path / "score.json")]
-    collecting = ["collect", str(dense), "-o", str(tmp_path / "v_blocks.safetensors")]
+    rxx, ppl = str(tmp_path / "v_blocks.safetensors"), str(tmp_path / "ppl.json")
     for length, status in ((48, 1 if limited else 0), (32, 0)):
-        for command in (collecting, score):
-            assert main([*command, *text, "--block-length", str(length)]) == status
+        for command, out in (["collect", str(dense)], rxx), (["eval", "ppl", str(dense)], ppl):
+            assert main([*command, *text, "--block-length", str(length), "-o", out]) == status
             said = capsys.readouterr().err
             if status:
                 assert f"{next(iter(fewer))} is 32, and block_length is 48" in said
@@ -299,6 +298,5 @@ def test_blocks_longer_than_the_positions(tmp_path, capsys, name):
         modes = ["--qk", "dense", "--ov", "identity@8", "--mlp", "dense"]
         small = str(tmp_path / "small")
         assert main(["approx", str(dense), "--rxx", str(tmp_path), *modes, "-o", small]) == 0
-        scoring = ["eval", "ppl", small, *text, "--block-length", "48"]
-        assert main([*scoring, "-o", str(tmp_path / "small.json")]) == 1
+        assert main(["eval", "ppl", small, *text, "--block-length", "48", "-o", ppl]) == 1
         assert "Lower block_length to 32" in capsys.readouterr().err

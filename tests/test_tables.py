@@ -2,6 +2,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -369,6 +370,7 @@ def test_second_build_is_byte_identical(results):
 
 def figure_names(results, experiments):
     out = results / "figures"
+    shutil.rmtree(out, ignore_errors=True)  # as Snakemake does
     build_figures(results, experiments, TEXTS, TASKS, out)
     listed = [each["name"] for each in json.loads((out / "captions.json").read_text())]
     files = {path.stem for path in out.iterdir() if path.suffix in (".svg", ".png")}
@@ -470,6 +472,7 @@ class Page(HTMLParser):
 
 def report(results, experiments, name="out"):
     out = table(results, experiments, name)
+    shutil.rmtree(out / "figures", ignore_errors=True)  # as Snakemake does
     build_figures(results, experiments, TEXTS, TASKS, out / "figures")
     config = {"models": {experiments[0]["model"]: {"source": "</pre><script>alert(2)</script>"}}}
     build_report(results, out, config, out / "report.html")
