@@ -28,9 +28,11 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The dense model of a folder's config, on the meta device; A3Error where there is none."""
     try:
         # Experts take bfloat16 only there, and masks of other kinds of attention ask for values.
+        plain = deepcopy(config)
+        plain.return_dict = True
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+                plain, dtype=torch.bfloat16, attn_implementation="eager"
             ).eval()
     # What the libraries say of values that make no sense is of any type.
     except Exception as error:
@@ -115,8 +117,15 @@ def in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
 def require_runs(path: Path, model: PreTrainedModel) -> None:
     """Raise A3Error where the family's own code fails on two tokens, on the meta device.
 
-    Some codes build RoPE's tables for a part of a head and rotate it whole.
+    Some codes build RoPE's tables for a part of a head and rotate it whole. Tables that grow with
+    the positions ask for values of these, and have the width that they begin with.
     """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")
+        elif kinds is not None:
+            module.rope_type = "default"
     ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
     try:
         with torch.device("meta"), torch.no_grad():
