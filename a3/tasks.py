@@ -29,6 +29,15 @@ def read_task(path: Path) -> dict[str, Any]:
     for key in ELSEWHERE:
         if key in task or key in (task.get("dataset_kwargs") or {}):
             raise A3Error(f"{path}: {key} is not supported. Write all of the task in this file.")
+    entries = task.get("metric_list")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and (
+            entry.get("hf_evaluate") or "/" in str(entry.get("metric"))
+        ):
+            raise A3Error(
+                f"{path}: the metric {entry.get('metric')!r} is a script, and a3 runs none. Take one "
+                "of lm-eval's own."
+            )
     if task.get("dataset_path") not in READERS or not data_files(task):
         raise A3Error(
             f"{path}: dataset_path is {task.get('dataset_path')!r}, with files {data_files(task)}; "
