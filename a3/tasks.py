@@ -35,8 +35,8 @@ def read_task(path: Path) -> dict[str, Any]:
             entry.get("hf_evaluate") or "/" in str(entry.get("metric"))
         ):
             raise A3Error(
-                f"{path}: the metric {entry.get('metric')!r} is a script, and a3 runs none. Take one "
-                "of lm-eval's own."
+                f"{path}: the metric {entry.get('metric')!r} is a script, and a3 runs none. Take "
+                "one of lm-eval's own."
             )
     if task.get("dataset_path") not in READERS or not data_files(task):
         raise A3Error(
