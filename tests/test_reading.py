@@ -13,7 +13,7 @@ import pandas
 import pytest
 from tiny import document, run, tiny_llama
 
-from a3.cli import main, text_entry
+from a3.cli import entry, main
 from a3.errors import A3Error
 from a3.files import read_json, sha256
 from a3.reading import Document, load_documents, text_files, text_sha256
@@ -65,7 +65,7 @@ def test_the_same_records_are_the_same_documents(tmp_path, name, upper, packing)
     path = tmp_path / ((name.upper() if upper else name) + packing)
     path.write_bytes(PACK[packing](CONTENTS[name]))
     assert load_documents(path) == EXPECTED
-    assert documents(text_entry(str(path))) == EXPECTED  # a3 text, a3 compress
+    assert documents(entry(str(path), "texts")) == EXPECTED  # a3 text, a3 compress
     kept = [document for document in EXPECTED if document.text]
     assert documents({"source": {"path": str(path)}}) == kept  # a config: min_chars is 1
 
@@ -77,7 +77,7 @@ def test_prose_is_one_document(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     expected = [Document(name.split(".")[0], said)]
     assert load_documents(tmp_path / name) == expected
-    assert documents(text_entry(str(tmp_path / name))) == expected
+    assert documents(entry(str(tmp_path / name), "texts")) == expected
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def test_items_never_ask_for_null(tmp_path):
     titles = [None, "", "  ", "nan", "None", "NONE", " none ", "A", "B", "Ｃ", "C"]
     rows = [line | {"title": title} for line, title in zip(lines, titles, strict=False)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("items", tmp_path / "a.jsonl", "--items", "8", "-o", tmp_path)
-    for line in (tmp_path / "items.jsonl").read_text().splitlines():
+    run("items", tmp_path / "a.jsonl", "--items", "8", "-o", tmp_path / "made")
+    for line in (tmp_path / "made/items.jsonl").read_text().splitlines():
         choices = [choice.strip().casefold() for choice in json.loads(line)["choices"]]
         assert "" not in choices
         assert len({choice.replace("ｃ", "c") for choice in choices}) == 4
@@ -216,7 +216,7 @@ def test_what_is_no_text_is_refused_alike(tmp_path, name, content, message):
     with pytest.raises(A3Error, match=message) as direct:
         load_documents(tmp_path / name)
     with pytest.raises(A3Error) as made:
-        documents(text_entry(str(tmp_path / name)))
+        documents(entry(str(tmp_path / name), "texts"))
     none = "none with text" in str(direct.value)
     assert none or str(made.value) == str(direct.value)
     assert "et format" not in str(direct.value)
@@ -268,7 +268,7 @@ def test_a_folder_is_all_texts_in_it(tmp_path, capsys):
     expected = ["a", "z", "c", "far", "far"]
     assert [document.text for document in load_documents(folder)] == expected
     assert "left out 2 files of other kinds: LICENSE, photo.png" in capsys.readouterr().err
-    assert documents(text_entry(str(folder))) == load_documents(folder)
+    assert documents(entry(str(folder), "texts")) == load_documents(folder)
     found = documents({"source": {"path": str(folder)}, "format": "text"})
     assert [document.text for document in found] == ["a", "z", "far", "far"]
 

@@ -15,8 +15,9 @@ from transformers.models.auto import tokenization_auto as auto
 
 from a3.cli import main
 from a3.errors import A3Error
+from a3.inputs import TEMPLATES
 from a3.models import tokenizer as reading
-from a3.models.checkpoint import TEMPLATES, Checkpoint
+from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.load import load_tokenizer
 from a3.solutions.modes import choose

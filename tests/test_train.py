@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.cli import main
 from a3.config import CATALOGUE, check_row, complete, load_yaml
-from a3.documents import load_documents, token_blocks
+from a3.documents import token_blocks
 from a3.errors import A3Error
 from a3.files import sha256
+from a3.reading import load_documents
 from a3.stages.model import resolve_model
 from a3.stages.train import rate, read_recipe, train, unigram_loss
 
