@@ -2,6 +2,6 @@
 
 import sys
 
-from a3.cli import main
+from a3.cli.main import main
 
 sys.exit(main())

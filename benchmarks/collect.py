@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.documents import token_blocks
 from a3.models.arch import Arch, load_arch
-from a3.reading import load_documents
+from a3.rxx.container import Accumulator
+from a3.rxx.kinds import KINDS
 from a3.solutions.modes import choose, kinds_needed
-from a3.stages.collect import run
-from a3.statistics import KINDS, Accumulator
+from a3.stages.collect.hooks import run
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 MODES = {
     "the paper's modes": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"},

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from a3.documents import token_blocks
 from a3.models.load import load_model, load_tokenizer
-from a3.reading import load_documents
-from a3.stages.perplexity import block_losses
+from a3.stages.evaluate.perplexity import block_losses
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 MODULES = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 

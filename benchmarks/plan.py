@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from a3.files import read_record
-from a3.stages.forecast import Job, forecast
-from a3.statistics import Rxx
+from a3.core.files import read_record
+from a3.jobs.forecast import Job, forecast
+from a3.rxx.container import Rxx
 
 ONE = {"threads": 1, "device": "cpu"}
 MODES = ("qk", "ov", "mlp")

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import a3  # noqa: F401
-from a3.documents import token_blocks
 from a3.models.load import load_tokenizer
-from a3.reading import load_documents
-from a3.stages.perplexity import block_losses
+from a3.stages.evaluate.perplexity import block_losses
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 SCHEMES = {
     "as stored": None,

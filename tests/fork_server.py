@@ -102,7 +102,7 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
     sys.addaudithook(lambda event, said: event == "open" and opened.add(str(said[0])))
     status = 1
     try:
-        status = importlib.import_module("a3.cli").main()
+        status = importlib.import_module("a3.cli.main").main()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -25,23 +25,25 @@ from safetensors.torch import load_file, save_file
 from tiny import TAIL, run, tiny_results
 from tokenizers import Tokenizer
 
-from a3 import harness
-from a3.config import complete, load_yaml, read_experiments
-from a3.errors import A3Error
-from a3.files import read_record, sha256
+from a3.artifacts.runs import read_runs
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml, read_record, sha256
+from a3.core.records import Record
+from a3.experiments.config import complete
+from a3.experiments.rows import read_experiments
 from a3.models.arch import describe, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model
-from a3.reading import load_documents
-from a3.results import Record, read_runs
+from a3.rxx.container import Rxx
+from a3.rxx.kinds import KINDS as FORMS
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate
-from a3.stages.assemble import gather
-from a3.stages.collect import merge_shards
-from a3.stages.model import convert_gguf
-from a3.stages.plan import Plan
-from a3.statistics import KINDS as FORMS
-from a3.statistics import Rxx
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate
+from a3.stages.approx.assemble import gather
+from a3.stages.collect.merge import merge_shards
+from a3.stages.evaluate import items as harness
+from a3.stages.inputs.model import convert_gguf
+from a3.texts.reading import load_documents
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")

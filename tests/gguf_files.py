@@ -9,7 +9,7 @@ from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, GGUFWriter, get_te
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from a3.stages.gguf_vocabulary import add_vocabulary
+from a3.stages.export.gguf_vocabulary import add_vocabulary
 
 # Of each architecture that a3 reads: the family, what its config has beside the tiny sizes, and
 # the file's keys that are not of all.

@@ -8,23 +8,23 @@ from test_compressed import MODELS, SETTINGS, needs, prepare
 from test_solutions import D, G, H, N, attention, gram, h, inputs
 from transformers import AutoModelForCausalLM
 
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.files import read_record
-from a3.kinds import KINDS
-from a3.linalg import ridge_leverage, take_over, two_factors
+from a3.core.errors import A3Error
+from a3.core.files import read_record
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
 from a3.models.modeling_a3 import LowRank
-from a3.reading import load_documents
-from a3.recipes import METHODS, kinds_read
+from a3.numerics.linalg import ridge_leverage, take_over, two_factors
+from a3.rxx.container import Rxx
+from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import MODES, check_fit, choose
-from a3.stages.approximate import approximate
-from a3.stages.plan import Plan
-from a3.statistics import Rxx
+from a3.solutions.plan import Plan
+from a3.solutions.recipes import METHODS, kinds_read
+from a3.stages.approx.approximate import approximate
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 TIGHT = {"rtol": 1e-7, "atol": 1e-8}
 

@@ -16,8 +16,8 @@ from a3.models.arch import load_arch
 from a3.models.families import FAMILIES
 from a3.models.modeling_a3 import AUTO, A3Attention, LowRank, adapt_by_default
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate, repack
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate, repack
 
 # One model a family; Falcon's dense model with ALiBi differs with eager attention.
 CASES = {family: case for case, (family, _) in reversed(MODELS.items()) if "alibi" not in case}

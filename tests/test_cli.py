@@ -13,7 +13,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401  (the user's first line)
-from a3.cli import main, parser
+from a3.cli.main import main, parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 RULES = Path(__file__).parent.parent / "workflow" / "rules"

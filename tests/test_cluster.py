@@ -9,9 +9,16 @@ import pytest
 import yaml
 from test_workflow import ROOT, Project
 
-from a3.cli import main
-from a3.cost import approx_cost, collect_cost, harness_cost, perplexity_cost, shapes, stream_cost
-from a3.files import write_record
+from a3.cli.main import main
+from a3.core.files import write_record
+from a3.models.cost import (
+    approx_cost,
+    collect_cost,
+    harness_cost,
+    perplexity_cost,
+    shapes,
+    stream_cost,
+)
 
 PROFILES = ROOT / "workflow/profiles"
 SMOLLM2 = {

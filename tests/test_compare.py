@@ -17,14 +17,15 @@ from test_tables import (
     write_results,
 )
 
-import a3.stages.report
-from a3.config import check_reference
-from a3.errors import A3Error
-from a3.files import read_record
-from a3.stages.compare import BETTER, SAME, WORSE, differences, verdict
-from a3.stages.figures import build_figures
-from a3.stages.report import build_report, checkout
-from a3.stages.tables import build_tables, print_table
+import a3.report.page
+from a3.core.errors import A3Error
+from a3.core.files import read_record
+from a3.experiments.rows import check_reference
+from a3.report.figures.build import build_figures
+from a3.report.page import build_report, checkout
+from a3.report.tables.compare import BETTER, SAME, WORSE, differences, verdict
+from a3.report.tables.frames import print_table
+from a3.report.tables.results import build_tables
 
 OURS = "rxx-w-rxx+xkv+rxx-w"
 OTHER = "svd+svd+svd"

@@ -13,22 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.kinds import GRADIENT_FORMS
+from a3.core.errors import A3Error
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
 from a3.models.modeling_a3 import scores_in_float32
-from a3.reading import load_documents
+from a3.rxx.kinds import GRADIENT_FORMS, KINDS
 from a3.solutions import qk
 from a3.solutions.modes import MODES as ALL
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate
-from a3.stages.collect import collect
-from a3.stages.plan import Plan
-from a3.statistics import KINDS
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate
+from a3.stages.collect.collect import collect
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 # Every family, and the variants of attention and biases that one family can have.

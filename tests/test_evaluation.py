@@ -19,26 +19,19 @@ from tiny import LINES, run, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from a3.cli import main
-from a3.config import (
-    CATALOGUE,
-    check_row,
-    complete,
-    excluded,
-    parts_of,
-    read_experiments,
-    validate,
-)
-from a3.documents import permuted, scored_blocks, token_blocks
-from a3.errors import A3Error
-from a3.files import SEAL, load_yaml, read_record, write_record
-from a3.harness import task_config
+from a3.artifacts.runs import read_runs
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import SEAL, load_yaml, read_record, write_record
+from a3.experiments.config import CATALOGUE, complete, excluded, parts_of, validate
+from a3.experiments.rows import check_row, read_experiments
 from a3.models.load import load_tokenizer
-from a3.reading import Document, load_documents, write_documents
-from a3.results import read_runs
-from a3.stages.harness import find_task
-from a3.stages.scores import scores
-from a3.stages.text import make_documents
+from a3.stages.evaluate.harness import find_task
+from a3.stages.evaluate.items import task_config
+from a3.stages.evaluate.scores import scores
+from a3.stages.inputs.text import make_documents
+from a3.texts.blocks import permuted, scored_blocks, token_blocks
+from a3.texts.reading import Document, load_documents, write_documents
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
@@ -470,7 +463,7 @@ def test_scores_of_a_filter_and_of_no_number():
 def test_named_tasks_are_lm_evals(monkeypatch):
     """Every named task or group is one that lm-eval has; tags, which have no score, are not."""
     manager = TaskManager()
-    monkeypatch.setattr("a3.stages.harness.TaskManager", lambda **_: manager)
+    monkeypatch.setattr("a3.stages.evaluate.harness.TaskManager", lambda **_: manager)
     for name, entry in load_yaml(CATALOGUE)["harness"].items():
         # Of a task with other shots than the paper's, the name says how many.
         named = name.removesuffix(f"-{entry['shots']}")

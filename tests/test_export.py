@@ -18,20 +18,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import a3  # noqa: F401
-from a3.cli import main
-from a3.errors import A3Error
-from a3.files import read_record
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import read_record
 from a3.models.arch import load_arch
+from a3.models.gguf_rules import RULES
 from a3.models.stock import stock
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate, approximate_part
-from a3.stages.assemble import gather
-from a3.stages.export import export_hf
-from a3.stages.export_gguf import export_gguf
-from a3.stages.gguf_rules import RULES
-from a3.stages.gguf_vocabulary import rules_of
-from a3.stages.inspect import inspect, runs
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate, approximate_part
+from a3.stages.approx.assemble import gather
+from a3.stages.export.gguf import export_gguf
+from a3.stages.export.gguf_vocabulary import rules_of
+from a3.stages.export.hf import export_hf
+from a3.stages.export.inspect import inspect, runs
 
 GLOBAL = {"qk": "uniform-global@12", "ov": "xkv@12", "mlp": "rxx-w@64", "ratio": "-"}
 LLAMA3 = {

@@ -11,7 +11,7 @@ import fork_server
 import pytest
 from tiny import BLOCK, document, tiny_llama
 
-from a3.provenance import PACKAGE, sources
+from a3.core.provenance import PACKAGE, sources
 
 ROOT = Path(__file__).parent.parent
 RULE = re.compile(r"^ *rule (\w+):.*?(?=^ *(?:use )?rule \w+:|\Z)", re.MULTILINE | re.DOTALL)
@@ -23,9 +23,11 @@ RULES = {
     if (code := re.search(r"code=fingerprint\((.*?)\)", found[0]))
 }
 # What the command line loads beside a stage, which only ever refuses.
-BESIDE = {rule: ["a3.stages.plan"] for rule in ("collect", "collect_compressed")}
+BESIDE = {rule: ["a3.solutions.plan"] for rule in ("collect", "collect_compressed")}
 # The command line holds an entry of the catalogue to the schema, which refuses or changes nothing.
-BESIDE |= {rule: ["a3.config"] for rule in ("train", "model", "quantise", "text", "split")}
+BESIDE |= {
+    rule: ["a3.experiments.config"] for rule in ("train", "model", "quantise", "text", "split")
+}
 TRAIN = {
     "config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},
     "text": "learn", "vocab_size": 280, "block_length": 32, "steps": 2, "batch_size": 2,
@@ -204,7 +206,11 @@ def test_a_fingerprint_covers_what_was_loaded(used, rule):
         pytest.skip("tried as paper_comparison")
     covered = {path for module in (*RULES[rule], *BESIDE.get(rule, ())) for path in sources(module)}
     templates = {t for path in covered for t in path.parent.glob(f"{path.stem}.*.jinja")}
-    schemas = set(PACKAGE.glob("*.schema.yaml")) if "a3.config" in BESIDE.get(rule, ()) else set()
+    schemas = (
+        set(PACKAGE.glob("*.schema.yaml"))
+        if "a3.experiments.config" in BESIDE.get(rule, ())
+        else set()
+    )
     known = covered | templates | schemas
     missing = {path.relative_to(PACKAGE).as_posix() for path in used[rule] - known}
     assert missing == set()

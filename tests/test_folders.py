@@ -13,14 +13,14 @@ from test_export import read_gguf
 from tiny import document, run, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.cli import main
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.load import load_whole
 from a3.models.readable import require_readable
-from a3.stages.approximate import repack
-from a3.stages.inspect import inspect
+from a3.stages.approx.approximate import repack
+from a3.stages.export.inspect import inspect
 
 B = ["--tokens", "256", "--block-length", "64"]
 INPUTS = ("attention_input", "o_proj_input", "mlp_input", "down_input")

@@ -10,12 +10,13 @@ from test_workflow import Project
 from tiny import tiny_llama, tiny_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from a3 import memory
-from a3.cli import main
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core import memory
+from a3.core.errors import A3Error
+from a3.jobs import forecast
+from a3.jobs.forecast import Job, stages_of
+from a3.jobs.trial import Trial
 from a3.models.arch import describe, sketch
-from a3.stages import forecast
-from a3.stages.forecast import Job, Trial, stages_of
 
 ROW = {"qk": "dense", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.25"}
 SETTINGS = {"tokens": 512, "block_length": 64, "dtype": "float32", "device": "cpu"}
@@ -111,7 +112,7 @@ def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, mo
 
 def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):
     project = Project(tmp_path)
-    project.edit("a3/memory.py", "at_hand = memory_at_hand()", "at_hand = 0")
+    project.edit("a3/core/memory.py", "at_hand = memory_at_hand()", "at_hand = 0")
     rows = "tiny\tshort\tfisher~\tjoint~\tobs~\t0.25\t-\n"
     rows += "tiny\tshort\tdense\tdense\tdense\t-\tw4a8+none\n"
     table = tmp_path / "experiments.tsv"

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from a3.errors import A3Error
-from a3.formats import parse_format, quantise
+from a3.core.errors import A3Error
+from a3.numerics.formats import parse_format, quantise
 
 
 def nearest(x, values):

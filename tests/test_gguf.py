@@ -15,18 +15,18 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
-from a3.cli import main
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.models.gguf import read_gguf
+from a3.models.gguf_rules import NAMES, RULES, SAME
 from a3.models.stock import llama_cpp_cache
 from a3.solutions.modes import choose
-from a3.stages.approximate import approximate
-from a3.stages.export_gguf import export_gguf
-from a3.stages.gguf import read_gguf
-from a3.stages.gguf_config import config_of
-from a3.stages.gguf_rules import NAMES, RULES, SAME
-from a3.stages.gguf_tokenizer import tokenizer_of
-from a3.stages.inspect import inspect
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate
+from a3.stages.export.gguf import export_gguf
+from a3.stages.export.inspect import inspect
+from a3.stages.inputs.gguf_config import config_of
+from a3.stages.inputs.gguf_tokenizer import tokenizer_of
 
 THETA = {"rope_theta": 1e4}
 LLAMA3 = THETA | {

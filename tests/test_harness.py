@@ -16,16 +16,18 @@ from test_tables import TEXTS, change, experiment, rows, write_results
 from test_text import Guess
 from tiny import BLOCK, run, tiny_llama, tiny_model, tiny_tokenizer
 
-import a3.stages.harness as stage
-from a3.cli import main
-from a3.config import complete
-from a3.errors import A3Error
-from a3.files import load_yaml, read_record
-from a3.stages.figures import build_figures
-from a3.stages.prompting import Prompting, choose_template
-from a3.stages.report import build_report
-from a3.stages.scores import scores
-from a3.stages.tables import build_tables, columns, print_table, read_table
+import a3.stages.evaluate.harness as stage
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml, read_record
+from a3.experiments.config import complete
+from a3.report.figures.build import build_figures
+from a3.report.page import build_report
+from a3.report.tables.columns import columns
+from a3.report.tables.frames import print_table, read_table
+from a3.report.tables.results import build_tables
+from a3.stages.evaluate.prompting import Prompting, choose_template
+from a3.stages.evaluate.scores import scores
 
 DOCS = [
     {

@@ -12,8 +12,8 @@ import pytest
 from hub_server import Repository, running
 from tiny import tiny_llama
 
-from a3.config import CATALOGUE
-from a3.files import load_yaml
+from a3.core.files import load_yaml
+from a3.experiments.config import CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 # huggingface_hub reads its settings when it is imported: each case is a process of its own.

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from test_workflow import Project
 from tiny import run, tiny_llama
 
-from a3 import inputs
-from a3.cli import main
-from a3.inputs import local_inputs, mark, marks
+from a3.cli.main import main
+from a3.models import inputs
+from a3.models.inputs import local_inputs, mark, marks
 
 TASK = """
 task: mine

@@ -14,19 +14,19 @@ from test_compressed import MODELS
 from tiny import BLOCK, TAIL, run, tiny_llama, tiny_model, tiny_results
 from transformers import AutoModelForCausalLM
 
-from a3.cli import main
-from a3.config import read_experiments
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.formats import parse_format, quantise
+from a3.artifacts.places import Place
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.experiments.rows import read_experiments
 from a3.models.load import load_tokenizer
 from a3.models.quantised import QuantisedLinear, QuantisedProducts
-from a3.reading import load_documents
-from a3.recipes import complete_recipe, entry_for, parse_quantisation
-from a3.results import Place
+from a3.numerics.formats import parse_format, quantise
+from a3.report.tables.frames import read_table
+from a3.rxx.container import Rxx
 from a3.solutions import lqer
-from a3.stages.tables import read_table
-from a3.statistics import Rxx
+from a3.solutions.recipes import complete_recipe, entry_for, parse_quantisation
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 ROOT = Path(__file__).parent.parent
 SITES = ("attention_input", "o_proj_input", "mlp_input", "down_input")

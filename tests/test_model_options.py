@@ -8,9 +8,9 @@ from test_harness import metrics, write_task
 from tiny import BLOCK, document, run, tiny_llama
 from transformers import GenerationConfig
 
-from a3.cli import main
-from a3.files import read_json, read_record
-from a3.stages.generation import generation
+from a3.cli.main import main
+from a3.core.files import read_json, read_record
+from a3.stages.evaluate.generation import generation
 
 PROMPT = "A river is a"
 WRITTEN = {
@@ -214,7 +214,7 @@ def merged(options):
 
 @pytest.mark.parametrize("name", ["dense", "small"])
 def test_how_a_folder_wants_to_be_run_changes_no_figure(folder, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("a3.stages.harness.BOOTSTRAPS", 0)
+    monkeypatch.setattr("a3.stages.evaluate.harness.BOOTSTRAPS", 0)
     model = folder / name
     expected = figures(folder, model, tmp_path)
     changes = {"config.json": CONFIG, "tokenizer_config.json": TOKENIZER, "tokenizer.json": [CUT]}

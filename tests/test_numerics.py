@@ -13,14 +13,15 @@ from test_compressed import MODELS, MOE
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from a3.cli import main
-from a3.linalg import keep_best
+from a3.cli.main import main
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES as FAMILIES_KNOWN
+from a3.numerics.linalg import keep_best
+from a3.rxx.container import Rxx
+from a3.solutions.functions import solver_of
 from a3.solutions.modes import MODES
-from a3.stages.approximate import LayerSolver, solver_of
-from a3.statistics import Rxx
+from a3.stages.approx.layers import LayerSolver
 
 FAMILIES = {
     "llama": MODELS["llama"],

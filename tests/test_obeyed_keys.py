@@ -8,12 +8,12 @@ import torch
 from test_compressed import MODELS, compress, emulate, load, logits, needs, prepare, redraw, tokens
 from tiny import tiny_model
 
-from a3.errors import A3Error
+from a3.core.errors import A3Error
 from a3.models.arch import load_arch
 from a3.models.families import FAMILIES
 from a3.models.load import load_config
 from a3.models.stock import stock
-from a3.stages.approximate import repack
+from a3.stages.approx.approximate import repack
 
 ROPE = [case for case, (family, _) in MODELS.items() if FAMILIES[family].rope_layout]
 # Of some families only one model: others differ in what has nothing to do with RoPE.

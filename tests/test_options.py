@@ -7,11 +7,11 @@ import subprocess
 import pytest
 from tiny import document, run, tiny_llama
 
-from a3 import options
-from a3.cli import main, parser
-from a3.config import validate, validate_entry
-from a3.errors import A3Error
-from a3.recipes import check_method
+from a3.cli import options
+from a3.cli.main import main, parser
+from a3.core.errors import A3Error
+from a3.experiments.config import validate, validate_entry
+from a3.solutions.recipes import check_method
 
 ROW = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 PPL = ["eval", "ppl", "m", "--text", "d.jsonl", "-o", "r.json"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import run
 
-from a3.files import read_json
-from a3.overlap import NGRAM, exclusions, windows
-from a3.reading import Document, load_documents, write_documents
-from a3.stages.text import exclude_and_split
+from a3.core.files import read_json
+from a3.stages.inputs.split import exclude_and_split
+from a3.texts.overlap import NGRAM, exclusions, windows
+from a3.texts.reading import Document, load_documents, write_documents
 
 # Sentences of Unicode's own kind of text, in scripts with and without spaces.
 TEXTS = {

@@ -16,14 +16,17 @@ from test_tables import EVALUATED, digest, experiment, write, write_results
 from test_workflow import CONFIG, Project
 from tiny import tiny_llama
 
-from a3.config import check_row, complete
-from a3.errors import A3Error
-from a3.files import load_yaml, read_record
-from a3.paper import KEYS, Cell, Paper, Row
-from a3.results import SPEED_PROTOCOL
+from a3.artifacts.protocols import SPEED_PROTOCOL
+from a3.artifacts.verify import verify
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml, read_record
+from a3.experiments.config import complete
+from a3.experiments.paper import KEYS, Cell, Paper, Row
+from a3.experiments.rows import check_row
+from a3.report.paper import compare
+from a3.report.tables.paper_comparison import compared
+from a3.report.tables.paper_rows import build_rows
 from a3.solutions.modes import MODES, PARTS
-from a3.stages.paper import build_rows, compare, compared
-from a3.stages.verify import verify
 
 ROOT = Path(__file__).parent.parent
 PAPER = Paper(ROOT / "config/paper.yaml")

@@ -10,12 +10,14 @@ from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
 import a3  # noqa: F401
-from a3.files import read_record
+from a3.artifacts.places import Place
+from a3.artifacts.runs import Run
+from a3.core.files import read_record
+from a3.core.records import Record
 from a3.models.arch import load_arch, sketch
 from a3.models.load import count_parameters
-from a3.results import Place, Record, Run
-from a3.sizes import projection_weights
-from a3.stages.inspect import inspect
+from a3.models.sizes import projection_weights
+from a3.stages.export.inspect import inspect
 
 GPT2 = {"n_inner": 96}
 TIED = {"tie_word_embeddings": True}

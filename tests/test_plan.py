@@ -9,12 +9,12 @@ import pytest
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_model
 
-from a3.cli import main
-from a3.config import kinds_of, read_experiments
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.experiments.rows import kinds_of, read_experiments
 from a3.models.arch import describe
 from a3.solutions.modes import Choice, choose
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PAPER = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}

@@ -11,22 +11,23 @@ from test_solutions import D, G, H, N, attention, h, inputs
 from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
-from a3 import linalg
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.files import read_record, write_record
-from a3.linalg import eliminate, take_over
+from a3.core.errors import A3Error
+from a3.core.files import read_record, write_record
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
-from a3.reading import load_documents
+from a3.numerics import linalg
+from a3.numerics.linalg import eliminate, take_over
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import choose, find_mode
-from a3.stages.allocate import Curve, allocate, at, cost, least_loss
-from a3.stages.allocation import read_allocation
-from a3.stages.approximate import approximate, solver_for
-from a3.stages.gradients import draw
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.allocate import allocate
+from a3.stages.approx.allocation import read_allocation
+from a3.stages.approx.approximate import approximate, solver_for
+from a3.stages.approx.budget import Curve, at, cost, least_loss
+from a3.stages.collect.gradients import draw
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 KINDS = ("random", "ill-conditioned", "singular", "dead-channel")
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.documents import token_blocks
-from a3.reading import load_documents
 from a3.solutions.modes import choose, kinds_needed
-from a3.stages.approximate import approximate
-from a3.stages.collect import collect
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate
+from a3.stages.collect.collect import collect
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "results" / "models" / "smollm2-135m"

@@ -20,15 +20,17 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import a3
-from a3.cli import main
-from a3.config import complete, load_yaml, read_experiments
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml
+from a3.experiments.config import complete
+from a3.experiments.rows import read_experiments
 from a3.models import modeling_a3
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model, load_tokenizer
-from a3.stages import sources
-from a3.stages.convert import convert
-from a3.stages.model import resolve_model
+from a3.stages.inputs import sources
+from a3.stages.inputs.convert import convert
+from a3.stages.inputs.model import resolve_model
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(a3.__file__).parent

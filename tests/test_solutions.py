@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 
-from a3.linalg import gram_factor, keep_best, shared_subspace, subspace_error
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.numerics.linalg import gram_factor, keep_best, shared_subspace, subspace_error
 from a3.solutions import mlp, ov, qk
 
 D, H, G, h, N = 24, 6, 3, 8, 40

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama
 
-from a3.errors import A3Error
-from a3.files import sha256
-from a3.stages.model import resolve_model
-from a3.stages.sources import extract_member, fetch_wheel, source_kind, wheel_file, wheel_members
+from a3.core.errors import A3Error
+from a3.core.files import sha256
+from a3.stages.inputs.model import resolve_model
+from a3.stages.inputs.sources import source_kind
+from a3.stages.inputs.wheels import extract_member, fetch_wheel, wheel_file, wheel_members
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from test_solutions import G, H, attention, gram, h, inputs
 from test_tables import TASKS, TEXTS, digest, experiment, write, write_results
 from tiny import BLOCK, KINDS, run, tiny_llama, tiny_model
 
-from a3.errors import A3Error
-from a3.files import read_record
+from a3.core.errors import A3Error
+from a3.core.files import read_record
 from a3.models.family import MLPWeights
+from a3.report.figures.build import build_figures
+from a3.report.figures.drawing import COMPONENTS
 from a3.solutions import mlp, ov, qk
-from a3.stages.drawing import COMPONENTS
-from a3.stages.figures import build_figures
-from a3.stages.spectra import lost_beyond, ov_energy, qk_energy, ranks_of, spectra
+from a3.stages.approx.spectra import lost_beyond, ov_energy, qk_energy, ranks_of, spectra
 
 N = 40
 

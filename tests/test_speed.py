@@ -14,13 +14,13 @@ from test_workflow import Project
 from tiny import SIZES, TAIL, run, tiny_model, tiny_results
 from transformers import AutoConfig
 
-from a3.cli import main
-from a3.cost import speed_cost
-from a3.files import read_record, write_record
+from a3.cli.main import main
+from a3.core.files import read_record, write_record
+from a3.jobs.forecast import Job, forecast
 from a3.models.arch import sketch
-from a3.sizes import sizes
-from a3.stages import speed as stage
-from a3.stages.forecast import Job, forecast
+from a3.models.cost import speed_cost
+from a3.models.sizes import sizes
+from a3.stages.evaluate import speed as stage
 
 SHORT = ["--prompt", "6", "--new-tokens", "3", "--batch", "2", "--repeats", "2"]
 PLACE = dict(zip(("calibration", "qk", "ov", "mlp", "ratio"), (

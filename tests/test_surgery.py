@@ -18,14 +18,16 @@ from tiny import BLOCK, LINES, TAIL, run, tiny_llama, tiny_model, tiny_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
-from a3.cli import main
-from a3.config import complete, load_yaml, read_experiments, read_surgeries
-from a3.errors import A3Error
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml
+from a3.experiments.config import complete
+from a3.experiments.rows import read_experiments, read_surgeries
 from a3.models.arch import load_arch
 from a3.solutions.pca import affordable, many_inputs, one_input
-from a3.stages.collect import collect
-from a3.stages.surgery import Operation, surgery
-from a3.surgery import MATRICES, SURGERIES, Size, find_surgery, parse_size
+from a3.solutions.surgeries import MATRICES, SURGERIES, Size, find_surgery, parse_size
+from a3.stages.approx.surgery import Operation, surgery
+from a3.stages.collect.collect import collect
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"

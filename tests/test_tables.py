@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a3.errors import A3Error
-from a3.files import SEAL, read_record, write_record
-from a3.stages.figures import build_figures
-from a3.stages.report import build_report
-from a3.stages.tables import build_tables, print_table
+from a3.core.errors import A3Error
+from a3.core.files import SEAL, read_record, write_record
+from a3.report.figures.build import build_figures
+from a3.report.page import build_report
+from a3.report.tables.frames import print_table
+from a3.report.tables.results import build_tables
 
 TEXTS, TASKS = ["encyclopedia"], ["titles"]
 DENSE_NLL = [3.0, 3.2]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from tiny import BLOCK, document, run, tiny_llama
 
-from a3 import targets
-from a3.cli import main, parser
-from a3.config import check_outside
-from a3.errors import A3Error
-from a3.files import write_record
+from a3.artifacts import targets
+from a3.cli.main import main, parser
+from a3.core.errors import A3Error
+from a3.core.files import write_record
+from a3.experiments.config import check_outside
 from a3.models.checkpoint import hash_files
-from a3.stages.model import resolve_model
-from a3.stages.train import Recipe, train
+from a3.stages.inputs.model import resolve_model
+from a3.stages.inputs.train import Recipe, train
 
 M, D, RX = "models/m", "texts/d.jsonl", "rx"
 ROWS = json.dumps([{"model": "m"}])

@@ -16,13 +16,15 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tiny import tiny_tokenizer
 
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.files import read_json, sha256
-from a3.harness import task_config
-from a3.provenance import PACKAGE
-from a3.reading import Document, load_documents, write_documents
-from a3.stages.text import documents, exclude_and_split, harness_items
+from a3.core.errors import A3Error
+from a3.core.files import read_json, sha256
+from a3.core.provenance import PACKAGE
+from a3.stages.evaluate.items import task_config
+from a3.stages.inputs.items import harness_items
+from a3.stages.inputs.split import exclude_and_split
+from a3.stages.inputs.text import documents
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import Document, load_documents, write_documents
 
 WIKI = """<doc id="1" url="https://x" title="Fire &amp; Ice">
 Fire &amp; Ice

@@ -13,18 +13,18 @@ from tiny import BLOCK, document, run, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import tokenization_auto as auto
 
-from a3.cli import main
-from a3.errors import A3Error
-from a3.inputs import TEMPLATES
+from a3.cli.main import main
+from a3.core.errors import A3Error
 from a3.models import tokenizer as reading
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
+from a3.models.inputs import TEMPLATES
 from a3.models.load import load_tokenizer
+from a3.models.travel import bring
 from a3.solutions.modes import choose
-from a3.stages import approximate
-from a3.stages.model import resolve_model
-from a3.stages.plan import Plan
-from a3.stages.travel import bring
+from a3.solutions.plan import Plan
+from a3.stages.approx import approximate
+from a3.stages.inputs.model import resolve_model
 
 PROBE = (
     "In 1969, 12345 rivers\n\n  two  spaces\tcafé 河 🙂 don't </s> x = 3.14 ! a , b <|im_start|>"

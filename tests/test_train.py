@@ -13,14 +13,15 @@ import yaml
 from tiny import LINES, VOCABULARY, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a3.cli import main
-from a3.config import CATALOGUE, check_row, complete, load_yaml
-from a3.documents import token_blocks
-from a3.errors import A3Error
-from a3.files import sha256
-from a3.reading import load_documents
-from a3.stages.model import resolve_model
-from a3.stages.train import rate, read_recipe, train, unigram_loss
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml, sha256
+from a3.experiments.config import CATALOGUE, complete
+from a3.experiments.rows import check_row
+from a3.stages.inputs.model import resolve_model
+from a3.stages.inputs.train import rate, read_recipe, train, unigram_loss
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 CONFIG = {
     "model_type": "gpt2",

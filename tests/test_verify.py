@@ -8,10 +8,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import BLOCK, TAIL, run, tiny_llama, tiny_results
 
-from a3 import files
-from a3.cli import main
-from a3.errors import A3Error
-from a3.files import Seal, read_record, sha256, whole_folder, write_record
+from a3.cli.main import main
+from a3.core import files
+from a3.core.errors import A3Error
+from a3.core.files import Seal, read_record, sha256, whole_folder, write_record
 from a3.models.checkpoint import Checkpoint, hash_files
 
 

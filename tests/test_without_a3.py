@@ -19,9 +19,9 @@ from a3.models import modeling_a3
 from a3.models.arch import load_arch
 from a3.models.families import FAMILIES
 from a3.solutions.modes import choose, kinds_needed
-from a3.stages.approximate import approximate
-from a3.stages.collect import collect
-from a3.stages.plan import Plan
+from a3.solutions.plan import Plan
+from a3.stages.approx.approximate import approximate
+from a3.stages.collect.collect import collect
 
 CASES = ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "bloom"]
 # What a user without a3 does, for all folders in one process; saved models load again.

@@ -16,7 +16,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import a3  # noqa: F401
-from a3.cli import main
+from a3.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -201,7 +201,7 @@ def test_sizes_of_their_own_are_part_of_the_path(settled):
 
 
 def test_a_change_of_the_perplexity_code(settled):
-    settled.edit("a3/stages/perplexity.py", "    losses = []", "    losses: list = []")
+    settled.edit("a3/stages/evaluate/perplexity.py", "    losses = []", "    losses: list = []")
     rules, output = settled.snakemake("-n")
     assert set(rules) - {"all"} == {"eval_ppl"} | DOWNSTREAM
     assert "Params have changed" in output

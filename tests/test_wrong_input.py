@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_model
 from transformers import AutoConfig, MambaConfig
 
-from a3.cli import main
-from a3.config import check_row
-from a3.errors import A3Error
-from a3.files import seal, write_record
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.core.files import seal, write_record
+from a3.experiments.rows import check_row
 from a3.models.arch import describe, read_config
 from a3.models.families import FAMILIES
+from a3.rxx.container import Rxx, sum_hash
 from a3.solutions.modes import check_fit, choose, kinds_needed
-from a3.statistics import Rxx, sum_hash
 
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 BLOCK = ["--tokens", "256", "--block-length", "64"]

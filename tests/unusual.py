@@ -26,9 +26,9 @@ from tiny import SIZES
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from a3.cli import main
-from a3.errors import A3Error
-from a3.reading import load_documents
+from a3.cli.main import main
+from a3.core.errors import A3Error
+from a3.texts.reading import load_documents
 
 WORDS = [
     *("river", "ocean", "lake", "moon", "1969", "12345", "x=1", "don't", "", "two\tthree", "🙂"),

@@ -8,21 +8,16 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from a3 import LazyConfig
-from a3.errors import A3Error
-from a3.files import read_json, read_record
-from a3.kinds import Kind, heads_of, shape_of
+from a3.core.errors import A3Error
+from a3.core.files import read_json, read_record
 from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.models.load import (
-    count_parameters,
-    load_config,
-    load_whole,
-    number_of_parameters,
-)
-from a3.sizes import sizes
+from a3.models.load import count_parameters, load_config, load_whole, number_of_parameters
+from a3.models.registry import LazyConfig
+from a3.models.sizes import sizes
+from a3.rxx.kinds import Kind, heads_of, shape_of
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from a3.errors import A3Error
+from a3.core.errors import A3Error
 
 if TYPE_CHECKING:
     from a3.models.family import Family
 
 # Names that families have for the softmax scale, and for modules that norm q or k.
 SCALES = ("scaling", "inv_norm_factor", "softmax_scale")
+
 NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
+
 PART = "partial_rotary_factor"
 
 

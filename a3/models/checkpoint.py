@@ -11,19 +11,22 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from a3.errors import A3Error
-from a3.files import RECORDS, read_json, read_record, sha256
-from a3.inputs import files_of
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, read_json, read_record, sha256
+from a3.models.inputs import files_of
 from a3.models.readable import DTYPES, INDEX, require_readable, shards
 
 # The model card.
 CARD = "README.md"
+
 # What transformers reads of a folder beside config and weights, where it is there.
 READ = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.*", "vocab.*", "merges.txt", "spiece.model"),
 )
+
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
+
 # What wrappers put before the names of tensors, and how to save without it.
 PREFIXES = {
     "base_model.model.": "peft: save what merge_and_unload() returns",

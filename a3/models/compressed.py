@@ -1,22 +1,18 @@
-"""What is known of a compressed folder: by its approx.json, or by its config and tensors alone.
-
-transformers saves a compressed model (`save_pretrained`, so after any training or merging) without
-approx.json. Families, shapes and sizes are in config.json and the tensors; the errors that
-compression made, its modes and its calibration are then unknown.
-"""
+"""The config.json of a compressed model."""
 
 from pathlib import Path
 from typing import Any
 
-from a3.errors import A3Error
-from a3.files import read_record
-from a3.models import arch
+from a3.core.errors import A3Error
+from a3.core.files import read_record
+from a3.models import arch, modeling_a3
 from a3.models.arch import Arch, CompressedArch, check_count
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.load import load_config, load_whole, number_of_parameters
+from a3.models.registry import LazyConfig
+from a3.models.sizes import sizes
 from a3.models.stock import dense_config
-from a3.sizes import sizes
 
 
 def compressed_record(folder: Path) -> dict[str, Any]:
@@ -82,3 +78,58 @@ def compressed_arch(folder: Path) -> CompressedArch:
     if not record["base"]["experts"]:
         own["intermediate_size"] = max(of_parts["mlp_ranks"])
     return CompressedArch(**record["base"] | own)
+
+
+# Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
+Ranks = tuple[int, int, int | list[int]]
+
+
+def compressed_config(
+    dense: dict[str, Any],
+    arch: Arch,
+    ranks: list[Ranks],
+    pairs: list[int],
+    factors: list[dict[str, int]],
+    *,
+    down_bias: bool,
+    same_pairs: bool,
+) -> dict[str, Any]:
+    """The content of a compressed model's config.json, from the dense one's.
+
+    `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
+    matrices that are products of two) have one item a layer. `down_bias`: the MLP's output gets a
+    bias, whether the family has one or not. `same_pairs`: all rotated layers kept the same.
+    """
+    qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
+    config = dense | {"model_type": LazyConfig.model_type}
+    classes = modeling_a3.classes(arch.family)
+    # In the place of any code for the dense model, which does not travel.
+    config["auto_map"] = {
+        auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}" for auto, own in classes.items()
+    }
+    config["architectures"] = [classes["AutoModelForCausalLM"].__name__]
+    config["a3"] = {
+        "family": arch.family,
+        "modules": arch.adapter.modules,
+        "heads": arch.heads,
+        "kv_heads": arch.kv_heads,
+        "scaling": arch.scaling,
+        "qkv_bias": arch.qkv_bias,
+        "o_bias": arch.o_bias,
+        "qk_norm": arch.qk_norm,
+        "rope": arch.rope_layout is not None,
+        "nope_layers": arch.nope_layers,
+        "same_pairs": same_pairs,
+        "rope_pairs": [n if arch.has_rope(layer) else 0 for layer, n in enumerate(pairs)],
+        "qk_ranks": qk_ranks,
+        "ov_ranks": ov_ranks,
+        "mlp_ranks": mlp_ranks,
+        "factors": factors,
+        "down_bias": down_bias,
+    }
+    return config
+
+
+def pairs_name(arch: Arch, layer: int) -> str:
+    """Tensor of the kept RoPE pairs of one layer."""
+    return f"{arch.adapter.attention_module(layer)}.rope_pairs"

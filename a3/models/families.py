@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedConfig
 
-from a3.errors import A3Error
+from a3.core.errors import A3Error
 from a3.models.family import ATTENTION, Family
 
 
@@ -534,6 +534,7 @@ _REFUSED = {
         "recurrent_gemma rwkv xlstm zamba zamba2"
     ),
 }
+
 REFUSED: dict[str, str] = {
     model_type: reason for reason, types in _REFUSED.items() for model_type in types.split()
 }

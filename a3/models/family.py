@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from a3.errors import A3Error
+from a3.core.errors import A3Error
 from a3.models.built import rotated_width
 from a3.models.checkpoint import Checkpoint
 

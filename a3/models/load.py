@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from a3.dtypes import WIDTHS
-from a3.errors import A3Error
-from a3.files import read_json
-from a3.memory import require_memory
+from a3.core.dtypes import WIDTHS
+from a3.core.errors import A3Error
+from a3.core.files import read_json
+from a3.core.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.readable import refuse_adapter

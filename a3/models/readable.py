@@ -10,24 +10,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from a3.errors import A3Error
-from a3.files import read_json
+from a3.core.errors import A3Error
+from a3.core.files import read_json
 
 PICKLED = "pytorch_model*.bin*"
+
 INDEX = "model.safetensors.index.json"
+
 # What peft, the library `adapters`, MLX and diffusers call an adapter's files.
 ADAPTER_CONFIG = "adapter_config.json"
+
 ADAPTERS = (ADAPTER_CONFIG, "*adapter*.safetensors", "*adapter*.bin", "pytorch_lora_weights.*")
+
 # Tensors that wrappers of trained adapters leave in what is saved with them.
 ADAPTER_TENSORS = re.compile(
     r"\.(base_layer|lora_\w+|loras|ia3_l|adapters|prefix_tunings|prompt_encoder|hada_w\w+|lokr_w\w+"
     r"|vera_\w+|oft_\w+|boft_\w+|modules_to_save|original_module)(\.|$)"
 )
+
 # Kinds of peft that add tokens or prompts, and change no weight.
 PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "CPT")
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 # Of buffers: kept RoPE pairs, positions, masks. GPT-2's masks are bytes and called bias.
 BUFFERS = ("I64", "BOOL")
+
 # Quantised checkpoints by the first of these that names one of their tensors.
 METHODS = {
     r"\.qweight$": "GPTQ or AWQ",
@@ -40,8 +48,10 @@ METHODS = {
     r"\.weight_scale(_inv|s)?$": "fp8 or int8",
     r"\.scales$": "MLX or other scaled integers",
 }
+
 # The most that safetensors itself reads.
 LARGEST_HEADER = 100_000_000
+
 # Named so, a tensor scales numbers that have a plain dtype.
 SCALES = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|SCB|W_q|(weight|input)_(scale|zero_point)\w*)$"
@@ -61,8 +71,6 @@ def require_readable(folder: Path) -> None:
 
 
 # --- adapters -------------------------------------------------------------------------------------
-
-
 def refuse_adapter(folder: Path) -> None:
     """Raise A3Error, with how to merge it, for an adapter in a folder or, alone, in one below.
 
@@ -127,8 +135,6 @@ def refuse_adapter_tensors(folder: Path, names: Iterable[str]) -> None:
 
 
 # --- weights --------------------------------------------------------------------------------------
-
-
 def refuse_pickled(folder: Path) -> None:
     """Raise A3Error, with the command that converts it, where all weights are pickled."""
     if any(folder.glob("*.safetensors")) or not any(folder.glob(PICKLED)):
@@ -191,8 +197,6 @@ def is_plain_name(name: object) -> bool:
 
 
 # --- quantised ------------------------------------------------------------------------------------
-
-
 def refuse_quantised(folder: Path) -> None:
     """Raise A3Error where the weights are quantised, by their tensors or by config.json.
 

@@ -20,21 +20,28 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from a3.errors import A3Error
-from a3.files import read_json
+from a3.core.errors import A3Error
+from a3.core.files import read_json
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
 
 # Families whose own code takes `head_dim` and RoPE factors from the config.
 FAMILIES = ("llama", "mistral", "ministral", "qwen2")
+
 # RoPE whose frequencies are the same at every length; longrope where its two lists are.
 FIXED = ("default", "linear", "llama3", "yarn", "longrope")
+
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
+
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
+
 PAIRS = ".rope_pairs"
+
 # What old checkpoints hold of RoPE, and models compute.
 COMPUTED = ".rotary_emb.inv_freq"
+
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 # Where configs of different ages have RoPE's parameters. (Of these families only some kinds of RoPE
 # obey the last.)
 ROPE_KEYS = (
@@ -44,8 +51,10 @@ ROPE_KEYS = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+
 # Numbers of a row that llama.cpp's quantised caches store together.
 BLOCK = 32
+
 HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
 
 HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from a3 import LazyConfig
-from a3.errors import A3Error
-from a3.files import read_json
+from a3.core.errors import A3Error
+from a3.core.files import read_json
 from a3.models.load import load_config, load_tokenizer
+from a3.models.registry import LazyConfig
 
 # One of them says what the tokens are.
 VOCABULARIES = (
@@ -21,12 +21,17 @@ VOCABULARIES = (
     "spiece.model",
     "tekken.json",
 )
+
 CONFIG = "tokenizer_config.json"
+
 # What of CONFIG a compressed folder replaces; under KEPT it says what the dense folder has there.
 REPLACED = ("tokenizer_class", "auto_map")
+
 KEPT = "a3"
+
 # The class that takes tokenizer.json at its word, as transformers 5 and 4 call it.
 PLAIN = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
 # Beside the rules: what decides on special tokens, prompts, padding and decoded text.
 ATTRIBUTES = (
     "special_tokens_map",

@@ -23,15 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.errors import A3Error
-from a3.linalg import relative, two_factors
+from a3.core.errors import A3Error
+from a3.numerics.linalg import relative, two_factors
 
 
 @dataclass(frozen=True)
 class Matrix:
     """One matrix W (m, n), without its bias, and the metric R of its input, or of its output.
 
-    R is as `a3.linalg.two_factors` takes it, None for R = 1.
+    R is as `a3.numerics.linalg.two_factors` takes it, None for R = 1.
     """
 
     W: Tensor

@@ -15,7 +15,7 @@ differ in the metric R of the input by which it is the best: min tr((E - A B)ᵀ
 import torch
 from torch import Tensor
 
-from a3.linalg import relative, two_factors
+from a3.numerics.linalg import relative, two_factors
 
 LEAST_SCALE = 1e-4
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from a3.linalg import (
+from a3.models.family import MLPWeights
+from a3.numerics.linalg import (
     eliminate,
     keep_best,
     relative,
@@ -14,16 +15,18 @@ from a3.linalg import (
     root_of,
     take_over,
 )
-from a3.models.family import MLPWeights
 
 # An expert that fewer calibration tokens reached is not compressed: the mean squares of its
 # channels would be known to no better than sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+
 # Damping of elimination, and so of what it says is lost, as a share of a channel's mean square. It
 # weighs the MLP against attention where ranks are shared out, whatever the calibration's size.
 ELIMINATION = 0.03
+
 # MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.
 MODEGPT_RIDGE = 1e-2
+
 # Columns of W_down that are in float64 at a time.
 CHUNK = 256
 

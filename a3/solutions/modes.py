@@ -9,31 +9,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from a3.errors import A3Error
+from a3.core.errors import A3Error
 
 ROPE = ("mha-rope", "gqa-rope")
+
 NOPE = ("mha", "gqa")
+
 # MLPs; `experts` are many gated ones in a layer.
 MLPS = ("2-layer", "3-layer")
+
 EXPERTS = "experts"
+
 PARTS = ("qk", "ov", "mlp")
+
 # The matrices of each part.
 MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
+
 # Sizes of heads that fused attention kernels of serving runtimes have.
 SERVABLE = (64, 80, 96, 112, 120, 128, 256)
+
 # The name, in every place where a mode is named, for a part that stays as it is.
 DENSE = "dense"
+
 # Characters; paths hold it.
 LONGEST_RATIO = 20
+
 # Stands for the ratio where every compressed part has a size of its own.
 NO_RATIO = "-"
+
 # Least squares overfits a short calibration: it is damped as if so many more tokens had been seen,
 # of inputs of the same mean square that have nothing in common (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
+
 # Behind a mode: its size is an average, shared out over layers and parts (a3.stages.allocate).
 SHARED = "~"
+
 # The modes that can be: they say what the model loses at each rank, in the same unit.
 SHARING = {"qk": "fisher", "ov": "joint", "mlp": "obs"}
+
 # The modes of the paper, and those past it that win together (docs/log.md), as options say them.
 PRESETS = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
@@ -104,10 +117,13 @@ METRICS: dict[str, dict[str, str] | None] = {
     | dict.fromkeys(("gate", "up"), "mlp_input")
     | {"down": "down_output"},
 }
+
 METRICS["svd-llm-v2"] = METRICS["svd-llm"]
+
 FACTORED = {
     part: {name: two_factors(part, metrics) for name, metrics in METRICS.items()} for part in PARTS
 }
+
 QK = ("q_blocks", "k_blocks")
 
 MODES: dict[str, dict[str, Mode]] = {
@@ -272,3 +288,7 @@ def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -
         even = "an even number, since RoPE turns pairs," if multiple == 2 else "one"
         raise A3Error(f"rank is {size}; expected {even} from {least} to {full}. Take {nearest}.")
     return size
+
+
+# Modes that share out a ratio among the layers.
+ALLOCATED = ("svd-llm-v2",)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.linalg import (
+from a3.models.family import AttentionWeights
+from a3.numerics.linalg import (
     inverse,
     relative,
     ridge_of,
@@ -14,7 +15,6 @@ from a3.linalg import (
     subspace_error,
     take_over,
 )
-from a3.models.family import AttentionWeights
 
 # Damping of elimination, and so of what it says is lost, as a share of the o_proj input's mean
 # square: that of `fisher`, with which it shares the cache.
@@ -99,8 +99,8 @@ def joint_losses(
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
-    Optimal brain surgeon as in `a3.linalg.eliminate`, for directions u of the values in place of
-    channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
+    Optimal brain surgeon as in `a3.numerics.linalg.eliminate`, for directions u of the values in
+    place of channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
     uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised eigenvalue; one of
     each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
     ½ tr(Xᵀ (R + λ 1) X F) after each.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a3.linalg import gram_factor, relative
+from a3.numerics.linalg import gram_factor, relative
 
 
 @dataclass(frozen=True)

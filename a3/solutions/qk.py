@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from a3.linalg import keep_best, relative, shared_subspace, subspace_error
 from a3.models.family import AttentionWeights
+from a3.numerics.linalg import keep_best, relative, shared_subspace, subspace_error
 
 # The ridge of `fisher`, as a share of the mean square of a gradient by a pair's factor.
 RIDGE = 1e-2
@@ -110,8 +110,8 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
     A pair's part in the scores of a query is linear in its two query dimensions, so that any
     complex factor of them (a rotation and a scale, which commute with RoPE) is free at run time.
     To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
-    (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them (`a3.stages.gradients`; real
-    parts first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
+    (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them
+    (`a3.stages.collect.gradients`; real parts first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
     factors go into the norm's gains and are real. Pairs are one set a group, as in `rxx_w_rxx`; so
     are the partial rotations' other dimensions.
     """

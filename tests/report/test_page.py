@@ -7,10 +7,10 @@ import pytest
 from browser import Browser
 from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
 
-from a3.files import read_record
-from a3.stages.figures import build_figures
-from a3.stages.report import build_report
-from a3.stages.tables import build_tables
+from a3.core.files import read_record
+from a3.report.figures.build import build_figures
+from a3.report.page import build_report
+from a3.report.tables.results import build_tables
 
 METHODS = ("rxx-w-rxx+xkv+rxx-w", "rxx-w-rxx-uniform+axkv+rxx", "svd-llm+svd-llm+svd-llm")
 RATIOS = ("0.1", "0.2", "0.4")

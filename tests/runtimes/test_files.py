@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
 import a3  # noqa: F401
-from a3.stages.export_gguf import export_gguf
-from a3.stages.gguf import read_gguf
-from a3.stages.gguf_rules import NAMES
-from a3.stages.gguf_tokenizer import tokenizer_of
+from a3.models.gguf import read_gguf
+from a3.models.gguf_rules import NAMES
+from a3.stages.export.gguf import export_gguf
+from a3.stages.inputs.gguf_tokenizer import tokenizer_of
 
 TOKENS = list(range(5, 65))
 # Their GELU is a table of float16.

@@ -15,9 +15,9 @@ from asking import ask, texts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
-from a3.documents import scored_blocks
-from a3.files import read_record
-from a3.reading import load_documents
+from a3.core.files import read_record
+from a3.texts.blocks import scored_blocks
+from a3.texts.reading import load_documents
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "results/models/smollm2-135m"

@@ -29,7 +29,7 @@ rule allocate:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
         threads=C["threads"]["approx"],
-        code=fingerprint("a3.stages.allocate"),
+        code=fingerprint("a3.stages.approx.allocate"),
     shell:
         "a3 allocate {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
@@ -63,7 +63,7 @@ rule approx:
         out=approx_output,
         stale=lambda wildcards, output: Path(output.approx).parent if "approx" in output.keys() else [],
         threads=C["threads"]["approx"],
-        code=fingerprint("a3.stages.approximate"),
+        code=fingerprint("a3.stages.approx.approximate"),
     shell:
         "rm -rf {params.stale:q} && a3 approx {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
@@ -101,7 +101,7 @@ if JOBS > 1:
         params:
             model=subpath(input.arch, parent=True),
             out=CHECKPOINT,
-            code=fingerprint("a3.stages.assemble"),
+            code=fingerprint("a3.stages.approx.assemble"),
         shell:
             "rm -rf {params.out:q} && a3 gather {params.model:q} {input.weights:q}"
             " -o {params.out:q} &> {log:q}"

@@ -47,7 +47,7 @@ rule collect:
         experiments=lambda wildcards, input: experiments_of(wildcards.model),
         threads=C["threads"]["collect"],
         device=C["device"],
-        code=fingerprint("a3.stages.collect"),
+        code=fingerprint("a3.stages.collect.collect"),
     shell:
         COLLECT
 
@@ -137,7 +137,7 @@ if SHARDED:
         resources:
             **resources("approx", cost_of_merge, beside=True),
         params:
-            code=fingerprint("a3.stages.collect"),
+            code=fingerprint("a3.stages.collect.collect"),
         shell:
             "a3 merge {input.rxx:q} -o {output.rxx:q} &> {log:q}"
 

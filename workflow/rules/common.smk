@@ -10,29 +10,22 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.config import (
-    complete,
-    excluded,
-    kinds_of,
-    kinds_to_quantise,
-    prefer_own_scripts,
-    read_experiments,
-    read_surgeries,
-    wheels_of,
-)
-from a3.cost import BYTES_PER_TOKEN, WHOLE_TEXT
-from a3.dtypes import GGUF_TYPES
-from a3.errors import A3Error
-from a3.files import load_yaml, sha256
-from a3.inputs import local_inputs, marks
-from a3.paper import Paper
-from a3.parts import weight_files
-from a3.provenance import fingerprint
-from a3.recipes import parse_quantisation
-from a3.results import SPECTRA_KINDS, Place, SurgeryPlace
+from a3.experiments.config import complete, excluded, prefer_own_scripts, wheels_of
+from a3.experiments.rows import kinds_of, kinds_to_quantise, read_experiments, read_surgeries
+from a3.models.cost import BYTES_PER_TOKEN, WHOLE_TEXT
+from a3.core.dtypes import GGUF_TYPES
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml, sha256
+from a3.models.inputs import local_inputs, marks
+from a3.experiments.paper import Paper
+from a3.core.shards import weight_files
+from a3.core.provenance import fingerprint
+from a3.solutions.recipes import parse_quantisation
+from a3.artifacts.places import Place, SurgeryPlace
+from a3.rxx.kinds import SPECTRA_KINDS
 from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
-from a3.surgery import SURGERIES, find_surgery
-from a3.tasks import data_files, read_task
+from a3.solutions.surgeries import SURGERIES, find_surgery
+from a3.stages.evaluate.tasks import data_files, read_task
 
 prefer_own_scripts()
 

@@ -30,7 +30,7 @@ rule eval_ppl:
         ),
         threads=C["threads"]["eval"],
         device=C["device"],
-        code=fingerprint("a3.stages.perplexity"),
+        code=fingerprint("a3.stages.evaluate.perplexity"),
     shell:
         "a3 eval ppl {params.model:q} --text {input.text:q} --name {wildcards.text:q}"
         " --source {input.source:q}"
@@ -61,7 +61,7 @@ rule eval_harness:
         settings=settings("harness", "task", HARNESS_SETTINGS),
         threads=C["threads"]["eval"],
         device=C["device"],
-        code=fingerprint("a3.stages.harness"),
+        code=fingerprint("a3.stages.evaluate.harness"),
     shell:
         "a3 eval harness {params.model:q} {params.task:q} {params.settings:q}"
         " --threads {params.threads} --device {params.device:q} -o {output.result:q} &> {log:q}"
@@ -94,7 +94,7 @@ rule eval_speed:
         ),
         threads=C["threads"]["eval"],
         device=C["device"],
-        code=fingerprint("a3.stages.speed"),
+        code=fingerprint("a3.stages.evaluate.speed"),
     shell:
         "a3 eval speed {params.models:q} {params.settings:q} --threads {params.threads}"
         " --device {params.device:q} -o {output:q} &> {log:q}"

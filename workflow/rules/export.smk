@@ -28,7 +28,7 @@ rule export_hf:
     params:
         model=subpath(input[0], parent=True),
         out=subpath(output.config, parent=True),
-        code=fingerprint("a3.stages.export"),
+        code=fingerprint("a3.stages.export.hf"),
     shell:
         "rm -rf {params.out:q} && a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
 
@@ -50,6 +50,6 @@ rule export_gguf:
         **resources("approx", cost_of_gather, beside=True),
     params:
         model=subpath(input[0], parent=True),
-        code=fingerprint("a3.stages.export_gguf"),
+        code=fingerprint("a3.stages.export.gguf"),
     shell:
         "a3 export gguf {params.model:q} --type {wildcards.type:q} -o {output:q} &> {log:q}"

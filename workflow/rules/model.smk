@@ -36,7 +36,7 @@ rule train:
         ),
         out=subpath(output[0], parent=True),
         threads=C["threads"]["train"],
-        code=fingerprint("a3.stages.train"),
+        code=fingerprint("a3.stages.inputs.train"),
     shell:
         "rm -rf {params.out:q} && a3 train {params.recipe:q} --text {input:q}"
         " --threads {params.threads} -o {params.out:q} &> {log:q}"
@@ -60,7 +60,7 @@ rule model:
         out=subpath(output.arch, parent=True),
         wheels=f"{RESULTS}/wheels",
         base=base_option,
-        code=fingerprint("a3.stages.model"),
+        code=fingerprint("a3.stages.inputs.model"),
     shell:
         "rm -rf {params.out:q} && a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q}"
         " -o {params.out:q} &> {log:q}"

@@ -29,7 +29,7 @@ rule quantise:
         recipe=quantise_options,
         threads=C["threads"]["approx"],
         out=QUANTISED,
-        code=fingerprint("a3.stages.quantise"),
+        code=fingerprint("a3.stages.approx.quantise"),
     shell:
         "rm -rf {params.out:q} && a3 quantise {params.model:q} --rxx {params.rxx:q}"
         " {params.recipe:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
@@ -60,7 +60,7 @@ if QUANTISED_KINDS:
             ),
             threads=C["threads"]["collect"],
             device=C["device"],
-            code=fingerprint("a3.stages.collect", "a3.models.modeling_a3"),
+            code=fingerprint("a3.stages.collect.collect", "a3.models.modeling_a3"),
         shell:
             "a3 collect {params.model:q} --text {input.text:q} {params.settings:q}"
             " --threads {params.threads} --device {params.device:q} -o {output.rxx:q} &> {log:q}"

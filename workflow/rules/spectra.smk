@@ -20,7 +20,7 @@ rule spectra:
         model=subpath(input.arch, parent=True),
         rxx=lambda wildcards, input: Path(input.rxx[0]).parent,
         threads=C["threads"]["approx"],
-        code=fingerprint("a3.stages.spectra"),
+        code=fingerprint("a3.stages.approx.spectra"),
     shell:
         "a3 spectra {params.model:q} --rxx {params.rxx:q} --threads {params.threads}"
         " -o {output:q} &> {log:q}"

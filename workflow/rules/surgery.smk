@@ -40,7 +40,7 @@ rule surgery:
         rxx=lambda wildcards, input: ["--rxx", Path(input.rxx[0]).parent] if input.rxx else [],
         out=subpath(output.config, parent=True),
         threads=C["threads"]["approx"],
-        code=fingerprint("a3.stages.surgery"),
+        code=fingerprint("a3.stages.approx.surgery"),
     shell:
         "rm -rf {params.out:q} && a3 surgery {params.model:q} {params.rxx:q}"
         " --mode {wildcards.mode:q} --size {wildcards.size:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
@@ -65,7 +65,7 @@ rule eval_generation:
         new_tokens=C["surgery"]["new_tokens"],
         threads=C["threads"]["eval"],
         device=C["device"],
-        code=fingerprint("a3.stages.generation"),
+        code=fingerprint("a3.stages.evaluate.generation"),
     shell:
         "a3 eval generation {params.model:q} --prompt {params.prompt:q}"
         " --new-tokens {params.new_tokens:q} --threads {params.threads}"
@@ -88,7 +88,7 @@ rule surgery_table:
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.surgery_table"),
+        code=fingerprint("a3.report.tables.surgery"),
     shell:
         f"a3 surgery-table{SURGERY_INPUTS} -o {{params.out:q}} &> {{log:q}}"
 
@@ -108,6 +108,6 @@ rule surgery_figures:
         rows=json.dumps(OPERATIONS),
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
-        code=fingerprint("a3.stages.surgery_figures"),
+        code=fingerprint("a3.report.figures.surgery"),
     shell:
         f"a3 surgery-figures{SURGERY_INPUTS} -o {{output:q}} &> {{log:q}}"

@@ -23,7 +23,7 @@ rule tables:
         harness=C["evaluate"]["harness"],
         reference=["--reference", C["reference"]] if "reference" in C else [],
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.tables"),
+        code=fingerprint("a3.report.tables.results"),
     shell:
         f"a3 tables {EVERYTHING} {{params.reference:q}} -o {{params.out:q}} &> {{log:q}}"
 
@@ -43,7 +43,7 @@ rule speed_table:
         rows=json.dumps(ROWS),
         speed=C["evaluate"]["speed"],
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.speed_table"),
+        code=fingerprint("a3.report.tables.speed"),
     shell:
         "a3 speed-table --results {params.results:q} --experiments {params.rows:q}"
         " --speed {params.speed:q} -o {params.out:q} &> {log:q}"
@@ -64,7 +64,7 @@ rule figures:
         rows=json.dumps(ROWS),
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
-        code=fingerprint("a3.stages.figures"),
+        code=fingerprint("a3.report.figures.build"),
     shell:
         f"a3 figures {EVERYTHING} --spectra {{input.spectra:q}} -o {{output:q}} &> {{log:q}}"
 
@@ -83,7 +83,7 @@ rule report:
         results=lambda wildcards: RESULTS,
         tables=subpath(input[0], parent=True),
         config=CONFIGURED,
-        code=fingerprint("a3.stages.report"),
+        code=fingerprint("a3.report.page"),
     shell:
         "a3 report --results {params.results:q} --tables {params.tables:q}"
         " --config {params.config:q} -o {output:q} &> {log:q}"

@@ -1,0 +1,1 @@
+"""Where artifacts lie in a results folder, and reading them back."""

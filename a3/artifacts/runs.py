@@ -1,0 +1,171 @@
+"""Rows with their files: weights and results, held to each other."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a3.artifacts.places import Place, SurgeryPlace
+from a3.artifacts.protocols import (
+    HARNESS_PROTOCOL,
+    PERPLEXITY_PROTOCOL,
+    SPEED_PROTOCOL,
+    same_protocol,
+)
+from a3.core.dtypes import WIDTHS
+from a3.core.errors import A3Error
+from a3.core.records import Record
+from a3.models.sizes import projection_weights
+
+# Both models are scored by the same code.
+CODE = "provenance.code"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with its files: weights (arch.json or approx.json) and one result per text and task."""
+
+    place: Place
+    weights: Record
+    perplexity: dict[str, Record]
+    harness: dict[str, Record]
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Parameters, KV bytes per token and FLOPs per token of this row's own weights."""
+        return self.weights["size" if self.place.is_dense else "size.compressed"]
+
+    def bits_per_weight(self, dense: "Run") -> float:
+        """Bits of the layers' matrices for each weight that the `dense` run has in them."""
+        if self.place.is_quantised:
+            return self.weights["size.compressed.bits_per_weight"]
+        weights = projection_weights(dense.weights.data)
+        gone = dense.size["parameters"] - self.size["parameters"]
+        return 8 * WIDTHS[dense.weights["dtype"]] * (1 - gone / weights)
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """The record of each kind of Rxx that the solutions read; none for the dense model."""
+        return {} if self.place.is_dense else self.weights["provenance.statistics"]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What approx.json says of each layer; none for the dense model."""
+        return [] if self.place.is_dense else self.weights["layers"]
+
+
+def read_runs(
+    results: Path,
+    experiments: Iterable[Mapping[str, str]],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+) -> list[tuple[Run, list[Run]]]:
+    """Read each model's dense run and its compressed runs, in the order of `experiments`.
+
+    Raises A3Error that names both files when a result was taken from other weights than the ones
+    that now lie beside it, or when two results of one model were taken by different protocols.
+    """
+    places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
+    return read_places(results, places, perplexity, harness)
+
+
+def read_places(
+    results: Path, all_places: Iterable[Place], perplexity: Sequence[str], harness: Sequence[str]
+) -> list[tuple[Run, list[Run]]]:
+    """As `read_runs`, of places."""
+    models: dict[str, dict[Place, None]] = {}
+    for place in all_places:
+        models.setdefault(place.model, {})
+        if not place.is_dense:
+            models[place.model][place] = None
+    groups = []
+    for model, places in models.items():
+        dense = _read_run(results, Place(model), perplexity, harness)
+        runs = [_read_run(results, place, perplexity, harness) for place in places]
+        for run in runs:
+            _same_base(dense, run)
+            for text in perplexity:
+                same_protocol(
+                    dense.perplexity[text], run.perplexity[text], (*PERPLEXITY_PROTOCOL, CODE)
+                )
+            for task in harness:
+                same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
+        groups.append((dense, runs))
+    return groups
+
+
+def read_speeds(
+    results: Path, experiments: Iterable[Mapping[str, str]], speed: Sequence[str]
+) -> list[tuple[Place, str, Record]]:
+    """The compressed rows' records of each entry `speed`, in order: place, entry's name, record.
+
+    Raises A3Error where one was taken from other weights than those that now lie beside it, dense
+    or compressed, or two of one model and entry were taken by different protocols.
+    """
+    places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
+    found: list[tuple[Place, str, Record]] = []
+    first: dict[tuple[str, str], Record] = {}
+    for place in dict.fromkeys(place for place in places if not place.is_dense):
+        for name in speed:
+            record = Record.read(place.speed(results, name))
+            check_speed(record, Record.read(place.weights(results)))
+            same_protocol(first.setdefault((place.model, name), record), record, SPEED_PROTOCOL)
+            found.append((place, name, record))
+    return found
+
+
+def check_speed(record: Record, weights: Record) -> None:
+    """Raise A3Error unless a speed is of the weights in approx.json and of their dense model's."""
+    found = [model["checkpoint_sha256"] for model in record["models"]]
+    expected = [weights["base.weights_sha256"], weights["weights_sha256"]]
+    if found != expected:
+        raise A3Error(
+            f"{record.path}: checkpoint_sha256 of its models is {found}, but {weights.path} says "
+            f"{expected}: the speed is of other weights. Delete it and build it again."
+        )
+
+
+def _read_run(
+    results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
+) -> Run:
+    """Read one row's files and hold each result to the weights it was taken from."""
+    run = Run(
+        place,
+        Record.read(place.weights(results)),
+        {text: Record.read(place.perplexity(results, text)) for text in perplexity},
+        {task: Record.read(place.harness(results, task)) for task in harness},
+    )
+    expected = run.weights["weights_sha256"]
+    for record in (*run.perplexity.values(), *run.harness.values()):
+        if record["checkpoint_sha256"] != expected:
+            raise A3Error(
+                f"{record.path}: checkpoint_sha256 is {record['checkpoint_sha256']}, but "
+                f"{run.weights.path} says weights_sha256 is {expected}: the result was taken from "
+                "other weights. Delete the result and build it again."
+            )
+    return run
+
+
+def _same_base(dense: Run, run: Run) -> None:
+    """Refuse a checkpoint that was made from other dense weights than the ones in its table."""
+    found, expected = run.weights["base.weights_sha256"], dense.weights["weights_sha256"]
+    if found != expected:
+        raise A3Error(
+            f"{run.weights.path}: base.weights_sha256 is {found}, but {dense.weights.path} says "
+            f"weights_sha256 is {expected}: the checkpoint was made from another model. "
+            "Delete the checkpoint's folder and build it again."
+        )
+
+
+PLACE = ("model", "calibration", "mode", "size")
+
+
+def read_surgeries(
+    results: Path,
+    surgeries: Sequence[Mapping[str, str]],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+) -> list[tuple[Run, list[Run]]]:
+    """Each model's dense run and its surgeries, as `read_runs` reads experiments."""
+    places = [SurgeryPlace(**{key: row[key] for key in PLACE}) for row in surgeries]
+    return read_places(results, places, perplexity, harness)

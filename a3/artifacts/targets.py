@@ -1,0 +1,234 @@
+"""What each command writes, and what it may write over: nothing but what the same stage wrote.
+
+The command line looks before it computes anything. A file may be written where there is none, or
+one that carries the stage's seal: a record, statistics, or a file that the record beside it names
+and that did not change since. A folder likewise (a3.files.whole_folder, which looks once more).
+Whatever carries no seal (.csv, .md, .html, .gguf, .whl) is never written over.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a3.core.errors import A3Error
+from a3.core.files import (
+    Seal,
+    is_json,
+    read_record,
+    require_apart,
+    require_replaceable,
+    sha256,
+    unseal,
+)
+
+# Longer headers are not of files that a3 wrote.
+LONGEST_HEADER = 100 * 2**20
+
+# Of the seconds that a stage took, in a record of their own.
+TIMING = "timing"
+
+# What other rules leave in the folder of a table.
+TABLE = (
+    *("results.csv", "comparisons.csv", "seeds.csv", "seconds.csv", "results.md", "figures"),
+    *("speed.csv", "speed.md", "surgery.csv", "surgery_layers.csv", "surgery.md"),
+    *("surgery_figures", "report.html"),
+)
+
+# Folders that a command reads some files of, and may also write into.
+SHARED = ("results", "wheels", "texts", "tables", "rxx")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A whole folder, put there at once; replaced where it has the seal."""
+
+    seal: Seal | None = None
+
+    def check(self, path: Path, sources: list[Path], shared: list[Path]) -> None:
+        """Raise A3Error where it may not be written."""
+        require_apart(path, sources, whole=True)
+        for folder in shared:
+            require_outside(path, folder)
+        require_replaceable(path, self.seal)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of one stage, and what lies beside it under the same name: {".timing.json": stage}."""
+
+    stage: str | None = None
+    beside: tuple[tuple[str, str], ...] = ()
+    suffix: str = ""
+
+    def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
+        """Raise A3Error where it may not be written."""
+        require_file(path, self.stage, sources)
+        if self.suffix not in ("", path.suffix):
+            raise A3Error(f"{path}: expected a name that ends in {self.suffix}. Choose such a one.")
+        for ending, stage in self.beside:
+            require_file(path.with_suffix(ending), stage, sources)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files with names of their own, put into a folder in which nothing but `others` may lie."""
+
+    names: tuple[str, ...]
+    others: tuple[str, ...]
+    stage: str | None = None
+
+    def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
+        """Raise A3Error where one of them may not be written."""
+        require_apart(path, [], whole=True)
+        require_apart(path, [one for one in sources if one.is_dir()], whole=False)
+        if path.exists() and not path.is_dir():
+            raise A3Error(f"{path}: a file, expected a folder or nothing. Name another place.")
+        known = (*self.names, *self.others)
+        for one in sorted(path.iterdir()) if path.exists() else []:
+            # Other stages may be writing theirs, under hidden names.
+            if not any(one.match(name) or one.match(f".{name}.*") for name in known):
+                raise A3Error(
+                    f"{path}: exists already and holds {one.name}, which is not of this stage. "
+                    "Name another folder."
+                )
+        for name in self.names:
+            require_file(path / name, self.stage, sources)
+
+
+Target = Folder | File | Files
+
+
+def check(target: Target, options: dict[str, Any]) -> None:
+    """Raise A3Error where a command with these options may not write what they say under `out`."""
+    sources, shared = read_by(options)
+    out = options["out"] if isinstance(options["out"], list) else [options["out"]]
+    if len({path.stem for path in out}) < len(out):
+        raise A3Error(f"{', '.join(map(str, out))}: two of one name. Name each kind once.")
+    for path in out:
+        target.check(path, sources, shared)
+
+
+def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
+    """Every path that a command reads: those of its own, and folders that it may write into."""
+    sources: list[Path] = []
+    shared: list[Path] = []
+    for name, value in options.items():
+        paths = [one for one in (value if isinstance(value, list) else [value])]
+        if isinstance(value, dict):  # an entry of the catalogue
+            source = value.get("source", {})
+            texts = options.get("texts") or Path()
+            paths = [Path(source["path"])] if "path" in source else []
+            paths += [texts / part / "docs.jsonl" for part in source.get("mix", {})]
+        if name != "out":
+            found = [one for one in paths if isinstance(one, Path)]
+            (shared if name in SHARED else sources).extend(found)
+    return sources, shared
+
+
+def require_outside(path: Path, folder: Path) -> None:
+    """Raise A3Error where a folder to be written is a folder that is read, or holds it."""
+    target, source = path.resolve(), folder.resolve()
+    if target == source or target in source.parents:
+        raise A3Error(f"{path}: is or holds {folder}, which is read. Name another place.")
+
+
+def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
+    """Raise A3Error unless a file may be written at `path`, made `of` others, by a stage."""
+    require_apart(path, of, whole=False)
+    if path.is_dir():
+        raise A3Error(f"{path}: a folder, expected a file or nothing. Name a file.")
+    if path.exists() and (stage is None or stage_of(path) != stage):
+        raise A3Error(
+            f"{path}: exists already, and nothing says that this stage wrote it as it is. Name "
+            "another file, or delete it first."
+        )
+
+
+def stage_of(path: Path) -> str | None:
+    """The stage whose seal a file carries; None where there is none, or the file has changed."""
+    try:
+        if path.suffix == ".safetensors" and (said := metadata(path)):
+            return stage_in(unseal(said, path))
+        if path.suffix not in (".safetensors", ".jsonl") and is_json(path):
+            return stage_in(read_record(path))
+        return stage_beside(path)
+    except (A3Error, OSError, ValueError):
+        return None
+
+
+def stage_in(record: dict[str, Any]) -> str | None:
+    """The stage that a record is of."""
+    made = record.get("provenance") or record.get("said", {}).get("provenance") or record
+    return made.get("stage") or (TIMING if "seconds" in record else None)
+
+
+def stage_beside(path: Path) -> str | None:
+    """The stage whose record beside a file names it, with the hash that it has."""
+    for beside in (path.with_suffix(".json"), path.with_name("split.json")):
+        if beside.is_file():
+            record = read_record(beside)
+            # Of a part of a checkpoint the one file.
+            known = record.get("files") or {path.name: record.get("content_sha256")}
+            if known.get(path.name) == sha256(path):
+                return stage_in(record)
+    return None
+
+
+def metadata(path: Path) -> dict[str, Any] | None:
+    """What statistics in a safetensors file say of themselves; None for other files."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length)) if length < LONGEST_HEADER else {}
+    said = header.get("__metadata__", {}).get("a3")
+    return None if said is None else json.loads(said)
+
+
+TIMED = ((".timing.json", TIMING),)
+
+MODEL = Folder(Seal("arch.json", "model"))
+
+TRAINED = Folder(Seal("train.json", "train"))
+
+APPROXIMATED = Folder(Seal("approx.json", "approximate"))
+
+QUANTISED = Folder(Seal("approx.json", "quantise"))
+
+OPERATED = Folder(Seal("approx.json", "surgery"))
+
+# Without a seal, or never made twice.
+NEW = Folder()
+
+STATISTICS = File("collect", TIMED, ".safetensors")
+
+PART = File("approximate", ((".json", "approximate"),), ".safetensors")
+
+ALLOCATION = File("allocate", TIMED)
+
+PERPLEXITY = File("perplexity", TIMED)
+
+HARNESS = File("harness", TIMED)
+
+GENERATION = File("generation", TIMED)
+
+SPEED = File("speed")
+
+SPECTRA = File("spectra")
+
+PLAIN = File()
+
+DOCUMENTS = File("text", ((".json", "text"),), ".jsonl")
+
+SPLIT = Files(
+    ("dev.jsonl", "test.jsonl", "harness.jsonl", "split.json"), ("docs.jsonl", "docs.json"), "text"
+)
+
+ITEMS = Files(("items.jsonl", "items.json"), (), "text")
+
+TABLES = Files(TABLE[:5], TABLE)
+
+SPEED_TABLE = Files(("speed.csv", "speed.md"), TABLE)
+
+SURGERY_TABLE = Files(("surgery.csv", "surgery_layers.csv", "surgery.md"), TABLE)
+
+COMPARISON = Files(tuple(f"comparison{end}" for end in (".csv", ".md", ".svg", ".png")), ("*.csv",))

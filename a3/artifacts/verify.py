@@ -1,0 +1,347 @@
+"""a3 verify: every artifact of a results folder held to what is recorded of it and of its inputs.
+
+Each kind of artifact has its own seal or hashes; here they are read again, and held to one another:
+statistics to their model and text, checkpoints to their model and statistics, results to the
+weights and texts that they were taken from.
+"""
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from a3.artifacts.places import Place, weights_of
+from a3.artifacts.runs import check_speed
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, SEAL, sha256
+from a3.core.provenance import LIBRARIES, fingerprint
+from a3.core.records import Record
+from a3.models.checkpoint import check_file, recorded_files, refuse_added
+from a3.models.inputs import hash_inputs
+from a3.rxx.container import Rxx
+
+AGAIN = "Delete it and build it again."
+
+
+class Verifier:
+    """Checks one results folder; `problems`, `checked`, `missing` and `old` fill while it does."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self.problems: list[str] = []
+        # How many artifacts of each sort; of those, how many have no counterpart to hold them to.
+        self.checked: Counter[str] = Counter()
+        self.missing: Counter[str] = Counter()
+        # How many were made by other code or libraries than are here now.
+        self.old: Counter[str] = Counter()
+        self.texts = self.hashes("texts/*/*.jsonl")
+        self.items = self.hashes("items/*/items.jsonl")
+
+    def run(self) -> None:
+        """Check everything; raises A3Error where there is nothing to check."""
+        jobs = list(self.artifacts())
+        if not jobs:
+            raise A3Error(f"{self.results}: no artifact of a3 in it. Name a folder of results.")
+        with tqdm(jobs, unit="file", desc="verify") as bar:
+            for sort, path, check in bar:
+                bar.set_postfix_str(str(path.relative_to(self.results)), refresh=False)
+                self.checked[sort] += 1
+                try:
+                    check(path)
+                except A3Error as error:
+                    self.problems.append(str(error))
+
+    def artifacts(self) -> Iterator[tuple[str, Path, Callable[[Path], None]]]:
+        """Each artifact: its sort, its path and what checks it."""
+        found = {
+            "texts": ("texts/*/docs.json", self.text),
+            "splits": ("texts/*/split.json", self.split),
+            "items": ("items/*/items.json", self.item),
+            "trained models": ("trained/*/train.json", self.trained),
+            "models": ("models/*/arch.json", self.model),
+            "statistics": ("rxx/**/*.safetensors", self.rxx),
+            "allocations": ("allocations/**/*.json", self.allocation),
+            "parts": ("parts/**/*.json", self.part),
+            "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
+            "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
+            "exports": ("exports/**/export.json", self.export),
+            "spectra": ("spectra/*/*.json", self.spectra),
+            "perplexities": ("eval/**/ppl/*.json", self.perplexity),
+            "harness results": ("eval/**/harness/*.json", self.harness),
+            "generations": ("eval/**/generation/*.json", self.result),
+            "speeds": ("eval/**/speed/*.json", self.speed),
+        }
+        seconds = ("rxx", "allocations", "eval", "checkpoints", "quantised")
+        timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
+        for sort, (pattern, check) in found.items():
+            for path in self.paths(pattern):
+                if path not in timings:
+                    yield sort, path, check
+        for path in timings:
+            yield "seconds", path, Record.read
+        for top in ("models/*", "checkpoints/**", "quantised/**"):
+            folders = [path.parent for path in self.paths(f"{top}/config.json")]
+            bare = [f for f in folders if not any((f / name).exists() for name in RECORDS)]
+            self.missing["record of a model's folder"] += len(bare)
+
+    def paths(self, pattern: str) -> list[Path]:
+        """Files that match, without those that are being written."""
+        found = (path for path in self.results.glob(pattern) if path.is_file())
+        return sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+
+    def hashes(self, pattern: str) -> dict[str, Path]:
+        """Files that match by their content hash."""
+        return {sha256(path): path for path in self.paths(pattern)}
+
+    # --- one artifact each ---
+
+    def files(self, path: Path) -> Record:
+        """A record that names files beside it; returns it."""
+        record = self.record(path)
+        for name, expected in record["files"].items():
+            check_file(path.parent / name, expected, AGAIN)
+        refuse_added(path.parent, record["files"])
+        return record
+
+    def record(self, path: Path) -> Record:
+        """A sealed record, counted where it is old."""
+        record = Record.read(path)
+        self.age(record["provenance"])
+        return record
+
+    def text(self, path: Path) -> None:
+        """The documents of a text, and the files, the wheel or the texts that they came from."""
+        record = self.files(path)
+        self.source(record, "texts", record["provenance.text.source"])
+        for name, expected in record["provenance"].get("inputs", {}).items():
+            self.same(path, f"inputs {name}", expected, self.results / "texts" / name)
+
+    def model(self, path: Path) -> None:
+        """A dense model, and the files, the wheel or the model that it was made from."""
+        record = self.files(path)
+        source = record["provenance.source"]
+        self.source(record, "models", source)
+        if "train" in source:
+            self.base(record, self.results / "trained" / path.parent.name)
+        if "repeat_kv" in source:
+            self.base(record, self.results / "models" / source["repeat_kv"])
+
+    def base(self, record: Record, folder: Path) -> None:
+        """The folder that a model was made from."""
+        if not folder.exists():
+            self.missing["model that a model was made from"] += 1
+        elif recorded_files(folder) != record["provenance.base"]:
+            raise A3Error(f"{record.path}: made from {folder}, which changed since. {AGAIN}")
+
+    def source(self, record: Record, section: str, source: dict[str, Any]) -> None:
+        """The wheel or the local files of a source; of these, also those that came later."""
+        self.wheel(record.path, source)
+        if "path" not in source:
+            return
+        if not Path(source["path"]).exists():
+            self.missing["local source"] += 1
+            return
+        expected, found = record["source_files"], hash_inputs(section, source)
+        changed = [f"{name} is gone" for name in expected.keys() - found.keys()]
+        changed += [f"{name} is new" for name in found.keys() - expected.keys()]
+        both = expected.keys() & found.keys()
+        changed += [f"{name} changed" for name in both if found[name] != expected[name]]
+        if changed:
+            raise A3Error(
+                f"{record.path}: made from {source['path']}, where since then "
+                f"{', '.join(sorted(changed))}. {AGAIN}"
+            )
+
+    def wheel(self, path: Path, source: dict[str, Any]) -> None:
+        """The wheel of a source, where it has one."""
+        if wheel := source.get("wheel"):
+            name = f"{wheel['name']}-{wheel['version']}.whl"
+            self.same(path, f"wheel {name}", wheel["sha256"], self.results / "wheels" / name)
+
+    def split(self, path: Path) -> None:
+        """The parts of a text, and the documents that they were made of."""
+        for name, expected in self.files(path)["inputs"].items():
+            self.same(path, f"inputs {name}", expected, self.results / "texts" / name)
+
+    def item(self, path: Path) -> None:
+        """Items of the harness, and the text that they were made of."""
+        self.known(self.files(path), "provenance.text_sha256", self.texts)
+
+    def trained(self, path: Path) -> None:
+        """A model trained here, and the text that it has read."""
+        self.known(self.files(path), "provenance.text_sha256", self.texts)
+
+    def rxx(self, path: Path) -> None:
+        """Statistics: every sum, and the model and text that they are of."""
+        rxx = Rxx(path, path.stem)
+        for key in rxx.names():
+            rxx.sums(key)
+        record = Record(path, rxx.record)
+        self.age(rxx.record)
+        model, calibration, *of = path.relative_to(self.results).parts[1:-1]
+        base = self.results / "models" / model / "arch.json"
+        if of and "+" in of[0]:
+            base = self.results.joinpath("checkpoints", model, calibration, *of, "approx.json")
+        self.made_of(record, "weights_sha256", base)
+        self.known(record, "text_sha256", self.texts)
+
+    def allocation(self, path: Path) -> None:
+        """Ranks shared out, and the model and statistics that they are for."""
+        record = self.record(path)
+        place = path.relative_to(self.results).parts
+        base = self.results / "models" / place[1] / "arch.json"
+        self.made_of(record, "weights_sha256", base)
+        self.statistics(record, self.results / "rxx" / place[1] / place[2])
+
+    def part(self, path: Path) -> None:
+        """A part of a checkpoint that a job left."""
+        expected = Record.read(path)["content_sha256"]
+        check_file(path.with_suffix(".safetensors"), expected, AGAIN)
+
+    def checkpoint(self, path: Path) -> None:
+        """A compressed model, and the model, statistics and ranks that it was made of."""
+        record = self.files(path)
+        place = path.relative_to(self.results).parts
+        base = self.results / "models" / place[1] / "arch.json"
+        self.made_of(record, "base.weights_sha256", base)
+        self.statistics(record, self.results / "rxx" / place[1] / place[2])
+        allocation = self.results / "allocations" / "/".join(place[1:-2]) / f"{place[-2]}.json"
+        if allocation.exists():
+            for part, ranks in Record.read(allocation)["ranks"].items():
+                if record["ranks"][part] != ranks:
+                    raise A3Error(
+                        f"{path}: ranks of {part} are {record['ranks'][part]}, but {allocation} "
+                        f"has {ranks}. {AGAIN}"
+                    )
+
+    def quantised(self, path: Path) -> None:
+        """A quantised model, and the model and statistics that it was made of."""
+        record = self.files(path)
+        model, calibration, modes, ratio, cell = path.relative_to(self.results).parts[1:-1]
+        place = Place(model, calibration, *modes.split("+"), ratio, cell)
+        self.made_of(record, "provenance.weights_sha256", place.base.weights(self.results))
+        self.statistics(record, place.rxx(self.results, "any").parent)
+
+    def export(self, path: Path) -> None:
+        """An ordinary checkpoint, and the compressed one that it was made of."""
+        record = self.files(path)
+        place = path.parent.parent.relative_to(self.results / "exports")
+        base = self.results / "checkpoints" / place / "approx.json"
+        self.made_of(record, "provenance.checkpoint_sha256", base)
+
+    def spectra(self, path: Path) -> None:
+        """Spectra, and the model and statistics that they were made of."""
+        record = self.record(path)
+        model = path.parent.name
+        arch = self.results / "models" / model / "arch.json"
+        self.made_of(record, "provenance.weights_sha256", arch)
+        self.statistics(record, self.results / "rxx" / model / path.stem)
+
+    def perplexity(self, path: Path) -> None:
+        """A perplexity, and the weights and text that it is of."""
+        self.known(self.result(path), "text_sha256", self.texts)
+
+    def harness(self, path: Path) -> None:
+        """A harness result, and the weights, items or files of a local task that it is of."""
+        record = self.result(path)
+        if record["items_sha256"] is not None:
+            self.known(record, "items_sha256", self.items)
+        for name, expected in record["task_files"].items():
+            self.same(path, f"task_files {name}", expected, Path(name))
+
+    def speed(self, path: Path) -> None:
+        """A speed, and the weights, compressed and dense, that it is of."""
+        record, weights = self.record(path), weights_of(self.results, path)
+        if not weights.exists():
+            self.missing["model or checkpoint"] += 1
+            return
+        check_speed(record, Record.read(weights))
+
+    def result(self, path: Path) -> Record:
+        """A result of evaluation, and the weights that it is of."""
+        record = self.record(path)
+        self.made_of(record, "checkpoint_sha256", weights_of(self.results, path))
+        return record
+
+    # --- counterparts ---
+
+    def made_of(self, record: Record, key: str, base: Path) -> None:
+        """Raise A3Error where an artifact was made of other weights than those of `base`."""
+        if not base.exists():
+            self.missing["model or checkpoint"] += 1
+            return
+        expected = Record.read(base)["weights_sha256"]
+        if record[key] != expected:
+            raise A3Error(
+                f"{record.path}: {key} is {record[key]}, but {base} says weights_sha256 is "
+                f"{expected}. {AGAIN}"
+            )
+
+    def statistics(self, record: Record, folder: Path) -> None:
+        """Raise A3Error where an artifact was made of other statistics than those of `folder`."""
+        for kind, said in record["provenance.statistics"].items():
+            found = folder / f"{kind}.safetensors"
+            if not found.exists():
+                self.missing["statistics of a checkpoint or spectra"] += 1
+            elif (seal := Rxx(found, kind).record[SEAL]) != said[SEAL]:
+                raise A3Error(
+                    f"{record.path}: made of {kind} whose {SEAL} is {said[SEAL]}, but that of "
+                    f"{found} is {seal}. {AGAIN}"
+                )
+
+    def known(self, record: Record, key: str, known: dict[str, Path]) -> None:
+        """Raise A3Error where the content that an artifact was made of lies there no more."""
+        if not known:
+            self.missing["text or items"] += 1
+        elif record[key] not in known:
+            raise A3Error(
+                f"{record.path}: {key} is {record[key]}, expected that of one of the {len(known)} "
+                f"files of texts and items in {self.results}: the text changed. {AGAIN}"
+            )
+
+    def same(self, path: Path, key: str, expected: str, other: Path) -> None:
+        """Raise A3Error where a file that an artifact was made of has changed."""
+        if not other.exists():
+            self.missing["text or items"] += 1
+        elif (found := sha256(other)) != expected:
+            raise A3Error(f"{path}: {key} is {expected}, but that of {other} is {found}. {AGAIN}")
+
+    def age(self, made: dict[str, Any]) -> None:
+        """Count what other code or other libraries made than are here now."""
+        if "code" not in made:
+            return
+        if made["code"] != code_now(made["modules"]):
+            self.old[f"code of {made['stage']}"] += 1
+        for name in LIBRARIES:
+            if made["libraries"].get(name) != importlib.metadata.version(name):
+                self.old[f"{name} {made['libraries'].get(name)}"] += 1
+
+
+def code_now(modules: list[str]) -> str | None:
+    """The fingerprint of modules; None where one of them is no more."""
+    try:
+        return fingerprint(*modules)
+    except ValueError:
+        return None
+
+
+def verify(results: Path) -> None:
+    """Check all artifacts of a results folder, and print what was checked.
+
+    Raises A3Error where something is wrong: one line each, all of it.
+    """
+    verifier = Verifier(results)
+    verifier.run()
+    counts = ", ".join(f"{count} {sort}" for sort, count in verifier.checked.items())
+    print(f"verify: {results}: checked {counts}")
+    for what, count in (+verifier.missing).items():
+        print(f"verify: not checked, since it is not there: {what} of {count} artifacts")
+    for what, count in verifier.old.items():
+        print(f"verify: note: {count} artifacts were made by other {what}")
+    if verifier.problems:
+        lines = "\n".join(verifier.problems)
+        raise A3Error(f"{results}: {len(verifier.problems)} wrong:\n{lines}")
+    print("verify: nothing is wrong")

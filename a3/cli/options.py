@@ -1,0 +1,192 @@
+"""What options of the command line may be: looked at as they are read, before anything runs."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from a3.core.errors import A3Error
+
+# More is no number of tokens, blocks, threads … that a machine could have, and less than what
+# libraries in C can count.
+MOST = 10**12
+
+# torch starts so many without a word, and then there are none left.
+MOST_THREADS = 1024
+
+# Of numpy's generator, to which lm-eval gives it.
+LARGEST_SEED = 2**32 - 1
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments as everything else is said: one line, status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise A3Error."""
+        raise A3Error(f"{message}. `{self.prog} -h` says what it takes.")
+
+
+def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """An integer from `least` to `most`."""
+
+    def read(word: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", word) or not least <= int(word) <= most:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {least} to {most}, found {shown(word)}"
+            )
+        return int(word)
+
+    return read
+
+
+def count_or_all(word: str) -> int | str:
+    """A number of tokens, or all."""
+    return word if word == "all" else count()(word)
+
+
+def part(word: str) -> str:
+    """One of several parts: 0of4."""
+    if not re.fullmatch(r"[0-9]{1,9}of[0-9]{1,9}", word):
+        raise argparse.ArgumentTypeError(f"expected 0of4, 1of4 …, found {shown(word)}")
+    return word
+
+
+def unicode(word: str) -> str:
+    """Text; the shell may give bytes that are none."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"not UTF-8 ({error.reason})") from None
+    return word
+
+
+def device(word: str) -> str:
+    """The name of a device; whether it is there only torch can say (`require_device`)."""
+    if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", word):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 …, found {shown(word)}")
+    return word
+
+
+def require_device(name: str, dtype: str) -> None:
+    """Raise A3Error where there is no such device, or it does not compute in the dtype."""
+    import torch
+
+    try:
+        x = torch.ones(2, 2, dtype=getattr(torch, dtype), device=name)
+        (x @ x).sum().item()
+    # What torch says of devices that are not there is of many types.
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise A3Error(
+            f"device {name!r} cannot compute in {dtype} here ({said}). Take another with --device "
+            "(cpu is always there), or another --dtype."
+        ) from error
+
+
+def read_json(word: str) -> Any:
+    """JSON given as an argument; raises A3Error where it is none, or has numbers that are none."""
+    try:
+        return json.loads(word, parse_constant=refuse_constant)
+    # Numbers of thousands of digits, and endless nesting.
+    except (ValueError, RecursionError) as error:
+        raise A3Error(f"argument {shown(word)} is not valid JSON: {error}") from error
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are no JSON, though Python reads them."""
+    raise ValueError(f"{name} is no number")
+
+
+def shown(word: str) -> str:
+    """An argument as messages show it."""
+    return repr(word) if len(word) < 200 else f"{word[:200]!r} …"
+
+
+def rows(
+    *columns: str, others: tuple[str, ...] | None = None, least: int = 1
+) -> Callable[[str], list[Any]]:
+    """JSON of the rows of a table: each has all of `columns`, and none but them and `others`.
+
+    Without `others` there may be any. Values are text; numbers become text. There are at `least`
+    so many rows.
+    """
+
+    def read(word: str) -> list[dict[str, str]]:
+        found = read_json(word)
+        for row in found if isinstance(found, list) and len(found) >= least else [None]:
+            cells = isinstance(row, dict) and all(
+                type(v) in (str, int, float) for v in row.values()
+            )
+            if not cells or not set(columns) <= row.keys():
+                raise A3Error(
+                    f"argument {shown(word)}: expected a list of rows, objects that have "
+                    f"{', '.join(columns)}, all text."
+                )
+            if others is not None and (unknown := sorted(row.keys() - {*columns, *others})):
+                raise A3Error(
+                    f"argument {shown(word)}: unknown key {unknown[0]!r} in a row; expected "
+                    f"{', '.join((*columns, *others))}."
+                )
+        return [{key: str(value) for key, value in row.items()} for row in found]
+
+    return read
+
+
+def mapping(word: str) -> dict[str, Any]:
+    """JSON of an object."""
+    found = read_json(word)
+    if not isinstance(found, dict):
+        raise A3Error(f"argument {shown(word)}: expected an object ({{…}}).")
+    return found
+
+
+# What the workflow says of each job that it plans (a3.stages.forecast.Job).
+JOBS = {
+    "collect": ("kinds", "tokens", "block_length", "dtype"),
+    "allocate": ("row",),
+    "approx": ("row",),
+    "quantise": ("row",),
+    "ppl": ("row", "tokens", "block_length", "dtype"),
+    "harness": ("row", "items", "shots", "dtype"),
+    "speed": ("row", "attention", "batch", "prompt", "new_tokens", "repeats", "dtype"),
+}
+
+# Of a job's settings: what they have to be.
+NUMBERS = ("tokens", "block_length", "items", "shots", "batch", "prompt", "new_tokens", "repeats")
+
+
+def jobs(word: str) -> list[dict[str, Any]]:
+    """JSON of the jobs that a workflow plans."""
+    found = read_json(word)
+    for job in found if isinstance(found, list) else [None]:
+        if why := wrong_job(job):
+            raise A3Error(f"argument {shown(word)}: expected a list of jobs: {why}.")
+    return found
+
+
+def wrong_job(job: Any) -> str | None:
+    """What is wrong with one job; None where nothing is."""
+    if not isinstance(job, dict) or not {"model", "stage", "settings"} <= job.keys():
+        return "each has model, stage and settings"
+    if job.keys() - {"model", "stage", "settings", "count"} or not isinstance(job["model"], str):
+        return "each has model (text), stage, settings, and count"
+    settings = job["settings"]
+    if job["stage"] not in JOBS or not isinstance(settings, dict):
+        return f"stage is one of {', '.join(JOBS)}, and settings an object"
+    needed = ("threads", "device", *JOBS[job["stage"]])
+    if missing := [key for key in needed if key not in settings]:
+        return f"settings of {job['stage']} have {', '.join(missing)}"
+    numbers = [settings["threads"], job.get("count", 1)]
+    if any(type(number) is not int or not 1 <= number <= MOST for number in numbers):
+        return "threads and count are integers from 1 on"
+    if any(type(settings[key]) is not int or settings[key] < 0 for key in NUMBERS if key in needed):
+        return f"{', '.join(NUMBERS)} are integers"
+    row = settings.get("row", {})
+    if not isinstance(row, dict) or (row and {"qk", "ov", "mlp", "ratio"} - row.keys()):
+        return "row has qk, ov, mlp and ratio, or nothing"
+    if settings.get("dtype", "float32") not in DTYPES or not isinstance(settings["device"], str):
+        return f"dtype is one of {', '.join(DTYPES)}, and device a name"
+    return None

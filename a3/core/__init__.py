@@ -1,0 +1,1 @@
+"""Errors, files, provenance, dtypes, memory: what knows nothing of models."""

@@ -1,0 +1,78 @@
+"""What made an artifact: a fingerprint of the sources of its stage, and the library versions."""
+
+import ast
+import hashlib
+import importlib.metadata
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent.parent
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def _imports(source: str) -> set[str]:
+    """Names of a3 modules that `source` imports, at any depth of the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "a3"}
+
+
+def _path(module: str) -> Path | None:
+    """The file of a module of a3, or None where the name is not a module (a function, say)."""
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    candidates = (base.with_suffix(".py"), base / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@cache
+def sources(module: str) -> tuple[Path, ...]:
+    """Files of `module` ("a3.stages.collect.collect") and of all a3 modules it imports, sorted."""
+    seen: set[Path] = set()
+    queue = [module]
+    while queue:
+        path = _path(queue.pop())
+        if path is not None and path not in seen:
+            seen.add(path)
+            queue += _imports(path.read_text())
+    if not seen:
+        raise ValueError(f"{module}: no such module")
+    return tuple(sorted(seen))
+
+
+@cache
+def fingerprint(*modules: str) -> str:
+    """Hash of the sources of a stage, and of what it loads otherwise than by importing it.
+
+    Equal fingerprints mean the same code (16 hex digits). Snakemake does not follow Python imports,
+    so every rule carries this as a parameter. Code that is loaded by name (the compressed model's,
+    by transformers) is no import that could be followed: a stage names it in an import of its own,
+    or here. tests/test_fingerprints.py holds every stage to what it has loaded when it is done.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for module in modules for path in sources(module)}):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes())
+        # A template beside a stage is part of it.
+        for template in sorted(path.parent.glob(f"{path.stem}.*.jinja")):
+            digest.update(template.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
+    """The record that every artifact carries: stage, code fingerprint, versions and settings.
+
+    The first of the modules is the stage's, which has their last name.
+    """
+    return {
+        "stage": modules[0].rsplit(".", 1)[-1],
+        "modules": list(modules),
+        "code": fingerprint(*modules),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **settings,
+    }

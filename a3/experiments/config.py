@@ -1,0 +1,207 @@
+"""The workflow's configuration: validated against its schema, joined with the catalogue.
+
+Read by the Snakefile at every start, so nothing heavy is imported here.
+"""
+
+import difflib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml
+
+CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+
+# A link, so that an installed a3 has it too.
+SCHEMA = Path(__file__).parent / "config.schema.yaml"
+
+# What the catalogue has entries of.
+SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
+
+# A whole number has no point: 512.0 would pass for a number of tokens, and break what counts them.
+STRICT = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: type(value) is int
+    ),
+)
+
+
+def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
+    """Raise A3Error that names the first wrong key, what was found and what was expected.
+
+    `what` is what the user calls it.
+    """
+    require_plain(config, "the top level", what)
+    errors = sorted(
+        STRICT(schema).iter_errors(config),
+        key=lambda error: [str(part) for part in error.absolute_path],
+    )
+    if not errors:
+        return
+    # Of alternatives (`oneOf`), the one that came closest says what is wrong.
+    error = jsonschema.exceptions.best_match(errors)
+    where = ".".join(str(part) for part in error.absolute_path) or "the top level"
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema["properties"])
+        unknown = sorted(set(error.instance) - set(known))
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise A3Error(
+            f"{what}: unknown key {unknown[0]!r} at {where}; expected one of "
+            f"{', '.join(known)}.{hint}"
+        )
+    raise A3Error(f"{what}: {where}: {error.message}. Correct this key.")
+
+
+def validate_entry(entry: Any, kind: str, what: str) -> None:
+    """Raise A3Error unless this is what the config calls a `kind`: model, text, quantisation …"""
+    definitions = load_yaml(SCHEMA)["$defs"]
+    validate(entry, {"$ref": f"#/$defs/{kind}", "$defs": definitions}, what)
+
+
+def require_plain(value: Any, where: str, what: str) -> None:
+    """Raise A3Error for a key that is no text, as all keys of ours are, and for NaN and infinity.
+
+    Text is of characters that a path can have: neither NUL nor half a surrogate pair.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise A3Error(f'{what}: the key {key!r} at {where}: expected text. Put it in "".')
+            require_plain(item, key, what)
+    elif isinstance(value, list):
+        for item in value:
+            require_plain(item, where, what)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise A3Error(f"{what}: {where}: {value} is no number. Correct this key.")
+    elif isinstance(value, str) and not re.fullmatch("[^\\0\ud800-\udfff]*", value):
+        raise A3Error(f"{what}: {where}: {value!r} has characters that are none. Correct this key.")
+
+
+def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Validate, add the catalogue's entries, and check that every name is defined.
+
+    Returns a new dictionary in which each calibration, perplexity and harness entry has all of
+    its keys (the schema's defaults where the file says nothing).
+    """
+    validate(config, schema)
+    catalogue = load_yaml(CATALOGUE)
+    named = {key: catalogue[key] | config.get(key, {}) for key in SECTIONS}
+    whole = with_defaults(config | named, schema, schema.get("$defs", {}))
+    for section in ("calibrations", "perplexity", "harness"):
+        for name, entry in whole[section].items():
+            if "text" in entry:
+                defined("text", entry["text"], whole["texts"], f"{section}.{name}.text")
+    for name, model in whole["models"].items():
+        check_made(name, model["source"], whole)
+        check_outside("models", name, whole)
+    for name, text in whole["texts"].items():
+        check_mixture(name, whole["texts"])
+        check_outside("texts", name, whole)
+        for other in text.get("exclude", []):
+            defined("text", other, whole["texts"], f"texts.{name}.exclude")
+    for name, entry in whole["harness"].items():
+        if entry["fewshot_as_multiturn"] and not entry["apply_chat_template"]:
+            raise A3Error(
+                f"config: harness.{name}.fewshot_as_multiturn makes examples turns of a chat, and "
+                "there is none. Set apply_chat_template too."
+            )
+    for section in ("perplexity", "harness", "speed"):
+        for name in whole["evaluate"][section]:
+            defined(section, name, whole[section], f"evaluate.{section}")
+    return whole
+
+
+def with_defaults(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> Any:
+    """`value` with the schema's defaults filled in, at every depth."""
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rsplit("/", 1)[-1]]
+    if not isinstance(value, dict):
+        return value
+    fields = schema.get("properties", {})
+    filled = {key: field["default"] for key, field in fields.items() if "default" in field} | value
+    other = schema.get("additionalProperties", {})
+    return {
+        key: with_defaults(item, fields.get(key, other or {}), definitions)
+        for key, item in filled.items()
+    }
+
+
+def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
+    """Raise A3Error unless `name` is a key of `table`."""
+    if name not in table:
+        raise A3Error(
+            f"config: {where} names the {what} {name!r}, which is not defined; defined are "
+            f"{', '.join(sorted(table)) or 'none'}."
+        )
+
+
+def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
+    """Raise A3Error where a source is what the workflow would delete to make something of it."""
+    path = config[section][name]["source"].get("path")
+    made = Path(config["results"], section, name)
+    if path is not None and made.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+        raise A3Error(
+            f"config: {section}.{name}.source.path is {path}, and {made} is what is made of it and "
+            "deleted before. Choose other results, or another name."
+        )
+
+
+def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ()) -> None:
+    """Raise A3Error where a mixture is of itself or of texts not defined, or its sum is not 1."""
+    shares = texts[name]["source"].get("mix", {})
+    where = f"texts.{name}.source.mix"
+    if shares and abs(sum(shares.values()) - 1) > 1e-6:
+        raise A3Error(f"config: {where}: the shares' sum is {sum(shares.values())}. Make it 1.")
+    for part in shares:
+        defined("text", part, texts, where)
+        if part in (*above, name):
+            raise A3Error(f"config: {where} names {part!r}, which is a mixture of it. Take it out.")
+        check_mixture(part, texts, (*above, name))
+
+
+def parts_of(name: str, texts: dict[str, Any]) -> list[str]:
+    """The texts that a text is a mixture of, at any depth; itself where it is none."""
+    mix = texts[name]["source"].get("mix", {})
+    return [part for other in mix for part in parts_of(other, texts)] if mix else [name]
+
+
+def excluded(name: str, texts: dict[str, Any]) -> list[str]:
+    """The texts that a text excludes; of a mixture, all that it is of."""
+    found = [part for other in texts[name].get("exclude", []) for part in parts_of(other, texts)]
+    return list(dict.fromkeys(found))
+
+
+def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raise A3Error where a model is made from a text or model that is not there."""
+    if "train" in source:
+        text = source["train"]["text"]
+        defined("text", text, config["texts"], f"models.{name}.source.train.text")
+    if "repeat_kv" in source:
+        base = source["repeat_kv"]
+        defined("model", base, config["models"], f"models.{name}.source.repeat_kv")
+        if "repeat_kv" in config["models"][base]["source"]:
+            raise A3Error(
+                f"config: models.{name}.source.repeat_kv names {base!r}, whose heads are repeated "
+                "already. Name another model."
+            )
+
+
+def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Every wheel that a model or text comes from, by its file name."""
+    entries = [*config["models"].values(), *config["texts"].values()]
+    wheels = [entry["source"]["wheel"] for entry in entries if "wheel" in entry["source"]]
+    return {f"{wheel['name']}-{wheel['version']}.whl": wheel for wheel in wheels}
+
+
+def prefer_own_scripts() -> None:
+    """Let rules find the `a3` of the environment that runs Snakemake, activated or not."""
+    scripts = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))

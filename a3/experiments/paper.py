@@ -1,0 +1,300 @@
+"""The paper's tables: what each published figure is of, and which results of ours answer to it.
+
+`config/paper.yaml` holds what the tables share, `config/paper/<table>.yaml` one table or figure,
+and `config/paper/published/` the paper's figures as they are. Read by the Snakefile at every start,
+so nothing heavy is imported here.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from a3.artifacts.places import Place
+from a3.core.errors import A3Error
+from a3.core.files import load_yaml
+from a3.core.records import timing
+from a3.experiments.rows import kinds_of
+from a3.solutions.modes import DENSE, PARTS
+
+# Sections of the workflow's configuration that paper.yaml adds to.
+SECTIONS = ("models", "texts", "calibrations", "perplexity", "harness", "speed")
+
+# Kinds of measures that are read from entries of a section.
+SECTION_OF = {"perplexity": "perplexity", "delta": "perplexity", "accuracy": "harness"}
+
+SPEED = ("prefill", "decode", "memory", "flops")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What tells the rows of a model apart, in the paper's words.
+
+    `setting` is the attention implementation of a runtime, or the tokens read and written of a
+    decoding; `baseline` the dense model's tokens a second, which a decoding is compared with.
+    """
+
+    component: str = "all"
+    method: str = "a3"
+    calibration: str = "slimpajama"
+    ratio: str = "0"
+    setting: str = ""
+    baseline: str = ""
+
+
+KEYS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table: of a model (the paper's name, or ours), a row and a measure.
+
+    A measure is a kind and a name: `perplexity wikitext2`, `seconds qk`.
+    """
+
+    model: str
+    row: Row
+    measure: str
+
+    @property
+    def kind(self) -> str:
+        """What is measured: perplexity, delta, accuracy, average, error, seconds, flops …"""
+        return self.measure.partition(" ")[0]
+
+    @property
+    def name(self) -> str:
+        """Of what: a text, a task, a part."""
+        return self.measure.partition(" ")[2]
+
+    def agrees(self, where: dict[str, str]) -> bool:
+        """Whether the model, measure and keys of the row are those given."""
+        own = vars(self.row) | {"model": self.model, "measure": self.measure}
+        return all(own[key] == value for key, value in where.items())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A figure of ours: the cell, the row of results, and the entry that it is read from.
+
+    `timed` is the compressed row whose record of speed it stands in: that has the dense model's
+    too.
+    """
+
+    cell: Cell
+    place: Place
+    entry: str
+    timed: Place | None = None
+
+    def files(self, results: Path) -> list[Path]:
+        """The results that it is read from; each model's dense ones are needed as well."""
+        kind, place = self.cell.kind, self.place
+        if kind in ("perplexity", "delta"):
+            return [place.perplexity(results, self.entry)]
+        if kind == "accuracy":
+            return [place.harness(results, self.entry)]
+        if kind == "seconds":
+            return [timing(place.weights(results))]
+        if kind in SPEED:
+            return [self.timed.speed(results, self.entry)]
+        return [place.weights(results)]
+
+
+class Table:
+    """One table or figure of the paper: config/paper/<name>.yaml and its published figures."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        self.spec: dict[str, Any] = load_yaml(path)
+        self.source = path.parent / "published" / self.spec["published"]
+        self.published = dict(self._published())
+        self.not_built: str | None = self.spec.get("not_built")
+        self.notes: list[dict[str, Any]] = self.spec.get("notes", [])
+        more = self.spec.get("more", {})
+        self.measures = [self._measure(key) for key in self.spec["measures"]]
+        self.measures += [(measure, {}) for measure in more.get("measures", [])]
+        self.more = more.get("rows", {})
+
+    def _measure(self, column: str) -> tuple[str, dict[str, str]]:
+        """A measure of the csv, and the keys of rows that it says itself."""
+        found = self.spec["measures"].get(column)
+        if found is None:
+            known = ", ".join(self.spec["measures"])
+            raise A3Error(
+                f"{self.source}: {column!r} is no measure of the table {self.name}: {known}."
+            )
+        own = {"measure": found} if isinstance(found, str) else dict(found)
+        return own.pop("measure"), own
+
+    def _published(self) -> Iterator[tuple[Cell, float]]:
+        """Every figure of the csv; raises A3Error for one that is there twice."""
+        spec, seen = self.spec, set()
+        with self.source.open(newline="", encoding="utf-8") as stream:
+            for line in csv.DictReader(stream):
+                keys = spec.get("same", {}) | {k: line[c] for k, c in spec["columns"].items()}
+                if keys.get("method") == "original":
+                    keys["ratio"] = "0"
+                if isinstance(spec["values"], dict):
+                    ((name, value),) = spec["values"].items()
+                    found = {line[name]: line[value]}
+                else:
+                    found = {column: line[column] for column in spec["values"]}
+                for column, value in found.items():
+                    measure, own = self._measure(column)
+                    row = keys | own
+                    cell = Cell(row.pop("model"), Row(**row), measure)
+                    if cell in seen:
+                        raise A3Error(f"{self.source}: {cell} stands there twice.")
+                    if value:
+                        seen.add(cell)
+                        yield cell, number(value)
+
+    def rows_of(self, name: str | None) -> list[tuple[Row, list[str]]]:
+        """Rows with their measures: those published of a model, or of any where it has no name.
+
+        With the further rows and measures of the table, and the dense model where its own figure
+        is not 0 or 1 by definition.
+        """
+        found: dict[Row, dict[str, None]] = {}
+        kinds = {measure.partition(" ")[0] for measure, _ in self.measures}
+        cells = [cell for cell in self.published if name in (None, cell.model)]
+        if not cells:
+            return []
+        rows = [cell.row if name else replace(cell.row, baseline="") for cell in cells]
+        if kinds & {"perplexity", "accuracy"} and "0" not in {row.ratio for row in rows}:
+            calibration = rows[0].calibration
+            rows.insert(0, Row("original", "original", calibration))
+        for values in product(*self.more.values()) if self.more else ():
+            rows.append(replace(rows[-1], **dict(zip(self.more, values, strict=True))))
+        for row in rows:
+            for measure, own in self.measures:
+                if vars(row) == vars(row) | own:
+                    found.setdefault(row, {})[measure] = None
+        return [(row, list(measures)) for row, measures in found.items()]
+
+
+def number(text: str) -> float:
+    """A figure; minutes and seconds (46:55) become seconds."""
+    minutes, colon, seconds = text.partition(":")
+    return 60 * float(minutes) + float(seconds) if colon else float(text)
+
+
+class Paper:
+    """What all tables share, and the tables; `path` is config/paper.yaml."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec: dict[str, Any] = load_yaml(path)
+        self.models: dict[str, dict[str, Any]] = self.spec["models"]
+        self.tables = {p.stem: Table(p) for p in sorted(path.with_suffix("").glob("*.yaml"))}
+
+    def join(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration with the paper's entries; those of the configuration come first."""
+        own = {section: self.spec[section] for section in SECTIONS}
+        models = self.models.items()
+        own["models"] = {name: {"source": m["source"]} for name, m in models if "source" in m}
+        return config | {s: entries | config.get(s, {}) for s, entries in own.items()}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """A model's entry; raises A3Error, listing those there are, for an unknown one."""
+        if name not in self.models:
+            raise A3Error(
+                f"paper: {name!r} is not among the models of {self.path}: "
+                f"{', '.join(self.models)}. Correct the name, or add its entry there."
+            )
+        return self.models[name]
+
+    def protocol(self, model: str) -> dict[str, dict[str, str]]:
+        """Entries of the configuration by the paper's names, for a model."""
+        return self.spec["protocols"][self.model(model).get("protocol", "paper")]
+
+    def why_not(self, table: Table, model: str | None, row: Row) -> str | None:
+        """Why a row of a model (None: one without an entry) is not built; None where it can be."""
+        if table.not_built or model is None:
+            return table.not_built or "no such model in config/paper.yaml"
+        entry = self.model(model)
+        if "not_built" in entry:
+            return entry["not_built"]
+        modes = self.spec["methods"].get(row.method, "no such method in config/paper.yaml")
+        if isinstance(modes, dict):
+            modes = modes.get(entry["attention"], f"{row.method} is not for {entry['attention']}")
+        return modes if isinstance(modes, str) else None
+
+    def place(self, model: str, row: Row) -> Place:
+        """The row of results that a row of a table is read from."""
+        modes = self.spec["methods"][row.method]
+        if isinstance(modes, dict):
+            modes = modes[self.models[model]["attention"]]
+        parts = self.spec["components"][row.component]
+        own = {p: mode if p in parts else DENSE for p, mode in zip(PARTS, modes, strict=True)}
+        calibration = self.protocol(model)["calibrations"][row.calibration]
+        place = Place(model, calibration, **own, ratio=row.ratio)
+        return Place(model) if place.is_dense or row.ratio == "0" else place
+
+    def wanted(self, table: Table, model: str) -> list[Wanted]:
+        """Every figure of a table that a model's group of rows can have; [] where it has none."""
+        entry, protocol = self.model(model), self.protocol(model)
+        found: list[Wanted] = []
+        for row, measures in table.rows_of(entry.get("paper")):
+            if self.why_not(table, model, row):
+                continue
+            place = self.place(model, row)
+            for measure in own_measures(measures, protocol):
+                cell = Cell(entry.get("paper", model), row, measure)
+                if cell.kind == "error" and getattr(place, cell.name) == DENSE:
+                    continue
+                if cell.kind in ("delta", "seconds") and place.is_dense:
+                    continue
+                section = protocol.get(SECTION_OF.get(cell.kind, ""), {})
+                speed = protocol["speed"].get(row.setting, "") if cell.kind in SPEED else ""
+                if "paper" not in entry:
+                    own = replace(row, calibration=protocol["calibrations"][row.calibration])
+                    cell = replace(cell, row=own)
+                found.append(Wanted(cell, place, section.get(cell.name, speed)))
+        compressed = [one for one in found if not one.place.is_dense]
+        timed = {one.entry: one.place for one in reversed(compressed)}
+        return [
+            replace(one, timed=timed[one.entry] if one.place.is_dense else one.place)
+            if one.cell.kind in SPEED
+            else one
+            for one in found
+        ]
+
+    def files(self, table: Table, model: str, results: Path) -> list[Path]:
+        """The results that a model's group of rows is made of, the dense ones included."""
+        found = {Place(model).weights(results): None}
+        for one in self.wanted(table, model):
+            if one.cell.kind in SECTION_OF:
+                found |= dict.fromkeys(replace(one, place=Place(model)).files(results))
+            found |= dict.fromkeys((one.place.weights(results), *one.files(results)))
+        return list(found)
+
+    def models_of(self, table: Table, chosen: list[str]) -> list[str]:
+        """Those of the chosen models that have rows in a table."""
+        return [name for name in chosen if self.wanted(table, name)]
+
+    def kinds(self) -> list[str]:
+        """Statistics that the paper's own modes read, of any kind of attention."""
+        modes = self.spec["methods"]["a3"].values()
+        return kinds_of([dict(zip(PARTS, m, strict=True)) | {"ratio": "0"} for m in modes])
+
+    def rows(self, models: list[str]) -> list[dict[str, str]]:
+        """The compressed rows of all tables, as experiments."""
+        pairs = product(self.tables.values(), models)
+        places = dict.fromkeys(w.place for t, model in pairs for w in self.wanted(t, model))
+        return [dict(vars(place)) for place in places if not place.is_dense]
+
+
+def own_measures(measures: list[str], protocol: dict[str, dict[str, str]]) -> list[str]:
+    """The measures that a protocol knows; where it knows none of a kind, its own in their place."""
+    found: dict[str, None] = {}
+    for measure in measures:
+        kind, _, name = measure.partition(" ")
+        section = protocol.get(SECTION_OF.get(kind, ""), {name: ""})
+        if name in section:
+            found[measure] = None
+        elif not any(f"{kind} {other}" in measures for other in section):
+            found |= dict.fromkeys(f"{kind} {other}" for other in section)
+    tasks = [measure for measure in found if measure.startswith("accuracy ")]
+    return [m for m in found if not (m.startswith("average ") and len(tasks) < 2)]

@@ -1,0 +1,1 @@
+"""Jobs: what they will cost, and cleaning up after a killed run."""

@@ -1,0 +1,136 @@
+"""a3 plan: memory, disk, FLOPs and time of jobs, from a model's shapes, before anything runs.
+
+Memory and FLOPs are those of a3.cost. Time is by the clock of this machine: one layer of the model
+with made-up weights is run and solved here once, and multiplied.
+"""
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from a3.core.errors import A3Error
+from a3.core.memory import GIB, require_memory
+from a3.jobs.trial import Trial
+from a3.solutions.modes import choose
+from a3.solutions.plan import Plan
+
+# Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
+SCORED = 16384
+
+# Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
+CERTAIN = 1 / 1.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """`count` equal jobs on the model of a folder.
+
+    `stage` is collect, allocate, approx, quantise, ppl, harness or speed. `settings`: threads,
+    device, and of collect kinds, tokens, block_length, dtype; of allocate, approx and quantise
+    `row` (qk, ov, mlp, ratio), and of approx `jobs` that share one checkpoint; of ppl `row` ({} for
+    the dense model), tokens, block_length, dtype; of harness row, items, shots, dtype; of speed
+    row, attention, batch, prompt, new_tokens, repeats, dtype.
+    """
+
+    model: str
+    stage: str
+    settings: dict[str, Any]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of each of `count` jobs: bytes in memory, bytes that it leaves on disk, FLOPs, seconds."""
+
+    model: str
+    stage: str
+    count: int
+    memory: int
+    disk: int
+    flops: float
+    seconds: float
+
+
+def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
+    """Collect, allocate where ranks are shared out, approx, and perplexity before and after, of one
+    model by one row."""
+    common = settings | {"threads": torch.get_num_threads()}
+    scored = common | {"tokens": SCORED}
+    model, plan = str(folder), Plan(choose(row))
+    return [
+        Job(model, "collect", common | {"kinds": plan.kinds()}),
+        *([Job(model, "allocate", common | {"row": row})] if plan.shared else []),
+        Job(model, "approx", common | {"row": row}),
+        Job(model, "ppl", scored | {"row": {}}),
+        Job(model, "ppl", scored | {"row": row}),
+    ]
+
+
+def forecast(jobs: list[Job]) -> list[Estimate]:
+    """One estimate a job; raises A3Error for a model or mode that a3 would refuse."""
+    trial_of = cache(Trial)
+    estimates = []
+    for job in jobs:
+        torch.set_num_threads(job.settings["threads"])
+        trial = trial_of(Path(job.model), job.settings["device"], job.settings["threads"])
+        cost, disk, seconds = getattr(trial, job.stage)(**job.settings)
+        name = Path(job.model).name
+        estimates.append(
+            Estimate(name, job.stage, job.count, cost.memory, disk, cost.flops, seconds)
+        )
+    return estimates
+
+
+def table(estimates: list[Estimate], cores: int) -> str:
+    """What is expected, for people; `cores` jobs run at once."""
+    frame = pd.DataFrame(
+        {
+            "model": e.model,
+            "stage": e.stage,
+            "jobs": e.count,
+            "memory a job": f"{e.memory / GIB:.1f} GiB",
+            "disk": f"{e.count * e.disk / GIB:.2f} GiB",
+            "TFLOPs": f"{e.count * e.flops / 1e12:.3g}",
+            "time a job": minutes(e.seconds),
+        }
+        for e in estimates
+    )
+    seconds = sum(e.count * e.seconds for e in estimates) / cores
+    disk = sum(e.count * e.disk for e in estimates)
+    memory = max(e.memory for e in estimates)
+    return (
+        f"{frame.to_string(index=False)}\n"
+        f"together {minutes(seconds)} with {cores} at once, {disk / GIB:.2f} GiB on disk; "
+        f"the largest job takes {memory / GIB:.1f} GiB of memory"
+    )
+
+
+def minutes(seconds: float) -> str:
+    """15 s, 12 min, 3.5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def refuse(estimates: list[Estimate], results: Path, here: bool) -> None:
+    """Raise A3Error where disk, or (for jobs that run `here`) memory, cannot suffice."""
+    place = next(p for p in (results.absolute(), *results.absolute().parents) if p.exists())
+    disk, free = sum(e.count * e.disk for e in estimates), shutil.disk_usage(place).free
+    if disk > free:
+        raise A3Error(
+            f"{results}: {disk / GIB:.2f} GiB are to be written, {free / GIB:.2f} GiB are free. "
+            "Free some space, put results elsewhere, or take fewer rows."
+        )
+    advice = {
+        "approx": "Raise approx_jobs, so that each holds fewer layers",
+        "collect": "Even one layer at a time is too much: lower block_length",
+    }
+    other = "Take a dtype of fewer bytes"
+    for e in estimates if here else ():
+        what = f"{e.model}: a job of {e.stage}"
+        require_memory(int(e.memory * CERTAIN), what, advice.get(e.stage, other))

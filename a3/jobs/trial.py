@@ -1,0 +1,332 @@
+"""One layer with made-up weights, run and solved on this machine to time it."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from a3.core.dtypes import WIDTHS
+from a3.core.files import sha256
+from a3.core.memory import memory_at_hand
+from a3.models.arch import load_arch, sketch
+from a3.models.cost import (
+    Cost,
+    approx_cost,
+    collect_cost,
+    harness_cost,
+    perplexity_cost,
+    speed_cost,
+    stream_cost,
+)
+from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.load import load_config
+from a3.models.sizes import sizes
+from a3.rxx.container import Accumulator
+from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS, Kind
+from a3.solutions.factors import Matrix
+from a3.solutions.functions import solver_of
+from a3.solutions.modes import ALLOCATED, PARTS, choose, find_mode
+from a3.solutions.plan import Plan
+from a3.stages.approx.budget import LEAST
+from a3.stages.collect.hooks import attach_all
+from a3.stages.collect.stream import empty_trunk
+
+# Seconds of Python, torch, transformers and the tokenizer before a job begins.
+START = 5.0
+
+# Of the harness: tokens of a short item with one of its four answers, and items a batch.
+ITEM_TOKENS, BATCH = 20, 8
+
+# A pass with gradients, in passes without.
+BACKWARD = 3
+
+# A layer is tried with as many tokens, groups and channels as keep it to seconds.
+TRIAL_FLOPS, TRIAL_GROUPS, TRIAL_CHANNELS = 5e10, 4, 4096
+
+# And decompositions, whose time goes with the cube of it, with so many dimensions.
+TRIAL_SIZE = 512
+
+
+class Trial:
+    """A model's folder (config.json at least), one layer of which is tried here when needed."""
+
+    def __init__(self, folder: Path, device: str, threads: int) -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self.arch = load_arch(folder) if (folder / "arch.json").exists() else sketch(folder)
+        self.shapes = self.arch.to_json()
+        # Of one token, layer, part or parameter; each setting is tried once.
+        self.layer_seconds = cache(self._layer_seconds)
+        self.head_seconds = cache(self._head_seconds)
+        self.part_seconds = cache(self._part_seconds)
+        self.copy_seconds = cache(self._copy_seconds)
+
+    # --- stages: (cost, bytes on disk, seconds) ---
+
+    def collect(
+        self, kinds: list[str], tokens: int, block_length: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """One pass over `tokens` tokens; layer by layer where the weights do not fit."""
+        arch = self.arch
+        cost = collect_cost(self.shapes, tokens, block_length, dtype, kinds)
+        disk = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in kinds)
+        disk *= 8 * arch.layers
+        if cost.memory > memory_at_hand():
+            cost = stream_cost(self.shapes, tokens, block_length, dtype, kinds)
+            disk += tokens * arch.hidden_size * WIDTHS[dtype]
+        forms = {KINDS[kind].form for kind in kinds}
+        hooked = tuple(kind for kind in kinds if KINDS[kind].form not in GRADIENT_FORMS)
+        each = self.layer_seconds(block_length, dtype, hooked)
+        passes = ("fisher" in forms) + (not forms.isdisjoint(SAMPLED_FORMS)) / GRADIENT_BLOCKS
+        each += passes * BACKWARD * self.layer_seconds(block_length, dtype, ())
+        return cost, disk, START + tokens * arch.layers * each
+
+    def approx(self, row: dict[str, str], jobs: int = 1, **_: Any) -> tuple[Cost, int, float]:
+        """One of `jobs` that share the layers of one checkpoint."""
+        plan = Plan(choose(row))
+        ranks = plan.ranks(self.arch)
+        parts = [(part, plan.choices[part].mode, rank) for part, rank in ranks.items()]
+        written = self.compressed(row)["parameters"]
+        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
+        disk = written * WIDTHS[self.arch.dtype] // jobs
+        return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
+
+    def allocate(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+        """The losses of all ranks, which cost what the least one's solution does."""
+        plan = Plan(choose(row))
+        seconds = 0.0
+        for part, choice in plan.shared.items():
+            least = max(2, int(LEAST * self.arch.full_rank(part)) // 2 * 2)
+            seconds += self.arch.layers * self.part_seconds(part, choice.mode, least)
+        return approx_cost(self.shapes, 1, plan.kinds()), 0, START + seconds
+
+    def quantise(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+        """As if the error of each matrix were decomposed by its input's statistic."""
+        parameters = self.compressed(row)["parameters"]
+        kinds = [kind for part in PARTS for kind in find_mode(part, "svd-llm").kinds]
+        parts = [(part, "svd-llm", self.arch.full_rank(part)) for part in PARTS]
+        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        seconds += 2 * parameters * self.copy_seconds()
+        disk = parameters * WIDTHS[self.arch.dtype]
+        return approx_cost(self.shapes, 1, kinds), disk, START + seconds
+
+    def ppl(
+        self, row: dict[str, str], tokens: int, block_length: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """Scoring `tokens` tokens with the dense or a compressed model."""
+        cost = perplexity_cost(self.shapes, tokens, block_length, dtype)
+        return cost, 0, START + tokens * self.token_seconds(row, block_length, dtype)
+
+    def harness(
+        self, row: dict[str, str], items: int, shots: int, dtype: str, **_: Any
+    ) -> tuple[Cost, int, float]:
+        """One lm-eval task of items with four answers."""
+        length = ITEM_TOKENS * (1 + shots)
+        cost = harness_cost(self.shapes, items, shots, dtype)
+        each = self.token_seconds(row, BATCH * length, dtype)
+        return cost, 0, 2 * START + 4 * items * length * each
+
+    def speed(
+        self,
+        row: dict[str, str],
+        attention: list[str],
+        batch: int,
+        prompt: int,
+        new_tokens: int,
+        repeats: int,
+        dtype: str,
+        **_: Any,
+    ) -> tuple[Cost, int, float]:
+        """Timing a compressed model beside the dense one; the cache's growth is left out."""
+        models = [self.shapes | {"size": size} for size in (self.arch.size, self.compressed(row))]
+        counts = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+        cost = speed_cost(models, len(attention), dtype=dtype, **counts)
+        each = sum(
+            tokens * self.token_seconds(modes, length, dtype)
+            for modes in ({}, row)
+            for tokens, length in ((batch * prompt, prompt), (batch * new_tokens, batch))
+        )
+        return cost, 0, START + (repeats + 1) * len(attention) * each
+
+    def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
+        """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""
+        head = 2 * self.arch.hidden_size * self.arch.vocab_size
+        dense, own = (s["flops_per_token"] - head for s in (self.arch.size, self.compressed(row)))
+        layers = self.arch.layers * self.layer_seconds(block_length, dtype, ())
+        return layers * own / dense + self.head_seconds(block_length, dtype)
+
+    def compressed(self, row: dict[str, str]) -> dict[str, int]:
+        """Sizes of a row's checkpoint, its biases counted as if they all stayed."""
+        arch = self.arch
+        plan = Plan(choose(row) if row else {})
+        kept, factors = plan.dense_sizes(arch), plan.factors(arch)
+        gone = {part: arch.full_rank(part) - kept[part] for part in PARTS}
+        matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
+        layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
+        fewer = arch.hidden_size * layer
+        for part in PARTS:
+            for name, (m, n) in arch.matrix_shapes(part).items():
+                fewer += m * n - factors[name] * (m + n) if name in factors else 0
+        parameters = arch.size["parameters"] - arch.layers * fewer
+        every = [tuple(kept.values())] * arch.layers, parameters, arch.dtype
+        return sizes(self.shapes, *every, [factors] * arch.layers)
+
+    # --- trials, in seconds ---
+
+    def _layer_seconds(self, block_length: int, dtype: str, kinds: tuple[str, ...]) -> float:
+        """Of one token in one layer, with the statistics of some kinds."""
+        trunk = self.one_layer(dtype)
+        flops = self.arch.size["flops_per_token"] / self.arch.layers
+        length = min(block_length, max(32, int(TRIAL_FLOPS / flops)))
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+        heads = {kind: self.arch.heads_of(KINDS[kind].site) for kind in kinds}
+        accumulators = {kind: Accumulator(kind, heads[kind]) for kind in kinds}
+        attach_all(self.arch, accumulators, trunk, 0)
+        return self.clock(lambda: trunk(ids, use_cache=False)) / length
+
+    def one_layer(self, dtype: str) -> nn.Module:
+        """The trunk with one layer; made-up weights, zero embeddings (which take no memory)."""
+        config = load_config(self.folder)
+        config.num_hidden_layers = 1
+        trunk = empty_trunk(config, dtype, self.device).eval()
+        for name, weight in list(trunk.named_parameters()):
+            fill = 0.01 if name.startswith(self.arch.adapter.layer_path) else 0.0
+            make = partial(torch.full, fill_value=fill) if fill else torch.zeros
+            value = make(tuple(weight.shape), dtype=getattr(torch, dtype))
+            set_module_tensor_to_device(trunk, name, self.device, value=value)
+        return trunk
+
+    def _head_seconds(self, block_length: int, dtype: str) -> float:
+        """Of one token: logits and their loss."""
+        d, vocab = self.arch.hidden_size, self.arch.vocab_size
+        rows = min(vocab, max(32, int(TRIAL_FLOPS / (2 * d * block_length))))
+        where = {"dtype": getattr(torch, dtype), "device": self.device}
+        hidden, weight = torch.ones(block_length, d, **where), torch.ones(rows, d, **where)
+        labels = torch.zeros(block_length, dtype=torch.long, device=self.device)
+        loss = nn.functional.cross_entropy
+        seconds = self.clock(lambda: loss((hidden @ weight.T).float(), labels))
+        return seconds * vocab / rows / block_length
+
+    def _part_seconds(self, part: str, mode: str, rank: int) -> float:
+        """Of the solution of one part of a layer."""
+        if find_mode(part, mode).factors is not None:
+            return self.factor_seconds(part, mode)
+        solve, kinds = solver_of(part, mode), find_mode(part, mode).kinds
+        if part == "mlp":
+            full = any(KINDS[kind].form == "full" for kind in kinds)
+            channels = min(self.arch.intermediate_size, TRIAL_SIZE if full else TRIAL_CHANNELS)
+            scale = channels / self.arch.intermediate_size
+            share = (scale**3 if full else scale) / max(1, self.arch.experts)
+            rank = max(1, int(rank * scale))
+            weights = self.mlp_weights(channels)
+            sizes = {"full": channels, "gradient": self.arch.hidden_size}
+            forms = [KINDS[kind].form for kind in kinds]
+            statistics = [
+                gram(1, sizes[form])[0] if form in sizes else random(channels) for form in forms
+            ]
+        else:
+            groups = min(self.arch.kv_heads, TRIAL_GROUPS)
+            share = groups / self.arch.kv_heads
+            weights = self.attention_weights(groups)
+            statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
+            if mode == "uniform-global":
+                statistics.append(torch.arange(self.arch.rope_dims // 2))
+        if find_mode(part, mode).prior:
+            statistics.append(1.0)
+        return self.clock(lambda: solve(weights, *statistics, rank)) / share
+
+    def of_heads(self, kind: Kind, groups: int, heads: int) -> Tensor:
+        """A made-up statistic of attention with some of the heads."""
+        count, arch = groups if kind.site in "kv" else heads, self.arch
+        if kind.form == "blocks":
+            return gram(count, arch.head_dim)
+        if kind.form == "factors":
+            return gram(count, arch.rope_dims)
+        if kind.form == "mean":
+            return random(count * arch.head_dim)
+        if kind.form in ("full", "gradient"):
+            of_input = kind.site == "o_input"
+            return gram(1, count * arch.head_dim if of_input else arch.hidden_size)[0]
+        return random(arch.hidden_size)
+
+    def factor_seconds(self, part: str, mode: str) -> float:
+        """Of the factors of a part's matrices, from smaller ones of the same proportions."""
+        kinds, total = find_mode(part, mode).factors, 0.0
+        for name, (m, columns) in self.arch.matrix_shapes(part).items():
+            if name not in kinds:
+                continue
+            scale = min(1.0, TRIAL_SIZE / max(m, columns))
+            m, columns = (max(2, int(size * scale)) for size in (m, columns))
+            R = gram(1, m)[0] if kinds[name] else None
+            matrix = Matrix(random(m, columns), R)
+            total += self.clock(partial(matrix.factor, 1)) / scale**3
+        return 2 * total if mode in ALLOCATED else total
+
+    def attention_weights(self, groups: int) -> AttentionWeights:
+        """Of some key/value heads and their queries."""
+        arch = self.arch
+        heads, d, h = groups * arch.heads // arch.kv_heads, arch.hidden_size, arch.head_dim
+        gains = {}
+        if arch.qk_norm:
+            gains = {"q_gain": torch.ones(heads, h), "k_gain": torch.ones(groups, h)}
+        return AttentionWeights(
+            q=random(heads, d, h),
+            k=random(groups, d, h),
+            v=random(groups, d, h),
+            o=random(heads, h, d),
+            rope_dims=arch.rope_dims,
+            norm=arch.qk_norm,
+            **{name: gain.double() for name, gain in gains.items()},
+        )
+
+    def mlp_weights(self, channels: int) -> MLPWeights:
+        """Of some channels."""
+        d, dtype = self.arch.hidden_size, getattr(torch, self.arch.dtype)
+        gate = torch.zeros(d, channels, dtype=dtype) if self.arch.mlp == "3-layer" else None
+        up, down = torch.zeros(d, channels, dtype=dtype), torch.zeros(channels, d, dtype=dtype)
+        return MLPWeights(up, gate, down)
+
+    def _copy_seconds(self) -> float:
+        """Of one parameter: half of reading it as float64, packing, writing and hashing it."""
+        stored = torch.zeros(TRIAL_CHANNELS, 1024, dtype=getattr(torch, self.arch.dtype))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trial.safetensors")
+
+            def copy() -> None:
+                packed = stored.double().T.contiguous().to(stored.dtype)
+                save_file({"x": packed}, path)
+                sha256(path)
+
+            return self.clock(copy) / stored.numel() / 2
+
+    def clock(self, call: Callable[[], Any]) -> float:
+        """Seconds of a call, the second of two: the first one warms up."""
+        seconds = 0.0
+        with torch.inference_mode():
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+        return seconds
+
+
+def random(*shape: int) -> Tensor:
+    """Weights, float64."""
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def gram(count: int, size: int) -> Tensor:
+    """Statistics of `count` heads, (count, size, size)."""
+    x = random(count, 2 * size, size)
+    return x.mT @ x

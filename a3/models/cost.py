@@ -1,0 +1,225 @@
+"""What a job takes, memory and arithmetic, from the model's shapes alone.
+
+Estimates to ask a cluster for, on the safe side: measured peaks are 0.7 to 1 of them
+(docs/scale.md). Read by the Snakefile at every start, so nothing heavy is imported here.
+`arch` is `shapes` of arch.json throughout.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from a3.core.dtypes import WIDTHS
+from a3.core.shards import LARGEST_PART
+from a3.models.sizes import kv_bytes
+from a3.rxx.kinds import (
+    GRADIENT_BLOCKS,
+    GRADIENT_FORMS,
+    KINDS,
+    SAMPLED_FORMS,
+    shape_of,
+    statistics_memory,
+)
+
+# Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
+LIBRARIES = 550 * 2**20
+
+SOLVERS = 400 * 2**20
+
+# lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
+HARNESS_TOKENS = 8 * 96
+
+# Of a text that is scored whole: bytes a token, at least, and tokens where it is not there yet.
+BYTES_PER_TOKEN = 3
+
+WHOLE_TEXT = 1_000_000
+
+# A step of generation reads all weights, and takes as long as one with so many sequences.
+DECODE_ROWS = 16
+
+# Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
+CPU_FLOPS = 1e10
+
+GPU_FLOPS = 1e13
+
+# What of arch.json is read here.
+FIELDS = (
+    "dtype",
+    "experts",
+    "head_dim",
+    "heads",
+    "hidden_size",
+    "intermediate_size",
+    "kv_heads",
+    "layers",
+    "mlp_inputs",
+    "rope_dims",
+    "size",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Peak memory in bytes, and floating-point operations."""
+
+    memory: int
+    flops: float
+
+    def megabytes(self) -> int:
+        """Memory in MiB, rounded up."""
+        return -(-self.memory // 2**20)
+
+    def minutes(self, threads: int, device: str) -> int:
+        """Time in minutes, rounded up, with ten to start and to read the model."""
+        rate = CPU_FLOPS * threads if device == "cpu" else GPU_FLOPS
+        return 10 + int(self.flops / rate / 60)
+
+
+def shapes(record: dict[str, Any]) -> dict[str, Any]:
+    """The shapes in an arch.json; raises KeyError or TypeError where they are not there."""
+    return {name: record[name] for name in FIELDS}
+
+
+def collect_cost(
+    arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
+) -> Cost:
+    """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
+
+    The float64 copies of the widest activation of one block are what a hook holds at a time.
+    Gradients need a pass of their own, which takes three times as long as one without, with the
+    activations of all layers and the gradients of all weights in memory.
+    """
+    h, kinds = arch["head_dim"], tuple(kinds)
+    widest = max(arch["intermediate_size"], arch["heads"] * h)
+    copies = 3 * 8 * block_length * widest
+    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
+    memory += statistics_memory(arch, kinds)
+    passes = 1.0
+    forms = {KINDS[kind].form for kind in kinds}
+    if forms & set(GRADIENT_FORMS):
+        # Of weights, or of activations alone.
+        passes += 3 * ("fisher" in forms)
+        passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
+        memory += WIDTHS[dtype] * arch["size"]["parameters"]
+        memory += arch["layers"] * forward_memory(arch, block_length)
+        memory += 3 * 4 * block_length * arch["vocab_size"]
+    return Cost(LIBRARIES + memory, passes * tokens * arch["size"]["flops_per_token"])
+
+
+def stream_cost(
+    arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
+) -> Cost:
+    """Cost of the same pass with one layer at a time in memory; hidden states are in a file."""
+    resident = weights_memory(arch, dtype)
+    outside = 2 * arch["vocab_size"] * arch["hidden_size"]
+    layer = max(0, arch["size"]["parameters"] - outside) // arch["layers"]
+    held = resident * min(1, (outside + layer) / arch["size"]["parameters"])
+    whole = collect_cost(arch, tokens, block_length, dtype, kinds)
+    return Cost(whole.memory - resident + int(held), whole.flops)
+
+
+def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) -> Cost:
+    """Cost of one of `jobs` that share the layers: what it reads and makes, and one layer as well.
+
+    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them; what
+    it was made from is mapped, and counts while there is room. Attention is solved in float64.
+    Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
+    goes as parameters times h; but those that read full matrices of statistics (`kinds`) factor
+    them and the weights.
+    """
+    parameters = arch["size"]["parameters"]
+    width = WIDTHS[arch["dtype"]]
+    layer = width * (parameters // arch["layers"])
+    attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
+    made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
+    memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
+    full = [kind for kind in kinds if KINDS[kind].form == "full"]
+    widest = max((shape_of(KINDS[kind], arch)[-1] for kind in full), default=0)
+    flops = 10.0 * parameters * arch["head_dim"] + 10.0 * len(full) * arch["layers"] * widest**3
+    if full:
+        # Some copies of the largest matrix, and of the layer's weights in float64.
+        memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]
+    return Cost(SOLVERS + memory, flops / jobs)
+
+
+def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> Cost:
+    """Cost of rebuilding Q, K and V of a model, all layers' in memory at once where `together`.
+
+    Weights are decomposed, d or their outputs wide, twice where a budget asks for it; what is
+    rebuilt is held, and beside it a file of weights.
+    """
+    d, h = arch["hidden_size"], arch["head_dim"]
+    outputs = (arch["heads"] + 2 * arch["kv_heads"]) * h
+    widest = max(d, arch["heads"] * h, 2 * arch["kv_heads"] * h)
+    held = WIDTHS[arch["dtype"]] * arch["layers"] * d * outputs
+    working = 8 * (8 * widest**2 + 3 * d * outputs)
+    if together:
+        # Centred and fitted weights in float64, and the metric and triangle of each layer.
+        working += 8 * arch["layers"] * d * (4 * outputs + 3 * d)
+    file = WIDTHS[arch["dtype"]] * arch["size"]["parameters"]
+    flops = (60.0 + 60.0 * len(list(kinds))) * arch["layers"] * widest**3
+    return Cost(SOLVERS + held + working + file, flops)
+
+
+def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
+    """Cost of adding one kind's sums of all shards: one file's of it, and another's."""
+    size = statistics_memory(arch, [kind])
+    return Cost(LIBRARIES + 2 * size, 100.0 * shards * size / 8)
+
+
+def gather_cost(arch: dict[str, Any]) -> Cost:
+    """Cost of linking all parts: embeddings and head, which are in none of them, are copied."""
+    outside = 2 * WIDTHS[arch["dtype"]] * arch["vocab_size"] * arch["hidden_size"]
+    return Cost(LIBRARIES + 2 * outside, 100.0 * outside)
+
+
+def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+    """Cost of scoring `tokens` tokens: the logits of a block, in float32, and their softmax."""
+    logits = 3 * 4 * block_length * arch["vocab_size"]
+    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + logits
+    return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
+
+
+def harness_cost(arch: dict[str, Any], items: int, shots: int, dtype: str) -> Cost:
+    """Cost of one lm-eval task with `items` items of four choices; each shot is one item more."""
+    tokens = HARNESS_TOKENS * (1 + shots)
+    return perplexity_cost(arch, items * 4 * tokens // 8, tokens, dtype)
+
+
+def speed_cost(
+    archs: list[dict[str, Any]],
+    attentions: int,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    dtype: str,
+) -> Cost:
+    """Cost of timing models, all of them in memory, and a round to warm up.
+
+    The products of generation are counted as those of DECODE_ROWS sequences at least: time is asked
+    for by them.
+    """
+    held = [
+        batch * forward_memory(arch, prompt)
+        + batch * (prompt + new_tokens) * kv_bytes(arch["size"], arch["dtype"], dtype)
+        for arch in archs
+    ]
+    tokens = batch * prompt + new_tokens * max(batch, DECODE_ROWS)
+    flops = sum(arch["size"]["flops_per_token"] for arch in archs)
+    memory = sum(weights_memory(arch, dtype) for arch in archs) + max(held)
+    return Cost(LIBRARIES + memory, attentions * (repeats + 1) * tokens * flops)
+
+
+def weights_memory(arch: dict[str, Any], dtype: str) -> int:
+    """Bytes of a model in `dtype`; another dtype on disk is in memory as well while it is read."""
+    width = WIDTHS[dtype] + (WIDTHS[arch["dtype"]] if dtype != arch["dtype"] else 0)
+    return width * arch["size"]["parameters"]
+
+
+def forward_memory(arch: dict[str, Any], block_length: int) -> int:
+    """Bytes of the activations of one layer for one block, float32: hidden states, MLP, scores."""
+    hidden, inner = arch["hidden_size"], arch["intermediate_size"]
+    scores = 2 * arch["heads"] * min(block_length, 4096) ** 2
+    return 4 * (block_length * (6 * hidden + 3 * inner) + scores)

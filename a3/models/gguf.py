@@ -1,0 +1,209 @@
+"""GGUF files, checked whole before anything of them is used.
+
+The libraries that read them believe every count and length of the header: a damaged one makes them
+loop or allocate without end, or take the weights of another tensor. A GGUF file has no checksum.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from a3.core.errors import A3Error
+
+# Each scalar type of the header as struct has it.
+FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+STRING, ARRAY = 8, 9
+
+# Lists as long as these numbers are made of them.
+COUNTS = (".block_count", ".expert_count")
+
+# What a matrix is stored in: no integers, which are no weights.
+INTEGERS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64")}
+
+
+class Header:
+    """Reads the header of a GGUF file in order; A3Error where it goes beyond the file's end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.place = 0
+
+    def fail(self, why: str) -> A3Error:
+        """The error for a damaged file."""
+        return A3Error(f"{self.path}: not a whole GGUF file: {why}. Fetch it again.")
+
+    def skip(self, count: int) -> int:
+        """Go over `count` bytes; where they start."""
+        start, self.place = self.place, self.place + count
+        if self.place > len(self.data):
+            raise self.fail(f"{count} bytes expected at {start}, it has {len(self.data)}")
+        return start
+
+    def number(self, form: str) -> Any:
+        """One little-endian number."""
+        return struct.unpack_from(f"<{form}", self.data, self.skip(struct.calcsize(f"<{form}")))[0]
+
+    def string(self) -> str:
+        """A string, its length before it."""
+        start = self.skip(self.number("Q"))
+        try:
+            return self.data[start : self.place].decode()
+        except UnicodeDecodeError as error:
+            raise self.fail(f"the text at {start} is not UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        """A value."""
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.number(self.form(kind))
+        inner, count = self.number("I"), self.number("Q")
+        if inner == STRING:
+            return [self.string() for _ in range(count)]
+        form = self.form(inner)
+        start = self.skip(count * struct.calcsize(f"<{form}"))
+        return list(struct.unpack_from(f"<{count}{form}", self.data, start))
+
+    def form(self, kind: int) -> str:
+        """A scalar type as struct has it."""
+        if kind not in FORMS:
+            raise self.fail(f"type {kind} of a value at {self.place}")
+        return FORMS[kind]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `shape` as torch has it, `start` and `end` in bytes of the file."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """A GGUF file: the values of its header and where its tensors lie."""
+
+    path: Path
+    values: dict[str, Any]
+    tensors: dict[str, Place]
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the code that runs it."""
+        return self.values["general.architecture"]
+
+    def own(self, key: str, default: Any = None) -> Any:
+        """A value of the architecture, by its name without it."""
+        return self.values.get(f"{self.architecture}.{key}", default)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, dequantised to float32; raises A3Error for one that is not finite."""
+        place = self.tensors[name]
+        data = np.memmap(self.path, np.uint8, "r", place.start, (place.end - place.start,))
+        rows = data.reshape(*place.shape[:-1], -1)
+        value = torch.from_numpy(np.array(dequantize(rows, place.kind), np.float32))
+        if not torch.isfinite(value).all():
+            raise A3Error(
+                f"{self.path}: {name} holds NaN or Inf, expected numbers. Fetch it again."
+            )
+        return value.reshape(place.shape)
+
+
+def read_gguf(path: Path) -> Gguf:
+    """The header of a GGUF file of version 2 or 3.
+
+    Raises A3Error unless header and tensors are there whole, each tensor's data follows the one's
+    before it, and the file holds a whole model: no part of a split one, no adapter.
+    """
+    if path.stat().st_size == 0:
+        raise A3Error(f"{path}: an empty file, expected a GGUF file. Fetch it again.")
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        header = Header(path, data)
+        start = header.data[: header.skip(4) + 4]
+        if start != b"GGUF" or header.number("I") not in (2, 3):
+            raise header.fail("it does not start with GGUF and version 2 or 3")
+        count, pairs = header.number("Q"), header.number("Q")
+        values: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = header.string()
+            if key in values:
+                raise header.fail(f"the key {key!r} stands twice")
+            values[key] = header.value(header.number("I"))
+            if key.endswith(COUNTS) and not is_count(values[key], count):
+                raise header.fail(f"{key!r} is {values[key]}, and it has {count} tensors")
+        return Gguf(path, values, tensor_places(header, count, whole_model(path, values)))
+
+
+def is_count(value: Any, most: int) -> bool:
+    """Whether a value is a number of things, at most so many."""
+    return isinstance(value, int) and 0 <= value <= most
+
+
+def whole_model(path: Path, values: dict[str, Any]) -> int:
+    """The alignment of tensors; raises A3Error for a file that is no model of its own."""
+    parts = values.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise A3Error(
+            f"{path}: part {values.get('split.no', 0) + 1} of a model in {parts} files. Merge them "
+            "with llama.cpp's own tool: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
+        )
+    what = values.get("general.type", "model")
+    if what != "model":
+        raise A3Error(
+            f"{path}: general.type is {what!r}, expected a model. Name the file of a whole model."
+        )
+    if not isinstance(values.get("general.architecture"), str):
+        raise A3Error(f"{path}: general.architecture is missing. Fetch it again.")
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise A3Error(f"{path}: general.alignment is {alignment}, expected a size. Fetch it again.")
+    return alignment
+
+
+def tensor_places(header: Header, count: int, alignment: int) -> dict[str, Place]:
+    """Where the tensors lie that a header lists; A3Error where they are not whole."""
+    places: dict[str, Place] = {}
+    end = last = 0
+    for _ in range(count):
+        name, dimensions = header.string(), header.number("I")
+        if not 1 <= dimensions <= 4 or name in places:
+            raise header.fail(f"tensor {name!r} has {dimensions} dimensions, or stands twice")
+        shape = tuple(reversed([header.number("Q") for _ in range(dimensions)]))
+        kind, offset = header.number("I"), header.number("Q")
+        if kind not in iter(GGMLQuantizationType) or offset != end:
+            raise header.fail(f"tensor {name!r} is of type {kind} at {offset}, expected at {end}")
+        kind = GGMLQuantizationType(kind)
+        block, width = GGML_QUANT_SIZES[kind]
+        if kind in INTEGERS or shape[-1] % block:
+            raise header.fail(f"tensor {name!r}, {shape}, is of type {kind.name}")
+        last = end + prod(shape) // block * width
+        places[name] = Place(shape, kind, end, last)
+        end = rounded(last, alignment)
+    start = rounded(header.place, alignment)
+    if start + last > len(header.data):
+        raise header.fail(f"it ends after {len(header.data)} bytes, before its last tensor does")
+    return {
+        name: Place(one.shape, one.kind, start + one.start, start + one.end)
+        for name, one in places.items()
+    }
+
+
+def rounded(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple

@@ -1,0 +1,29 @@
+"""Registers compressed models with transformers when it is first used."""
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+
+class LazyConfig:
+    """Stands for the compressed models' configurations, which transformers asks for by "a3".
+
+    The real classes derive from the families', and at the moment when transformers registers
+    configurations most of its own modules are still half imported.
+    """
+
+    model_type = "a3"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """`PreTrainedConfig.from_dict` of the class for the family that the dictionary names."""
+        family = config_dict["a3"]["family"]
+        config = import_module("a3.models.modeling_a3").classes(family)["AutoConfig"]
+        return config.from_dict(config_dict, **kwargs)
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register(auto: ModuleType) -> None:
+    auto.AutoConfig.register(LazyConfig.model_type, LazyConfig)

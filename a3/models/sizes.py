@@ -1,0 +1,65 @@
+"""Parameters, KV cache and FLOPs of a model with given ranks."""
+
+from collections.abc import Mapping
+from statistics import mean
+from typing import Any
+
+from a3.core.dtypes import WIDTHS
+
+# Context length at which FLOPs per token are counted (the attention products depend on it).
+FLOPS_CONTEXT = 1024
+
+
+def sizes(
+    fields: dict[str, Any],
+    ranks: list[tuple[int, int, int | list[int]]],
+    parameters: int,
+    dtype: str,
+    factors: list[dict[str, int]] | None = None,
+) -> dict[str, int]:
+    """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
+
+    `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
+    went to all alike. `factors` has the rank of each matrix that is a product of two, per layer;
+    keys that are so alone are cached as the product's middle (Palu). A multiply-add counts as two
+    FLOPs; attention products are counted against FLOPS_CONTEXT keys; router and LM head are
+    included.
+    """
+    width = WIDTHS[dtype]
+    d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
+    experts, active = fields["experts"], fields["experts_per_token"]
+    linear = attention = cache = 0
+    for (qk, ov, channels), own in zip(ranks, factors or [{}] * len(ranks), strict=True):
+        n = mean(channels) if isinstance(channels, list) else channels
+        shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
+        shapes |= {"up": (d, n), "down": (n, d)}
+        if fields["mlp"] == "3-layer":
+            # Fused with up, gate stands for both where it is a product.
+            shapes |= {"gate": (d, n)}
+            if "gate" in own and "up" not in own:
+                shapes |= {"gate": (d, 2 * n), "up": (d, 0)}
+        for name, (inputs, outputs) in shapes.items():
+            size = own[name] * (inputs + outputs) if name in own else inputs * outputs
+            linear += size * (active or 1) if name in ("gate", "up", "down") else size
+        linear += d * experts
+        attention += H * (qk + ov) * FLOPS_CONTEXT
+        keys = own["k"] if "k" in own and "q" not in own else G * qk
+        cache += (keys + G * ov) * width
+    return {
+        "parameters": parameters,
+        "kv_bytes_per_token": cache,
+        "flops_per_token": round(2 * (linear + attention + d * fields["vocab_size"])),
+    }
+
+
+def projection_weights(arch: Mapping[str, Any]) -> int:
+    """Weights in the layers' matrices, of all experts: neither biases, norms nor embeddings."""
+    d, h, n = arch["hidden_size"], arch["head_dim"], arch["intermediate_size"]
+    attention = 2 * d * h * (arch["heads"] + arch["kv_heads"])
+    matrices = 3 if arch["mlp"] == "3-layer" else 2
+    return arch["layers"] * (attention + matrices * d * n * (arch["experts"] or 1))
+
+
+def kv_bytes(size: dict[str, int], stored: str, dtype: str) -> int:
+    """KV-cache bytes a token of a model run in `dtype`, from its size as stored."""
+    return size["kv_bytes_per_token"] * WIDTHS[dtype] // WIDTHS[stored]

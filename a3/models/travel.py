@@ -1,0 +1,36 @@
+"""What goes with a model's weights into another folder: tokenizer, chat templates, licence …"""
+
+import shutil
+from pathlib import Path
+
+from a3.models.inputs import files_of
+from a3.models.tokenizer import keep_reading
+
+# Text, the model card among it; neither weights nor pickles nor code. Mistral has names such as
+# tokenizer.model.v3.
+TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.md", "LICENSE*", "NOTICE*")
+
+
+def bring(source: Path, folder: Path, *without: str) -> None:
+    """Copy what travels from `source` to `folder`, whose config.json is written or travels too.
+
+    `without` are names of files that do not. `folder` then tokenises as `source` does. Raises
+    A3Error as `keep_reading` does.
+    """
+    for path in files_of(source):
+        if path.name not in without and travels(path):
+            copy(path, source, folder)
+    keep_reading(source, folder)
+
+
+def copy(path: Path, source: Path, folder: Path) -> None:
+    """Copy a file of `source`, or of a folder in it, to the same place in `folder`."""
+    target = folder / path.relative_to(source)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def travels(path: Path) -> bool:
+    """Whether a file of one folder goes to the next."""
+    text = any(path.match(pattern) for pattern in TRAVELS)
+    return text and not path.name.startswith(".") and ".index." not in path.name

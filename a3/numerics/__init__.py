@@ -1,0 +1,1 @@
+"""Linear algebra and number formats: pure functions of tensors."""

@@ -1,0 +1,179 @@
+"""The numerics of every solution: Gram matrices, one small core, CR selection.
+
+Pure functions on float64 tensors; nothing here knows a model. Row-vector convention y = x W, and
+leading dimensions are batch dimensions (heads, groups). Why no d × d matrix is ever formed, let
+alone decomposed: R^½ W has h columns, so all that a solution needs of R and W is the h × h Gram
+matrix Wᵀ R W, and that is the autocorrelation of x W, biases included.
+"""
+
+import torch
+from torch import Tensor
+
+# Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
+NOISE = 1e-14
+
+# Elimination takes a forty-eighth of the inputs at a time, and then looks at all scores anew.
+STEPS = 48
+
+
+def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
+    """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
+
+    The columns are first scaled to unit length, so that a channel's scale costs no precision.
+    A singular G (fewer tokens than dimensions, a dead channel) is lifted at the level of its
+    rounding noise, so that C⁻¹ C = 1 and full rank returns the weights it was given.
+    """
+    scale = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(G / (scale[..., :, None] * scale[..., None, :]))
+    floor = values[..., -1:].clamp(min=0) * NOISE
+    # An all-zero G sees nothing: any basis is as good as any other, so take the identity.
+    values = torch.where(floor > 0, torch.maximum(values, floor), 1.0)
+    root = values.sqrt()
+    C = root[..., None] * vectors.mT * scale[..., None, :]
+    return C, vectors / root[..., None, :] / scale[..., None]
+
+
+def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r replacement of a product S W P, as an encoder and a decoder of W P.
+
+    Given G = Wᵀ Sᵀ S W and K = Σᵢ Pᵢ Pᵢᵀ (both (..., h, h)), returns E (..., h, r) and
+    D (..., r, h) that minimise Σᵢ ‖S W (1 − E D) Pᵢ‖²: W becomes W E and every Pᵢ becomes D Pᵢ.
+    This is the paper's R^-½ SVD_r(R^½ W P) (Theorems 2 and 3), and its joint SVD over the heads
+    of a group: with G = Cᵀ C, the left singular vectors U of S W [P₁ … P_g] are those of
+    C [P₁ … P_g], that is the eigenvectors of the h × h matrix C K Cᵀ; E = C⁻¹ U_r, D = U_rᵀ C.
+    Only C, which is h × h, is inverted; K may be singular. A direction is as large in E as in D,
+    so that one which the statistics hardly see (1e7 times larger in E) fits half precision.
+    """
+    C, inverse = gram_factor(G)
+    core = C @ K @ C.mT
+    U = torch.linalg.eigh(_symmetric(core)).eigenvectors.flip(-1)[..., :rank]
+    E, D = inverse @ U, U.mT @ C
+    # By powers of two, which round nothing.
+    size = torch.exp2((D.norm(dim=-1).log2() - E.norm(dim=-2).log2()).div(2).round())
+    return E * size[..., None, :], D / size[..., None]
+
+
+def subspace_error(G: Tensor, K: Tensor, E: Tensor, D: Tensor) -> Tensor:
+    """Σᵢ ‖S W (1 − E D) Pᵢ‖² / Σᵢ ‖S W Pᵢ‖² of `shared_subspace`'s problem, over all batches."""
+    residual = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) - E @ D
+    return relative((residual * (G @ residual @ K)).sum(), (G * K).sum())
+
+
+def two_factors(
+    W: Tensor, R: Tensor, rank: int, of_output: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-r product A B in place of one matrix W (m, n), by the metric R of its input.
+
+    Returns A (m, r), B (r, n), which minimise tr((W - A B)ᵀ R (W - A B)), and the loss by rank: its
+    entry r is the minimum. R is (m, m) or, where it is diagonal, (m,); or Wᵀ R W (n, n), where that
+    is known of the output. SVD_r(R^½ W) and R^-½ of it are had from one eigendecomposition of
+    min(m, n) dimensions: V of Wᵀ R W = V Λ Vᵀ makes R^½ W V_r V_rᵀ the best approximation of
+    R^½ W, so that W V_r and V_rᵀ need no inverse of R.
+    """
+    m, n = W.shape
+    if of_output or n < m:
+        M = R if of_output else W.mT @ (R[:, None] * W if R.dim() == 1 else R @ W)
+        values, V = torch.linalg.eigh(_symmetric(M))
+        V = V.flip(-1)[:, :rank]
+        A, B = W @ V, V.mT
+    else:
+        C, inverse = gram_factor(torch.diag(R) if R.dim() == 1 else R)
+        values, U = torch.linalg.eigh(_symmetric(C @ (W @ W.mT) @ C.mT))
+        U = U.flip(-1)[:, :rank]
+        A, B = inverse @ U, U.mT @ (C @ W)
+    return A, B, torch.cat((values.new_zeros(1), values.clamp(min=0).cumsum(0))).flip(0)
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    """G without the rounding that makes it differ from its transpose."""
+    return (G + G.mT) / 2
+
+
+def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
+    """The diagonal of C (C + λ 1)⁻¹: C (n, n) positive semidefinite to (n,)."""
+    return 1 - ridge * inverse(C, ridge).diagonal()
+
+
+def ridge_of(C: Tensor, share: float) -> float:
+    """λ for the autocorrelation C (n, n), as a share of its mean square; not 0, also where C is."""
+    return share * C.diagonal().mean().item() or 1.0
+
+
+def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
+    """Least-squares refit of the kept rows of W: W_S + (C_SS + λ 1)⁻¹ C_SD W_D.
+
+    C (n, n) is the autocorrelation of the input of W (n, d); S are the `kept` (r,) channels, D the
+    others. The ridge λ pulls towards W_S, and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is lifted
+    at the level of its rounding noise, after its channels are scaled alike. Where nothing is
+    dropped W comes back as it is.
+    """
+    dropped = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    dropped[kept] = False
+    power = C.diagonal()[kept] + ridge
+    scale = torch.where(power > 0, power, 1.0).sqrt()
+    C_SS = C[kept][:, kept] / (scale[:, None] * scale)
+    lift = NOISE * len(kept) + ridge / scale.square() + (power <= 0).to(C.dtype)
+    C_SS.diagonal().add_(lift)
+    C_SD = C[kept][:, dropped] / scale[:, None]
+    moved = torch.cholesky_solve(C_SD @ W[dropped], torch.linalg.cholesky(C_SS)) / scale[:, None]
+    return W[kept] + moved
+
+
+def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """Which rows of W to drop, first to last, where the others are refitted each time.
+
+    Optimal brain surgeon (Hassibi & Stork 1992) for min tr(Xᵀ (C + λ 1) X), X = W - W̃, C (n, n)
+    and W (n, d): with P = (C + λ 1)⁻¹ of the rows that are left and V their refitted weights,
+    dropping row i costs ‖V_i‖² / P_ii. Rows go in blocks of n / STEPS of the least cost, each block
+    exactly: at a cost of tr(V_Bᵀ P_BB⁻¹ V_B), V loses P_:B P_BB⁻¹ V_B and P loses P_:B P_BB⁻¹ P_B:.
+    Returns the rows (count,) and the loss (count + 1,) by number of rows dropped, within a block
+    linear. At most two or three n × n matrices are in memory beside C.
+    """
+    P = inverse(C, ridge)
+    left = torch.arange(len(C), device=C.device)
+    rows, costs, V = [], [], W
+    while count > 0:
+        taken = min(max(1, len(C) // STEPS), count)
+        score = V.square().sum(1) / P.diagonal()
+        order = torch.sort(score, stable=True).indices
+        drop, stay = order[:taken], order[taken:].sort().values
+        root = torch.linalg.cholesky(P[drop][:, drop])
+        moved = torch.cholesky_solve(V[drop], root)
+        costs += [(V[drop] * moved).sum() / taken] * taken
+        rows.append(left[drop])
+        across = P[drop][:, stay]
+        V = torch.addmm(V[stay], across.T, moved, alpha=-1)
+        P = P[stay[:, None], stay].addmm_(across.T, torch.cholesky_solve(across, root), alpha=-1)
+        left, count = left[stay], count - taken
+    if not rows:
+        return left[:0], C.new_zeros(1)
+    return torch.cat(rows), torch.cat((C.new_zeros(1), torch.stack(costs).cumsum(0)))
+
+
+def inverse(C: Tensor, ridge: float) -> Tensor:
+    """(C + λ 1)⁻¹ of C (n, n), positive semidefinite."""
+    root = C.clone()
+    root.diagonal().add_(ridge)
+    root = torch.linalg.cholesky(root)
+    return torch.cholesky_inverse(root)
+
+
+def root_of(M: Tensor) -> Tensor:
+    """B (d, d) with B Bᵀ = M, positive semidefinite, so that ‖X B‖² = tr(X M Xᵀ)."""
+    values, vectors = torch.linalg.eigh(_symmetric(M))
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def relative(error: Tensor, total: Tensor) -> Tensor:
+    """error / total; 0 where there is nothing to lose."""
+    return torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+
+
+def keep_best(score: Tensor, count: int) -> Tensor:
+    """Ascending indices of the `count` largest scores along the last dimension.
+
+    Ties go to the lower index, so that equal inputs always give equal choices.
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values

@@ -1,0 +1,58 @@
+"""a3 compress: collect and approx in one go, keeping only the compressed folder."""
+
+from pathlib import Path
+from typing import Any
+
+from a3.artifacts.targets import NEW
+from a3.core.files import hidden_folder, require_replaceable
+from a3.solutions.plan import Plan
+from a3.stages.approx.allocate import allocate
+from a3.stages.approx.approximate import approximate
+from a3.stages.collect.collect import collect
+from a3.stages.inputs.model import resolve_model
+from a3.stages.inputs.text import make_documents
+from a3.stages.inputs.wheels import fetch_wheel
+
+
+def find_source(entry: dict[str, Any], wheels: Path) -> None:
+    """Fetch the wheel of a catalogue entry into `wheels`, where its source is one."""
+    wheel = entry["source"].get("wheel")
+    if wheel:
+        name, version = wheel["name"], wheel["version"]
+        fetch_wheel(name, version, wheel["sha256"], wheels / f"{name}-{version}.whl")
+
+
+def compress(
+    model: dict[str, Any], text: dict[str, Any], plan: Plan, out: Path, settings: dict[str, Any]
+) -> None:
+    """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
+
+    `settings` are those of `collect`. Raises A3Error where `out` exists already, and as the stages
+    do; then nothing is left behind.
+    """
+    require_replaceable(out, NEW.seal)
+    kinds = plan.kinds()
+    known = {"model": known_as(model), "docs.jsonl": known_as(text)}
+    known |= {f"{kind}.safetensors": f"the statistics {kind}" for kind in kinds}
+    with hidden_folder(out, known) as work:
+        for entry in (model, text):
+            find_source(entry, work)
+        resolve_model(model["source"], work / "model", work, model.get("licence"))
+        # Refused modes and sizes are said before the long part.
+        plan.check(work / "model")
+        make_documents(text, work, None, work / "docs.jsonl")
+        outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}
+        if outputs:
+            collect(work / "model", work / "docs.jsonl", outputs, **settings)
+        allocation = None
+        if plan.shared:
+            allocation = work / "allocation.json"
+            allocate(work / "model", work, plan, allocation)
+        approximate(work / "model", work, plan, out, allocation)
+
+
+def known_as(entry: dict[str, Any]) -> str:
+    """What the user knows a model or text by: its path, the hub's name, or a wheel's member."""
+    source = entry["source"]
+    wheel = source.get("wheel", {})
+    return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"

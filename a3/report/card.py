@@ -1,0 +1,71 @@
+"""Perplexities in a compressed model's card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
+from a3.core.errors import A3Error
+from a3.core.files import SEAL, sha256, write_record
+from a3.core.records import Record
+from a3.models.arch import is_compressed
+from a3.models.checkpoint import CARD, Checkpoint, check_file, front_matter, recorded_files
+from a3.models.compressed import compressed_record
+from a3.stages.approx.card import TAGS, write_card
+
+# What of a result the card says.
+SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
+
+
+def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Path]) -> None:
+    """Put results of `a3 eval ppl`, dense and compressed of each text, into a folder's card.
+
+    They replace those that were there. Raises A3Error where a result is of other weights, two of
+    one text were taken by different protocols, or README.md is a card that a3 did not write.
+    """
+    if len(dense) != len(compressed):
+        raise A3Error(
+            f"card: {len(dense)} dense results, {len(compressed)} compressed ones; expected one of "
+            "each for every text."
+        )
+    if not is_compressed(folder):
+        raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
+    if recorded := recorded_files(folder) if (folder / CARD).exists() else {}:
+        instead = "It would be written over: move it elsewhere first."
+        check_file(folder / CARD, recorded.get(CARD, ""), instead)
+    Checkpoint(folder).verify_all()
+    record = compressed_record(folder)
+    weights = {"dense": record["base"]["weights_sha256"], "compressed": record["weights_sha256"]}
+    pairs = []
+    for both in zip(dense, compressed, strict=True):
+        read = dict(zip(weights, map(Record.read, both), strict=True))
+        for kind, one in read.items():
+            # Of a model that was saved again, the dense one is not known.
+            if weights[kind] is not None:
+                require_weights(one, weights[kind], kind)
+        same_protocol(read["dense"], read["compressed"], PERPLEXITY_PROTOCOL)
+        pairs.append({kind: {key: one[key] for key in SAID} for kind, one in read.items()})
+    record["perplexity"] = pairs
+    if "files" not in record:
+        require_own_card(folder)
+        write_card(folder, record)
+        return
+    write_card(folder, record)
+    record["files"][CARD] = sha256(folder / CARD)
+    write_record(folder / "approx.json", {k: value for k, value in record.items() if k != SEAL})
+
+
+def require_own_card(folder: Path) -> None:
+    """Raise A3Error where README.md is not a3's, of a folder that has no record of it."""
+    tags = front_matter(folder / CARD).get("tags")
+    own = isinstance(tags, list) and set(TAGS) <= set(map(str, tags))
+    if (folder / CARD).exists() and not own:
+        raise A3Error(f"{folder / CARD}: a card that a3 did not write. Move it, and add it later.")
+
+
+def require_weights(record: Record, expected: str, kind: str) -> None:
+    """Raise A3Error unless a result was taken from these weights."""
+    if (found := record["checkpoint_sha256"]) != expected:
+        raise A3Error(
+            f"{record.path}: checkpoint_sha256 is {found}, but the {kind} model's weights are "
+            f"{expected}: the result is of another model. Name one of this model."
+        )

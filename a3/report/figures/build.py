@@ -1,0 +1,73 @@
+"""Figures of a table: quality against compression, error by layer, kept RoPE pairs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from a3.artifacts.runs import Run, read_runs
+from a3.core.files import whole_folder, write_json
+from a3.report.figures.bits import bits_drawing
+from a3.report.figures.drawing import COMPONENTS, STYLE, Drawing, save_drawing
+from a3.report.figures.layer_error import _error_rows, _layer_error
+from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
+from a3.report.figures.ranks import ranks_drawing
+from a3.report.figures.rope_pairs import rope_drawings
+from a3.report.figures.spectra import spectra_drawing
+
+
+def build_figures(
+    results: Path,
+    experiments: list[dict[str, str]],
+    perplexity: list[str],
+    harness: list[str],
+    out: Path,
+    spectra: Sequence[Path] = (),
+) -> None:
+    """Write every figure as SVG and PNG into the folder `out`, and captions.json.
+
+    captions.json lists the figures in reading order as {"name", "caption"}. Per model: perplexity
+    and harness values against compression, the relative functional error of each component in each
+    layer, where whole RoPE pairs are kept, which ones, and the spectra of its calibrations among
+    `spectra` (<model>/<calibration>.json).
+
+    Raises:
+        A3Error: as `build_tables` does, and for spectra of other weights.
+    """
+    drawings: list[Drawing] = []
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        for dense, runs in read_runs(results, experiments, perplexity, harness):
+            its_own = [path for path in spectra if path.parent.name == dense.place.model]
+            drawings += _model(dense, runs, perplexity, harness, its_own)
+        with whole_folder(out) as folder:
+            for drawing in drawings:
+                save_drawing(drawing, folder)
+            captions = [{"name": d.name, "caption": d.caption} for d in drawings]
+            write_json(folder / "captions.json", captions)
+
+
+def _model(
+    dense: Run,
+    runs: list[Run],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+    spectra: Sequence[Path],
+) -> list[Drawing]:
+    """All figures of one model."""
+    drawings = []
+    # Of quantised rows, how many numbers they have says little.
+    whole = [run for run in runs if not run.place.is_quantised]
+    if perplexity and (whole or not runs):
+        drawings.append(_perplexity(dense, whole, perplexity))
+    if harness and (whole or not runs):
+        drawings.append(_harness(dense, whole, harness))
+    if whole != runs:
+        drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
+    errors = {key: _error_rows(runs, key) for key in COMPONENTS}
+    if any(errors.values()):
+        drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
+    drawings += rope_drawings(dense, runs)
+    if ranks := ranks_drawing(dense, runs):
+        drawings.append(ranks)
+    drawings += [spectra_drawing(dense, path) for path in spectra]
+    return drawings

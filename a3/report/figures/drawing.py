@@ -1,0 +1,159 @@
+"""What all figures share: their look, their files, and the rows of heat maps."""
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from a3.artifacts.runs import Run
+from a3.solutions.modes import Choice, parse_choice
+
+# Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
+# many methods; markers tell them apart in grey.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    *("#882255", "#999933", "#332288", "#AA4499", "#44AA99"),
+)
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
+
+DASHES = ("-", "--", "-.", ":")
+
+GREY = "#767676"
+
+ABSENT = "#e0e0e0"
+
+COMPONENTS = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
+
+STYLE = {
+    "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, the name of its files and what one sees in it."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a heat map: the layers' errors (layers), or a map of its own (layers × …)."""
+
+    label: str
+    values: np.ndarray
+
+
+def save_drawing(drawing: Drawing, folder: Path) -> None:
+    """Write SVG and PNG without dates or versions, so that equal figures are equal files."""
+    svg = {"Date": None, "Creator": None}
+    drawing.figure.savefig(folder / f"{drawing.name}.svg", metadata=svg)
+    drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=160, metadata={"Software": None})
+
+
+def choice_of(run: Run, component: str) -> Choice:
+    """Mode and size of a component that this run compresses."""
+    return parse_choice(component, getattr(run.place, component), run.place.ratio)
+
+
+def shown(size: Decimal | int) -> str:
+    """The share that is removed, or the rank that is kept."""
+    return f"rank {size}" if isinstance(size, int) else f"{100 * float(size):g}%"
+
+
+def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[Row]:
+    """Rows of a heat map, equal ones once.
+
+    They are labelled by the component's mode and size, and by the rest only where that tells more.
+    """
+    several = len({run.place.calibration for run, _ in found}) > 1
+    groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
+    for run, values in found:
+        choice = choice_of(run, component)
+        mode = choice.name + (f", {run.place.calibration}" if several else "")
+        group = groups.setdefault((mode, choice.size), [])
+        if not any(np.array_equal(values, other, equal_nan=True) for _, other in group):
+            group.append((run, values))
+    rows = []
+    for (mode, size), group in groups.items():
+        for run, values in group:
+            note = f" in {run.place.method}" if len(group) > 1 else ""
+            rows.append((mode + note, size, values))
+    rows.sort(key=lambda row: row[:2])
+    return [Row(f"{mode}  {shown(size)}", values) for mode, size, values in rows]
+
+
+def name_model(figure: Figure, dense: Run) -> None:
+    """The model's name above a figure."""
+    figure.suptitle(dense.place.model, x=0.01, ha="left", fontsize=11)
+
+
+def colour_map(name: str) -> Colormap:
+    """One of matplotlib's, with grey for what is not there."""
+    return matplotlib.colormaps[name].with_extremes(bad=ABSENT)
+
+
+def colour_bar(figure: Figure, image: AxesImage, grid: np.ndarray, label: str) -> Colorbar:
+    """A slim colour bar along all panels."""
+    height = figure.get_figheight()
+    bar = figure.colorbar(image, ax=grid, label=label, pad=0.015, aspect=height / 0.2)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def no_frame(axes: Axes) -> None:
+    """No frame and no tick marks around a heat map."""
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def points(
+    axes: Axes, places: list[float], values: list[tuple[float, float | None]], **look: Any
+) -> None:
+    """Values with their standard errors; no bar where there is no error."""
+    axes.errorbar(
+        places,
+        [value for value, _ in values],
+        yerr=[0.0 if error is None else error for _, error in values],
+        linewidth=1.6,
+        elinewidth=1.0,
+        markersize=5,
+        capsize=2.5,
+        **look,
+    )
+
+
+def log_if_wide(axes: Axes, values: list[float], limit: float = math.inf) -> None:
+    """A logarithmic axis where the worst is over five times the best, up to `limit` times it.
+
+    Values that there are not (NaN) do not count; where one is 0 or less the axis stays as it is.
+    """
+    values = [value for value in values if not math.isnan(value)]
+    span = max(values) / min(values) if values and min(values) > 0 else 1.0
+    if span > 5:
+        axes.set_yscale("log")
+        if span > limit:
+            axes.set_ylim(min(values) / 1.2, limit * min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7), numticks=99))
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,58 @@
+"""Figure of the ranks that layers got where one budget was shared out over them."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from a3.artifacts.runs import Run
+from a3.report.figures.drawing import COMPONENTS, Drawing, name_model
+from a3.solutions.modes import PARTS, SHARED
+
+# Light to dark, the more is removed.
+SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
+
+
+def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
+    """What each layer keeps of each part, a line a run; None where no run shared out a budget."""
+    shared = [run for run in runs if any(SHARED in getattr(run.place, part) for part in PARTS)]
+    if not shared:
+        return None
+    shared.sort(key=lambda run: -run.size["parameters"])
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    grid = figure.subplots(len(PARTS), 1, sharex=True, sharey=True)
+    name_model(figure, dense)
+    for axes, part in zip(grid, PARTS, strict=True):
+        for run, shade in zip(shared, _shades(len(shared)), strict=True):
+            values = kept(run, part)
+            axes.step(range(len(values)), values, where="mid", color=shade, label=_label(run))
+        axes.set_title(COMPONENTS[part])
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color="#e0e0e0")
+    grid[1].set_ylabel("share of the size that is kept")
+    grid[-1].set_xlabel("layer")
+    grid[0].legend(loc="upper left", bbox_to_anchor=(1, 1), title="removed in all")
+    caption = (
+        f"{dense.place.model}: the head size of QK and OV and the intermediate size that each "
+        "layer keeps where one budget of parameters and KV cache was shared out over layers and "
+        "parts."
+    )
+    return Drawing(f"ranks-{dense.place.model}", caption, figure)
+
+
+def kept(run: Run, part: str) -> list[float]:
+    """The share of a part's size that each layer keeps."""
+    full = run.weights["base"]["intermediate_size" if part == "mlp" else "head_dim"]
+    return [layer.get(part, {}).get("rank", full) / full for layer in run.layers]
+
+
+def _label(run: Run) -> str:
+    """Its method and ratio."""
+    return f"{run.place.method}  {float(run.place.ratio):.0%}"
+
+
+def _shades(count: int) -> list[str]:
+    """A shade for each run; beyond the last all are black."""
+    return [SHADES[min(i, len(SHADES) - 1)] for i in range(count)]

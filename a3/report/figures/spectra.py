@@ -1,0 +1,90 @@
+"""The figure of a model's spectra on one calibration."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from a3.artifacts.runs import Run
+from a3.core.errors import A3Error
+from a3.core.records import Record
+from a3.report.figures.drawing import COMPONENTS, Drawing, colour_bar, colour_map, no_frame
+
+# Less lost energy than this is drawn as this.
+LEAST = 1e-4
+
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def spectra_drawing(dense: Run, path: Path) -> Drawing:
+    """Lost energy by layer and kept rank: maps above, a curve a layer below, a column a part.
+
+    Raises A3Error where `path` was made of other weights than the dense model's.
+    """
+    record = Record.read(path)
+    found, expected = record["provenance.weights_sha256"], dense.weights["weights_sha256"]
+    if found != expected:
+        raise A3Error(
+            f"{path}: made of weights whose hash is {found}, but {dense.weights.path} says "
+            f"{expected}. Delete it and build it again."
+        )
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    maps, curves = figure.subplots(2, len(COMPONENTS), squeeze=False, height_ratios=(1.2, 1))
+    model, calibration = dense.place.model, path.stem
+    figure.suptitle(f"{model}, {calibration}", x=0.01, ha="left", fontsize=11)
+    for part, above, below in zip(COMPONENTS, maps, curves, strict=True):
+        # Without full rank, where nothing is lost.
+        ranks, full = record["ranks"][part][:-1], record["full"][part]
+        lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][part]])
+        shares = np.array(ranks) / full
+        half = shares[0] / 2
+        image = above.imshow(
+            lost.clip(LEAST),
+            norm=LogNorm(LEAST, 1),
+            cmap=colour_map("viridis_r"),
+            aspect="auto",
+            # Ranks are the multiples of the first but for their rounding.
+            extent=(shares[0] - half, shares[-1] + half, len(lost) - 0.5, -0.5),
+        )
+        above.set_title(f"{COMPONENTS[part]}, of {full}")
+        above.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        no_frame(above)
+        depth = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, len(lost)))
+        for values, colour in zip(lost, depth, strict=True):
+            below.plot(shares, np.where(values > 0, values, np.nan), color=colour, linewidth=0.9)
+        below.set_yscale("log")
+        below.set_ylim(LEAST, 1)
+        below.minorticks_off()
+        below.yaxis.set_major_formatter(PLAIN)
+        below.grid(color="#dddddd", linewidth=0.7)
+        below.set_xlabel("rank kept")
+        for axes in (above, below):
+            axes.set_xlim(0, 1)
+            axes.set_xticks((0, 0.25, 0.5, 0.75, 1))
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    maps[0].set_ylabel("layer")
+    curves[0].set_ylabel("energy lost")
+    bar = colour_bar(figure, image, maps, "energy lost")
+    bar.formatter = PLAIN
+    bar.minorticks_off()
+    layers = ScalarMappable(Normalize(-0.5, len(lost) - 0.5), ListedColormap(depth))
+    bar = colour_bar(figure, layers, curves, "layer")
+    bar.locator = MaxNLocator(6, integer=True)
+    bar.minorticks_off()
+    caption = (
+        f"{model}, {calibration}: share of the energy (squared norm) of each layer's functional "
+        "matrices that is lost where a rank is kept, as the statistics alone tell it: squared "
+        "singular values of the scores' matrix (QK; with RoPE the scores of the pairs) and of "
+        "values times outputs (OV), and the scores of the channels (MLP); mean over the groups of "
+        f"a layer. Less than {LEAST:g} is drawn as {LEAST:g}. Values: spectra/{model}/{path.name}"
+    )
+    return Drawing(f"spectra-{model}-{calibration}", caption, figure)
+
+
+def _mean(curves: list[list[float]], ranks: int) -> np.ndarray:
+    """Mean over a layer's groups or experts at the first ranks (ranks); NaN where there is none."""
+    return np.mean(curves, axis=0)[:ranks] if curves else np.full(ranks, np.nan)

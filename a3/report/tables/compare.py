@@ -1,0 +1,220 @@
+"""Paired differences between the rows of a table, and the same rows over calibration seeds."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import pandas as pd
+
+from a3.artifacts.places import LOG, PLACE, Place
+from a3.artifacts.protocols import HARNESS_PROTOCOL
+from a3.artifacts.runs import Run
+from a3.core.errors import A3Error
+from a3.core.records import Record
+
+Groups = list[tuple[Run, list[Run]]]
+
+BETTER, WORSE, SAME = "better", "worse", "no difference"
+
+# A difference counts from so many of its standard errors on.
+ERRORS = 2
+
+# Keys of a statistics record that do not say how its text was read.
+NOT_SETTINGS = {
+    "stage",
+    "modules",
+    "code",
+    "libraries",
+    "kind",
+    "weights_sha256",
+    "config_sha256",
+    "model",
+    "sha256",
+}
+
+
+def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Mean of after − before over pairs, and its standard error; NaN for a single pair."""
+    found = pd.Series([b - a for a, b in zip(before, after, strict=True)])
+    return {"delta": float(found.mean()), "delta_stderr": float(found.sem())}
+
+
+def verdict(delta: float, stderr: float, lower_is_better: bool | None) -> str:
+    """What a difference says; nothing ("") where one pair leaves it without a standard error.
+
+    Nor where it is not known (None) what is better.
+    """
+    if math.isnan(stderr) or lower_is_better is None:
+        return ""
+    if abs(delta) <= ERRORS * stderr:
+        return SAME
+    return BETTER if (delta < 0) == lower_is_better else WORSE
+
+
+def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
+    """Every row against the row of the method `reference` of its model, calibration and ratio.
+
+    Differences are row − reference, paired over the same blocks (nll, nats a token) or items (what
+    the items' values are the mean of: the task's metric, or its logarithm where it is a
+    perplexity). Of a metric that is no mean over items, the difference of the two scores stands
+    without an error and a verdict. A verdict is about the row. Rows without a reference beside them
+    are left out. Raises A3Error where scores are not one an item.
+    """
+    if reference is None:
+        return []
+    return [
+        _comparison(run, other)
+        for _, runs in groups
+        for run in runs
+        if (other := _beside(run, runs, reference)) is not None
+    ]
+
+
+def _beside(run: Run, runs: Sequence[Run], reference: str) -> Run | None:
+    """The reference of the same calibration and ratio; None for the reference itself."""
+    if run.place.method == reference:
+        return None
+    same = [
+        other
+        for other in runs
+        if other.place.method == reference
+        and (other.place.calibration, other.place.ratio) == (run.place.calibration, run.place.ratio)
+    ]
+    return same[0] if same else None
+
+
+def _comparison(run: Run, other: Run) -> dict[str, Any]:
+    """One row of comparisons.csv."""
+    row = _place(run.place) | {"reference": other.place.method}
+    row["parameters_ratio"] = run.size["parameters"] / other.size["parameters"]
+    for text, record in run.perplexity.items():
+        found = differences(other.perplexity[text]["block_nll"], record["block_nll"])
+        row |= {f"{text}.nll_{key}": value for key, value in found.items()}
+        row[f"{text}.blocks"] = record["blocks"]
+        row[f"{text}.nll_verdict"] = verdict(*found.values(), lower_is_better=True)
+    for task, record in run.harness.items():
+        found = _harness(other.harness[task], record)
+        row |= {f"{task}.{key}": value for key, value in found.items()}
+    return row
+
+
+def _harness(before: Record, after: Record) -> dict[str, Any]:
+    """What two results of a task say of each other: nothing where one has no value."""
+    measure = after["item_measure"]
+    if measure is None or before["item_measure"] != measure:
+        return _unpaired(before, after)
+    scores = [each["item_scores"] for each in (before, after)]
+    _require_items(after, scores)
+    # An item that has no value in one of them says nothing.
+    pairs = [pair for pair in zip(*scores, strict=True) if None not in pair]
+    if not pairs:
+        return {}
+    found = differences(*zip(*pairs, strict=True))
+    higher = False if measure.startswith(LOG) else after["higher_is_better"]
+    said = verdict(*found.values(), lower_is_better=None if higher is None else not higher)
+    return {
+        **{f"{measure}_{key}": value for key, value in found.items()},
+        "items": len(pairs),
+        f"{measure}_verdict": said,
+    }
+
+
+def _unpaired(before: Record, after: Record) -> dict[str, Any]:
+    """The difference of two scores whose error over items nobody knows."""
+    metric = after["metric"]
+    if before["value"] is None or after["value"] is None:
+        return {}
+    return {
+        f"{metric}_delta": after["value"] - before["value"],
+        f"{metric}_delta_stderr": None,
+        "items": after["items"],
+        f"{metric}_verdict": "",
+    }
+
+
+def _require_items(record: Record, scores: list[list[float]]) -> None:
+    """Raise A3Error where the scores of two results are not one an item."""
+    if {len(each) for each in scores} != {record["items"]}:
+        raise A3Error(
+            f"{record.path}: item_scores has {len(scores[1])} scores, that of the reference "
+            f"{len(scores[0])}; expected {record['items']} ({HARNESS_PROTOCOL[1]}). Delete both "
+            "and build them again."
+        )
+
+
+def _place(place: Place) -> dict[str, str]:
+    return {key: getattr(place, key) for key in PLACE}
+
+
+# --- calibration seeds ---
+def settings(record: dict[str, Any]) -> dict[str, Any]:
+    """How the text of a statistics record was read, and which."""
+    return {key: value for key, value in record.items() if key not in NOT_SETTINGS}
+
+
+def seeds(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
+    """Each method and ratio that stands there with several calibration seeds, over those seeds.
+
+    Mean, standard deviation and range of perplexity and nll on each text, and, with a `reference`,
+    the difference in nll to its row of the same seed: one value a seed, and their mean and
+    standard error over seeds.
+    """
+    rows = []
+    for _, runs in groups:
+        for by_seed in _repeated(runs):
+            first = next(iter(by_seed.values()))
+            row = _place(first.place)
+            row["calibration"] = " ".join(run.place.calibration for run in by_seed.values())
+            row["seeds"] = len(by_seed)
+            for text in first.perplexity:
+                for key in ("perplexity", "nll"):
+                    values = [run.perplexity[text][key] for run in by_seed.values()]
+                    row |= {f"{text}.{key}_{k}": value for k, value in _spread(values).items()}
+                if reference is not None:
+                    row |= _by_seed(text, by_seed, runs, reference)
+            rows.append(row)
+    return rows
+
+
+def _repeated(runs: Sequence[Run]) -> Iterator[dict[int, Run]]:
+    """Runs by seed of each method and ratio whose calibrations differ in nothing else."""
+    # By calibration, from any of its rows: a mode that reads no statistics has no record of it.
+    read = {
+        run.place.calibration: settings(record)
+        for run in runs
+        for record in run.statistics.values()
+    }
+    groups: dict[tuple[str, ...], dict[int, Run]] = {}
+    for run in runs:
+        if run.place.calibration not in read:
+            continue
+        rest = dict(read[run.place.calibration])
+        seed = rest.pop("seed")
+        key = (run.place.method, run.place.ratio, repr(sorted(rest.items())))
+        groups.setdefault(key, {})[seed] = run
+    for by_seed in groups.values():
+        if len(by_seed) > 1:
+            yield dict(sorted(by_seed.items()))
+
+
+def _by_seed(
+    text: str, by_seed: dict[int, Run], runs: Sequence[Run], reference: str
+) -> dict[str, Any]:
+    """The difference in nll to the reference's row of the same calibration, seed by seed."""
+    found = {
+        seed: run.perplexity[text]["nll"] - other.perplexity[text]["nll"]
+        for seed, run in by_seed.items()
+        if (other := _beside(run, runs, reference)) is not None
+    }
+    if not found:
+        return {}
+    row = {f"{text}.nll_delta_seed_{seed}": value for seed, value in found.items()}
+    row[f"{text}.nll_delta_mean"] = fmean(found.values())
+    row[f"{text}.nll_delta_stderr"] = float(pd.Series(list(found.values())).sem())
+    return row
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (of a sample) and range."""
+    return {"mean": fmean(values), "sd": stdev(values), "min": min(values), "max": max(values)}

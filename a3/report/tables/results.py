@@ -1,0 +1,185 @@
+"""Result tables: every compressed figure beside its dense figure and the protocol of both."""
+
+from pathlib import Path
+from typing import Any
+
+from a3.artifacts.places import PLACE
+from a3.artifacts.protocols import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL
+from a3.artifacts.runs import Run, read_runs
+from a3.core.errors import A3Error
+from a3.core.files import whole_file
+from a3.core.records import Record, timing
+from a3.experiments.rows import check_reference
+from a3.report.tables.columns import (
+    columns,
+    comparison_columns,
+    comparison_note,
+    markdown_table,
+    protocol,
+    seed_columns,
+    seed_note,
+)
+from a3.report.tables.compare import comparisons, differences, seeds
+from a3.report.tables.frames import _write_csv, named, read_table
+from a3.rxx.kinds import KINDS, SAMPLED_FORMS
+from a3.solutions.modes import DENSE
+
+SIZES = ("parameters", "kv_bytes_per_token", "flops_per_token")
+
+
+def build_tables(
+    results: Path,
+    experiments: list[dict[str, str]],
+    perplexity: list[str],
+    harness: list[str],
+    out: Path,
+    reference: str | None = None,
+) -> None:
+    """Write the tables, as .csv in full precision, and results.md (rounded) into `out`.
+
+    results.csv has what was measured; comparisons.csv every row against the `reference`;
+    seeds.csv the rows that stand there with several calibration seeds; seconds.csv what it took.
+
+    Args:
+        results: the folder that all runs write to.
+        experiments: rows as {"model", "calibration", "qk", "ov", "mlp", "ratio"}; each model's
+            dense row is added and stands first.
+        perplexity: names of the texts.
+        harness: names of the tasks.
+        out: the folder of this table.
+        reference: the method that the others are compared to, such as rxx-w-rxx+xkv+rxx-w.
+
+    Raises:
+        A3Error: a file is missing, was taken from other weights, or mixes protocols; no row has
+            the reference's method.
+    """
+    check_reference(experiments, reference)
+    groups = read_runs(results, experiments, perplexity, harness)
+    rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
+    if any(run.place.is_quantised for _, runs in groups for run in runs):
+        bits = [run.bits_per_weight(dense) for dense, runs in groups for run in (dense, *runs)]
+        rows = [row | {"bits_per_weight": one} for row, one in zip(rows, bits, strict=True)]
+    seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
+    _write_csv(out / "results.csv", rows)
+    _write_csv(out / "comparisons.csv", comparisons(groups, reference))
+    _write_csv(out / "seeds.csv", seeds(groups, reference))
+    _write_csv(out / "seconds.csv", seconds)
+    with whole_file(out / "results.md") as temporary:
+        temporary.write_text(markdown(out), encoding="utf-8")
+
+
+# --- rows ---
+def _row(dense: Run, run: Run) -> dict[str, Any]:
+    """One row of results.csv: what was measured, then sizes, then the protocol."""
+    row: dict[str, Any] = {key: getattr(run.place, key) for key in PLACE}
+    for text, record in run.perplexity.items():
+        row |= named(text, _perplexity(dense.perplexity[text], record))
+    for task, record in run.harness.items():
+        row |= named(task, _harness(dense.harness[task], record))
+    for key in SIZES:
+        row[key] = run.size[key]
+        row[f"{key}_ratio"] = run.size[key] / dense.size[key]
+    row["calibration_tokens"] = _calibration_tokens(run)
+    for text, record in run.perplexity.items():
+        row |= named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
+    for task, record in run.harness.items():
+        row |= named(task, {key: record[key] for key in HARNESS_PROTOCOL})
+    row["weights_sha256"] = run.weights["weights_sha256"]
+    return row
+
+
+def _calibration_tokens(run: Run) -> int | None:
+    """Tokens that the statistics were summed over; None where the modes read none.
+
+    Gradients by activations are of a share of the blocks, and no mode reads them alone.
+    """
+    tokens = {
+        kind: record["tokens"]
+        for kind, record in run.statistics.items()
+        if KINDS[kind].form not in SAMPLED_FORMS
+    }
+    if len(set(tokens.values())) > 1:
+        raise A3Error(
+            f"{run.weights.path}: its statistics were summed over different numbers of tokens "
+            f"({tokens}), expected one. Collect them again, then build the checkpoint again."
+        )
+    return next(iter(tokens.values()), None)
+
+
+def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
+    """Perplexity and its distance to the dense model's.
+
+    The blocks are the same in both runs, so the error of the mean difference of negative log
+    likelihood (nats a token) is that of the blocks' differences: far less than the two runs' own.
+    """
+    paired = differences(dense["block_nll"], record["block_nll"])
+    return {
+        "perplexity": record["perplexity"],
+        "perplexity_stderr": record["perplexity_stderr"],
+        "bits_per_byte": record["bits_per_byte"],
+        "perplexity_delta": record["perplexity"] - dense["perplexity"],
+        "nll_delta": record["nll"] - dense["nll"],
+        "nll_delta_stderr": paired["delta_stderr"],
+    }
+
+
+def _harness(dense: Record, record: Record) -> dict[str, Any]:
+    """A task's value, its standard error, and its distance to the dense model's.
+
+    None where lm-eval has no such number.
+    """
+    values = (record["value"], dense["value"])
+    return {
+        "value": record["value"],
+        "value_stderr": record["stderr"],
+        "value_delta": None if None in values else record["value"] - dense["value"],
+    }
+
+
+def _seconds(results: Path, run: Run) -> dict[str, Any]:
+    """One row of seconds.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
+    place = run.place
+    row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
+    if not place.is_dense:
+        for kind in run.statistics:
+            row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
+        spent = Record.read(timing(run.weights.path))
+        if allocation := place.allocation(results):
+            row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
+        row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
+        for part in ("qk", "ov", "mlp"):
+            if getattr(place, part) != DENSE and not place.is_quantised:
+                row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
+    for text, record in run.perplexity.items():
+        row |= named(f"perplexity {text}", _speed(timing(record.path)))
+    for task, record in run.harness.items():
+        row |= named(f"harness {task}", _speed(timing(record.path)))
+    return row
+
+
+def _speed(path: Path) -> dict[str, float]:
+    """Seconds, and tokens per second where the stage counts tokens."""
+    spent = Record.read(path)
+    speed = {"seconds": spent["seconds"]}
+    if "tokens_per_second" in spent.data:
+        speed["tokens_per_second"] = spent["tokens_per_second"]
+    return speed
+
+
+def markdown(folder: Path) -> str:
+    """The tables of a folder and their protocol as GitHub Markdown."""
+    frame = read_table(folder / "results.csv")
+    said = [
+        markdown_table(columns(frame)),
+        "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
+        "with the error of the paired difference over blocks. Kept shares are of the dense "
+        "model's.",
+    ]
+    for name, shown, note in (
+        ("comparisons", comparison_columns, comparison_note),
+        ("seeds", seed_columns, seed_note),
+    ):
+        found = read_table(folder / f"{name}.csv")
+        if len(found):
+            said += [f"## {name.capitalize()}", markdown_table(shown(found)), note(found)]
+    return "\n\n".join([*said, markdown_table(protocol(frame))]) + "\n"

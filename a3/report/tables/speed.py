@@ -1,0 +1,86 @@
+"""The table of speeds: each compressed run beside the dense model that was timed with it.
+
+It is apart from results.csv, which two runs make alike to the byte.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from a3.artifacts.places import PLACE, Place
+from a3.artifacts.protocols import SPEED_PROTOCOL
+from a3.artifacts.runs import read_speeds
+from a3.core.files import whole_file
+from a3.core.records import Record
+from a3.stages.evaluate.speed_summary import compared, shown
+
+MEASURED = ("prefill", "prefill_iqr", "decode", "decode_iqr", "weights_bytes", "cache_bytes")
+
+
+def build_speed_table(
+    results: Path, experiments: list[dict[str, str]], speed: list[str], out: Path
+) -> None:
+    """Write speed.csv (full precision) and speed.md (rounded) into `out`.
+
+    One row a compressed run, entry of `speed` and attention implementation. Raises A3Error as
+    `read_speeds` does.
+    """
+    found = read_speeds(results, experiments, speed)
+    rows = [row for place, name, record in found for row in rows_of(place, name, record)]
+    with whole_file(out / "speed.csv") as temporary:
+        pd.DataFrame(rows, dtype=object).to_csv(temporary, index=False, lineterminator="\n")
+    with whole_file(out / "speed.md") as temporary:
+        temporary.write_text(markdown(rows), encoding="utf-8")
+
+
+def rows_of(place: Place, name: str, record: Record) -> list[dict[str, Any]]:
+    """Rows of speed.csv of one record: what `compared` says of the compressed model."""
+    everything = compared(record.data)
+    half = len(everything) // 2
+    return [
+        {
+            **{key: getattr(place, key) for key in PLACE},
+            "speed": name,
+            "attention": own["attention"],
+            **{key: value for key, value in own.items() if key not in ("name", "attention")},
+            **{f"dense_{key}": dense[key] for key in (*MEASURED, "peak_memory_bytes")},
+            **{key: record[key] for key in SPEED_PROTOCOL if key != "attention"},
+            "device": record["device_name"],
+        }
+        for dense, own in zip(everything[:half], everything[half:], strict=True)
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows, rounded, as GitHub Markdown."""
+    frame = pd.DataFrame(
+        {
+            "model": row["model"],
+            "method (QK + OV + MLP)": Place(*(row[key] for key in PLACE)).method.replace(
+                "+", " + "
+            ),
+            "ratio": row["ratio"],
+            "measured": f"{row['speed']}: {row['batch']} × ({row['prompt']} + {row['new_tokens']})",
+            "attention": row["attention"],
+            "dense prefill tokens/s": shown(row, "dense_prefill"),
+            "prefill tokens/s": shown(row, "prefill"),
+            "prefill ratio": shown(row, "prefill_ratio"),
+            "dense decode tokens/s": shown(row, "dense_decode"),
+            "decode tokens/s": shown(row, "decode"),
+            "decode ratio": shown(row, "decode_ratio"),
+            "parameters kept": f"{row['parameters_ratio']:.1%}",
+            "KV cache kept": f"{row['kv_bytes_per_token_ratio']:.1%}",
+            "FLOPs kept": f"{row['flops_per_token_ratio']:.1%}",
+            "FLOPs kept, by the paper": f"{row['flops_per_token_paper_ratio']:.1%}",
+            "on": f"{row['device']}, {row['threads']} threads, {row['dtype']}",
+        }
+        for row in rows
+    )
+    table = frame.to_markdown(index=False, tablefmt="github", disable_numparse=True)
+    return (
+        f"{table}\n\n"
+        "Medians over repeats ± the distance of the quartiles; ratios are to the dense model, "
+        "taken within a repeat, in which both run in turn. Measured: sequences × (prompt + new "
+        "tokens).\n"
+    )

@@ -1,0 +1,1 @@
+"""Statistics (Rxx): the kinds that there are, and their container."""

@@ -1,0 +1,112 @@
+"""The kinds of statistics: what is looked at, what is kept of it, and how large it is.
+
+In a module of its own without torch: the workflow reads it at every start.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which activation x is looked at, and which sum over tokens is kept of it.
+
+    `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
+    attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
+    diagonal (Σ x²), abs (Σ |x|), mean (Σ x), or peak, which is no sum: the largest of the means of
+    |x| that blocks of text have. Of the form fisher, gradients are looked at: Σ over blocks of the
+    squared gradients of weights, summed over each row (a3.stages.fisher). Likewise of the forms
+    gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query head, by a
+    complex factor of each RoPE pair; a3.stages.gradients).
+    """
+
+    site: str
+    form: str
+
+    def shape(self, width: int, heads: int) -> tuple[int, ...]:
+        """Shape of the sum for a site of this width; `heads` is for blocks."""
+        if self.form == "blocks":
+            return heads, width // heads, width // heads
+        return (width, width) if self.form == "full" else (width,)
+
+
+# With q = x W_q, the block of a head is W_qᵀ R W_q: all that a solution needs of R (linalg.py).
+KINDS = {
+    "q_blocks": Kind("q", "blocks"),
+    "k_blocks": Kind("k", "blocks"),
+    "v_blocks": Kind("v", "blocks"),
+    "o_proj_blocks": Kind("o_input", "blocks"),
+    "down_diagonal": Kind("down_input", "diagonal"),
+    # For baselines.
+    "attention_input": Kind("attention_input", "full"),
+    "attention_input_diagonal": Kind("attention_input", "diagonal"),
+    "attention_input_abs": Kind("attention_input", "abs"),
+    "attention_input_peak": Kind("attention_input", "peak"),
+    "attention_fisher": Kind("qkv", "fisher"),
+    "o_proj_input": Kind("o_input", "full"),
+    "o_proj_input_abs": Kind("o_input", "abs"),
+    "o_proj_input_peak": Kind("o_input", "peak"),
+    "o_proj_fisher": Kind("o", "fisher"),
+    "mlp_input": Kind("mlp_input", "full"),
+    "mlp_input_abs": Kind("mlp_input", "abs"),
+    "mlp_input_peak": Kind("mlp_input", "peak"),
+    "mlp_fisher": Kind("mlp", "fisher"),
+    "down_input": Kind("down_input", "full"),
+    "down_input_abs": Kind("down_input", "abs"),
+    "down_input_peak": Kind("down_input", "peak"),
+    "down_mean": Kind("down_input", "mean"),
+    "down_output": Kind("down", "full"),
+    "down_fisher": Kind("down", "fisher"),
+    # For modes past the paper.
+    "k_mean": Kind("k", "mean"),
+    "attention_gradient": Kind("o", "gradient"),
+    "mlp_gradient": Kind("down", "gradient"),
+    "pair_gradient": Kind("q", "factors"),
+}
+
+# Gradients by activations, which are taken of one block in so many.
+GRADIENT_BLOCKS = 4
+
+SAMPLED_FORMS = ("gradient", "factors")
+
+# What a backward pass gives.
+GRADIENT_FORMS = ("fisher", *SAMPLED_FORMS)
+
+
+def heads_of(site: str, arch: Mapping[str, Any]) -> int:
+    """Heads of an activation; `arch` has the fields of arch.json."""
+    return arch["kv_heads"] if site in "kv" else arch["heads"]
+
+
+def width_of(site: str, arch: Mapping[str, Any]) -> int:
+    """Width of an activation."""
+    if site in ("q", "k", "v", "o", "o_input"):
+        return heads_of(site, arch) * arch["head_dim"]
+    return arch["intermediate_size" if site == "down_input" else "hidden_size"]
+
+
+def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of one layer's statistic."""
+    if kind.form == "fisher":
+        # Up and gate, or up alone; families that fuse them have one matrix of both.
+        matrices = {"qkv": (3,), "mlp": (arch["mlp_inputs"],)}
+        site = "down_input" if kind.site == "down" else kind.site
+        return *matrices.get(kind.site, ()), width_of(site, arch)
+    if kind.form == "gradient":
+        return arch["hidden_size"], arch["hidden_size"]
+    if kind.form == "factors":
+        return arch["heads"], arch["rope_dims"], arch["rope_dims"]
+    shape = kind.shape(width_of(kind.site, arch), heads_of(kind.site, arch))
+    return (arch["experts"], *shape) if arch["experts"] and kind.site == "down_input" else shape
+
+
+def statistics_memory(arch: Mapping[str, Any], kinds: Iterable[str]) -> int:
+    """Bytes of the sums of some kinds of all layers."""
+    sizes = (math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
+    return 8 * arch["layers"] * sum(sizes)
+
+
+# Statistics that spectra are made of.
+SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")

@@ -1,0 +1,1 @@
+"""Stage approx: weights and statistics to a smaller checkpoint."""

@@ -1,0 +1,173 @@
+"""Stage allocate: share out one budget over layers and parts by what the model loses in each.
+
+Each solution that can share says, for each rank of a layer, what the model loses to second order
+(nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from a3.core.errors import A3Error
+from a3.core.files import sha256, write_record
+from a3.core.provenance import provenance
+from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import Checkpoint
+from a3.rxx.container import Rxx
+from a3.solutions import mlp, ov, qk
+from a3.solutions.modes import SHARING, Choice, find_mode
+from a3.solutions.plan import Plan
+from a3.stages.approx.budget import LEAST, Curve, at, cost, least_loss, together
+from a3.stages.approx.layers import LayerSolver
+
+
+def allocate(
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    uniform: tuple[str, ...] = (),
+) -> None:
+    """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`), and the
+    seconds that it took beside them.
+
+    The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
+    which are those of weights and attention products, follow. Ranks are multiples of
+    `plan.multiple`, and of `uniform` parts the same in all layers. Raises A3Error where nothing is
+    shared out, a mode does not fit, or statistics are missing or damaged.
+    """
+    start = time.perf_counter()
+    if not plan.shared:
+        raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
+    arch = load_arch(model_folder)
+    uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
+    ranks = uniformly.ranks(arch)
+    require_room(arch, ranks, plan.multiple, uniform)
+    statistics = read_statistics(model_folder, rxx_folder, arch, plan)
+    solver = LayerSolver(
+        arch,
+        Checkpoint(model_folder, arch.adapter.prefix),
+        statistics,
+        {part: choice.mode for part, choice in plan.shared.items()},
+        ranks,
+    )
+    curves = [
+        curve
+        for layer in tqdm(range(arch.layers), unit="layer", desc="losses by rank")
+        for curve in curves_of(solver, layer, plan.multiple)
+    ]
+    curves = together(curves, uniform)
+    budget = cost(curves, [ranks[curve.part] for curve in curves])
+    chosen = least_loss(curves, budget)
+    found = {part: [0] * arch.layers for part in ranks}
+    for curve, rank in zip(curves, chosen, strict=True):
+        for layer in curve.layers:
+            found[curve.part][layer] = rank
+    record = {
+        "kind": "allocation",
+        "modes": {part: str(choice) for part, choice in plan.shared.items()},
+        "ranks": found,
+        "uniform_ranks": ranks,
+        "multiple": plan.multiple,
+        "uniform": list(uniform),
+        "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
+        "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
+        "predicted_nll": sum(at(c, rank) for c, rank in zip(curves, chosen, strict=True)),
+        "predicted_nll_uniform": sum(at(curve, ranks[curve.part]) for curve in curves),
+        "weights_sha256": arch.weights_sha256,
+        "provenance": provenance(
+            __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
+        ),
+    }
+    write_record(out, record)
+    write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
+
+
+def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:
+    """The statistics of the shared parts; raises A3Error as `Rxx` does."""
+    config = sha256(model_folder / "config.json")
+    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
+    kinds = {k for part, c in plan.shared.items() for k in find_mode(part, c.mode).kinds}
+    return {kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in sorted(kinds)}
+
+
+def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
+    """The loss of each shared part of a layer by rank."""
+    arch = solver.arch
+    attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
+    for part in solver.ranks:
+        name = solver.layer_mode(part, layer)
+        if name != SHARING[part]:
+            raise A3Error(
+                f"layer {layer} has no RoPE, and {name} does not say what the model loses. Give "
+                f"{part} a ratio of its own."
+            )
+        rxx = [solver.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+        full, least = arch.full_rank(part), least_rank(arch, part)
+        if part == "qk":
+            pairs = arch.rope_dims // 2
+            _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
+            # The dimensions that are not rotated stay as long as there are pairs to drop.
+            ranks = full - 2 * torch.arange(len(loss))
+            require_whole(arch, pairs)
+        elif part == "ov":
+            _, loss = ov.joint_losses(attention, *rxx, least)
+            ranks = full - torch.arange(len(loss))
+        else:
+            _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *rxx, least)
+            ranks = full - torch.arange(len(loss))
+        kept = (ranks % multiple == 0) | (ranks == full)
+        layers = range(layer, layer + 1)
+        yield Curve(part, layers, ranks[kept], loss[kept], *of_one_rank(arch, part))
+
+
+def least_rank(arch: Arch, part: str) -> int:
+    """The least rank that a layer may get."""
+    least = max(1, int(LEAST * arch.full_rank(part)))
+    return 2 * max(1, least // 2) if part == "qk" else least
+
+
+def of_one_rank(arch: Arch, part: str) -> tuple[int, int]:
+    """Parameters, and numbers cached a token, of one rank of a part in one layer."""
+    if part == "mlp":
+        inputs = 2 if arch.mlp == "3-layer" else 1
+        return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
+    heads = arch.heads + arch.kv_heads
+    # Gains of norms are one a head; biases of queries, keys and values have their dimensions.
+    own = heads * bool(arch.qk_norm) if part == "qk" else 0
+    biased = heads if part == "qk" else arch.kv_heads
+    return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
+
+
+def require_room(
+    arch: Arch, ranks: dict[str, int], multiple: int, uniform: tuple[str, ...]
+) -> None:
+    """Raise A3Error where the same ranks for all layers are none that a layer may get."""
+    if others := [part for part in uniform if part not in ranks]:
+        raise A3Error(
+            f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
+            f"its mode with ~."
+        )
+    for part, rank in ranks.items():
+        step = math.lcm(multiple, 2) if part == "qk" else multiple
+        least = -(-least_rank(arch, part) // step) * step
+        if rank < min(least, arch.full_rank(part)):
+            raise A3Error(
+                f"allocate: this ratio leaves {part} rank {rank} of {arch.full_rank(part)}, and no "
+                f"layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
+                "smaller ratio or multiple."
+            )
+
+
+def require_whole(arch: Arch, pairs: int) -> None:
+    """Raise A3Error where only a part of a head is rotated: its curve would say too little."""
+    if 2 * pairs != arch.head_dim:
+        raise A3Error(
+            f"qk: {arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated, and ranks "
+            "are shared out for whole RoPE only. Give qk a ratio of its own: --qk fisher@0.2."
+        )

@@ -1,0 +1,131 @@
+"""Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
+
+Solutions of different layers know nothing of each other but what the statistics of all say, so that
+one checkpoint can be made in several parts, each a run of layers, by as many jobs;
+a3.stages.assemble makes a folder of them.
+"""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from a3.artifacts.targets import APPROXIMATED
+from a3.core.dtypes import WIDTHS
+from a3.core.files import sha256, whole_folder
+from a3.core.provenance import provenance
+from a3.core.shards import LARGEST_PART, share
+from a3.models.arch import load_arch
+from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.load import load_tokenizer, tensors_of_model
+from a3.models.tokenizer import has_tokenizer
+from a3.rxx.container import Rxx
+from a3.solutions.modes import ALLOCATED, DENSE, PARTS
+from a3.solutions.plan import Plan
+from a3.stages.approx.allocation import read_allocation
+from a3.stages.approx.assemble import assemble, in_products, outside, staying
+from a3.stages.approx.layers import LayerSolver
+from a3.stages.approx.parts import read_parts, write_part
+
+
+def approximate(
+    model_folder: Path, rxx_folder: Path, plan: Plan, out: Path, allocation: Path | None = None
+) -> None:
+    """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
+
+    Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
+    parts that share out a ratio from `allocation` (a3.stages.allocate). Beside weights,
+    config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
+    Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
+    fit, the statistics are another model's or damaged, or weights are not finite.
+    """
+    write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)
+
+
+def repack(model_folder: Path, out: Path) -> None:
+    """The dense model as a compressed one of full ranks: the same function, in the folder `out`."""
+    arch = load_arch(model_folder)
+    checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+    write_checkpoint(LayerSolver(arch, checkpoint, {}, {}, {}), Plan({}), out)
+
+
+def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
+    """Solve every layer and write the folder `out`, whole or not at all."""
+    arch, dense = solver.arch, solver.checkpoint.folder
+    if has_tokenizer(dense):
+        load_tokenizer(dense)  # or the folder cannot be assembled: said before the long part
+    size = arch.size["parameters"] * WIDTHS[arch.dtype]
+    count = min(arch.layers, -(-size // LARGEST_PART))
+    numbers = [f"{i}of{count}" for i in range(count)]
+    with whole_folder(out, APPROXIMATED.seal, [solver.checkpoint.folder]) as folder:
+        parts = [folder / f".{number}.safetensors" for number in numbers]
+        for number, path in zip(numbers, parts, strict=True):
+            solve_run(solver, plan, number, path)
+        said = read_parts(parts)
+        for path in parts:
+            path.with_suffix(".json").unlink()
+        assemble(dense, arch, said, parts, folder)
+
+
+def approximate_part(
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    number: str,
+    out: Path,
+    allocation: Path | None = None,
+) -> None:
+    """Solve a run of layers, "0of4" to "3of4", and write them to the file `out`.
+
+    It has all tensors of its layers, also those that stay, and of "0of1" those that are in no
+    layer; what is said of them lies beside it in JSON. Raises A3Error as `approximate` does.
+    """
+    solve_run(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
+
+
+def solver_for(
+    model_folder: Path, rxx_folder: Path, plan: Plan, allocation: Path | None
+) -> "LayerSolver":
+    """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
+    arch = load_arch(model_folder)
+    ranks: dict[str, int | list[int]] = dict(plan.ranks(arch))
+    if plan.shared:
+        ranks |= read_allocation(allocation, arch, plan)
+    config = sha256(model_folder / "config.json")
+    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
+    statistics = {
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in plan.kinds()
+    }
+    dense = Checkpoint(model_folder, arch.adapter.prefix)
+    modes = {part: choice.mode for part, choice in plan.choices.items()}
+    solver = LayerSolver(arch, dense, statistics, modes, ranks, plan.multiple)
+    for part in modes:
+        if modes[part] in ALLOCATED:
+            solver.allocate(part)
+    return solver
+
+
+def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None:
+    """Solve the layers of one part and write it."""
+    arch, dense = solver.arch, solver.checkpoint
+    layers = share(arch.layers, number, "layers")
+    known = tensors_of_model(dense.folder)
+    tensors = outside(dense, arch, known) if len(layers) == arch.layers else {}
+    reports, seconds = [], []
+    for layer in tqdm(layers, unit="layer", desc="approx"):
+        solved, report, took = solver.solve(layer)
+        whole = solved | staying(dense, arch, known, layer, solved)
+        tensors |= in_products(whole, arch, layer, report)
+        reports.append(report)
+        seconds.append(took)
+    said = {
+        "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
+        "ranks": solver.ranks,
+        "provenance": provenance(
+            __name__,
+            weights_sha256=arch.weights_sha256,
+            config_sha256=sha256(dense.folder / "config.json"),
+            model=model_source(dense.folder),
+            statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
+        ),
+    }
+    write_part(out, tensors, number=number, said=said, layers=reports, seconds=seconds)

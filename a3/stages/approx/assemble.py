@@ -1,0 +1,240 @@
+"""Parts of a compressed model, each a run of layers, to one Hugging Face folder."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from a3.artifacts.targets import APPROXIMATED
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
+from a3.core.shards import weight_files
+from a3.models import modeling_a3
+from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files, model_source
+from a3.models.compressed import Ranks, compressed_config, pairs_name
+from a3.models.folders import write_index
+from a3.models.load import count_parameters, tensors_of_model
+from a3.models.sizes import sizes
+from a3.models.travel import bring
+from a3.solutions.modes import PARTS
+from a3.stages.approx.card import base_of, write_card
+from a3.stages.approx.parts import Part, read_parts
+
+
+def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
+    """Make the Hugging Face folder `out` of all parts of a model, whole or not at all.
+
+    Raises A3Error as `read_parts` does, and for the parts of another model.
+    """
+    arch, parts = load_arch(model_folder), read_parts(paths)
+    require_base(arch, paths[0], parts[0])
+    with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
+        near = paths[0].stat().st_dev == folder.stat().st_dev
+        bring = os.link if near else shutil.copyfile
+        copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
+        for path, copy in zip(paths, copies, strict=True):
+            bring(path, copy)
+        assemble(model_folder, arch, parts, copies, folder)
+
+
+def require_base(arch: Arch, path: Path, part: Part) -> None:
+    """Raise A3Error unless the part was made of this model."""
+    found = part.said["provenance"]["weights_sha256"]
+    if found != arch.weights_sha256:
+        raise A3Error(
+            f"{path}: made of a model whose weights_sha256 is {found}, this one's is "
+            f"{arch.weights_sha256}. Name that model's folder, or make the parts again."
+        )
+
+
+def assemble(
+    model_folder: Path, arch: Arch, parts: list[Part], paths: list[Path], folder: Path
+) -> None:
+    """Make a Hugging Face folder of the parts whose files lie in it already."""
+    reports = [report for part in parts for report in part.layers]
+    seconds = [took for part in parts for took in part.seconds]
+    ranks = [layer_ranks(arch, report) for report in reports]
+    write_weights(model_folder, arch, paths, folder)
+    write_config(model_folder, folder, arch, ranks, reports)
+    names = weight_files(len(paths))
+    total = sum(sum(took.values()) for took in seconds)
+    write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
+    record = parts[0].said | {
+        "base": arch.to_json(),
+        "base_card": base_of(model_source(model_folder), model_folder / CARD),
+        "layers": reports,
+        "size": {
+            "dense": arch.size,
+            "compressed": sizes(
+                arch.to_json(),
+                ranks,
+                count_parameters(folder),
+                arch.dtype,
+                [layer_factors(report) for report in reports],
+            ),
+        },
+    }
+    hashes = dict(zip(names, (part.content_sha256 for part in parts), strict=False))
+    # Of several parts, one file more has what is in no layer.
+    hashes |= {name: sha256(folder / name) for name in names if name not in hashes}
+    record["weights_sha256"] = combined([hashes[name] for name in names])
+    write_card(folder, record)
+    write_record(folder / "approx.json", record | {"files": hash_files(folder, hashes)})
+
+
+def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
+    """The parts as they are; of several, also a file of what is in no layer, and an index."""
+    names = weight_files(len(paths))
+    for path, name in zip(paths, names, strict=False):
+        path.rename(folder / name)
+    if len(paths) > 1:
+        checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
+        rest = outside(checkpoint, arch, tensors_of_model(model_folder))
+        save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
+        write_index(folder, names)
+
+
+def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
+    """Sizes of a layer, the dense ones where a part is not compressed, or only factored."""
+    qk, ov, mlp = (
+        arch.full_rank(part)
+        if part not in report or "factors" in report[part]
+        else report[part]["rank"]
+        for part in PARTS
+    )
+    if arch.experts:
+        stay = [arch.intermediate_size] * arch.experts
+        return qk, ov, report.get("mlp", {}).get("expert_ranks", stay)
+    return qk, ov, mlp
+
+
+def layer_factors(report: dict[str, Any]) -> dict[str, int]:
+    """Ranks of the matrices of a layer that became a product of two, by name."""
+    return {
+        name: rank for said in report.values() for name, rank in said.get("factors", {}).items()
+    }
+
+
+def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[str, Tensor]:
+    """Tensors that are in no layer: embeddings, the last norm, the head."""
+    names = names_to_keep(checkpoint, arch, known, None)
+    return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
+
+
+def names_to_keep(
+    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int | None
+) -> list[str]:
+    """Tensors of a layer, or of none, that the model has: those `known`.
+
+    Older checkpoints hold masks and RoPE's frequencies, too.
+    """
+    adapter = arch.adapter
+    names = adapter.names_in(checkpoint, layer)
+    return [name for name in names if known & {name, adapter.packed_rest(name)}]
+
+
+def copied(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that stays as it is; raises A3Error where it is not finite."""
+    value = checkpoint.tensor(name)
+    if not torch.isfinite(value).all():
+        raise A3Error(
+            f"{checkpoint.folder}: tensor {name!r} holds NaN or Inf; expected finite weights. The "
+            "checkpoint is damaged: fetch it again."
+        )
+    return value
+
+
+def staying(
+    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int, solved: Iterable[str]
+) -> dict[str, Tensor]:
+    """Tensors of a layer that are `known` and not `solved`; all RoPE pairs where none were chosen.
+
+    Attention gets the compressed model's names; repacked q, k, v, o and experts, which are always
+    packed anew, are left out.
+    """
+    renamed = new_names(arch, layer)
+    names = names_to_keep(checkpoint, arch, known, layer)
+    kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
+    tensors = {
+        new: copied(checkpoint, name)
+        for name, new in kept.items()
+        if new is not None and new not in solved
+    }
+    if arch.has_rope(layer) and pairs_name(arch, layer) not in solved:
+        pairs = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
+        tensors[pairs_name(arch, layer)] = pairs
+    return tensors
+
+
+def in_products(
+    tensors: dict[str, Tensor], arch: Arch, layer: int, report: dict[str, Any]
+) -> dict[str, Tensor]:
+    """A layer's tensors as the model has them: of products of two, each below its product's name.
+
+    They come as if a product were a linear layer with an encoder: `q_proj.encoder.weight`,
+    `q_proj.weight`, `q_proj.bias`.
+    """
+    linears = [
+        arch.adapter.packed_name(layer, part).removesuffix(".weight")
+        for part in layer_factors(report)
+    ]
+
+    def renamed(name: str) -> str:
+        linear = next((each for each in linears if name.startswith(f"{each}.")), None)
+        if linear is None:
+            return name
+        field = name.removeprefix(f"{linear}.")
+        decoder = "" if field.startswith("encoder.") else f"{linear.rpartition('.')[2]}."
+        return f"{modeling_a3.product_name(linear)}.{decoder}{field}"
+
+    return {renamed(name): value for name, value in tensors.items()}
+
+
+def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
+    """Compressed names of a layer's projections by dense ones; None for what is packed anew."""
+    adapter = arch.adapter
+    renamed: dict[str, str | None] = {}
+    for part in "qkvo":
+        for field in ("weight", "bias"):
+            # The bias of o is in no solution, and is stored alike everywhere.
+            drop = adapter.repacked and (part, field) != ("o", "bias")
+            name = adapter.packed_name(layer, part, field)
+            renamed[adapter.name(layer, part, field)] = None if drop else name
+    for part in adapter.experts:
+        for expert in range(arch.experts):
+            renamed[adapter.name(layer, part, "weight", expert)] = None
+    return renamed
+
+
+def write_config(
+    dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
+) -> None:
+    """The config, the code that loads it, and all that travels: tokenizer, chat template …"""
+    every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
+    kept = [report.get("qk", {}).get("rope_pairs", every) for report in reports]
+    rotated = [pairs for layer, pairs in enumerate(kept) if arch.has_rope(layer)]
+    factors = [layer_factors(report) for report in reports]
+    biased = any(report.get("mlp", {}).get("bias", False) for report in reports)
+    config = read_json(dense / "config.json")
+    counts = [len(pairs[0]) for pairs in kept]
+    config = compressed_config(
+        config,
+        arch,
+        ranks,
+        counts,
+        factors,
+        down_bias=biased,
+        same_pairs=all(pairs == rotated[0] for pairs in rotated),
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Without a3, transformers runs this copy where trust_remote_code says so.
+    code = Path(modeling_a3.__file__)
+    shutil.copyfile(code, folder / code.name)
+    bring(dense, folder, "config.json", CARD, *RECORDS)

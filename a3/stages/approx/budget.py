@@ -1,0 +1,128 @@
+"""Shares ranks out: the least predicted loss under one budget of parameters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a3.core.errors import A3Error
+
+# No part of a layer keeps less than this share: a second-order loss says nothing so far away.
+LEAST = 0.125
+
+# Bisections of a multiplier, which goes by powers of two from the least to the largest slope.
+HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Ranks that a part of some layers may have, descending, and the loss (nats a token) at each.
+
+    `parameters` and `cache` are what one rank costs: weights, and numbers cached a token.
+    """
+
+    part: str
+    layers: range
+    ranks: Tensor
+    loss: Tensor
+    parameters: int
+    cache: int
+
+
+def at(curve: Curve, rank: int) -> float:
+    """The loss at the largest rank of the curve that is no larger than `rank`."""
+    return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
+
+
+def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
+    """One curve in place of all layers' for each part in `uniform`."""
+    joined = [curve for curve in curves if curve.part not in uniform]
+    for part in uniform:
+        own = [curve for curve in curves if curve.part == part]
+        count = len(own)
+        joined.append(
+            Curve(
+                part,
+                range(count),
+                own[0].ranks,
+                torch.stack([curve.loss for curve in own]).sum(0),
+                count * own[0].parameters,
+                count * own[0].cache,
+            )
+        )
+    return joined
+
+
+def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
+    """Parameters and cached numbers of some ranks."""
+    pairs = list(zip(curves, ranks, strict=True))
+    return sum(c.parameters * rank for c, rank in pairs), sum(c.cache * rank for c, rank in pairs)
+
+
+def least_loss(curves: list[Curve], budget: tuple[int, int]) -> list[int]:
+    """The rank of each curve: of the least sum of losses within a budget of parameters and cache.
+
+    By Lagrange multipliers: with a price on each parameter, and on each cached number, every curve
+    chooses for itself; prices are the lowest that keep to the budget. What is then left of it goes
+    where it gains most.
+    """
+
+    def choose(price: float, cache_price: float) -> list[int]:
+        return [
+            int(
+                c.ranks[
+                    (c.loss + (price * c.parameters + cache_price * c.cache) * c.ranks).argmin()
+                ]
+            )
+            for c in curves
+        ]
+
+    def cheapest(cache_price: float) -> list[int]:
+        return bisect(lambda price: choose(price, cache_price), curves, budget[0], which=0)
+
+    ranks = bisect(cheapest, curves, budget[1], which=1)
+    return fill(curves, ranks, budget)
+
+
+def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int]:
+    """The ranks at the lowest price, 0 or a power of two, at which a cost is within its limit."""
+    if cost(curves, ranks := choose(0.0))[which] <= limit:
+        return ranks
+    low, high = -80.0, 20.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if cost(curves, choose(2.0**middle))[which] <= limit:
+            high = middle
+        else:
+            low = middle
+    ranks = choose(2.0**high)
+    if cost(curves, ranks)[which] > limit:
+        raise A3Error(
+            f"allocate: even with the least ranks, {LEAST:.1%} of each size, the budget is "
+            "exceeded. Take a smaller ratio."
+        )
+    return ranks
+
+
+def fill(curves: list[Curve], ranks: list[int], budget: tuple[int, int]) -> list[int]:
+    """Raise ranks step by step, where a parameter gains most, as long as the budget allows."""
+    ranks = list(ranks)
+    while True:
+        best, which = 0.0, None
+        spent = cost(curves, ranks)
+        for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
+            place = int((curve.ranks == rank).nonzero()[0, 0])
+            if place == 0:
+                continue
+            step = int(curve.ranks[place - 1]) - rank
+            fits = (
+                spent[0] + step * curve.parameters <= budget[0]
+                and spent[1] + step * curve.cache <= budget[1]
+            )
+            gain = (curve.loss[place] - curve.loss[place - 1]).item() / (step * curve.parameters)
+            if fits and gain > best:
+                best, which = gain, (index, rank + step)
+        if which is None:
+            return ranks
+        ranks[which[0]] = which[1]

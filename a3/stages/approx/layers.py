@@ -1,0 +1,273 @@
+"""Solves one layer: its components' modes, ranks and statistics."""
+
+import time
+from collections.abc import Mapping
+from functools import cache, cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from a3.core.errors import A3Error
+from a3.models.arch import Arch
+from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import pairs_name
+from a3.rxx.container import Rxx
+from a3.rxx.kinds import KINDS
+from a3.solutions import mlp, qk
+from a3.solutions.factors import Matrix, factorise, shares
+from a3.solutions.functions import solver_of
+from a3.solutions.modes import PARTS, find_mode
+from a3.solutions.plan import factor_ranks
+
+# What a solution of each part replaces.
+REPLACED = {
+    "qk": ("q", "k", "q_gain", "k_gain"),
+    "ov": ("v", "o"),
+    "mlp": ("up", "gate", "down"),
+}
+
+
+class LayerSolver:
+    """Solves one layer at a time; holds no weights between layers."""
+
+    def __init__(
+        self,
+        arch: Arch,
+        checkpoint: Checkpoint,
+        statistics: dict[str, Rxx],
+        modes: dict[str, str],
+        ranks: Mapping[str, int | list[int]],
+        multiple: int = 1,
+    ) -> None:
+        """`ranks` has one number a part, or one a layer; those of factors are of a `multiple`."""
+        self.arch = arch
+        self.checkpoint = checkpoint
+        self.statistics = statistics
+        self.modes = modes
+        self.ranks = ranks
+        self.multiple = multiple
+        self.fields = arch.to_json()
+        # The share that each matrix keeps, by its name in every layer, where it is not the same.
+        self.kept: dict[str, list[float]] = {}
+
+    def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
+        """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
+        tensors: dict[str, Tensor] = {}
+        report: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        read = cache(partial(self.weights, layer))  # QK and OV share one reading
+        for part in PARTS:
+            start = time.perf_counter()
+            if part == "mlp" and self.arch.experts:
+                solved, said = self.solve_experts(layer)
+            elif part in self.ranks:
+                solved, said = self.solve_part(part, layer, read(part == "mlp"))
+            elif part != "mlp" and self.arch.adapter.repacked:
+                # The compressed model has its own layout of attention, also where it is kept.
+                solved, said = self.pack(layer, read(False), REPLACED[part]), {}
+            else:
+                continue
+            tensors |= solved
+            if said:
+                report[part] = said
+                seconds[part] = time.perf_counter() - start
+        return tensors, report, seconds
+
+    def solve_part(
+        self, part: str, layer: int, weights: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compressed tensors of one part of a layer, and what approx.json says of it."""
+        name = self.layer_mode(part, layer)
+        if find_mode(part, name).factors is not None:
+            return self.solve_factors(part, layer, weights)
+        rank = self.rank(part, layer)
+        solution = solver_of(part, name)(weights, *self.read(part, name, layer), rank)
+        tensors = self.pack(layer, solution, REPLACED[part])
+        said = {
+            "mode": name,
+            "rank": rank,
+            "relative_error": solution.relative_error,
+        }
+        if part == "qk" and solution.pairs is not None:
+            said["rope_pairs"] = solution.pairs.tolist()
+            tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
+        if part == "mlp" and solution.bias is not None:
+            tensors |= self.with_bias(layer, solution.bias)
+            said["bias"] = True
+        return tensors, said
+
+    def solve_factors(
+        self, part: str, layer: int, weights: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `solve_part`, each matrix on its own: a product of two, or, where all of it is kept,
+        as it was. The report has the rank of each product.
+        """
+        arch, adapter, mode = self.arch, self.arch.adapter, find_mode(part, self.modes[part])
+        matrices = self.matrices(part, layer, weights)
+        ranks = factor_ranks(arch, part, mode, self.ranks[part], self.multiple)
+        for name in self.kept.keys() & matrices.keys():
+            ranks[name] = matrices[name].rank_for(self.kept[name][layer], self.multiple)
+        solution = factorise(matrices, ranks)
+        stay = [name for name in REPLACED[part] if adapter.repacked and part != "mlp"]
+        tensors = self.pack(layer, weights, tuple(stay))
+        dtype = getattr(torch, arch.dtype)
+        for name, (A, B) in solution.factors.items():
+            where = adapter.packed_name(layer, name).removesuffix(".weight")
+            tensors[f"{where}.encoder.weight"] = A.T.to(dtype).contiguous()
+            tensors[f"{where}.weight"] = B.T.to(dtype).contiguous()
+        return tensors, {
+            "mode": self.modes[part],
+            "rank": self.ranks[part],
+            "factors": {name: rank for name, rank in ranks.items() if rank is not None},
+            "relative_error": solution.relative_error,
+        }
+
+    def matrices(self, part: str, layer: int, weights: Any) -> dict[str, Matrix]:
+        """The matrices of a part without their biases, and their metrics; float64.
+
+        Matrices of the MLP that lie in one are factored as one, by the name of the first.
+        """
+        d = self.arch.hidden_size
+        if part == "mlp":
+            found = {
+                together[0]: torch.cat([getattr(weights, p)[:d] for p in together], 1).double()
+                for together in self.arch.adapter.first_of_mlp
+            } | {"down": weights.down.double()}
+        elif part == "ov":
+            found = {"v": weights.v[:, :d].movedim(0, 1).flatten(1), "o": weights.o.flatten(0, 1)}
+        else:
+            found = {p: getattr(weights, p)[:, :d].movedim(0, 1).flatten(1) for p in "qk"}
+        kinds = find_mode(part, self.modes[part]).factors
+        return {
+            name: Matrix(W, *self.metric(kinds[name], name, layer))
+            for name, W in found.items()
+            if name in kinds
+        }
+
+    def metric(self, kind: str | None, name: str, layer: int) -> tuple[Tensor | None, bool]:
+        """The metric of one matrix, and whether it is that of its output."""
+        if kind is None:
+            return None, False
+        R = self.rxx(kind, layer)
+        if R.dim() == 2 and KINDS[kind].form == "fisher":
+            firsts = [together[0] for together in self.arch.adapter.first_of_mlp]
+            R = R[firsts.index(name) if name in firsts else "qkv".index(name)]
+        return R, kind == "down_output"
+
+    def allocate(self, part: str) -> None:
+        """Share out what a part keeps among the layers, matrices of one name among each other."""
+        kept = self.ranks[part] / self.arch.full_rank(part)
+        if kept == 1:
+            return
+        losses: dict[str, list[float]] = {}
+        kinds = find_mode(part, self.modes[part]).factors
+        for layer in tqdm(range(self.arch.layers), unit="layer", desc=f"ratios of {part}"):
+            found = self.matrices(part, layer, self.weights(layer, part == "mlp"))
+            for name, matrix in found.items():
+                least = matrix.factor(0)[2]
+                rank = min(matrix.rank_for(kept, self.multiple), len(least) - 1)
+                tokens = self.statistics[kinds[name]].tokens
+                losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
+        self.kept |= {name: shares(found, kept) for name, found in losses.items()}
+
+    def with_bias(self, layer: int, bias: Tensor) -> dict[str, Tensor]:
+        """The output bias of a layer's MLP with something added; it may have had none."""
+        name = self.arch.adapter.name(layer, "down", "bias")
+        if self.arch.adapter.has_bias("down", self.fields):
+            bias = bias + self.checkpoint.tensor(name).double()
+        return {name: bias.to(getattr(torch, self.arch.dtype))}
+
+    def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `solve_part`, of experts: each on its own, copied where few tokens reached it.
+
+        The report has each expert's tokens and rank.
+        """
+        arch, name = self.arch, self.modes.get("mlp")
+        ranks = [arch.intermediate_size] * arch.experts
+        tensors: dict[str, Tensor] = {}
+        counts, errors = None, []
+        if name is not None:
+            (kind,) = find_mode("mlp", name).kinds
+            R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
+        for expert in range(arch.experts):
+            solution = self.weights(layer, True, expert)
+            if counts is not None and counts[expert] >= mlp.FEWEST_TOKENS:
+                ranks[expert] = self.ranks["mlp"]
+                solution = solver_of("mlp", name)(solution, R[expert], ranks[expert])
+                errors.append(solution.relative_error)
+            tensors |= self.pack(layer, solution, REPLACED["mlp"], expert)
+        if counts is None:
+            return tensors, {}
+        if few := arch.experts - len(errors):
+            tqdm.write(
+                f"layer {layer}: {few} of {arch.experts} experts copied, since fewer than "
+                f"{mlp.FEWEST_TOKENS} calibration tokens reached each"
+            )
+        return tensors, {
+            "mode": name,
+            "rank": self.ranks["mlp"],
+            "relative_error": sum(errors) / len(errors) if errors else 0.0,
+            "expert_tokens": counts.int().tolist(),
+            "expert_ranks": ranks,
+        }
+
+    def rank(self, part: str, layer: int) -> int:
+        """The rank of a part in one layer."""
+        rank = self.ranks[part]
+        return rank[layer] if isinstance(rank, list) else rank
+
+    def layer_mode(self, part: str, layer: int) -> str:
+        """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.
+
+        Where matrices are factored one by one, rotations make no difference.
+        """
+        nope = part == "qk" and layer in self.arch.nope_layers
+        factored = find_mode(part, self.modes[part]).factors is not None
+        return "qk" if nope and not factored else self.modes[part]
+
+    def weights(self, layer: int, of_mlp: bool, expert: int | None = None) -> Any:
+        """Dense weights of attention or MLP, float64; A3Error where they are not finite."""
+        if of_mlp:
+            weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
+        else:
+            weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
+        for name, W in vars(weights).items():
+            if isinstance(W, Tensor) and not torch.stack(W.aminmax()).isfinite().all():
+                raise A3Error(
+                    f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
+                    "finite weights. The checkpoint is damaged: fetch it again."
+                )
+        return weights
+
+    def read(self, part: str, name: str, layer: int) -> list[Tensor | float]:
+        """What the solution of a mode takes between weights and rank."""
+        mode = find_mode(part, name)
+        read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
+        if mode.prior:
+            read.append(mode.prior / self.statistics[mode.kinds[0]].tokens)
+        if name == "uniform-global":
+            read.append(self.order)
+        return read
+
+    def rxx(self, kind: str, layer: int) -> Tensor:
+        """One statistic of a layer."""
+        return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The order in which RoPE pairs go, where they go from all layers alike."""
+        layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
+        C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
+        return qk.global_order(C, self.arch.qk_norm is not None)
+
+    def pack(
+        self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None
+    ) -> dict[str, Tensor]:
+        """Checkpoint tensors of a solution, in the model's dtype (o and down biases are copied)."""
+        solved = {name: getattr(solution, name) for name in names}
+        solved = {name: W for name, W in solved.items() if W is not None}
+        dtype = getattr(torch, self.arch.dtype)
+        packed = self.arch.adapter.pack(layer, solved, self.fields, expert)
+        return {name: W.to(dtype).contiguous() for name, W in packed.items()}

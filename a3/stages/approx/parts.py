@@ -1,0 +1,68 @@
+"""Runs of layers on disk, each of them solved by one job."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from a3.core.errors import A3Error
+from a3.core.files import SEAL, read_record, sha256, whole_file, write_record
+from a3.core.shards import require_all
+from a3.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is said of a part: its plan and provenance, and each layer's report and seconds.
+
+    `content_sha256` is the hash of the tensors' file.
+    """
+
+    number: str
+    said: dict[str, Any]
+    layers: list[dict[str, Any]]
+    seconds: list[dict[str, float]]
+    content_sha256: str
+
+
+def write_part(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
+    """Write the tensors of some layers to `path`, and what is said of them beside it in JSON."""
+    with whole_file(path) as temporary:
+        save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
+    write_record(path.with_suffix(".json"), asdict(Part(**said, content_sha256=sha256(path))))
+
+
+def read_part(path: Path) -> Part:
+    """What is said of the part in the file `path`, of which no more than the header is read.
+
+    Whoever reads the weights later holds them to the hash that is said here. Raises A3Error where
+    the file or the JSON beside it is missing, truncated, damaged or of another kind.
+    """
+    beside = path.with_suffix(".json")
+    said = {key: value for key, value in read_record(beside).items() if key != SEAL}
+    if said.keys() != {field.name for field in fields(Part)}:
+        raise A3Error(f"{beside}: says {sorted(said)}: not of a part. Make it with a3 approx.")
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file. Make the part again with a3 approx --part.")
+    Checkpoint.open(path)
+    return Part(**said)
+
+
+def read_parts(paths: list[Path]) -> list[Part]:
+    """What is said of all parts of one model, in order.
+
+    Raises A3Error as `read_part` does, and where a part is missing, stands twice or was made
+    otherwise than the first.
+    """
+    parts = [read_part(path) for path in paths]
+    numbers = [part.number for part in parts]
+    require_all(numbers, paths[0].parent, "Make what is missing with a3 approx --part.")
+    for path, part in zip(paths, parts, strict=True):
+        if part.said != parts[0].said:
+            raise A3Error(
+                f"{path}: made with other modes, statistics or versions than {paths[0]}. Make the "
+                "older one again."
+            )
+    return parts

@@ -1,0 +1,284 @@
+"""Stage quantise: a model to low precision, with the low-rank products that repair its matrices.
+
+Takes a dense folder or a compressed one, and makes a compressed one: approx.json says what became
+of each matrix, and how many bits the model has for each weight of the dense model's matrices.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import a3.models.quantised  # noqa: F401
+from a3.artifacts.targets import QUANTISED
+from a3.core.dtypes import WIDTHS
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, hidden_folder, read_json, sha256, whole_folder, write_record
+from a3.core.provenance import provenance
+from a3.models.arch import Arch, is_compressed, load_arch, made_already
+from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files, model_source
+from a3.models.compressed import compressed_arch, compressed_record
+from a3.models.folders import write_index
+from a3.models.load import load_config
+from a3.models.sizes import projection_weights
+from a3.models.travel import bring
+from a3.numerics.formats import parse_format, quantise
+from a3.rxx.container import Rxx
+from a3.rxx.kinds import KINDS
+from a3.solutions import lqer
+from a3.solutions.recipes import (
+    INPUTS,
+    METHODS,
+    check_method,
+    complete_recipe,
+    entry_for,
+    formats_of,
+    kinds_read,
+)
+from a3.stages.approx.approximate import repack
+
+# What is said of the compressed model, where it is known, and holds for the quantised one.
+KEPT = ("base", "base_card", "modes", "ranks", "layers")
+
+
+def quantise_model(
+    model_folder: Path,
+    rxx_folder: Path,
+    recipe: dict[str, Any],
+    method: str,
+    rank: int | None,
+    out: Path,
+) -> None:
+    """Quantise the matrices that a recipe names, repair each by `method`, and write `out` whole.
+
+    Reads `<kind>.safetensors` of the folder's own model from `rxx_folder`: for the method, and the
+    full autocorrelation of each input for the reported errors. Raises A3Error for formats and
+    names that are not known, matrices that are products of two, experts, statistics of another
+    model, and a recipe that fits no matrix.
+    """
+    check_method(method, rank)
+    recipe = complete_recipe(recipe)
+    for spelled in formats_of(recipe):
+        parse_format(spelled)
+    compressed = is_compressed(model_folder)
+    if compressed and "quantised" in load_config(model_folder).a3:
+        raise made_already(model_folder)
+    arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
+    if arch.experts:
+        raise A3Error(f"{model_folder}: a mixture of experts, which are not quantised yet.")
+    model = {
+        "weights_sha256": arch.weights_sha256,
+        "config_sha256": sha256(model_folder / "config.json"),
+    }
+    statistics = {
+        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in kinds_read(method)
+    }
+    said = provenance(
+        __name__,
+        **model,
+        model=model_source(model_folder),
+        recipe=recipe,
+        method=method,
+        rank=rank,
+        statistics={kind: rxx.summary for kind, rxx in statistics.items()},
+    )
+    with hidden_folder(out, {"full": model_folder}) as work:
+        source = model_folder
+        if not compressed:
+            source = work / "full"
+            repack(model_folder, source)
+        quantiser = Quantiser(source, statistics, recipe, method, rank)
+        with whole_folder(out, QUANTISED.seal, [model_folder]) as folder:
+            quantiser.write(folder, said)
+
+
+class Quantiser:
+    """Quantises the matrices of one compressed folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        statistics: dict[str, Rxx],
+        recipe: dict[str, Any],
+        method: str,
+        rank: int | None,
+    ) -> None:
+        """Raises A3Error as `quantise_model` does for the recipe."""
+        self.folder = folder
+        self.arch = compressed_arch(folder)
+        self.checkpoint = Checkpoint(folder)
+        self.config = load_config(folder).a3
+        # What was known of the model before.
+        self.source = compressed_record(folder)
+        self.statistics = statistics
+        self.recipe = recipe
+        self.method = method
+        self.rank = rank
+        # Entry, part and layer of each matrix by its module's name.
+        self.found = self.find()
+        # What is said of each matrix, by the same.
+        self.report: dict[str, dict[str, Any]] = {}
+
+    def find(self) -> dict[str, tuple[dict[str, Any], str, int]]:
+        """The matrices that the recipe names, each once; of fused ones by the first part."""
+        found: dict[str, tuple[dict[str, Any], str, int]] = {}
+        for name, (part, layer) in matrices(self.arch).items():
+            if entry := entry_for(self.recipe, name):
+                found[name] = entry, part, layer
+                if self.config["factors"][layer].get(part) is not None:
+                    raise A3Error(
+                        f"{self.folder}: {name} is a product of two matrices, which are not "
+                        "quantised. Take a model whose heads and MLP were made smaller."
+                    )
+        if not found:
+            raise A3Error(
+                f"recipe: none of its expressions is a whole name such as "
+                f"{next(iter(matrices(self.arch)))}. Correct match."
+            )
+        return found
+
+    def write(self, folder: Path, said: dict[str, Any]) -> None:
+        """Write the quantised folder; `said` is its provenance."""
+        files = list(self.checkpoint.files())
+        start = time.perf_counter()
+        with tqdm(total=len(self.found), unit="matrix", desc="quantise") as bar:
+            for file in files:
+                tensors = self.file(file, bar)
+                save_file(dict(sorted(tensors.items())), folder / file, {"format": "pt"})
+        seconds = time.perf_counter() - start
+        if len(files) > 1:
+            write_index(folder, files)
+        self.write_config(folder)
+        bring(self.folder, folder, "config.json", CARD, *RECORDS, "timing.json")
+        hashes = hash_files(folder)
+        write_record(folder / "timing.json", {"seconds": seconds, "layers": []})
+        kept = {key: self.source[key] for key in KEPT if key in self.source}
+        record = kept | {
+            # None of a model that was trained after it was compressed.
+            "approx": self.source.get("provenance"),
+            "provenance": said,
+            "matrices": self.report,
+            "size": {"dense": self.source["size"]["dense"], "compressed": self.size()},
+            "weights_sha256": combined([hashes[file] for file in files]),
+            "files": hashes,
+        }
+        write_record(folder / "approx.json", record)
+
+    def file(self, name: str, bar: tqdm) -> dict[str, Tensor]:
+        """The tensors of one file of weights, quantised where the recipe says so."""
+        tensors = {key: self.checkpoint.tensor(key) for key in self.checkpoint.names_in(name)}
+        for module in self.found.keys() & {key.removesuffix(".weight") for key in tensors}:
+            tensors |= self.matrix(
+                module, tensors.pop(f"{module}.weight"), tensors.pop(f"{module}.bias", None)
+            )
+            bar.update(1)
+        return tensors
+
+    def matrix(self, module: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """Tensors of one quantised module: its weight (out, in), bias, A (in, k) and B (k, out)."""
+        entry, part, layer = self.found[module]
+        in_rows = self.arch.adapter.transposed and part not in "qkvo"
+        W = (weight if in_rows else weight.T).double()
+        R = self.metric(INPUTS[part], layer, len(W))
+        quantised = quantise(W.T, entry["W"]).T
+        E = W - quantised
+        tensors = {"weight": quantised.T}
+        if bias is not None:
+            tensors["bias"] = quantise(bias.double(), entry["bias"])
+        rank = self.rank_of(entry, W)
+        if rank:
+            metric = self.metric_of_method(part, layer, E)
+            A, B = lqer.repair(E, metric, rank)
+            tensors |= {"A": quantise(A.T, entry["A"]).T, "B": quantise(B.T, entry["B"]).T}
+        left = E - tensors["A"] @ tensors["B"] if rank else E
+        self.report[module] = {
+            "rank": rank,
+            "bits": self.bits(entry, W, bias, rank),
+            "weights": W.numel(),
+            "quantisation_error": lqer.output_error(E, W, R),
+            "relative_error": lqer.output_error(left, W, R),
+        }
+        return {f"{module}.{key}": stored(x, weight.dtype) for key, x in tensors.items()}
+
+    def rank_of(self, entry: dict[str, Any], W: Tensor) -> int:
+        """The rank of a matrix's A B: that of its entry, else that of all, at most a full one."""
+        return 0 if self.rank is None else min(entry.get("rank", self.rank), *W.shape)
+
+    def metric(self, kind: str, layer: int, width: int) -> Tensor:
+        """A statistic of an input of this width."""
+        full = KINDS[kind].form == "full"
+        return self.statistics[kind].R(layer, (width, width) if full else (width,))
+
+    def metric_of_method(self, part: str, layer: int, E: Tensor) -> Tensor:
+        """The metric by which E (m, n) is repaired."""
+        kind = {"full": INPUTS[part], "peak": f"{INPUTS[part]}_peak"}.get(METHODS[self.method])
+        statistic = None if kind is None else self.metric(kind, layer, len(E))
+        return getattr(lqer, self.method.replace("-", "_"))(E, statistic)
+
+    def bits(self, entry: dict[str, Any], W: Tensor, bias: Tensor | None, rank: int) -> int:
+        """Bits of a matrix W (m, n), its bias, A and B, each in its format."""
+        plain = 8 * WIDTHS[self.arch.dtype]
+        m, n = W.shape
+        count = parse_format(entry["W"]).bits(n, m, plain)
+        count += parse_format(entry["A"]).bits(rank, m, plain)
+        if rank:
+            count += parse_format(entry["B"]).bits(n, rank, plain)
+        if bias is not None:
+            count += parse_format(entry["bias"]).bits(1, n, plain)
+        return count
+
+    def size(self) -> dict[str, Any]:
+        """As approx.json says it, with the products' parameters and FLOPs, and bits_per_weight."""
+        added = sum(
+            said["rank"] * sum(self.checkpoint.shape(f"{module}.weight"))
+            for module, said in self.report.items()
+        )
+        size = self.source["size"]["compressed"]
+        return size | {
+            "parameters": size["parameters"] + added,
+            "flops_per_token": size["flops_per_token"] + 2 * added,
+            "bits_per_weight": self.bits_per_weight(),
+        }
+
+    def bits_per_weight(self) -> float:
+        """Bits of the layers' matrices for each weight that the dense model has in them."""
+        dense = projection_weights(self.source["base"])
+        before, after = (self.source["size"][of]["parameters"] for of in ("dense", "compressed"))
+        removed = before - after
+        quantised = sum(said["weights"] for said in self.report.values())
+        bits = sum(said["bits"] for said in self.report.values())
+        rest = 8 * WIDTHS[self.arch.dtype] * (dense - removed - quantised)
+        return (bits + rest) / dense
+
+    def write_config(self, folder: Path) -> None:
+        """The config, with what is emulated when the model runs."""
+        config = read_json(self.folder / "config.json")
+        # The code that travels with compressed models does not emulate low precision.
+        config.pop("auto_map", None)
+        modules = {
+            name: {"rank": self.report[name]["rank"], "x": entry["x"]}
+            for name, (entry, _, _) in self.found.items()
+        }
+        config["a3"] |= {"quantised": {"modules": modules, "products": self.recipe["products"]}}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def matrices(arch: Arch) -> dict[str, tuple[str, int]]:
+    """Part and layer of each projection by its module's name; fused ones by the first part."""
+    parts = [*"qkvo", *(together[0] for together in arch.adapter.first_of_mlp), "down"]
+    return {
+        f"{arch.adapter.prefix}.{arch.module(layer, part)}": (part, layer)
+        for layer in range(arch.layers)
+        for part in parts
+    }
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the folder's dtype, or in float32 where that would not hold it exactly."""
+    small = x.to(dtype)
+    return (small if torch.equal(small.to(x.dtype), x) else x.float()).contiguous()

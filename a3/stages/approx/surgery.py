@@ -1,0 +1,221 @@
+"""Stage surgery: W_q, W_k and W_v rebuilt from principal components, in the dense shapes.
+
+What comes out is an ordinary checkpoint of the family: nothing is smaller, but for the ranks. It
+tells how low-dimensional the weights are, and what they would take if their factors were stored.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from a3.artifacts.targets import OPERATED
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.provenance import provenance
+from a3.models.arch import Arch, load_arch
+from a3.models.checkpoint import Checkpoint, hash_files, model_source
+from a3.models.travel import bring
+from a3.numerics.linalg import relative
+from a3.rxx.container import Rxx
+from a3.rxx.kinds import KINDS
+from a3.solutions.pca import Components, affordable, many_inputs, one_input
+from a3.solutions.surgeries import MATRICES, METRIC, VARIANCE, Size, find_surgery
+
+INDEX = "model.safetensors.index.json"
+
+# A matrix by its layer and name.
+Matrix = tuple[int, str]
+
+
+def surgery(model_folder: Path, rxx_folder: Path | None, mode: str, size: Size, out: Path) -> None:
+    """Operate on a model and write a Hugging Face folder of its own family, whole or not at all.
+
+    Every set of components (a3.surgery: a matrix's, a layer's or the model's) keeps as many as
+    explain one share of the variance: the size's, or the largest for which so many parameters are
+    enough. Biases stay. Beside the files of the dense folder it writes approx.json (components,
+    errors, parameters if the factors were stored, provenance) and timing.json. Raises A3Error for
+    a mode that is not known, statistics that are missing, damaged or another model's, weights that
+    are not finite, and a size that leaves nothing.
+    """
+    start = time.perf_counter()
+    table = Operation(model_folder, rxx_folder, mode)
+    left = float(1 - size.share) if size.of == VARIANCE else table.left_by(size)
+    rebuilt, sets = table.operate(left)
+    with whole_folder(out, OPERATED.seal, [model_folder]) as folder:
+        write_weights(table, rebuilt, folder)
+        bring(model_folder, folder, *RECORDS)
+        if (model_folder / INDEX).exists():
+            shutil.copyfile(model_folder / INDEX, folder / INDEX)
+        seconds = {"seconds": time.perf_counter() - start}
+        write_record(folder / "timing.json", seconds)
+        write_record(folder / "approx.json", table.record(size, left, sets, folder))
+
+
+class Operation:
+    """One model under one mode; reads a layer's matrices and metric when they are asked for."""
+
+    def __init__(self, model_folder: Path, rxx_folder: Path | None, mode: str) -> None:
+        self.arch: Arch = load_arch(model_folder)
+        self.checkpoint = Checkpoint(model_folder, self.arch.adapter.prefix)
+        self.mode = mode
+        self.surgery = find_surgery(mode)
+        self.fields = self.arch.to_json()
+        config = sha256(model_folder / "config.json")
+        self.made_of = {"weights_sha256": self.arch.weights_sha256, "config_sha256": config}
+        self.rxx: Rxx | None = None
+        if self.surgery.metric:
+            if rxx_folder is None:
+                raise A3Error(
+                    f"surgery mode {mode!r} reads {METRIC}, and no folder of statistics is named. "
+                    f"Collect {METRIC} (a3 collect), and name its folder with --rxx."
+                )
+            self.rxx = Rxx(rxx_folder / f"{METRIC}.safetensors", METRIC, **self.made_of)
+
+    @property
+    def stacks(self) -> list[list[Matrix]]:
+        """Matrices that have components together."""
+        return self.surgery.stacks(self.arch.layers)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in Q, K and V of all layers, without biases."""
+        d, adapter = self.arch.hidden_size, self.arch.adapter
+        return self.arch.layers * d * sum(adapter.width(name, self.fields) for name in MATRICES)
+
+    def weight(self, layer: int, name: str) -> Tensor:
+        """One matrix W (d, n), float64; raises A3Error where it is not finite."""
+        tensor, rows = self.where(layer, name)
+        W = tensor[rows].T.double()
+        if not torch.isfinite(W).all():
+            raise A3Error(
+                f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
+                "finite weights. The checkpoint is damaged: fetch it again."
+            )
+        return W
+
+    def where(self, layer: int, name: str) -> tuple[Tensor, Tensor]:
+        """The tensor (out, d) that a matrix lies in, and its rows there (n,)."""
+        adapter = self.arch.adapter
+        tensor = self.checkpoint.tensor(adapter.name(layer, name))
+        tensor = tensor.T if adapter.transposed else tensor
+        return tensor, adapter.unfuse(torch.arange(len(tensor)), name, self.fields)
+
+    def metric(self, layer: int) -> Tensor | None:
+        """The metric of a layer's input (d, d), where the mode has one."""
+        shape = self.arch.statistic_shape(KINDS[METRIC])
+        return None if self.rxx is None else self.rxx.R(layer, shape)
+
+    def components(self, stack: list[Matrix]) -> Components:
+        """The components of the matrices of a stack, in its order."""
+        layers = list(dict.fromkeys(layer for layer, _ in stack))
+        if len(layers) == 1:
+            return one_input([self.weight(*each) for each in stack], self.metric(layers[0]))
+        of_layers = [[each for each in stack if each[0] == layer] for layer in layers]
+        side_by_side = [
+            torch.cat([self.weight(*each) for each in matrices], 1) for matrices in of_layers
+        ]
+        metrics = None if self.rxx is None else [self.metric(layer) for layer in layers]
+        return many_inputs(side_by_side, metrics)
+
+    def left_by(self, size: Size) -> float:
+        """The least share of the variance that is left by a share of the parameters."""
+        found = [forget(self.components(s)) for s in tqdm(self.stacks, desc="variance")]
+        budget = float(size.share) * self.dense_parameters
+        left = affordable(found, budget, self.surgery.mean)
+        if left is None:
+            raise A3Error(
+                f"surgery size {size}: {budget:,.0f} parameters are not enough for one component "
+                f"of {self.mode!r} in each matrix. Take a larger share."
+            )
+        return left
+
+    def operate(self, left: float) -> tuple[dict[Matrix, Tensor], list[dict[str, Any]]]:
+        """The rebuilt matrices W (d, n) in the model's dtype, and what is said of each stack."""
+        rebuilt: dict[Matrix, Tensor] = {}
+        sets = []
+        for stack in tqdm(self.stacks, desc="surgery"):
+            found = self.components(stack)
+            count = found.count(left)
+            whole = torch.cat(found.rebuild(count), 1)
+            whole = whole if self.surgery.mean else whole - found.mean
+            errors = {}
+            widths = [self.arch.adapter.width(name, self.fields) for _, name in stack]
+            for each, new in zip(stack, whole.split(widths, 1), strict=True):
+                rebuilt[each] = new.to(getattr(torch, self.arch.dtype))
+                errors[each] = self.error(each, new)
+            sets.append(
+                {
+                    "matrices": [list(each) for each in stack],
+                    "components": count,
+                    "explained": 1 - found.left[count].item(),
+                    "parameters": found.parameters(count, self.surgery.mean),
+                    "relative_errors": list(errors.values()),
+                }
+            )
+        return rebuilt, sets
+
+    def error(self, matrix: Matrix, new: Tensor) -> float:
+        """tr(ΔᵀRΔ) / tr(WᵀRW) of one rebuilt matrix, R = 1 without a metric."""
+        W, R = self.weight(*matrix), self.metric(matrix[0])
+        lost, whole = ((M * (M if R is None else R @ M)).sum() for M in (new - W, W))
+        return relative(lost, whole).item()
+
+    def record(
+        self, size: Size, left: float, sets: list[dict[str, Any]], folder: Path
+    ) -> dict[str, Any]:
+        """The content of approx.json of a folder that all else is in."""
+        layers: list[dict[str, Any]] = [{} for _ in range(self.arch.layers)]
+        for each in sets:
+            for (layer, name), error in zip(each["matrices"], each["relative_errors"], strict=True):
+                said = {"components": each["components"], "explained": each["explained"]}
+                layers[layer][name] = said | {"relative_error": error}
+        stored, dense = sum(each["parameters"] for each in sets), self.dense_parameters
+        statistics = {} if self.rxx is None else {METRIC: self.rxx.summary}
+        return {
+            "mode": self.mode,
+            "asked": str(size),
+            "share": 1 - left,
+            "base": self.fields,
+            "layers": layers,
+            "sets": sets,
+            "size": {"dense": self.arch.size, "compressed": self.arch.size},
+            "if_stored": {
+                "qkv_dense": dense,
+                "qkv": stored,
+                "parameters": self.arch.size["parameters"] - dense + stored,
+            },
+            "weights_sha256": Checkpoint(folder).sha256(),
+            "files": hash_files(folder),
+            "provenance": provenance(
+                __name__,
+                **self.made_of,
+                model=model_source(self.checkpoint.folder),
+                statistics=statistics,
+            ),
+        }
+
+
+def forget(found: Components) -> Components:
+    """What is needed to count: all but the matrices."""
+    return Components(found.energy, found.mean, found.parameters_each)
+
+
+def write_weights(table: Operation, rebuilt: dict[Matrix, Tensor], folder: Path) -> None:
+    """The dense folder's files of weights, one in memory at a time, with the rebuilt matrices."""
+    adapter = table.arch.adapter
+    for file, keys in table.checkpoint.files().items():
+        tensors = {key: table.checkpoint.tensor(name) for key, name in keys.items()}
+        key_of = {name: key for key, name in keys.items()}
+        for (layer, name), W in rebuilt.items():
+            key = key_of.get(adapter.name(layer, name))
+            if key is not None:
+                tensor = tensors[key].clone()
+                (tensor.T if adapter.transposed else tensor)[table.where(layer, name)[1]] = W.T
+                tensors[key] = tensor
+        save_file(tensors, folder / file, {"format": "pt"})

@@ -1,0 +1,1 @@
+"""Stage collect: model and text to statistics (Rxx)."""

@@ -1,0 +1,99 @@
+"""Autocorrelations of the loss's gradients by activations: a backward pass for each block.
+
+With labels drawn from the model's own prediction they are the Fisher information, and hence the
+Hessian of the divergence from the dense model, with tokens' errors taken as independent: where an
+activation is off by e, the model loses about ½ eᵀ E[gᵀg] e nats a token.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from a3.models.arch import Arch
+from a3.rxx.container import Accumulator
+from a3.rxx.kinds import KINDS
+
+
+def run_gradients(
+    model: PreTrainedModel, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor
+) -> None:
+    """Add Σ gᵀg of each kind over the tokens of each block: blocks (N, L).
+
+    The loss is the sum over a block's tokens, each with a label drawn from the model's prediction;
+    the block's own tokens seed the draw, so that no shard decides on it. No gradient of a weight is
+    taken; the activations of one block are in memory.
+    """
+    model.requires_grad_(False)
+    handles = [
+        handle
+        for layer in range(arch.layers)
+        for accumulator in accumulators.values()
+        for handle in attach(model.base_model, arch, layer, accumulator)
+    ]
+    embed = model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_(True))
+    with tqdm(total=blocks.numel(), unit="tok", desc="gradients") as bar:
+        for block in blocks:
+            logits = model(block[None], use_cache=False).logits[0].float()
+            labels = draw(logits.detach(), seed=int(block.sum()))
+            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+            bar.update(block.numel())
+    for handle in (*handles, embed):
+        handle.remove()
+
+
+def draw(logits: Tensor, seed: int) -> Tensor:
+    """A label for each token from the prediction: logits (L, V) to (L,)."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> list:
+    """Hook one statistic of one layer onto the module whose output's gradient it looks at."""
+    site = KINDS[accumulator.kind].site
+    if KINDS[accumulator.kind].form == "factors" and not arch.has_rope(layer):
+        shape = arch.statistic_shape(KINDS[accumulator.kind])
+        accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
+        return []
+    name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
+
+    def on_output(_: nn.Module, __: tuple, output: Tensor) -> None:
+        output.register_hook(partial(on_gradient, output.detach()))
+
+    def on_gradient(x: Tensor, g: Tensor) -> None:
+        if site == "q":
+            accumulator.add_sum(layer, by_factors(queries(x, arch), queries(g, arch), arch))
+        else:
+            flat = g.flatten(0, -2).float()
+            accumulator.add_sum(layer, (flat.T @ flat).double())
+
+    return [trunk.get_submodule(name).register_forward_hook(on_output)]
+
+
+def queries(x: Tensor, arch: Arch) -> Tensor:
+    """Queries, or gradients by them, of a module's output: (1, L, …) to (H, L, h), in halves.
+
+    Of a norm the output may have its heads before its tokens.
+    """
+    if arch.adapter.norm_heads_first:
+        x = x.transpose(1, 2)
+    rows = x.reshape(-1, arch.heads * arch.head_dim).T if arch.qk_norm else x.flatten(0, -2).T
+    if arch.qk_norm is None:
+        rows = arch.adapter.unfuse(rows, "q", vars(arch))
+    else:
+        rows = arch.adapter.in_halves(rows, vars(arch))
+    return rows.unflatten(0, (arch.heads, arch.head_dim)).mT
+
+
+def by_factors(q: Tensor, g: Tensor, arch: Arch) -> Tensor:
+    """Σ zᵀz over tokens of the gradients z (L, 2 F) by the pairs' factors 1 + α + β i, at 0.
+
+    q and g (H, L, h); in float32, whatever the model is in. A factor takes (q₁, q₂) to
+    (1 + α) q + β (-q₂, q₁), so that z is q₁ g₁ + q₂ g₂ for α and q₁ g₂ - q₂ g₁ for β. RoPE turns q
+    and g alike, which changes neither.
+    """
+    (q1, q2), (g1, g2) = (x[..., : arch.rope_dims].float().chunk(2, dim=-1) for x in (q, g))
+    z = torch.cat((q1 * g1 + q2 * g2, q1 * g2 - q2 * g1), dim=-1)
+    return (z.mT @ z).double()

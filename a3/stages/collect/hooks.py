@@ -1,0 +1,99 @@
+"""Hooks that read the activations which statistics are made of."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from a3.models.arch import Arch
+from a3.rxx.container import Accumulator, outer_sum
+from a3.rxx.kinds import KINDS
+
+# Projections whose inputs are looked at; other sites are the outputs of those they name.
+SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
+
+
+def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:
+    """Push every block (blocks (N, L)) through the trunk with the statistics hooked on."""
+    handles = [
+        handle
+        for layer in range(arch.layers)
+        for handle in attach_all(arch, accumulators, trunk, layer)
+    ]
+    try:
+        with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="collect") as bar:
+            for block in blocks:
+                trunk(block[None], use_cache=False)
+                bar.update(block.numel())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attach_all(
+    arch: Arch, accumulators: dict[str, Accumulator], trunk: nn.Module, layer: int
+) -> list[RemovableHandle]:
+    """Hook all statistics of one layer onto it."""
+    return [attach(trunk, arch, layer, accumulator) for accumulator in accumulators.values()]
+
+
+def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
+    """Hook one statistic of one layer onto the projection whose output or input it looks at."""
+    site = KINDS[accumulator.kind].site
+    if site == "down_input" and arch.experts:
+        return attach_experts(trunk, arch, layer, accumulator)
+    part = SITES.get(site, site)
+    module = trunk.get_submodule(arch.module(layer, part))
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        if part == "down":
+            bias = 0.0 if module.bias is None else module.bias.double()
+            accumulator.add(layer, output.flatten(0, -2).double() - bias)
+        else:
+            accumulator.add(layer, activation(output, part, arch))
+
+    def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        accumulator.add(layer, inputs[0].flatten(0, -2).double())
+
+    if site == part:
+        return module.register_forward_hook(on_output)
+    return module.register_forward_pre_hook(on_input)
+
+
+def attach_experts(
+    trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator
+) -> RemovableHandle:
+    """Hook the input of the experts' down projections, each token with its routing weight.
+
+    No module has that input to itself, so up and gate are computed once more.
+    """
+
+    def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        hidden, index, weight = inputs
+        sums = []
+        for expert in range(arch.experts):
+            token, place = torch.where(index == expert)
+            gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, 1)
+            x = (experts.act_fn(gate) * up).double() * weight[token, place, None].double()
+            sums.append(outer_sum(x, KINDS[accumulator.kind].form, 1))
+        counts = index.flatten().bincount(minlength=arch.experts).double()
+        accumulator.add_experts(layer, torch.stack(sums), counts)
+
+    name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
+    return trunk.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def activation(output: Tensor, part: str, arch: Arch) -> Tensor:
+    """q, k or v (tokens, width), float64, of the output (1, L, …) of the module that makes it.
+
+    Where q and k are normed, they are so here, without the norm's gains.
+    """
+    x = arch.adapter.unfuse(output.flatten(0, -2).T, part, vars(arch)).T.double()
+    if part == "v" or arch.qk_norm is None:
+        return x
+    vectors = x.unflatten(1, (-1, arch.head_dim)) if arch.qk_norm == "head" else x
+    tiny = torch.finfo(x.dtype).tiny
+    power = vectors.square().mean(-1, keepdim=True).clamp(min=tiny)
+    return (vectors * power.rsqrt()).reshape(x.shape)

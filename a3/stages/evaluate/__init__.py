@@ -1,0 +1,1 @@
+"""Stage evaluate: perplexity, harness, generation, speed."""

@@ -1,0 +1,54 @@
+"""Stage eval generation: what a dense or compressed folder says to a prompt, greedily."""
+
+import time
+from pathlib import Path
+
+import torch
+
+import a3.models.quantised  # noqa: F401
+from a3.core.errors import A3Error
+from a3.core.files import sha256, write_record
+from a3.core.provenance import provenance
+from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.tokenizer import require_rows
+
+
+def generation(
+    model_folder: Path, out: Path, *, prompt: str, new_tokens: int, dtype: str, device: str
+) -> None:
+    """Write what follows a prompt to `out` (JSON): `new_tokens` at most, the likeliest each time.
+
+    The prompt is taken as it is; tokens that it spells, such as <|im_start|>, are those tokens.
+    Raises A3Error for a prompt that is empty, or longer with what follows than the model has
+    positions.
+    """
+    checkpoint, tokenizer = Checkpoint(model_folder), load_tokenizer(model_folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] == 0:
+        raise A3Error("prompt is empty. Give some text.")
+    require_positions(model_folder, ids.shape[1] + new_tokens, "prompt and new_tokens together")
+    require_rows(model_folder, tokenizer, ids)
+    model = load_model(model_folder, dtype).to(device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )[0, ids.shape[1] :]
+    seconds = time.perf_counter() - start
+    record = {
+        "kind": "generation",
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "token_ids": made.tolist(),
+        "text": tokenizer.decode(made, skip_special_tokens=True),
+        "dtype": dtype,
+        "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(model_folder / "config.json"),
+        "provenance": provenance(__name__, model=model_source(model_folder)),
+    }
+    write_record(out, record)
+    write_record(out.with_suffix(".timing.json"), {"seconds": seconds})

@@ -1,0 +1,352 @@
+"""Stage eval speed: prefill and decode tokens/s of several models, interleaved in one process.
+
+Models are compared fairly only where what else the machine does hits all alike: every repeat runs
+each attention implementation on each model in turn, after a round to warm up, and ratios are taken
+within a repeat. The seconds are this machine's at this time, and no two runs give the same bytes: a
+record of speed is never part of results.csv.
+"""
+
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+import a3.models.quantised  # noqa: F401
+from a3.core.dtypes import WIDTHS
+from a3.core.errors import A3Error
+from a3.core.files import write_record
+from a3.core.memory import GIB, require_memory
+from a3.core.provenance import provenance
+from a3.models.cost import speed_cost
+from a3.models.families import FAMILIES
+from a3.models.load import require_positions
+from a3.models.sizes import kv_bytes
+from a3.stages.evaluate.speed_models import Candidate, made_up, of_folder
+from a3.stages.evaluate.speed_summary import PHASES, summary
+
+
+def speed(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    rows: Sequence[dict[str, str]] = (),
+    multiples: Sequence[int] = (1,),
+    layers: int | None = None,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    repeats: int,
+    attention: Sequence[str],
+    dtype: str,
+    device: str,
+) -> None:
+    """Time models, write the record `out` (JSON) and print a summary; ratios are to the first one.
+
+    Args:
+        folders: dense and compressed Hugging Face folders; with `rows` one, dense, of which no more
+            than config.json has to be there.
+        rows: what compressed models to make up beside the dense one, all with random weights, as
+            {"qk", "ov", "mlp", "ratio"}.
+        multiples: with `rows`, each of them once with ranks that are multiples of each of these.
+        layers: with `rows`, run only so many layers, and extrapolate to all of them: time inside of
+            layers is multiplied, the rest stays.
+        prompt: tokens of each of the `batch` sequences that one forward pass puts into the cache;
+            like `generate` it makes the last token's logits only.
+        new_tokens: greedy steps after it, one token a sequence each.
+        attention: transformers' implementations, "eager" and "sdpa".
+
+    Raises:
+        A3Error: numbers below one, a family without one of the implementations or with too few
+        positions, models that do not fit the memory, and as `load_model` and `Plan.ranks` do.
+    """
+    settings = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
+    check_counts(folders, rows, layers, settings)
+    for folder in folders:
+        require_positions(folder, prompt + new_tokens, "prompt + new_tokens")
+    attention = list(dict.fromkeys(attention))
+    if rows:
+        candidates = made_up(folders[0], rows, multiples, layers, dtype, device)
+    else:
+        candidates = [of_folder(folder, dtype, device) for folder in folders]
+    announce(candidates, attention, dtype, device, settings)
+    clock = Clock(device)
+    subjects = [Subject(candidate, clock, attention) for candidate in candidates]
+    vocabulary = min(candidate.shapes["vocab_size"] for candidate in candidates)
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    measure(subjects, ids.to(device), new_tokens, repeats, attention)
+    record = {
+        "kind": "speed",
+        **settings,
+        "attention": attention,
+        "dtype": dtype,
+        "device": device,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "weights": "random" if rows else "loaded",
+        "layers": {"timed": layers, "of": candidates[0].shapes["layers"]} if layers else None,
+        "models": [subject.record(batch, prompt, new_tokens, dtype) for subject in subjects],
+        "provenance": provenance(__name__),
+    }
+    write_record(out, record)
+    print(summary(record))
+
+
+def check_counts(
+    folders: Sequence[Path],
+    rows: Sequence[dict[str, str]],
+    layers: int | None,
+    settings: dict[str, int],
+) -> None:
+    """Raise A3Error for numbers below one, and for what random weights alone can do."""
+    for name, value in settings.items():
+        if value < 1:
+            raise A3Error(f"speed: {name} is {value}; expected 1 at least.")
+    if rows and len(folders) > 1:
+        raise A3Error(
+            f"speed: {len(folders)} folders and a ratio: models of a ratio have the shapes of one "
+            "folder, and random weights. Name one folder, or leave the ratio out."
+        )
+    if layers is not None and not rows:
+        raise A3Error(
+            "speed: layers without a ratio: only models with random weights can be run in part. "
+            "Name a ratio, or leave layers out."
+        )
+
+
+def announce(
+    candidates: list[Candidate],
+    attention: list[str],
+    dtype: str,
+    device: str,
+    settings: dict[str, int],
+) -> None:
+    """Print what the timing takes; raises A3Error where the models do not fit the memory."""
+    shapes = [candidate.timed for candidate in candidates]
+    cost = speed_cost(shapes, len(attention), dtype=dtype, **settings)
+    print(
+        f"speed: {len(shapes)} models in {dtype}, about {cost.memory / GIB:.1f} GiB of memory and "
+        f"{cost.flops / 1e12:.3g} TFLOPs",
+        flush=True,
+    )
+    tokens = settings["batch"] * (settings["prompt"] + settings["new_tokens"])
+    needed = sum(WIDTHS[dtype] * shape["size"]["parameters"] for shape in shapes)
+    needed += max(tokens * kv_bytes(shape["size"], shape["dtype"], dtype) for shape in shapes)
+    what = f"speed: {len(shapes)} models and a KV cache of {tokens} tokens in {dtype}"
+    if torch.device(device).type != "cuda":
+        require_memory(needed, what, "Time fewer models or layers, or take a dtype of fewer bytes")
+    elif needed > (free := torch.cuda.mem_get_info(device)[0]):
+        raise A3Error(
+            f"{what} need at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB of {device} "
+            "are free. Time fewer models or layers, or take a dtype of fewer bytes."
+        )
+
+
+# --- timing ---
+class Clock:
+    """Reads the time when the device has done all that it was given."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.device = device
+
+    def read(self) -> float:
+        """Seconds."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one phase: all of them, and those inside of layers (0 where that is not asked for)."""
+
+    whole: float
+    layers: float
+
+    def extrapolated(self, times: float) -> float:
+        """As if there were so many times the layers."""
+        return self.whole + (times - 1) * self.layers
+
+
+@dataclass
+class Subject:
+    """A model in memory, and what was measured of it: by attention implementation, in order."""
+
+    candidate: Candidate
+    clock: Clock
+    attention: list[str]
+    model: PreTrainedModel = field(init=False)
+    samples: dict[str, list[dict[str, Seconds]]] = field(init=False)
+    peaks: dict[str, list[int]] = field(init=False)
+    cache_bytes: int = 0
+    # Inside of layers; counted only where some are left out.
+    layer_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.model = self.candidate.build()
+        self.samples = {name: [] for name in self.attention}
+        self.peaks = {name: [] for name in self.attention}
+        for name in self.attention:
+            set_attention(self.model, name, self.candidate.name)
+        if self.candidate.timed["layers"] < self.candidate.shapes["layers"]:
+            self.time_layers()
+
+    def time_layers(self) -> None:
+        """Add up the time from the first layer's start to the last one's end."""
+        family = FAMILIES[self.candidate.shapes["family"]]
+        layers = self.model.get_submodule(f"{family.prefix}.{family.layer_path}")
+
+        def start(*_: Any) -> None:
+            self.layer_seconds -= self.clock.read()
+
+        def stop(*_: Any) -> None:
+            self.layer_seconds += self.clock.read()
+
+        layers[0].register_forward_pre_hook(start)
+        layers[-1].register_forward_hook(stop)
+
+    def run(self, ids: Tensor, new_tokens: int) -> dict[str, Seconds]:
+        """Prefill ids (B, L) and generate: seconds of each phase; the cache is counted."""
+        seconds = {}
+        options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        for phase, steps in zip(PHASES, (1, new_tokens), strict=True):
+            self.layer_seconds, start = 0.0, self.clock.read()
+            for _ in range(steps):
+                output = self.model(ids, **options)
+                options["past_key_values"] = output.past_key_values
+                ids = output.logits[:, -1:].argmax(-1)
+            seconds[phase] = Seconds(self.clock.read() - start, self.layer_seconds)
+        self.cache_bytes = held_bytes(output.past_key_values)
+        return seconds
+
+    def run_and_keep(self, name: str, ids: Tensor, new_tokens: int) -> None:
+        """One sample with one attention implementation."""
+        set_attention(self.model, name, self.candidate.name)
+        if not self.clock.on_gpu:
+            self.samples[name].append(self.run(ids, new_tokens))
+            return
+        # All models are in memory: of the peak, what was there before is taken off, and this
+        # model's weights are put back.
+        device = self.clock.device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.samples[name].append(self.run(ids, new_tokens))
+        peak = torch.cuda.max_memory_allocated(device) - before
+        self.peaks[name].append(peak + self.weights_bytes)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of parameters and buffers."""
+        return sum(w.nbytes for w in (*self.model.parameters(), *self.model.buffers()))
+
+    def record(self, batch: int, prompt: int, new_tokens: int, dtype: str) -> dict[str, Any]:
+        """This model's part of the record."""
+        shapes, timed = self.candidate.shapes, self.candidate.timed
+        size = shapes["size"]
+        tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}
+        times = shapes["layers"] / timed["layers"]
+        return {
+            "name": self.candidate.name,
+            **self.candidate.said,
+            "size": size | {"kv_bytes_per_token": kv_bytes(size, shapes["dtype"], dtype)},
+            "flops_per_token_paper": paper_flops(shapes),
+            # What was in memory: of the layers that were timed.
+            "weights_bytes": self.weights_bytes,
+            "cache_bytes": self.cache_bytes,
+            "attention": {
+                name: rates(samples, tokens)
+                | ({"extrapolated": rates(samples, tokens, times)} if times != 1 else {})
+                | {"peak_memory_bytes": max(self.peaks[name], default=None)}
+                for name, samples in self.samples.items()
+            },
+        }
+
+
+def measure(
+    subjects: Sequence[Subject], ids: Tensor, new_tokens: int, repeats: int, attention: list[str]
+) -> None:
+    """Every model with every attention implementation in turn, `repeats` times after a warm-up."""
+    total = (repeats + 1) * len(attention) * len(subjects)
+    with torch.inference_mode(), tqdm(total=total, unit="run", desc="speed") as bar:
+        for repeat in range(repeats + 1):
+            for name in attention:
+                for subject in subjects:
+                    subject.run_and_keep(name, ids, new_tokens)
+                    bar.update()
+            if repeat == 0:
+                forget(subjects)
+
+
+def forget(subjects: Sequence[Subject]) -> None:
+    """Drop the samples of the round that warmed up."""
+    for subject in subjects:
+        for kept in (*subject.samples.values(), *subject.peaks.values()):
+            kept.clear()
+
+
+def set_attention(model: PreTrainedModel, name: str, said: str) -> None:
+    """Choose transformers' attention implementation; raises A3Error where the family has it not.
+
+    Some families cannot change it after loading, and keep the one that they come with.
+    """
+    has = name != "sdpa" or model._supports_sdpa
+    if has and model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+    found = model.config._attn_implementation
+    if found != name:
+        raise A3Error(
+            f"{said}: {type(model).__name__} of transformers does not take {name} attention here, "
+            f"only {found}. Time it with --attention {found}."
+        )
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of all keys and values in a cache."""
+    held = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(tensor.nbytes for layer in held for tensor in (layer.keys, layer.values))
+
+
+def rates(
+    samples: list[dict[str, Seconds]], tokens: dict[str, int], times: float = 1.0
+) -> dict[str, Any]:
+    """Tokens/s of each phase: median, quartiles, and every repeat's, in order."""
+    found = {}
+    for phase in PHASES:
+        each = [tokens[phase] / sample[phase].extrapolated(times) for sample in samples]
+        low, median, high = np.quantile(each, (0.25, 0.5, 0.75)).tolist()
+        found[phase] = {"median": median, "quartiles": [low, high], "samples": each}
+    return found
+
+
+def device_name(device: str) -> str:
+    """What the hardware calls itself: seconds mean nothing without it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+# --- what is counted and compared ---
+def paper_flops(shapes: dict[str, Any]) -> int:
+    """FLOPs a token as arXiv 2505.12942 counts them, from the fields of Arch and a model's size.
+
+    The paper states ratios for LLaMA-2-13B (0.78, 0.56, 0.39 at 0.2, 0.4, 0.6) and no formula. What
+    gives all three: a layer's linear maps and attention products against 1024 keys, the mean of a
+    causal sequence of 2048, without embeddings and LM head; head sizes of 96, 64 and 48, which are
+    (1 − c) · 128 rounded down to a multiple of 16, and intermediate sizes of (1 − c) · 13824. The
+    peak memory in the same table fits these head sizes (within 2%, taking the cache for one of 4 ×
+    2048 tokens) and not those of c itself. With ours (102, 76 or 77, 51 or 52) the formula says
+    0.80, 0.60, 0.40. It is our exact count without the LM head.
+    """
+    head = 2 * shapes["hidden_size"] * shapes["vocab_size"]
+    return shapes["size"]["flops_per_token"] - head

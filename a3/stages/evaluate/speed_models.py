@@ -1,0 +1,136 @@
+"""Models to be timed: folders, and made-up ones of a config's shapes."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from a3.artifacts.places import Place
+from a3.core.errors import A3Error
+from a3.core.files import sha256
+from a3.models.arch import Arch, is_compressed, load_arch, sketch
+from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import Ranks, compressed_config, compressed_record
+from a3.models.load import empty_model, load_config, load_model, number_of_parameters
+from a3.models.registry import LazyConfig
+from a3.models.sizes import sizes
+from a3.solutions.modes import DENSE, choose
+from a3.solutions.plan import Plan
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is to be timed, before it is in memory.
+
+    `shapes` are the fields of Arch with the size of this model, `timed` those of what is run of it
+    (fewer layers, say), and `said` is what the record says of where it came from.
+    """
+
+    name: str
+    shapes: dict[str, Any]
+    timed: dict[str, Any]
+    said: dict[str, Any]
+    build: Callable[[], PreTrainedModel]
+
+
+# --- what is timed ---
+def of_folder(folder: Path, dtype: str, device: str) -> Candidate:
+    """A dense or compressed folder."""
+    if is_compressed(folder):
+        record = compressed_record(folder)
+        shapes = record["base"] | {"size": record["size"]["compressed"]}
+    else:
+        shapes = load_arch(folder).to_json()
+    checkpoint = Checkpoint(folder)
+    said = {
+        "checkpoint_sha256": checkpoint.sha256(),
+        "config_sha256": sha256(folder / "config.json"),
+    }
+    build = partial(load, folder, dtype, device)
+    return Candidate(str(folder), shapes, shapes, said, build)
+
+
+def load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
+    """The model of a folder."""
+    return load_model(folder, dtype).to(device)
+
+
+def made_up(
+    folder: Path,
+    rows: Sequence[dict[str, str]],
+    multiples: Sequence[int],
+    layers: int | None,
+    dtype: str,
+    device: str,
+) -> list[Candidate]:
+    """The dense model of a config.json, and compressed ones, all with random weights."""
+    arch = sketch(folder)
+    if layers is not None and not 1 <= layers <= arch.layers:
+        raise A3Error(f"speed: layers is {layers}; expected 1 to {arch.layers}.")
+    few = replace(arch, layers=layers or arch.layers)
+    plans = {DENSE: Plan({})}
+    for row, multiple in itertools.product(rows, dict.fromkeys(multiples)):
+        name = name_of(row) + (f" by {multiple}" if len(multiples) > 1 else "")
+        plans[name] = Plan(choose(row), multiple=multiple)
+    candidates = []
+    for name, plan in plans.items():
+        said = plan.dense_sizes(arch)
+        qk, ov, mlp = said.values()
+        ranks: Ranks = (qk, ov, [mlp] * arch.experts if arch.experts else mlp)
+        factors = plan.factors(arch)
+        whole, part = (
+            config_of(folder, of, ranks, factors, compressed=bool(plan.choices))
+            for of in (arch, few)
+        )
+        shapes = shapes_of(arch, whole, ranks, factors)
+        timed = shapes_of(few, part, ranks, factors)
+        build = partial(random_model, part, dtype, device)
+        made = {"ranks": said, "factors": factors}
+        candidates.append(Candidate(name, shapes, timed, made, build))
+    return candidates
+
+
+def name_of(row: dict[str, str]) -> str:
+    """The modes and ratio of a row, as in the paths of results."""
+    place = Place("", **row)
+    return f"{place.method}/{place.ratio}"
+
+
+def config_of(
+    folder: Path, arch: Arch, ranks: Ranks, factors: dict[str, int], *, compressed: bool
+) -> PreTrainedConfig:
+    """The config of the dense model, or of a compressed one with the same ranks in every layer.
+
+    Of a head that is rotated in part, the pairs' share of the rank is that of the dense head; where
+    weights are solved for, it is chosen by the error. `arch` says how many layers there are.
+    """
+    config = load_config(folder)
+    if compressed:
+        pairs = min(arch.rope_dims // 2, max(1, ranks[0] * arch.rope_dims // (2 * arch.head_dim)))
+        every = ([each] * arch.layers for each in (ranks, pairs, factors))
+        config = compressed_config(
+            config.to_dict(), arch, *every, down_bias=False, same_pairs=False
+        )
+        config = LazyConfig.from_dict(config)
+    config.num_hidden_layers = arch.layers
+    return config
+
+
+def shapes_of(
+    arch: Arch, config: PreTrainedConfig, ranks: Ranks, factors: dict[str, int]
+) -> dict[str, Any]:
+    """The fields of Arch for a model of these ranks."""
+    fields, parameters = arch.to_json(), number_of_parameters(empty_model(config))
+    every = [ranks] * arch.layers, parameters, arch.dtype, [factors] * arch.layers
+    return fields | {"size": sizes(fields, *every)}
+
+
+def random_model(config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
+    """A model with the weights that training starts from."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()

@@ -1,0 +1,1 @@
+"""Stage export: compressed models for other runtimes."""

@@ -1,0 +1,169 @@
+"""a3 export gguf: a folder as one file that llama.cpp loads, of its architecture `llama`."""
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFWriter,
+    LlamaFileType,
+    get_tensor_name_map,
+)
+from gguf.quants import quantize
+from torch import Tensor
+from tqdm import tqdm
+
+import a3.models.modeling_a3  # noqa: F401
+from a3.core.errors import A3Error
+from a3.core.files import whole_file
+from a3.models.checkpoint import model_source
+from a3.models.gguf_rope import FACTORS
+from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
+from a3.stages.export.gguf_vocabulary import add_vocabulary
+
+ARCH = "llama"
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+# Of rows that are no multiple of a type's blocks, as llama.cpp's own tool does.
+INSTEAD = GGMLQuantizationType.F16
+
+
+def export_gguf(folder: Path, out: Path, kind: str) -> None:
+    """Write the model of `folder`, dense or compressed, to the file `out`, whole or not at all.
+
+    Matrices are of the type `kind` (f32, f16, q8_0 …), or float16 where a row is no multiple of
+    its blocks; all else is float32. One tensor at a time is in memory. Raises A3Error, with all
+    reasons, for a model that llama.cpp's `llama` would not run as it is, and for its tokenizer.
+    """
+    model = stock(folder)
+    require_llama(model)
+    wanted = GGMLQuantizationType[kind.upper()]
+    with whole_file(out) as temporary:
+        writer = GGUFWriter(temporary, ARCH)
+        add_sizes(writer, model)
+        add_vocabulary(writer, folder, model.config.vocab_size)
+        writer.add_file_type(file_type(wanted))
+        types = {name: stored_type(model, name, wanted) for name in names(model)}
+        for name, type_ in types.items():
+            add_info(writer, tensor_name(model, name), model.checkpoint.shape(name), type_)
+        add_info(writer, FACTORS, (model.head_dim // 2,), GGMLQuantizationType.F32)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, type_ in tqdm(types.items(), unit="tensor", desc="gguf"):
+            writer.write_tensor_data(quantize(value_of(model, name), type_))
+        writer.write_tensor_data(model.rope_factors.float().numpy())
+        writer.close()
+    if model.folded:
+        print(f"export: {model.folded}.")
+    if model.head_dim % BLOCK:
+        print(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
+    if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
+        print(
+            f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
+            f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
+            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
+        )
+
+
+def require_llama(model: Stock) -> None:
+    """Raise A3Error for what llama.cpp's `llama` does otherwise than the family."""
+    config, found = model.config, []
+    if config.hidden_act != "silu":
+        found.append(f"its activation is {config.hidden_act}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        found.append(f"its attention has a window of {window} positions")
+    if found:
+        raise A3Error(
+            f"{model.folder}: llama.cpp's architecture {ARCH!r} cannot be it: {'; '.join(found)}. "
+            "a3 export hf makes a checkpoint for other runtimes."
+        )
+
+
+def add_sizes(writer: GGUFWriter, model: Stock) -> None:
+    """Sizes, RoPE and norms."""
+    config = model.config
+    writer.add_name(model.folder.resolve().name)
+    if licence := (model_source(model.folder) or {}).get("licence"):
+        writer.add_license(licence)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(model.theta)
+
+
+def names(model: Stock) -> list[str]:
+    """Tensors that are written; a head that is the embedding is not."""
+    found = model.names()
+    tied = HEAD in found and model.config.tie_word_embeddings
+    # A head of its own under a tied config is what transformers takes.
+    if tied and torch.equal(model.tensor(HEAD), model.tensor(EMBEDDING)):
+        found.remove(HEAD)
+    return found
+
+
+def tensor_name(model: Stock, name: str) -> str:
+    """llama.cpp's name of a tensor; raises A3Error where it has none."""
+    known = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    found = known.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise A3Error(f"{model.folder}: tensor {name!r} has no place in llama.cpp's {ARCH!r}.")
+    return found
+
+
+def stored_type(model: Stock, name: str, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that a tensor is written in."""
+    shape = model.checkpoint.shape(name)
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return wanted if shape[-1] % block_of(wanted) == 0 else INSTEAD
+
+
+def block_of(kind: GGMLQuantizationType) -> int:
+    """How many numbers of a row a type stores together."""
+    return GGML_QUANT_SIZES[kind][0]
+
+
+def add_info(
+    writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> None:
+    """Say what a tensor will be."""
+    block, width = GGML_QUANT_SIZES[kind]
+    writer.add_tensor_info(
+        name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=kind
+    )
+
+
+def value_of(model: Stock, name: str) -> np.ndarray:
+    """A tensor, float32; rows of q and k in the order that llama.cpp turns them in."""
+    value = model.tensor(name).float()
+    if Q.search(name):
+        value = in_neighbours(value, model.config.num_attention_heads)
+    elif K.search(name):
+        value = in_neighbours(value, model.config.num_key_value_heads)
+    return value.contiguous().numpy()
+
+
+def in_neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Move RoPE pairs (j, j + r / 2) of each head's rows to (2j, 2j + 1): (heads · r, …)."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+    """What the whole file is called."""
+    name = "ALL_F32" if kind == GGMLQuantizationType.F32 else f"MOSTLY_{kind.name}"
+    return LlamaFileType[name]

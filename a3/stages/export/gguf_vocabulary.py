@@ -1,0 +1,154 @@
+"""A byte-level BPE tokenizer of Hugging Face as the metadata of a GGUF file.
+
+llama.cpp knows a tokenizer's way of cutting text into words by a name, and has it built in; a file
+whose name is wrong loads and reads text otherwise. So the name is found by the rules in
+tokenizer.json, and rules that have none are refused.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, Keys, TokenType
+from transformers import PreTrainedTokenizerBase
+
+from a3.core.errors import A3Error
+from a3.models.gguf_rules import RULES, Rules, steps_in
+from a3.models.load import load_tokenizer
+
+NFC = {"type": "NFC"}
+
+# What a token of the vocabulary takes of the text beside it; llama.cpp takes the token alone.
+GREEDY = ("lstrip", "rstrip", "single_word")
+
+
+def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
+    """Write tokens, merges, special tokens and chat templates of a folder's tokenizer.
+
+    `size` is the model's number of tokens; those that the tokenizer lacks are unused, and those
+    that it has beyond are left out. Raises A3Error for a tokenizer that is no byte-level BPE, or
+    whose rules llama.cpp has no name for.
+    """
+    tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
+    content = content_of(tokenizer, path)
+    name = rules_of(content, path)
+    tokens, types = entries(tokenizer, size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges_of(content, path))
+    # What the tokenizer says is what its template and generation use.
+    for kind in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{kind}_token_id")
+        if number is not None and number < size:
+            getattr(writer, f"add_{kind}_token_id")(number)
+    bos, eos = surrounding(tokenizer, path)
+    writer.add_add_bos_token(bos)
+    writer.add_add_eos_token(eos)
+    writer.add_add_space_prefix(False)
+    add_templates(writer, tokenizer.chat_template)
+
+
+def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
+    """What a tokenizer does, as a tokenizer.json says it; of some families that is another one
+    than the file's. Raises A3Error for a tokenizer that has none."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise A3Error(
+            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one."
+        )
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
+    """Whether BOS goes before, and EOS after each text; A3Error where other tokens do."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
+            return bos, eos
+    raise A3Error(
+        f"{path}: it puts other tokens than BOS and EOS around a text ({whole} around {inner}), "
+        "which llama.cpp would not do. Use a runtime that reads tokenizer.json."
+    )
+
+
+def merges_of(content: dict[str, Any], path: Path) -> list[str]:
+    """The merges of a tokenizer.json as llama.cpp reads them; A3Error for one with a space."""
+    pairs = [
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in content["model"]["merges"]
+    ]
+    if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
+        raise A3Error(
+            f"{path}: {bad} is no merge of two tokens in which spaces are spelled as bytes are. "
+            "Convert the folder with llama.cpp's own script."
+        )
+    return [" ".join(pair) for pair in pairs]
+
+
+def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None) -> None:
+    """Write chat templates, one or several by their names."""
+    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    if default := named.pop("default", None):
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, default)
+    if named:
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, list(named))
+    for name, template in named.items():
+        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), template)
+
+
+def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:
+    """Each token as llama.cpp stores it, and its type; unused ones have names of their own."""
+    vocabulary = tokenizer.get_vocab()
+    by_number = {number: token for token, number in vocabulary.items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, types = [], []
+    for number in range(size):
+        if number in added:
+            types.append(TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL if number in by_number else TokenType.UNUSED)
+        unused = f"[PAD{number}]"
+        while unused in vocabulary:
+            unused = f"[{unused}]"
+        tokens.append(by_number.get(number, unused))
+    return tokens, types
+
+
+def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
+    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error where there is none."""
+    kind = tokenizer["model"]["type"]
+    if kind != "BPE" or tokenizer["model"].get("byte_fallback"):
+        raise A3Error(
+            f"{path}: its model is {kind}, expected byte-level BPE: GGUF files are written of no "
+            "other tokenizer. Convert the folder of a3 export hf with llama.cpp's own script."
+        )
+    for token in tokenizer.get("added_tokens", []):
+        if how := [key for key in GREEDY if token.get(key)]:
+            raise A3Error(
+                f"{path}: its token {token['content']!r} is read with {' and '.join(how)}, which "
+                "llama.cpp would not do. Use a runtime that reads tokenizer.json."
+            )
+    normal = tokenizer.get("normalizer")
+    if normal == {"type": "Sequence", "normalizers": []}:
+        normal = None
+    # llama.cpp leaves characters as they are, of which most text has the composed ones.
+    found = (
+        steps_in(tokenizer.get("pre_tokenizer")),
+        bool(tokenizer["model"].get("ignore_merges")),
+        normal == NFC,
+    )
+    for name, rules in RULES.items():
+        if normal in (None, NFC) and found == as_found(rules):
+            return name
+    raise A3Error(
+        f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
+        f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would read "
+        "text otherwise. Convert the folder of a3 export hf with llama.cpp's own script."
+    )
+
+
+def as_found(rules: Rules) -> tuple[tuple[Any, ...], bool, bool]:
+    """Rules as a tokenizer.json has them."""
+    return rules.steps, rules.whole, rules.composed

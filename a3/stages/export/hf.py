@@ -1,0 +1,72 @@
+"""a3 export hf: a compressed folder as an ordinary checkpoint of its family, which needs no a3."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from a3.core.errors import A3Error
+from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.provenance import provenance
+from a3.models.arch import is_compressed
+from a3.models.checkpoint import combined, hash_files, model_source
+from a3.models.folders import write_index
+from a3.models.load import load_whole
+from a3.models.stock import Stock, stock
+from a3.models.travel import bring
+
+
+def export_hf(folder: Path, out: Path) -> None:
+    """Write the compressed `folder` as a checkpoint of its family to `out`, whole or not at all.
+
+    Tensors are as they are, but for the queries, which take up the softmax scale, and weights that
+    a quantised model's A B are added to; tokenizer, chat template, model card and generation config
+    travel. export.json says of what it was made, with the hash of each file. Raises A3Error, with
+    all reasons, where the family's code cannot run it, where a tensor is left that it does not
+    read, and where `out` exists.
+    """
+    if not is_compressed(folder):
+        raise A3Error(f"{folder}: an ordinary checkpoint already. Name a compressed folder.")
+    model = stock(folder)
+    with whole_folder(out, of=[folder]) as made:
+        names = write_weights(model, made)
+        content = model.content | older_names(model.content["rope_parameters"])
+        (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        bring(folder, made, "config.json", "timing.json", *RECORDS)
+        # Of all that transformers reads, nothing may be missing.
+        load_whole(made, device_map="meta")
+        files = hash_files(made)
+        record = {
+            "files": files,
+            "weights_sha256": combined([files[name] for name in names]),
+            "provenance": provenance(
+                __name__,
+                checkpoint_sha256=model.checkpoint.sha256(),
+                config_sha256=sha256(folder / "config.json"),
+                model=model_source(folder),
+                folded=model.folded,
+            ),
+        }
+        write_record(made / "export.json", record)
+    if model.folded:
+        print(f"export: {model.folded}.")
+
+
+def older_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """RoPE's parameters as transformers 4, and servers built on it, look for them.
+
+    They know no rope_parameters, and would turn by other angles without a word.
+    """
+    scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
+    return {"rope_theta": rope["rope_theta"], **scaling}
+
+
+def write_weights(model: Stock, folder: Path) -> list[str]:
+    """The tensors in the files that they were in; names of the files."""
+    names = list(model.checkpoint.files())
+    for name, tensors in zip(names, model.files(), strict=True):
+        save_file(dict(sorted(tensors.items())), folder / name, {"format": "pt"})
+    if len(names) > 1:
+        write_index(folder, names)
+    return names

@@ -1,0 +1,149 @@
+"""a3 inspect: what a checkpoint is, and which runtimes can load it."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from a3.core.errors import A3Error
+from a3.core.files import read_json
+from a3.models.arch import is_compressed, load_arch
+from a3.models.checkpoint import Checkpoint
+from a3.models.compressed import compressed_record
+from a3.models.load import load_tokenizer
+from a3.models.stock import llama_cpp_cache, obstacles, stock
+from a3.solutions.modes import PARTS, SERVABLE
+from a3.stages.export.gguf import require_llama
+from a3.stages.export.gguf_vocabulary import content_of, rules_of
+
+TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
+
+UNTESTED = "vLLM, TGI"
+
+UNKNOWN = "modes, errors and calibration are unknown: saved again without approx.json"
+
+
+def inspect(folder: Path) -> str:
+    """What a dense or compressed folder is, as text; raises A3Error where it cannot be read."""
+    compressed = is_compressed(folder)
+    content = read_json(folder / "config.json")
+    lines = compressed_lines(folder, content) if compressed else dense_lines(folder)
+    lines += [("loads in", text) for text in runtimes(folder, compressed)]
+    width = max(len(name) for name, _ in lines)
+    shown = [
+        f"{'' if i and name == lines[i - 1][0] else name:<{width}}  {text}"
+        for i, (name, text) in enumerate(lines)
+    ]
+    return "\n".join(shown)
+
+
+def dense_lines(folder: Path) -> list[tuple[str, str]]:
+    """What a folder is that its family's own code runs."""
+    arch = load_arch(folder)
+    what = "as it came"
+    if (folder / "export.json").exists():
+        what = "compressed, exported by a3 export hf"
+    ranks = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
+    return [
+        *model_lines(arch.to_json(), what),
+        *((TITLES[part], f"{rank}") for part, rank in ranks.items()),
+        *((name, text) for name, text, _ in size_lines(arch.size, arch.size)),
+    ]
+
+
+def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a compressed folder is."""
+    # The record must be of these weights.
+    Checkpoint(folder).verify_all()
+    record = compressed_record(folder)
+    base, size = record["base"], record["size"]
+    lines = model_lines(base, "compressed by a3")
+    for part in PARTS:
+        full = base["intermediate_size" if part == "mlp" else "head_dim"]
+        kept = f"{runs(content['a3'][f'{part}_ranks'])} of {full}"
+        mode = f"{record['modes'][part]}: " if "modes" in record else ""
+        lines.append((TITLES[part], mode + kept))
+    if "modes" not in record:
+        lines.append(("", UNKNOWN))
+    if any(content["a3"]["factors"]):
+        names = sorted({name for layer in content["a3"]["factors"] for name in layer})
+        lines.append(("", f"products of two matrices in place of {', '.join(names)}"))
+    if "quantised" in content["a3"]:
+        lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
+    both = size_lines(size["compressed"], size["dense"])
+    return lines + [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
+
+
+def low_precision(size: dict[str, Any], said: dict[str, Any]) -> str:
+    """What a3 quantise made of the matrices, in a line; `size` as of `compressed_record`."""
+    rank = max(one["rank"] for one in said["modules"].values())
+    repair = f", A B of rank {rank}" if rank else ""
+    bits = size["compressed"].get("bits_per_weight")
+    bits = "unknown" if bits is None else f"{bits:.2f}"
+    return f"emulated in {len(said['modules'])} matrices{repair}; bits a weight: {bits}"
+
+
+def model_lines(arch: dict[str, Any], what: str) -> list[tuple[str, str]]:
+    """Family and shapes; `arch` has the fields of `Arch`."""
+    heads = f"{arch['heads']} heads of {arch['kv_heads']} key/value groups"
+    return [
+        ("family", f"{arch['family']} ({arch['attention']}, {arch['mlp']} MLP), {what}"),
+        ("shape", f"{arch['layers']} layers, hidden size {arch['hidden_size']}, {heads}"),
+        ("dtype", arch["dtype"]),
+    ]
+
+
+def size_lines(size: dict[str, int], dense: dict[str, int]) -> list[tuple[str, str, float]]:
+    """Parameters, KV cache and FLOPs: name, text, share of the dense model's."""
+    names = {"parameters": "", "kv_bytes_per_token": " bytes", "flops_per_token": ""}
+    titles = ("parameters", "KV cache/token", "FLOPs/token")
+    return [
+        (title, f"{size[name]:,}{unit}", size[name] / dense[name])
+        for title, (name, unit) in zip(titles, names.items(), strict=True)
+    ]
+
+
+def runs(ranks: list[Any]) -> str:
+    """Ranks layer by layer, shortly: "48", or "48 in layers 0–9, 52 in 10–29"; of experts the
+    least and largest."""
+    flat = [f"{min(r)}–{max(r)}" if isinstance(r, list) else str(r) for r in ranks]
+    found, start = [], 0
+    for rank, group in groupby(flat):
+        end = start + len(list(group)) - 1
+        found.append(f"{rank} in {start}" if start == end else f"{rank} in {start}–{end}")
+        start = end + 1
+    return flat[0] if len(found) == 1 else f"(by layer) {', '.join(found)}"
+
+
+def runtimes(folder: Path, compressed: bool) -> list[str]:
+    """Which runtimes load a folder, as it is or exported, and why others do not."""
+    found = obstacles(folder)
+    lines = ["transformers after `import a3`"] if compressed else ["transformers"]
+    if "auto_map" in read_json(folder / "config.json"):
+        lines.append("transformers without a3, with trust_remote_code=True")
+    if found:
+        lines.append(f"transformers without a3, llama.cpp, {UNTESTED}: no: {'; '.join(found)}")
+        return lines
+    model = stock(folder)
+    if compressed:
+        folded = f" ({model.folded})" if model.folded else ""
+        lines.append(f"transformers without a3: after a3 export hf{folded}")
+    reason = no_llama(folder)
+    size, where = model.head_dim, "the folder of a3 export hf" if compressed else "it"
+    cache = llama_cpp_cache(size)
+    lines.append(f"llama.cpp: {f'no: {reason}' if reason else f'after a3 export gguf; {cache}'}")
+    lines.append(
+        f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
+        f"of {', '.join(map(str, SERVABLE))}: its own are of {size}"
+    )
+    return lines
+
+
+def no_llama(folder: Path) -> str | None:
+    """Why llama.cpp cannot have a folder that other runtimes can; None where it can."""
+    path = folder / "tokenizer.json"
+    try:
+        require_llama(stock(folder))
+        rules_of(content_of(load_tokenizer(folder), path), path)
+    except A3Error as error:
+        return str(error)
+    return None

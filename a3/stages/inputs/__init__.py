@@ -1,0 +1,1 @@
+"""Stages model, text, train: what the workflow starts from."""

