@@ -3,9 +3,9 @@
     python benchmarks/eliminate.py --channels 4096 --hidden 1024 --repeats 3
 
 In one process, in turn: `a3.numerics.linalg.eliminate` of 20% and 60% of n channels, and the
-Cholesky factor with the inverse of an n × n matrix in float64, which elimination begins with. Prints ratios
-within a repeat, median and range, and, with --memory, the peak memory of one elimination in n × n
-matrices (a process of its own).
+Cholesky factor with the inverse of an n × n matrix in float64, which elimination begins with.
+Prints ratios within a repeat, median and range, and, with --memory, the peak memory of one
+elimination in n × n matrices (a process of its own).
 """
 
 import argparse

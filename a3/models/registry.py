@@ -1,5 +1,6 @@
 """Registers compressed models with transformers when it is first used."""
 
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -27,3 +28,10 @@ class LazyConfig:
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register(auto: ModuleType) -> None:
     auto.AutoConfig.register(LazyConfig.model_type, LazyConfig)
+
+
+@wrapt.when_imported("peft.utils.constants")
+def _adapt(constants: ModuleType) -> None:
+    # Whoever imports it later finds peft there.
+    if modeling := sys.modules.get("a3.models.modeling_a3"):
+        modeling.adapt_by_default(constants)

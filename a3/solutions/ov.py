@@ -99,11 +99,11 @@ def joint_losses(
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
-    Optimal brain surgeon as in `a3.numerics.linalg.eliminate`, for directions u of the values in
-    place of channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
-    uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised eigenvalue; one of
-    each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
-    ½ tr(Xᵀ (R + λ 1) X F) after each.
+    Optimal brain surgeon as in `a3.numerics.linalg.eliminate`, for directions u of the values
+    in place of channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group
+    costs about uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised
+    eigenvalue; one of each group goes at a time, and then exactly, all heads together. The loss
+    (h - least + 1,) is ½ tr(Xᵀ (R + λ 1) X F) after each.
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)

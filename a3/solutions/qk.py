@@ -108,12 +108,13 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
     """RoPE pairs eliminated by their effect on the loss; those that stay make up for the others.
 
     A pair's part in the scores of a query is linear in its two query dimensions, so that any
-    complex factor of them (a rotation and a scale, which commute with RoPE) is free at run time.
-    To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
+    complex factor of them (a rotation and a scale, which commute with RoPE) is free at run
+    time. To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
     (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them
-    (`a3.stages.collect.gradients`; real parts first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
-    factors go into the norm's gains and are real. Pairs are one set a group, as in `rxx_w_rxx`; so
-    are the partial rotations' other dimensions.
+    (`a3.stages.collect.gradients`; real parts first): e is 1 for a dropped pair, and the
+    others' are refitted. Where queries are normed, factors go into the norm's gains and are
+    real. Pairs are one set a group, as in `rxx_w_rxx`; so are the partial rotations' other
+    dimensions.
     """
     order, _ = fisher_losses(weights, C, least=1)
     return _eliminated(weights, Gq, Gk, C, order, rank)
