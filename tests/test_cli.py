@@ -43,7 +43,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_fast_and_does_not_import_torch(command):
     code = (
-        "import sys; from a3.cli import main\n"
+        "import sys; from a3.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: assert 'torch' not in sys.modules, 'torch was imported'"
     )

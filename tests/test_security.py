@@ -416,7 +416,7 @@ def test_an_index_names_files_of_its_folder_only(tmp_path):
 # huggingface_hub reads its settings when it is imported: a process of its own.
 RUN = """
 import json, sys, time
-from a3.cli import main
+from a3.cli.main import main
 time.sleep = lambda seconds: None  # between the hub client's five tries
 for command in json.loads(sys.argv[1]):
     print(">>>", main(command), file=sys.stderr, flush=True)

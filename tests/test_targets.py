@@ -161,7 +161,7 @@ def test_what_is_there_stays(home, tmp_path, monkeypatch, capsys, target):
 def test_it_is_refused_before_anything_is_imported(home, tmp_path):
     """Of all commands at once: torch takes seconds, and so would what they compute."""
     code = (
-        "import sys, json; from a3.cli import main\n"
+        "import sys, json; from a3.cli.main import main\n"
         "for words in json.loads(sys.argv[1]): assert main(words) == 1, words\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )

@@ -137,7 +137,7 @@ if SHARDED:
         resources:
             **resources("approx", cost_of_merge, beside=True),
         params:
-            code=fingerprint("a3.stages.collect.collect"),
+            code=fingerprint("a3.stages.collect.merge"),
         shell:
             "a3 merge {input.rxx:q} -o {output.rxx:q} &> {log:q}"
 

@@ -28,7 +28,7 @@ rule export_hf:
     params:
         model=subpath(input[0], parent=True),
         out=subpath(output.config, parent=True),
-        code=fingerprint("a3.stages.export.hf"),
+        code=fingerprint("a3.stages.export.hf", "a3.models.modeling_a3"),
     shell:
         "rm -rf {params.out:q} && a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
 

@@ -27,7 +27,7 @@ rule paper_rows:
         "../../environment.yaml"
     params:
         results=lambda wildcards: RESULTS,
-        code=fingerprint("a3.report.tables.paper_comparison"),
+        code=fingerprint("a3.report.tables.paper_rows"),
     shell:
         "a3 paper rows {input.definition[0]:q} --model {wildcards.model:q}"
         " --results {params.results:q} -o {output:q} &> {log:q}"
@@ -50,7 +50,7 @@ rule paper_comparison:
     params:
         others=lambda wildcards: other_paper_groups(wildcards.table),
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.report.tables.paper_comparison"),
+        code=fingerprint("a3.report.paper"),
     shell:
         "a3 paper compare {input.definition[0]:q} -o {params.out:q} &> {log:q}"
 

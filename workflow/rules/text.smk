@@ -39,7 +39,7 @@ rule split:
     params:
         shares=lambda wildcards: json.dumps(entry("texts", wildcards.text).get("split", {})),
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.inputs.text"),
+        code=fingerprint("a3.stages.inputs.split"),
     shell:
         "a3 split {input.docs:q} --exclude {input.exclude:q} --shares {params.shares:q}"
         " -o {params.out:q} &> {log:q}"
@@ -58,6 +58,6 @@ rule items:
     params:
         settings=settings("harness", "task", ("items", "seed")),
         out=subpath(output[0], parent=True),
-        code=fingerprint("a3.stages.inputs.text"),
+        code=fingerprint("a3.stages.inputs.items"),
     shell:
         "a3 items {input:q} {params.settings:q} -o {params.out:q} &> {log:q}"
