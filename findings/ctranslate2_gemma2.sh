@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Guess: CTranslate2's converter has a loader for Gemma2Config of its own, apart from Gemma's, so a converted model computes
-#        what sets Gemma 2 apart; what it cannot, it refuses, as it does with unknown scalings of positions.
+# Guess: CTranslate2's converter has a loader for Gemma2Config of its own, apart from Gemma's, so a converted model
+#        computes what sets Gemma 2 apart; what it cannot, it refuses, as it does with unknown scalings of positions.
 # What happens: the four norms of a block are there, and all else is left out without a word: the cap of the logits
-#        (final_logit_softcapping) and of attention scores, query_pre_attn_scalar (queries are scaled by the head's size)
-#        and the sliding window of every other layer. With all of them off logits agree to rounding.
+#        (final_logit_softcapping) and of attention scores, query_pre_attn_scalar (queries are scaled by the head's
+#        size) and the sliding window of every other layer. With all of them off logits agree to rounding.
 # Versions: ctranslate2 4.8.5 (CPU, float32), transformers 5.23.0, torch 2.13.0.
-# Who is hit: scores and sampling of Gemma 2 (all sizes cap logits at 30), the 27B size (its scalar is not its head's size),
-#        and texts above the window of 4096 tokens.
+# Who is hit: scores and sampling of Gemma 2 (all sizes cap logits at 30), the 27B size (its scalar is not its head's
+#        size), and texts above the window of 4096 tokens.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -63,4 +63,5 @@ for name, found in gaps.items():
     print(f"with {name}: by {found:.5f}")
 assert without < 1e-3 and min(gaps.values()) > 0.1
 PY
-"$folder/venv/bin/python" "$folder/gemma.py" "$folder/model" "$folder/converted" 2> "$folder/errors" || { cat "$folder/errors"; exit 1; }
+run() { "$folder/venv/bin/python" "$folder/gemma.py" "$folder/model" "$folder/converted" 2> "$folder/errors"; }
+run || { cat "$folder/errors"; exit 1; }

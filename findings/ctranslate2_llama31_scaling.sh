@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Guess: CTranslate2 knows Llama 3.1's scaling of positions: its converter takes rope_type "llama3" (and refuses "yarn",
-#        which it does not know) and stores low_freq_factor and high_freq_factor.
+# Guess: CTranslate2 knows Llama 3.1's scaling of positions: its converter takes rope_type "llama3" (and refuses
+#        "yarn", which it does not know) and stores low_freq_factor and high_freq_factor.
 # What happens: the scaling is off. The factor is stored for "linear" alone; "llama3" without it is a scaling by 1. A
 #        converted model gives, bit by bit, the logits of one converted with rope_type "default", where transformers'
 #        are far apart; "linear" and "default" agree with transformers. No warning.
 # Versions: ctranslate2 4.8.5 (CPU, float32), transformers 5.23.0, torch 2.13.0.
-# Who is hit: Llama 3.1, 3.2 and 3.3, and what is derived from them, in CTranslate2: the slow frequencies stay eight or 32 times
-#        too fast, those of Llama 3.
+# Who is hit: Llama 3.1, 3.2 and 3.3, and what is derived from them, in CTranslate2: the slow frequencies stay eight
+#        or 32 times too fast, those of Llama 3.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Guess: load_dataset("json") keeps JSON's types: a string stays the string that it is (JSON has no dates, and even CSV readers
-#        leave them alone unless told).
-# What happens: where all values of a field look like dates, the field becomes a timestamp, in lists of choices too. A prompt
-#        made of it reads "2001-05-04 00:00:00" for "2001-05-04", and "10:00:00+02:00" comes back as 08:00, its offset
-#        gone. One row of other text among them, and all of them are strings again: the text of an item
-#        depends on the other items, so a subset or a shard of a data set asks other questions than the whole.
+# Guess: load_dataset("json") keeps JSON's types: a string stays the string that it is (JSON has no dates, and even
+#        CSV readers leave them alone unless told).
+# What happens: where all values of a field look like dates, the field becomes a timestamp, in lists of choices too. A
+#        prompt made of it reads "2001-05-04 00:00:00" for "2001-05-04", and "10:00:00+02:00" comes back as 08:00, its
+#        offset gone. One row of other text among them, and all of them are strings again: the text of an item depends
+#        on the other items, so a subset or a shard of a data set asks other questions than the whole.
 # Versions: datasets 5.2.0, pyarrow 26.0.1, Jinja2 3.1.6.
-# Who is hit: local tasks of evaluation harnesses and calibration texts in JSON lines (questions after dates and times).
+# Who is hit: local tasks of evaluation harnesses and calibration texts in JSON lines (questions after dates and
+#        times).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Guess: scipy.linalg.eigh and numpy.linalg.eigh call LAPACK in the precision of their input, so that for one float32 matrix
-#        both give eigenvectors orthogonal to some 1e-6, and NumPy is twice as fast as in float64.
+# Guess: scipy.linalg.eigh and numpy.linalg.eigh call LAPACK in the precision of their input, so that for one float32
+#        matrix both give eigenvectors orthogonal to some 1e-6, and NumPy is twice as fast as in float64.
 # What happens: (1) SciPy's default driver "evr" gives vectors whose products reach 1e-4 and more (for an ordinary
 #        covariance of 1024 features; it changes with the number of threads), 40 times and more as far off as its own
-#        "evd", which is as fast; residuals a v - v w are equally small, so that check passes. (2) NumPy works in float64 inside and rounds the result to float32: its vectors
-#        are orthogonal to 1e-8, at the time and memory of float64.
+#        "evd", which is as fast; residuals a v - v w are equally small, so that check passes. (2) NumPy works in
+#        float64 inside and rounds the result to float32: its vectors are orthogonal to 1e-8, at the time and memory
+#        of float64.
 # Versions: numpy 2.4.6, scipy 1.17.1 (wheels, OpenBLAS), CPU.
-# Who is hit: whitening, PCA, rotations and low-rank factors in float32: v vᵀ is not the identity, and what rotates forth
-#        and back does not return. Ported from NumPy to SciPy (or to torch, which is like "evd") results change.
+# Who is hit: whitening, PCA, rotations and low-rank factors in float32: v vᵀ is not the identity, and what rotates
+#        forth and back does not return. Ported from NumPy to SciPy (or to torch, which is like "evd") results change.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Guess: with pre-tokenizer `tekken`, `gpt-4o` or `llama4` in a GGUF file, llama.cpp cuts text by the rule that these tokenizers'
-#        tokenizer.json states, so that the same vocabulary and merges give the same ids.
-# What happens: the published rule counts marks (\p{M}) as parts of a word. llama.cpp replaces it by one that knows letters
-#        only, so a word ends at each combining mark. Hindi, where vowels after consonants are marks, falls to pieces:
-#        a sentence of 9 tokens becomes 54, mostly single bytes; so does Latin text with decomposed accents. Composed
-#        accents and Cyrillic come out the same, so the usual spot checks pass. No warning.
+# Guess: with pre-tokenizer `tekken`, `gpt-4o` or `llama4` in a GGUF file, llama.cpp cuts text by the rule that these
+#        tokenizers' tokenizer.json states, so that the same vocabulary and merges give the same ids.
+# What happens: the published rule counts marks (\p{M}) as parts of a word. llama.cpp replaces it by one that knows
+#        letters only, so a word ends at each combining mark. Hindi, where vowels after consonants are marks, falls to
+#        pieces: a sentence of 9 tokens becomes 54, mostly single bytes; so does Latin text with decomposed accents.
+#        Composed accents and Cyrillic come out the same, so the usual spot checks pass. No warning.
 # Versions: llama.cpp in xllamacpp 2026.10.11549, gguf 0.19.0, tokenizers 0.23.3.
-# Who is hit: Devanagari, Bengali, Tamil, Thai and other scripts with marks, in GGUF files of models that have Mistral's
-#        Tekken or OpenAI's o200k vocabulary (Mistral Nemo, gpt-oss, Llama 4): other ids than in training, more
-#        of them, and scores that do not compare.
+# Who is hit: Devanagari, Bengali, Tamil, Thai and other scripts with marks, in GGUF files of models that have
+#        Mistral's Tekken or OpenAI's o200k vocabulary (Mistral Nemo, gpt-oss, Llama 4): other ids than in training,
+#        more of them, and scores that do not compare.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Guess: an F16 file in llama.cpp means weights of 16 bits and activations in float32, so where every weight is a number
-#        of float16 exactly, the F16 file and the F32 file give the same logits.
-# What happens: on CPUs a product rounds the activations to the type of the weights first. With F16 they end at 65504: where
-#        gate times up is larger, the product with ffn_down is infinite and logits are NaN, in a model that is
+# Guess: an F16 file in llama.cpp means weights of 16 bits and activations in float32, so where every weight is a
+#        number of float16 exactly, the F16 file and the F32 file give the same logits.
+# What happens: on CPUs a product rounds the activations to the type of the weights first. With F16 they end at 65504:
+#        where gate times up is larger, the product with ffn_down is infinite and logits are NaN, in a model that is
 #        harmless in F32 and BF16. Far below the limit, too, the F16 file is off (by 0.004 of 7), and the BF16 file,
 #        whose activations get 8 bits, ten times as much, though no weight was rounded.
 # Versions: llama.cpp in xllamacpp 2026.10.11549 (CPU), gguf 0.19.0.
-# Who is hit: models trained in bfloat16 with large activations, put in F16 files since "all weights fit"; and whoever takes
-#        a 16-bit file as the exact reference for the loss of a quantised one.
+# Who is hit: models trained in bfloat16 with large activations, put in F16 files since "all weights fit"; and whoever
+#        takes a 16-bit file as the exact reference for the loss of a quantised one.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Guess: what convert_hf_to_gguf.py writes of a model's YaRN scaling, llama.cpp reads: GGUF has keys for all of it, and
-#        the converter fills rope.scaling.yarn_beta_fast and .yarn_beta_slow for every architecture whose config has them.
+# Guess: what convert_hf_to_gguf.py writes of a model's YaRN scaling, llama.cpp reads: GGUF has keys for all of it,
+#        and the converter fills rope.scaling.yarn_beta_fast and .yarn_beta_slow for every architecture whose config
+#        has them.
 # What happens: architecture `llama` reads type, factor and original length, and leaves the betas alone (only a few
 #        architectures ask for them). A file with betas 8 and 2 gives, bit by bit, the logits of a file with 32 and 1,
-#        where transformers' logits change by as much as they are large. At 32 and 1, the defaults, both agree.
-#        Nothing is said; the metadata dump shows the right numbers.
+#        where transformers' logits change by a third of their size. At 32 and 1, the defaults, both agree. Nothing is
+#        said; the metadata dump shows the right numbers.
 # Versions: llama.cpp in xllamacpp 2026.10.11549 (CPU), gguf 0.19.0, transformers 5.23.0, torch 2.13.0.
 # Who is hit: Llama-like models tuned with YaRN ramps of their own, beyond the original context and below it alike.
 set -euo pipefail

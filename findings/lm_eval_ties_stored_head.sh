@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Guess: lm-eval's model "hf" loads a checkpoint by transformers, so it scores the model that from_pretrained gives; and a
-#        model object passed to HFLM is only read.
-# What happens: where config.json says tie_word_embeddings and the file still holds a head of its own, transformers 5 keeps
-#        that head (and says "we will NOT tie them"). HFLM then calls tie_weights(), which goes by the config alone
-#        and overwrites the head by the embeddings, right after that message. Log-likelihoods are those of
+# Guess: lm-eval's model "hf" loads a checkpoint by transformers, so it scores the model that from_pretrained gives;
+#        and a model object passed to HFLM is only read.
+# What happens: where config.json says tie_word_embeddings and the file still holds a head of its own, transformers 5
+#        keeps that head (and says "we will NOT tie them"). HFLM then calls tie_weights(), which goes by the config
+#        alone and overwrites the head by the embeddings, right after that message. Log-likelihoods are those of
 #        another model. A model object that is passed in is changed in place: it is another one after the evaluation.
 # Versions: lm_eval 0.4.13, transformers 5.23.0, torch 2.13.0.
 # Who is hit: checkpoints whose head was trained, merged (LoRA on lm_head), pruned or compressed apart from the
-#        embeddings, under the base model's config: their scores are wrong, and what is saved afterwards lacks the head.
+#        embeddings, under the base model's config: their scores are wrong, and what is saved afterwards lacks the
+#        head.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Guess: Snakemake's validate() fills in the defaults of the part of a schema that the config satisfies: where oneOf tells kinds
-#        of settings apart, an entry of kind "b" gets the defaults of "b". What is valid for jsonschema, which
-#        takes `default` as a note, is valid for Snakemake.
-# What happens: defaults go into the entry while each branch is tried, also by a branch that then does not fit, and stay:
-#        entries of either kind come out with the defaults of both. If branches forbid what they do not know
-#        (additionalProperties: false, the usual way to catch typos), "b" finds the key that "a" has left and the config is
-#        refused for a key that nobody wrote; "a", the first, passes, and what comes out breaks the very schema that
-#        it was held to. Without defaults both pass and stay as they are.
+# Guess: Snakemake's validate() fills in the defaults of the part of a schema that the config satisfies: where oneOf
+#        tells kinds of settings apart, an entry of kind "b" gets the defaults of "b". What is valid for jsonschema,
+#        which takes `default` as a note, is valid for Snakemake.
+# What happens: defaults go into the entry while each branch is tried, also by a branch that then does not fit, and
+#        stay: entries of either kind come out with the defaults of both. If branches forbid what they do not know
+#        (additionalProperties: false, the usual way to catch typos), "b" finds the key that "a" has left and the
+#        config is refused for a key that nobody wrote; "a", the first, passes, and what comes out breaks the very
+#        schema that it was held to. Without defaults both pass and stay as they are.
 # Versions: snakemake 9.27.1, jsonschema 4.26.0.
-# Who is hit: workflows whose config has entries of several kinds (methods with their own options) and schemas with defaults:
-#        options that do not belong to a kind reach its rules and change parameters, names and hashes.
+# Who is hit: workflows whose config has entries of several kinds (methods with their own options) and schemas with
+#        defaults: options that do not belong to a kind reach its rules and change parameters, names and hashes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Guess: in bfloat16 sums over tokens are kept in float32 inside and rounded once at the end, as torch does for products,
-#        sum() and the gradients of nn.Linear, weight and bias: a gradient over many tokens is off by some 0.4 %.
-# What happens: on CPUs the gradients of nn.LayerNorm and nn.Embedding are added up in bfloat16 itself, token by token, and
-#        stop growing where the next summand is less than half a step: 8192 tokens with gradient 1 give 256. With
-#        random gradients they are off by a fifth over 8192 tokens and by more than half over 65536, where Linear's
-#        bias is off by 0.1 %. In float16 the sum stops at 2048. No warning; RMSNorm and scatter_add are right.
+# Guess: in bfloat16 sums over tokens are kept in float32 inside and rounded once at the end, as torch does for
+#        products, sum() and the gradients of nn.Linear, weight and bias: a gradient over many tokens is off by some
+#        0.4 %.
+# What happens: on CPUs the gradients of nn.LayerNorm and nn.Embedding are added up in bfloat16 itself, token by
+#        token, and stop growing where the next summand is less than half a step: 8192 tokens with gradient 1 give
+#        256. With random gradients they are off by a fifth over 8192 tokens and by more than half over 65536, where
+#        Linear's bias is off by 0.1 %. In float16 the sum stops at 2048. No warning; RMSNorm and scatter_add are
+#        right.
 # Versions: torch 2.13.0, CPU, one thread (with more, LayerNorm adds up one part per thread).
-# Who is hit: fine-tuning, distillation and sensitivity scores (weight times gradient, Fisher) of bfloat16 models on CPUs:
-#        embeddings of frequent tokens and the norms of GPT-2, OPT, Falcon, Bloom and their like get gradients that are
-#        too small.
+# Who is hit: fine-tuning, distillation and sensitivity scores (weight times gradient, Fisher) of bfloat16 models on
+#        CPUs: embeddings of frequent tokens and the norms of GPT-2, OPT, Falcon, Bloom and their like get gradients
+#        that are too small.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

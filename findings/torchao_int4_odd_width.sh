@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Guess: quantize_(model, Int4WeightOnlyConfig()) quantises every linear layer or raises: where the group size does not divide
-#        a layer's inputs, IntxWeightOnlyConfig and Int8DynamicActivationIntxWeightConfig raise.
-# What happens: such a layer is left as it is, in full precision; the call succeeds, warnings are silent (the only trace is
-#        at level INFO) and outputs are the same bit by bit. With 3000 inputs and the default group of 128 nothing
-#        is quantised.
+# Guess: quantize_(model, Int4WeightOnlyConfig()) quantises every linear layer or raises: where the group size does
+#        not divide a layer's inputs, IntxWeightOnlyConfig and Int8DynamicActivationIntxWeightConfig raise.
+# What happens: such a layer is left as it is, in full precision; the call succeeds, warnings are silent (the only
+#        trace is at level INFO) and outputs are the same bit by bit. With 3000 inputs and the default group of 128
+#        nothing is quantised.
 # Versions: torchao 0.18.0, torch 2.13.0.
-# Who is hit: models of odd width (pruned hidden or feed-forward sizes, ranks of factored layers): quality is reported of
-#        a "4-bit" model that is in 16 bits where it matters, with no saving.
+# Who is hit: models of odd width (pruned hidden or feed-forward sizes, ranks of factored layers): quality is reported
+#        of a "4-bit" model that is in 16 bits where it matters, with no saving.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

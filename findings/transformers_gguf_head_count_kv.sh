@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Guess: attention.head_count_kv may be absent from a GGUF file. The specification says so ("If not present or if present and
-#        equal to head_count, the model does not use GQA") and llama.cpp takes head_count then.
-# What happens: transformers takes head_count too, in the config, and the model loads without a word; but its reader then
-#        leaves query and key rows in GGUF's order, with rotated pairs side by side, because it asks for the key
+# Guess: attention.head_count_kv may be absent from a GGUF file. The specification says so ("If not present or if
+#        present and equal to head_count, the model does not use GQA") and llama.cpp takes head_count then.
+# What happens: transformers takes head_count too, in the config, and the model loads without a word; but its reader
+#        then leaves query and key rows in GGUF's order, with rotated pairs side by side, because it asks for the key
 #        itself. Attention is scrambled: the same tensors give other logits with the key and without it.
 # Versions: transformers 5.23.0, gguf 0.19.0, torch 2.13.0. (llama.cpp gives the same for both files.)
 # Who is hit: Llama files without grouped queries by writers that leave optional keys out.

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Guess: from_pretrained(..., gguf_file=...) gives the model that the file holds. An F32 file loses nothing, and
 #        architecture `llama` is the best supported one.
-# What happens: of the position encoding only rope.freq_base is read. The tensor rope_freqs.weight, by which GGUF holds
-#        Llama 3.1's scaling, and the keys rope.scaling.* (linear, YaRN) are dropped, for every architecture but
-#        gpt-oss: rope_parameters becomes "default", without a warning. In a random model logits are off by as
-#        much as they are large, within the original context too; llama.cpp gives the right ones from such files.
+# What happens: of the position encoding only rope.freq_base is read. The tensor rope_freqs.weight, by which GGUF
+#        holds Llama 3.1's scaling, and the keys rope.scaling.* (linear, YaRN) are dropped, for every architecture but
+#        gpt-oss: rope_parameters becomes "default", without a warning. In a random model logits are off by as much as
+#        they are large, within the original context too; llama.cpp gives the right ones from such files.
 # Versions: transformers 5.23.0, gguf 0.19.0, torch 2.13.0.
-# Who is hit: whoever evaluates, dequantises or fine-tunes a GGUF file of Llama 3.1, 3.2 or 3.3 (or one with a stretched
-#        context) in transformers: the loss looks like that of the quantisation.
+# Who is hit: whoever evaluates, dequantises or fine-tunes a GGUF file of Llama 3.1, 3.2 or 3.3 (or one with a
+#        stretched context) in transformers: the loss looks like that of the quantisation.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

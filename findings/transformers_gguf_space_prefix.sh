@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Guess: a SentencePiece vocabulary in a GGUF file gives the same ids in transformers as in the sentencepiece library: tokens,
-#        scores and types are all there, and tokenizer.ggml.add_space_prefix says whether a space goes before the text.
-# What happens: (1) add_space_prefix=false is not read: a space goes before the text all the same. (2) Where it is true,
-#        none goes before a text that starts with a space, so that " x" and "x" get the same ids. sentencepiece puts
-#        one before every text or none, llama.cpp too.
+# Guess: a SentencePiece vocabulary in a GGUF file gives the same ids in transformers as in the sentencepiece library:
+#        tokens, scores and types are all there, and tokenizer.ggml.add_space_prefix says whether a space goes before
+#        the text.
+# What happens: (1) add_space_prefix=false is not read: a space goes before the text all the same. (2) Where it is
+#        true, none goes before a text that starts with a space, so that " x" and "x" get the same ids. sentencepiece
+#        puts one before every text or none, llama.cpp too.
 # Versions: transformers 5.23.0, gguf 0.19.0, sentencepiece 0.2.3, torch 2.13.0.
-# Who is hit: perplexity and log-likelihoods of GGUF files of Llama 2-like models: answers " yes" and "yes" become the same,
-#        indented code loses a space, and models trained without the prefix get one.
+# Who is hit: perplexity and log-likelihoods of GGUF files of Llama 2-like models: answers " yes" and "yes" become the
+#        same, indented code loses a space, and models trained without the prefix get one.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
