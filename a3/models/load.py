@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model that transformers makes of a config, dense or compressed, without its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        # Whatever attention a config asks for has the same weights, and may not be installed.
+        return AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
 
 
 def number_of_parameters(model: nn.Module) -> int:
