@@ -55,6 +55,7 @@ lint: $(READY) $(LINT)
 	ruff check
 	ruff format --check
 	.venv-lint/bin/snakefmt --check --compact-diff Snakefile workflow
+	PYTHONPATH=. .venv-lint/bin/lint-imports --no-cache --no-logo
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "a3 needs Python 3.11 or newer, this is " + sys.version)'
@@ -66,7 +67,7 @@ $(READY): requirements.lock pyproject.toml
 # snakefmt wants other versions of its libraries than snakemake has.
 $(LINT): Makefile
 	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0
+	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0 import-linter==2.17
 	touch $@
 
 clean:

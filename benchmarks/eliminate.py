@@ -24,7 +24,7 @@ TOKENS = 2048
 MEMORY = """
 import torch
 from pathlib import Path
-from a3.linalg import eliminate
+from a3.numerics.linalg import eliminate
 def peak():
     # Of this process alone; ru_maxrss counts its parent's.
     lines = Path("/proc/self/status").read_text().splitlines()

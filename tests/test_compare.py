@@ -253,7 +253,7 @@ def test_the_report_says_its_commit_and_whether_it_was_changed(tmp_path, monkeyp
     package.mkdir()
     (package / "__init__.py").write_text("")
     (tmp_path / "other").write_text("")
-    monkeypatch.setattr(a3.stages.report, "PACKAGE", package)
+    monkeypatch.setattr(a3.report.page, "PACKAGE", package)
     assert checkout() is None
     git("init", "-q")
     git("add", "other")

@@ -18,7 +18,7 @@ def nearest(x, values):
 
 
 def block_of(numbers, width):
-    """Block floating point, as a3.formats defines it."""
+    """Block floating point, as a3.numerics.formats defines it."""
     peak, e = max(map(abs, numbers)), -127
     while peak > Fraction(2) ** e and e < 128:
         e += 1

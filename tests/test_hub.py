@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 RUN = """
 import json, sys, time
 from pathlib import Path
-from a3.errors import A3Error
-from a3.stages.model import resolve_model
-from a3.files import read_record
-from a3.stages.text import documents, make_documents
+from a3.core.errors import A3Error
+from a3.stages.inputs.model import resolve_model
+from a3.core.files import read_record
+from a3.stages.inputs.text import documents, make_documents
 time.sleep = lambda seconds: None  # between the hub client's five tries
 for job, source in json.loads(sys.argv[1]):
     try:

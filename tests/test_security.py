@@ -28,7 +28,7 @@ from a3.experiments.rows import read_experiments
 from a3.models import modeling_a3
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model, load_tokenizer
-from a3.stages.inputs import sources
+from a3.stages.inputs import wheels
 from a3.stages.inputs.convert import convert
 from a3.stages.inputs.model import resolve_model
 
@@ -386,7 +386,7 @@ def test_a_wheels_member_lands_nowhere_else(tmp_path, name, as_glob):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(name, "evil")
     member = f"*{Path(name).name}" if as_glob else name
-    target = sources.extract_member(wheel, member, inside)
+    target = wheels.extract_member(wheel, member, inside)
     assert target.resolve().parent == inside.resolve()
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == {wheel, target}
     assert not Path("/tmp/a3-evil.gguf").exists()
@@ -399,7 +399,7 @@ def test_a_member_that_is_no_file_name_is_refused(tmp_path, member):
             archive.writestr(name, "evil")
     (tmp_path / "in").mkdir()
     with pytest.raises(A3Error, match=r"must name one file"):
-        sources.extract_member(tmp_path / "toy.whl", member, tmp_path / "in")
+        wheels.extract_member(tmp_path / "toy.whl", member, tmp_path / "in")
     assert not list((tmp_path / "in").iterdir())
 
 

@@ -20,7 +20,7 @@ class Place:
     ov: str = DENSE
     mlp: str = DENSE
     ratio: str = "0"
-    # What it was quantised by then (a3.recipes).
+    # What it was quantised by then (a3.solutions.recipes).
     quantise: str = PLAIN
 
     @property
@@ -106,7 +106,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SurgeryPlace(Place):
-    """Names one row of the surgeries; `size` is as a3.surgery.parse_size reads it."""
+    """Names one row of the surgeries; `size` is as a3.solutions.surgeries.parse_size reads it."""
 
     mode: str = DENSE
     size: str = ""

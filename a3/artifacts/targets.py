@@ -2,7 +2,7 @@
 
 The command line looks before it computes anything. A file may be written where there is none, or
 one that carries the stage's seal: a record, statistics, or a file that the record beside it names
-and that did not change since. A folder likewise (a3.files.whole_folder, which looks once more).
+and that did not change since. A folder likewise (`whole_folder` looks once more).
 Whatever carries no seal (.csv, .md, .html, .gguf, .whl) is never written over.
 """
 

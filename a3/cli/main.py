@@ -28,7 +28,7 @@ EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise"))
 
 SURGERIES = values.rows("model", "calibration", "mode", "size", others=())
 
-# The keys of a3.documents.JOINS.
+# The keys of a3.texts.blocks.JOINS.
 JOINS = ("empty-line", "space", "nothing")
 
 # What every command reads as a text.

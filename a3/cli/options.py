@@ -143,7 +143,7 @@ def mapping(word: str) -> dict[str, Any]:
     return found
 
 
-# What the workflow says of each job that it plans (a3.stages.forecast.Job).
+# What the workflow says of each job that it plans (a3.jobs.forecast.Job).
 JOBS = {
     "collect": ("kinds", "tokens", "block_length", "dtype"),
     "allocate": ("row",),

@@ -1,7 +1,7 @@
 """a3 plan: memory, disk, FLOPs and time of jobs, from a model's shapes, before anything runs.
 
-Memory and FLOPs are those of a3.cost. Time is by the clock of this machine: one layer of the model
-with made-up weights is run and solved here once, and multiplied.
+Memory and FLOPs are those of `a3.models.cost`. Time is by this machine's clock: one layer of the
+model with made-up weights is run and solved here once, and multiplied.
 """
 
 import shutil

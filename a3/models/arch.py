@@ -83,7 +83,7 @@ class Arch:
         return {together[0]: (d, n * len(together)) for together in fused} | {"down": (n, d)}
 
     def heads_of(self, site: str) -> int:
-        """Heads of an activation that statistics look at (a3.kinds.Kind)."""
+        """Heads of an activation that statistics look at (a3.rxx.kinds.Kind)."""
         return heads_of(site, vars(self))
 
     def statistic_shape(self, kind: Kind) -> tuple[int, ...]:

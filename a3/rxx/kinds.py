@@ -17,9 +17,9 @@ class Kind:
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
     diagonal (Σ x²), abs (Σ |x|), mean (Σ x), or peak, which is no sum: the largest of the means of
     |x| that blocks of text have. Of the form fisher, gradients are looked at: Σ over blocks of the
-    squared gradients of weights, summed over each row (a3.stages.fisher). Likewise of the forms
+    squared gradients of weights, summed over each row (collect.fisher). Likewise of the forms
     gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query head, by a
-    complex factor of each RoPE pair; a3.stages.gradients).
+    complex factor of each RoPE pair; collect.gradients).
     """
 
     site: str

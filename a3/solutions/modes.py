@@ -41,7 +41,7 @@ NO_RATIO = "-"
 # of inputs of the same mean square that have nothing in common (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
-# Behind a mode: its size is an average, shared out over layers and parts (a3.stages.allocate).
+# Behind a mode: its size is an average, shared out over layers and parts (`a3 allocate`).
 SHARED = "~"
 
 # The modes that can be: they say what the model loses at each rank, in the same unit.
@@ -101,7 +101,7 @@ def two_factors(part: str, metrics: dict[str, str] | None = None) -> Mode:
 
 
 # Which statistic is the metric of a matrix's input. With less output than input, that of the output
-# says as much (a3.linalg.two_factors), and is smaller.
+# says as much (a3.numerics.linalg.two_factors), and is smaller.
 METRICS: dict[str, dict[str, str] | None] = {
     "svd": None,
     "fwsvd": dict.fromkeys("qkv", "attention_fisher")

@@ -2,7 +2,7 @@
 
 Solutions of different layers know nothing of each other but what the statistics of all say, so that
 one checkpoint can be made in several parts, each a run of layers, by as many jobs;
-a3.stages.assemble makes a folder of them.
+a3.stages.approx.assemble makes a folder of them.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def approximate(
     """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
-    parts that share out a ratio from `allocation` (a3.stages.allocate). Beside weights,
+    parts that share out a ratio from `allocation` (a3.stages.approx.allocate). Beside weights,
     config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
     Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.

@@ -36,7 +36,7 @@ Matrix = tuple[int, str]
 def surgery(model_folder: Path, rxx_folder: Path | None, mode: str, size: Size, out: Path) -> None:
     """Operate on a model and write a Hugging Face folder of its own family, whole or not at all.
 
-    Every set of components (a3.surgery: a matrix's, a layer's or the model's) keeps as many as
+    Every set of components (of a matrix, a layer or the model) keeps as many as
     explain one share of the variance: the size's, or the largest for which so many parameters are
     enough. Biases stay. Beside the files of the dense folder it writes approx.json (components,
     errors, parameters if the factors were stored, provenance) and timing.json. Raises A3Error for

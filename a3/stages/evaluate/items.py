@@ -1,4 +1,4 @@
-"""The task that lm-evaluation-harness runs on items made by a3.stages.text: all of it is local."""
+"""The task that lm-evaluation-harness runs on items of `a3 items`: all of it is local."""
 
 import json
 from pathlib import Path

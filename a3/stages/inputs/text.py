@@ -109,7 +109,7 @@ def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Docu
 def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:
     """Documents of a text: `source`, and optionally `format` and `min_chars`.
 
-    A file is what its name says, as everywhere (a3.reading), unless `format` says otherwise:
+    A file is what its name says, as everywhere (a3.texts.reading), unless `format` says otherwise:
     doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}), text (each
     file one document, whatever it holds), lines (each line one), jsonl (JSON of records), dataset
     (records, as the name says; of a hub data set its rows). Of records `column` of the source
