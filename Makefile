@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines plus stock surgery lqer test test-cluster test-report test-runtimes lint clean
+.PHONY: run full attention baselines plus stock surgery lqer docs test test-cluster test-report test-runtimes lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -51,7 +51,10 @@ test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root an
 test-runtimes: $(READY)  ## exports in the real llama.cpp, which a wheel holds
 	tests/runtimes/run
 
-lint: $(READY) $(LINT)
+docs: $(LINT)  ## the documentation as a site, site/index.html; needs no network to read
+	NO_MKDOCS_2_WARNING=1 .venv-lint/bin/mkdocs build --strict --quiet
+
+lint: $(READY) $(LINT) docs
 	ruff check
 	ruff format --check
 	.venv-lint/bin/snakefmt --check --compact-diff Snakefile workflow
@@ -67,8 +70,8 @@ $(READY): requirements.lock pyproject.toml
 # snakefmt wants other versions of its libraries than snakemake has.
 $(LINT): Makefile
 	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0 import-linter==2.17
+	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0 import-linter==2.17 mkdocs-material==9.8.2
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lint .venv-runtimes
+	rm -rf .venv .venv-lint .venv-runtimes site

@@ -1,6 +1,6 @@
 """Write docs/reference/: what the code itself knows. A test fails where the pages differ from it.
 
-    python docs/generate.py
+python docs/generate.py
 """
 
 import argparse
@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from a3.cli.main import parser
 from a3.core.files import load_yaml
@@ -47,11 +48,11 @@ def first_paragraph(thing: Any) -> str:
 
 def command_line() -> str:
     """Every command with its help."""
-    # The width that argparse wraps to.
-    os.environ["COLUMNS"] = "100"
     text = f"{MADE}# Command line\n\n"
-    for one in commands(parser()):
-        text += f"## {one.prog}\n\n```text\n{one.format_help()}```\n\n"
+    # The width that argparse wraps to.
+    with patch.dict(os.environ, COLUMNS="100"):
+        for one in commands(parser()):
+            text += f"## {one.prog}\n\n```text\n{one.format_help()}```\n\n"
     return text
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -102,12 +101,3 @@ def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys, monke
     # A second run into the same folder is refused before any work.
     assert main([*command, "--text", text, *blocks]) == 1
     assert "exists already" in capsys.readouterr().err
-
-
-def test_the_readme_names_only_commands_that_exist():
-    """Other tests run them; here each `a3 …` line of the README has to parse."""
-    lines = re.findall(r"^ {4}(a3 .*)$", README, re.MULTILINE)
-    assert len(lines) >= 5
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        assert parser().parse_args(words[1:])

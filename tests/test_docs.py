@@ -109,7 +109,9 @@ def test_the_reference_pages_are_what_the_code_says():
     from generate import pages
 
     for name, text in pages().items():
-        assert (ROOT / "docs/reference" / name).read_text() == text, f"python docs/generate.py: {name}"
+        assert (ROOT / "docs/reference" / name).read_text() == text, (
+            f"python docs/generate.py: {name}"
+        )
 
 
 def test_the_readme_is_one_screen():
