@@ -68,8 +68,9 @@ def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
 def configuration() -> str:
     """Every key of a configuration, from the schema."""
     schema = load_yaml(SCHEMA)
-    text = f"{MADE}# Configuration\n\nEvery key of `config.yaml`. A key in angle brackets is a name.\n\n"
-    return text + table(["key", "type", "default", "meaning"], list(keys(schema, schema, "")))
+    text = f"{MADE}# Configuration\n\nEvery key of `config.yaml`; `<name>` stands for any name.\n\n"
+    rows = list(keys(schema, schema, ""))
+    return text + table(["key", "type", "default", "meaning"], rows)
 
 
 def keys(node: dict[str, Any], schema: dict[str, Any], path: str) -> Iterator[list[str]]:
