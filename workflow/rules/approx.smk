@@ -61,7 +61,9 @@ rule approx:
         rxx=RXX,
         allocation=lambda wildcards, input: [f"--allocation={path}" for path in input.allocation],
         out=approx_output,
-        stale=lambda wildcards, output: Path(output.approx).parent if "approx" in output.keys() else [],
+        stale=lambda wildcards, output: (
+            Path(output.approx).parent if "approx" in output.keys() else []
+        ),
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approx.approximate"),
     shell:

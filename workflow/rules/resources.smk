@@ -5,7 +5,18 @@ On one machine nothing of it limits anything.
 
 import errno
 
-from a3.models.cost import DECODE_ROWS, approx_cost, collect_cost, gather_cost, harness_cost, merge_cost, perplexity_cost, shapes, speed_cost, surgery_cost
+from a3.models.cost import (
+    DECODE_ROWS,
+    approx_cost,
+    collect_cost,
+    gather_cost,
+    harness_cost,
+    merge_cost,
+    perplexity_cost,
+    shapes,
+    speed_cost,
+    surgery_cost,
+)
 from a3.core.files import read_record
 
 # Tokens of a prompt, at least so many are asked for.
