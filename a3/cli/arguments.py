@@ -109,13 +109,21 @@ def is_there(path: Path) -> bool:
         return False
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default where there is one, and the help does not say it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, False, [], {}) or "default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 def add(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
     """One command."""
     one = commands.add_parser(
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     one.set_defaults(command=command)
     return one

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         description="Makes transformer language models smaller without training.",
         epilog="In one go: a3 compress MODEL --ratio 0.2 -o FOLDER. Tables: snakemake (README.md).",
     )
+    top.add_argument("--version", action="version", version=f"a3 {version('a3')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for wing in (compress, evaluate, export, inputs, collect, report, jobs):
         wing.add_commands(commands)
