@@ -1,6 +1,6 @@
 """Draw docs/perplexity.png, the README's figure, from the table of docs/modes.md.
 
-    python docs/figure.py
+python docs/figure.py
 """
 
 import re

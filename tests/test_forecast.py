@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from a3.cli.main import main
 from a3.core import memory
 from a3.core.errors import A3Error
-from a3.jobs import forecast
+from a3.jobs import forecast, trial
 from a3.jobs.forecast import Job, stages_of
-from a3.jobs.trial import Trial
+from a3.jobs.trial import START, Trial
 from a3.models.arch import describe, sketch
 
 ROW = {"qk": "dense", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.25"}
@@ -34,7 +34,7 @@ def test_config_json_is_enough_for_every_family(tmp_path, variant):
     assert guess.to_json() | {"weights_sha256": known.weights_sha256} == known.to_json()
     for estimate in forecast.forecast(stages_of(tmp_path / "dense", ROW, SETTINGS)):
         assert estimate.flops > 0
-        assert forecast.START < estimate.seconds < forecast.START + 60
+        assert START < estimate.seconds < START + 60
 
 
 def test_sizes_are_those_of_the_files(tmp_path):
@@ -104,7 +104,7 @@ def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, mo
     tiny_llama(tmp_path / "dense")
     job = Job(str(tmp_path / "dense"), "collect", SETTINGS | {"threads": 1, "kinds": ["v_blocks"]})
     (resident,) = forecast.forecast([job])
-    monkeypatch.setattr(forecast, "memory_at_hand", lambda: 100)
+    monkeypatch.setattr(trial, "memory_at_hand", lambda: 100)
     (streamed,) = forecast.forecast([job])
     assert streamed.memory < resident.memory
     assert streamed.disk - resident.disk == 512 * 64 * 4  # hidden states

@@ -148,7 +148,7 @@ def test_every_file_of_a_text_is_one_of_its_inputs(tmp_path, capsys, name):
     text = json.dumps({"source": source, "format": "text"})
     run("text", text, "-o", tmp_path / "results/texts/pages/docs.jsonl")
     before = marks(local_inputs("texts", source))
-    add(tmp_path / "pages/notes.md")
+    add(tmp_path / "pages/notes.log")
     assert marks(local_inputs("texts", source)) == before
     assert verified(tmp_path / "results", capsys) == ""
     TEXTS[name](tmp_path / "pages")

@@ -19,8 +19,10 @@ from a3.core.files import read_record, write_record
 from a3.jobs.forecast import Job, forecast
 from a3.models.arch import sketch
 from a3.models.cost import speed_cost
+from a3.models.load import load_model
 from a3.models.sizes import sizes
 from a3.stages.evaluate import speed as stage
+from a3.stages.evaluate.speed_summary import compared
 
 SHORT = ["--prompt", "6", "--new-tokens", "3", "--batch", "2", "--repeats", "2"]
 PLACE = dict(zip(("calibration", "qk", "ov", "mlp", "ratio"), (
@@ -93,7 +95,7 @@ def buffers(model, results):
     """Bytes that are no parameters: RoPE's frequencies and the kept pairs."""
     compressed = "/checkpoints/" in model["name"]
     folder = results / "checkpoints" / TAIL if compressed else results / "models/tiny"
-    loaded = stage.load_model(folder, "float32")
+    loaded = load_model(folder, "float32")
     return sum(buffer.nbytes for buffer in loaded.buffers())
 
 
@@ -145,7 +147,7 @@ def test_ratios_are_taken_within_a_repeat():
 
     # The machine slows down; the second model takes half as long throughout.
     models = [model("dense", [8.0, 4.0, 1.0]), model("small", [16.0, 8.0, 2.0])]
-    dense, small = stage.compared({"attention": ["sdpa"], "models": models})
+    dense, small = compared({"attention": ["sdpa"], "models": models})
     assert (dense["prefill_ratio"], dense["prefill_ratio_iqr"]) == (1, 0)
     assert (small["prefill_ratio"], small["prefill_ratio_iqr"]) == (2, 0)
 

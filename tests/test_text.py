@@ -18,7 +18,7 @@ from tiny import tiny_tokenizer
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json, sha256
-from a3.core.provenance import PACKAGE
+from a3.experiments.config import CATALOGUE
 from a3.stages.evaluate.items import task_config
 from a3.stages.inputs.items import harness_items
 from a3.stages.inputs.split import exclude_and_split
@@ -369,7 +369,7 @@ def test_no_bos_is_an_error(some):
 
 
 def test_the_catalogue_is_whole():
-    catalogue = yaml.safe_load((PACKAGE / "catalogue.yaml").read_text())
+    catalogue = yaml.safe_load(CATALOGUE.read_text())
     assert set(catalogue) == {"models", "texts", "perplexity", "harness", "quantisations"}
     for entry in [*catalogue["models"].values(), *catalogue["texts"].values()]:
         assert entry["licence"]
