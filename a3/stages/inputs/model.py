@@ -92,8 +92,8 @@ def resolve_model(
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, by its name."""
-    return path.suffix.lower() == GGUF
+    """Whether a path is that of a GGUF file, by its name, and no folder."""
+    return path.suffix.lower() == GGUF and not path.is_dir()
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
