@@ -442,6 +442,9 @@ def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
 ALL_KEYS = {
     "general.type": "model",
     "general.name": "a name",
+    "general.tags": ["a tag"],
+    "general.file_type": 0,
+    "general.quantization_version": 2,
     "general.alignment": 32,
     "split.count": 1,
     "split.no": 0,
@@ -461,6 +464,9 @@ ALL_KEYS = {
     "llama.attention.sliding_window": 512,
     "llama.expert_count": 0,
     "llama.vocab_size": 300,
+    "llama.nextn_predict_layers": 0,
+    "llama.tensor_data_layout": "as it is",
+    "tokenizer.ggml.eot_token_id": 1,
     "tokenizer.chat_template": "plain",
     "tokenizer.chat_template.tools": "tools",
     "tokenizer.chat_templates": ["tools"],
@@ -493,9 +499,8 @@ def another_kind(key, good):
 
 def seen(file):
     """All that the header says of a model."""
-    tokenizer = tokenizer_of(file)
+    config, tokenizer = config_of(file).to_dict(), tokenizer_of(file)
     own = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    config = config_of(file).to_dict()
     return json.dumps([config, *own, tokenizer.special_tokens_map], sort_keys=True)
 
 

@@ -79,6 +79,7 @@ FILE = {
 
 # Of its architecture, by names without it.
 OWN = {
+    "vocab_size": COUNT,
     "context_length": COUNT,
     "embedding_length": COUNT,
     "block_count": COUNT,
@@ -86,13 +87,17 @@ OWN = {
     "attention.head_count": COUNT,
     "attention.head_count_kv": COUNT,
     "attention.key_length": COUNT,
+    "attention.value_length": COUNT,
+    "attention.causal": BOOL,
+    # llama.cpp takes 0 as the usual one.
+    "attention.scale": NOT_NEGATIVE,
     "attention.layer_norm_epsilon": POSITIVE,
     "attention.layer_norm_rms_epsilon": POSITIVE,
     "attention.sliding_window": WHOLE,
     "attn_logit_softcapping": POSITIVE,
     "final_logit_softcapping": NOT_NEGATIVE,
-    "expert_count": COUNT,
-    "expert_used_count": COUNT,
+    "expert_count": WHOLE,
+    "expert_used_count": WHOLE,
     "expert_feed_forward_length": COUNT,
     "rope.dimension_count": COUNT,
     "rope.freq_base": POSITIVE,
@@ -103,6 +108,11 @@ OWN = {
     "rope.scale_linear": NOT_NEGATIVE,
     "rope.scaling.attn_factor": POSITIVE,
     "rope.scaling.original_context_length": COUNT,
+    "rope.scaling.finetuned": BOOL,
+    "rope.scaling.yarn_beta_fast": POSITIVE,
+    "rope.scaling.yarn_beta_slow": POSITIVE,
+    "nextn_predict_layers": WHOLE,
+    "use_parallel_residual": BOOL,
 }
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from a3.core.errors import A3Error
 from a3.models import gguf_rope
 from a3.models.gguf import Gguf
+from a3.models.gguf_kinds import OWN
 from a3.models.gguf_rope import rope_parameters
 
 # A bias of a layer.
@@ -161,10 +162,10 @@ def stablelm(file: Gguf, head_dim: int) -> dict[str, Any]:
 def qwen3moe(file: Gguf, head_dim: int) -> dict[str, Any]:
     """Experts in every layer; llama.cpp makes the weights of those that are taken sum to 1."""
     experts, taken = file.needed("expert_count"), file.needed("expert_used_count")
-    if taken > experts:
+    if not 1 <= taken <= experts:
         raise A3Error(
-            f"{file.path}: {file.architecture}.expert_used_count is {taken}, of {experts} experts. "
-            "Fetch it again."
+            f"{file.path}: {file.architecture}.expert_used_count is {taken}, and "
+            f"{file.architecture}.expert_count {experts}. Fetch it again."
         )
     return {
         "num_experts": experts,
@@ -282,12 +283,14 @@ def refuse_others(file: Gguf, known: Architecture, head_dim: int) -> None:
     prefix = f"{file.architecture}."
     for key, value in file.values.items():
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or name in used:
+        if not key.startswith(prefix):
+            continue
+        if name in OWN:
+            file.own(name)
+        if name in used:
             continue
         # A window as long as the context hides nothing.
-        harmless = name == WINDOW and (
-            file.own(name) == 0 or value >= file.needed("context_length")
-        )
+        harmless = name == WINDOW and (value == 0 or value >= file.needed("context_length"))
         if not harmless and not any(close(value, one) for one in expected.get(name, ())):
             raise A3Error(
                 f"{file.path}: {key} is {repr(value)[:60]}, which a3 does not read into a model of "

@@ -67,7 +67,9 @@ def sentencepiece(file: Gguf) -> PreTrainedTokenizerBase:
         found = file.of_file(f"tokenizer.ggml.{name}", spelled)
         if len(found) != len(spelled):
             raise refusal(
-                file, f"tokenizer.ggml.{name} has {len(found)} numbers for {len(spelled)} tokens"
+                file,
+                f"tokenizer.ggml.{name} has {len(found)} numbers for the {len(spelled)} of "
+                "tokenizer.ggml.tokens",
             )
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / file.path.name).symlink_to(file.path.resolve())
@@ -111,7 +113,8 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
     if len(types) != len(tokens):
         raise refusal(
             file,
-            f"tokenizer.ggml.tokens has {len(tokens)}, and tokenizer.ggml.token_type {len(types)} of them",
+            f"tokenizer.ggml.token_type has {len(types)} numbers for the {len(tokens)} of "
+            "tokenizer.ggml.tokens",
         )
     spelled = {
         number: token
@@ -123,7 +126,8 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
     if len(vocabulary) != len(spelled) or any(len(pair) != 2 for pair in pairs):
         raise refusal(
             file,
-            "one of tokenizer.ggml.tokens stands twice, or one of tokenizer.ggml.merges is not of two tokens",
+            "one of tokenizer.ggml.tokens stands twice, or one of tokenizer.ggml.merges is not of "
+            "two tokens",
         )
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rules.whole))
