@@ -636,6 +636,13 @@ def test_parts_of_a_head_and_experts_are_as_many_as_there_are(tmp_path):
             config_of(replaced(file, f"{arch}.{key}", value))
 
 
+def test_each_token_has_a_row(plain):
+    file = read_gguf(plain / "model.gguf")
+    tokens = [*file.values["tokenizer.ggml.tokens"], "more"]
+    with pytest.raises(A3Error, match=r"ggml\.tokens has 301, and token_embd.weight 300 rows"):
+        config_of(replaced(file, "tokenizer.ggml.tokens", tokens))
+
+
 def test_a_folder_is_a_folder_whatever_its_name(plain, tmp_path, capsys):
     folder = shutil.copytree(plain / "hf", tmp_path / "x.gguf")
     run("model", folder, "-o", tmp_path / "x")

@@ -253,10 +253,15 @@ def head_size(file: Gguf) -> int:
 
 
 def vocabulary_size(file: Gguf) -> int:
-    """Rows of the embedding."""
+    """Rows of the embedding; raises A3Error for fewer than tokens."""
     place = file.tensors.get("token_embd.weight")
     if place is None:
         raise A3Error(f"{file.path}: no tensor token_embd.weight. Fetch it again.")
+    if (tokens := len(file.of_file("tokenizer.ggml.tokens", []))) > place.shape[0]:
+        raise A3Error(
+            f"{file.path}: tokenizer.ggml.tokens has {tokens}, and token_embd.weight "
+            f"{place.shape[0]} rows. Fetch it again."
+        )
     return place.shape[0]
 
 
