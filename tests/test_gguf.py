@@ -491,7 +491,7 @@ def another_kind(key, good):
         number = isinstance(value, int | float) and isinstance(good, int | float)
         zero = number and value == 0 and key.endswith(MAY_BE_ZERO)
         # Another number of the same kind.
-        large = type(good) in (int, float) and value == 2**40 and not key.endswith("_token_id")
+        large = type(good) is float and value == 2**40
         half = type(good) is float and value == 0.5
         if not (text_or_bool or text_list or zero or large or half):
             yield value
@@ -587,6 +587,17 @@ def test_templates_whose_names_are_no_files_are_refused(plain, tmp_path, capsys,
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "templates", [3, {"a": 3}, [{"name": 3, "template": "x"}], [{"name": "default", "template": 3}]]
+)
+def test_templates_that_are_no_text_are_refused(plain, tmp_path, capsys, templates):
+    dense = shutil.copytree(plain / "hf", tmp_path / "dense")
+    path = dense / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    assert main(["export", "gguf", str(dense), "-o", str(tmp_path / "out.gguf")]) == 1
+    assert "chat_template is" in capsys.readouterr().err
+
+
 SHORT_LONG = {f"rope_factors_{name}.weight": FACTORS for name in ("short", "long")}
 NO_VALUES = {
     "factor": ({FACTOR: float("nan")}, {}, "llama.rope.scaling.factor is nan"),
@@ -605,6 +616,7 @@ NO_VALUES = {
     "epsilon": (
         {"llama.attention.layer_norm_rms_epsilon": float("inf")}, {}, "rms_epsilon is inf",
     ),
+    "a length of 64 bits": ({"llama.context_length": 2**40}, {}, "context_length is 1099"),
     "heads": ({"llama.attention.head_count": 4.0}, {}, "head_count is 4.0, expected a whole"),
     "a template": ({"tokenizer.chat_template": 3}, {}, "chat_template is 3, expected text"),
     "templates": ({"tokenizer.chat_templates": "x"}, {}, "'x', expected a list of text"),

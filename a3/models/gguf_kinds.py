@@ -43,8 +43,15 @@ def list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(holds, value))
 
 
-COUNT = Kind("a whole number above 0", lambda value: integer(value) and value > 0)
-WHOLE = Kind("a whole number, 0 or above", lambda value: integer(value) and value >= 0)
+# llama.cpp reads them in 32 bits.
+MOST = 2**32 - 1
+
+COUNT = Kind(
+    "a whole number above 0, of 32 bits", lambda value: integer(value) and 0 < value <= MOST
+)
+WHOLE = Kind(
+    "a whole number, 0 or above, of 32 bits", lambda value: integer(value) and 0 <= value <= MOST
+)
 POSITIVE = Kind("a finite number above 0", lambda value: finite(value) and value > 0)
 NOT_NEGATIVE = Kind("a finite number, 0 or above", lambda value: finite(value) and value >= 0)
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))

@@ -89,8 +89,14 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
 
 
 def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None, folder: Path) -> None:
-    """Write chat templates, one or several by their names; A3Error for a name of no file."""
-    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    """Write chat templates, one or several by their names; A3Error where one is no
+    text, or its name could be no file's."""
+    named = dict(templates) if isinstance(templates, dict) else {"default": templates or ""}
+    if not all(isinstance(one, str) for pair in named.items() for one in pair):
+        raise A3Error(
+            f"{folder}: chat_template is {templates!r}, expected text, or texts by their names. "
+            "Correct tokenizer_config.json."
+        )
     if default := named.pop("default", None):
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, default)
     if named:
