@@ -127,6 +127,13 @@ def stored_as(arch, name, value, heads, groups, names):
     )
 
 
+def value_type(value):
+    """The type that a value is written in."""
+    if type(value) is not int or value < 0:
+        return GGUFValueType.get_type(value)
+    return GGUFValueType.UINT32 if value < 2**32 else GGUFValueType.UINT64
+
+
 def changed(source: Path, out: Path, keys=None, tensors=None, without=()) -> Path:
     """A copy of a GGUF file with other values of `keys`, more `tensors`, `without` some of both."""
     reader = GGUFReader(source)
@@ -140,8 +147,8 @@ def changed(source: Path, out: Path, keys=None, tensors=None, without=()) -> Pat
     for name, value in (keys or {}).items():
         if name == "general.architecture":
             continue
-        kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
-        inner = GGUFValueType.get_type(value[0]) if kind == GGUFValueType.ARRAY else None
+        kind = value_type(value)
+        inner = value_type(value[0]) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(name, value, kind, inner)
     stored = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     for name, value in (stored | (tensors or {})).items():

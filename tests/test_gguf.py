@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import a3  # noqa: F401
 from a3.cli.main import main
 from a3.core.errors import A3Error
-from a3.models.gguf import read_gguf
+from a3.models.gguf import read_gguf, require_whole_model
 from a3.models.gguf_rules import NAMES, RULES, SAME
 from a3.models.stock import llama_cpp_cache
 from a3.solutions.modes import choose
@@ -402,8 +403,8 @@ def test_digits_are_cut_as_smollms_file_says(plain, tmp_path):
     assert RULES["smollm"].steps[0] == "single digits"
 
 
-@pytest.mark.parametrize("spaced", [True, False])
-def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
+def sentencepiece(plain, out, **more):
+    """The plain file with SentencePiece."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
     tokens += [f"x{i}" for i in range(300 - len(tokens))]
     keys = {
@@ -415,12 +416,18 @@ def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_space_prefix": spaced,
+        "tokenizer.ggml.add_space_prefix": True,
     }
     lost = [f"tokenizer.ggml.{name}" for name in ("merges", "add_bos_token", "padding_token_id")]
+    return changed(plain / "model.gguf", out, keys | more, without=lost)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
     # Another tokenizer beside the file, which transformers would take.
     shutil.copy(plain / "hf/tokenizer.json", tmp_path)
-    path = changed(plain / "model.gguf", tmp_path / "x.gguf", keys, without=lost)
+    more = {"tokenizer.ggml.add_space_prefix": spaced}
+    path = sentencepiece(plain, tmp_path / "x.gguf", **more)
     run("model", path, "-o", tmp_path / "x")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x")
     one, two = ["▁a"], ["▁", "▁a"]
@@ -428,6 +435,237 @@ def test_sentencepiece_is_read_from_the_file_alone(plain, tmp_path, spaced):
         ids = tokenizer(text).input_ids
         assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *expected]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+# --- keys of another kind -------------------------------------------------------------------------
+
+ALL_KEYS = {
+    "general.type": "model",
+    "general.name": "a name",
+    "general.tags": ["a tag"],
+    "general.file_type": 0,
+    "general.quantization_version": 2,
+    "general.alignment": 32,
+    "split.count": 1,
+    "split.no": 0,
+    TYPE: "yarn",
+    FACTOR: 4.0,
+    "llama.rope.scale_linear": 4.0,
+    "llama.rope.freq_base": 1e4,
+    "llama.rope.scaling.attn_factor": 1.25,
+    "llama.rope.scaling.original_context_length": 128,
+    "llama.rope.scaling.finetuned": True,
+    "llama.rope.scaling.yarn_beta_fast": 32.0,
+    "llama.rope.dimension_count": 16,
+    "llama.attention.key_length": 16,
+    "llama.attention.value_length": 16,
+    "llama.attention.causal": True,
+    "llama.attention.scale": 0.25,
+    "llama.attention.sliding_window": 512,
+    "llama.expert_count": 0,
+    "llama.vocab_size": 300,
+    "llama.nextn_predict_layers": 0,
+    "llama.tensor_data_layout": "as it is",
+    "tokenizer.ggml.eot_token_id": 1,
+    "tokenizer.chat_template": "plain",
+    "tokenizer.chat_template.tools": "tools",
+    "tokenizer.chat_templates": ["tools"],
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+OTHER_VALUES = (
+    *("x", True, [1], ["x"], [0.5], 0, -1, -(2**31), 2**40, 0.0, -4.0, 0.5),
+    *(float("nan"), float("inf"), float("-inf")),
+)
+# 0 is a token's number, or says that there is no such thing.
+MAY_BE_ZERO = ("_token_id", "split.count", "split.no", "scaling.factor", "scale_linear")
+MAY_BE_ZERO += ("final_logit_softcapping", "sliding_window")
+
+
+def another_kind(key, good):
+    """Values that a key cannot have, or that say the same."""
+    if type(good) is int:
+        yield float(good)
+    for value in OTHER_VALUES:
+        text_or_bool = type(value) is type(good) and isinstance(value, str | bool)
+        text_list = value == ["x"] and key == "tokenizer.chat_templates"
+        number = isinstance(value, int | float) and isinstance(good, int | float)
+        zero = number and value == 0 and key.endswith(MAY_BE_ZERO)
+        # Another number of the same kind.
+        large = type(good) is float and value == 2**40
+        half = type(good) is float and value == 0.5
+        if not (text_or_bool or text_list or zero or large or half):
+            yield value
+
+
+def seen(file):
+    """All that the header says of a model."""
+    require_whole_model(file)
+    file.of_file("general.alignment")
+    config, tokenizer = config_of(file).to_dict(), tokenizer_of(file)
+    own = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    return json.dumps([config, *own, tokenizer.special_tokens_map], sort_keys=True)
+
+
+def same(key, value, expected, read):
+    """Whether a value changes nothing; fails unless it does, or is refused by its key's name."""
+    try:
+        assert read() == expected, (key, value)
+    except A3Error as error:
+        assert key in str(error), (key, value, error)  # noqa: PT017
+        return False
+    return True
+
+
+@pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
+def full(request, plain, tmp_path_factory):
+    """A file that has every key that is read, and what it says."""
+    path = tmp_path_factory.mktemp(request.param) / "model.gguf"
+    if request.param == "bytes":
+        changed(plain / "model.gguf", path, ALL_KEYS)
+    else:
+        sentencepiece(plain, path, **ALL_KEYS)
+    return path, seen(read_gguf(path))
+
+
+def test_no_key_is_taken_with_a_value_of_another_kind(full, tmp_path):
+    path, expected = full
+    file = read_gguf(path)
+    # What is no fault in the header alone, read from files: one value of each key at a time.
+    files = [{} for _ in OTHER_VALUES]
+    for key, good in file.values.items():
+        harmless = (
+            value
+            for value in another_kind(key, good)
+            if same(key, value, expected, lambda v=value, k=key: seen(replaced(file, k, v)))
+        )
+        for values, value in zip(files, harmless, strict=False):
+            values[key] = value
+    for values in filter(None, files):
+        out = changed(path, tmp_path / "model.gguf", values)
+        assert seen(read_gguf(out)) == expected, values
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_key_of_an_architecture_is_taken_with_another_kind(tmp_path, arch):
+    file = read_gguf(tiny_gguf(tmp_path, arch))
+    expected = config_of(file).to_dict()
+    for key, good in file.values.items():
+        for value in another_kind(key, good) if key.startswith(f"{arch}.") else ():
+            other = replaced(file, key, value)
+            same(key, value, expected, lambda other=other: config_of(other).to_dict())
+
+
+def replaced(file, key, value):
+    """A header with another value."""
+    return replace(file, values=file.values | {key: value})
+
+
+@pytest.mark.parametrize("name", ["output_norm.bias", "output.bias", "blk.bias", "blk.0.bias"])
+def test_biases_that_are_of_no_layer_are_refused(plain, tmp_path, capsys, name):
+    path = changed(plain / "model.gguf", tmp_path / "x.gguf", {}, {name: MATRIX[0]})
+    assert main(["model", str(path), "-o", str(tmp_path / "x")]) == 1
+    assert f"{name} has no place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tool/use", "../x", "", ".x", "a\nb", "a\\b", "x" * 300])
+def test_templates_whose_names_are_no_files_are_refused(plain, tmp_path, capsys, name):
+    keys = {f"tokenizer.chat_template.{name}": "tools"}
+    path = changed(plain / "model.gguf", tmp_path / "x.gguf", keys)
+    assert main(["model", str(path), "-o", str(tmp_path / "x")]) == 1
+    assert f"the chat template {name!r} would be" in capsys.readouterr().err
+    dense = shutil.copytree(plain / "hf", tmp_path / "dense")
+    (dense / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((dense / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": "plain"},
+        {"name": name, "template": "tools"},
+    ]
+    (dense / "tokenizer_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out.gguf"
+    assert main(["export", "gguf", str(dense), "-o", str(out)]) == 1
+    assert f"the chat template {name!r} would be" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "templates", [3, {"a": 3}, [{"name": 3, "template": "x"}], [{"name": "default", "template": 3}]]
+)
+def test_templates_that_are_no_text_are_refused(plain, tmp_path, capsys, templates):
+    dense = shutil.copytree(plain / "hf", tmp_path / "dense")
+    path = dense / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": templates}))
+    assert main(["export", "gguf", str(dense), "-o", str(tmp_path / "out.gguf")]) == 1
+    assert "chat_template is" in capsys.readouterr().err
+
+
+SHORT_LONG = {f"rope_factors_{name}.weight": FACTORS for name in ("short", "long")}
+NO_VALUES = {
+    "factor": ({FACTOR: float("nan")}, {}, "llama.rope.scaling.factor is nan"),
+    "a factor of text": ({FACTOR: "4"}, {}, "llama.rope.scaling.factor is '4'"),
+    "attention": ({"llama.rope.scaling.attn_factor": 0.0}, {}, "attn_factor is 0.0"),
+    "base": ({"llama.rope.freq_base": -1.0}, {}, "llama.rope.freq_base is -1.0"),
+    "YaRN": ({TYPE: "yarn", FACTOR: -4.0}, {}, "llama.rope.scaling.factor is -4.0"),
+    "YaRN's length": (
+        {TYPE: "yarn", "llama.rope.scaling.original_context_length": 0}, {},
+        "original_context_length is 0",
+    ),
+    "LongRoPE's length": (
+        {TYPE: "longrope", "llama.rope.scaling.original_context_length": 0}, SHORT_LONG,
+        "original_context_length is 0",
+    ),
+    "epsilon": (
+        {"llama.attention.layer_norm_rms_epsilon": float("inf")}, {}, "rms_epsilon is inf",
+    ),
+    "a length of 64 bits": ({"llama.context_length": 2**40}, {}, "context_length is 1099"),
+    "heads": ({"llama.attention.head_count": 4.0}, {}, "head_count is 4.0, expected a whole"),
+    "a template": ({"tokenizer.chat_template": 3}, {}, "chat_template is 3, expected text"),
+    "templates": ({"tokenizer.chat_templates": "x"}, {}, "'x', expected a list of text"),
+    "BOS": ({"tokenizer.ggml.add_bos_token": "yes"}, {}, "'yes', expected true or false"),
+    "a token": ({"tokenizer.ggml.bos_token_id": 0.0}, {}, "bos_token_id is 0.0"),
+    "a huge token": ({"tokenizer.ggml.eos_token_id": 2**40}, {}, "eos_token_id is 10995116"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_VALUES)
+def test_values_that_are_none_leave_no_folder(plain, tmp_path, capsys, name):
+    keys, tensors, said = NO_VALUES[name]
+    path = changed(plain / "model.gguf", tmp_path / "x.gguf", keys, tensors)
+    assert main(["model", str(path), "-o", str(tmp_path / "x")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_parts_of_a_head_and_experts_are_as_many_as_there_are(tmp_path):
+    for arch, key, value in (
+        ("phi3", "rope.dimension_count", 18),
+        ("phi3", "rope.dimension_count", 7),
+        ("qwen3moe", "expert_used_count", 5),
+    ):
+        folder = tmp_path / f"{arch}{value}"
+        folder.mkdir()
+        file = read_gguf(tiny_gguf(folder, arch))
+        with pytest.raises(A3Error, match=f"{arch}.{key} is {value}"):
+            config_of(replaced(file, f"{arch}.{key}", value))
+
+
+def test_each_token_has_a_row(plain):
+    file = read_gguf(plain / "model.gguf")
+    tokens = [*file.values["tokenizer.ggml.tokens"], "more"]
+    with pytest.raises(A3Error, match=r"ggml\.tokens has 301, and token_embd.weight 300 rows"):
+        config_of(replaced(file, "tokenizer.ggml.tokens", tokens))
+
+
+def test_a_folder_is_a_folder_whatever_its_name(plain, tmp_path, capsys):
+    folder = shutil.copytree(plain / "hf", tmp_path / "x.gguf")
+    run("model", folder, "-o", tmp_path / "x")
+    assert torch.equal(logits(tmp_path / "x"), logits(folder))
+    (tmp_path / "empty.gguf").mkdir()
+    assert main(["model", str(tmp_path / "empty.gguf"), "-o", str(tmp_path / "y")]) == 1
+    assert "no config.json" in capsys.readouterr().err
+    inner = tmp_path / "outer/in.gguf"
+    inner.mkdir(parents=True)
+    assert main(["model", str(tmp_path / "outer"), "-o", str(tmp_path / "y")]) == 1
+    assert "Hugging Face's layout" in capsys.readouterr().err
 
 
 # --- what llama.cpp's quantised caches need -------------------------------------------------------

@@ -6,7 +6,7 @@ loop or allocate without end, or take the weights of another tensor. A GGUF file
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from a3.core.errors import A3Error
+from a3.models.gguf_kinds import FILE, OWN, TEMPLATE, TEXT, checked
 
 # Each scalar type of the header as struct has it.
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -103,11 +104,26 @@ class Gguf:
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the code that runs it."""
-        return self.values["general.architecture"]
+        return self.needed("general.architecture")
+
+    def of_file(self, key: str, default: Any = None) -> Any:
+        """A value of the file or its tokenizer; raises A3Error for one that is not of its kind."""
+        kind = TEXT if key.startswith(f"{TEMPLATE}.") else FILE[key]
+        return checked(self.path, key, self.values[key], kind) if key in self.values else default
 
     def own(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture, by its name without it."""
-        return self.values.get(f"{self.architecture}.{key}", default)
+        """A value of the architecture, by its name without it; raises A3Error as `of_file` does."""
+        kind, key = OWN[key], f"{self.architecture}.{key}"
+        return checked(self.path, key, self.values[key], kind) if key in self.values else default
+
+    def needed(self, key: str) -> Any:
+        """A value that has to be there, of the architecture or the file."""
+        value = self.of_file(key) if key in FILE else self.own(key)
+        if value is None:
+            name = key if key in FILE else f"{self.architecture}.{key}"
+            words = (FILE | OWN)[key].words
+            raise A3Error(f"{self.path}: {name} is missing, expected {words}. Fetch it again.")
+        return value
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, dequantised to float32; raises A3Error for one that is not finite."""
@@ -147,7 +163,10 @@ def read_gguf(path: Path) -> Gguf:
             values[key] = header.value(header.number("I"))
             if key.endswith(COUNTS) and not is_count(values[key], count):
                 raise header.fail(f"{key!r} is {values[key]}, and it has {count} tensors")
-        return Gguf(path, values, tensor_places(header, count, whole_model(path, values)))
+        file = Gguf(path, values, {})
+        require_whole_model(file)
+        alignment = file.of_file("general.alignment", 32)
+        return replace(file, tensors=tensor_places(header, count, alignment))
 
 
 def is_count(value: Any, most: int) -> bool:
@@ -155,25 +174,20 @@ def is_count(value: Any, most: int) -> bool:
     return isinstance(value, int) and 0 <= value <= most
 
 
-def whole_model(path: Path, values: dict[str, Any]) -> int:
-    """The alignment of tensors; raises A3Error for a file that is no model of its own."""
-    parts = values.get("split.count", 0)
-    if isinstance(parts, int) and parts > 1:
+def require_whole_model(file: Gguf) -> None:
+    """Raise A3Error for a file that is no model of its own."""
+    if (parts := file.of_file("split.count", 0)) > 1:
         raise A3Error(
-            f"{path}: part {values.get('split.no', 0) + 1} of a model in {parts} files. Merge them "
-            "with llama.cpp's own tool: llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
+            f"{file.path}: part {file.of_file('split.no', 0) + 1} of a model in {parts} files. "
+            "Merge them with llama.cpp's own tool: llama-gguf-split --merge FIRST-PART.gguf "
+            "WHOLE.gguf"
         )
-    what = values.get("general.type", "model")
-    if what != "model":
+    if (what := file.of_file("general.type", "model")) != "model":
         raise A3Error(
-            f"{path}: general.type is {what!r}, expected a model. Name the file of a whole model."
+            f"{file.path}: general.type is {what!r}, expected a model. Name the file of a whole "
+            "model."
         )
-    if not isinstance(values.get("general.architecture"), str):
-        raise A3Error(f"{path}: general.architecture is missing. Fetch it again.")
-    alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise A3Error(f"{path}: general.alignment is {alignment}, expected a size. Fetch it again.")
-    return alignment
+    file.needed("general.architecture")
 
 
 def tensor_places(header: Header, count: int, alignment: int) -> dict[str, Place]:

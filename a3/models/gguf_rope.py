@@ -60,7 +60,7 @@ def rope_parameters(file: Gguf, rotated: int) -> dict[str, Any]:
         )
     lists = [factors(file, name, rotated) for name in found]
     base = {"rope_theta": float(theta)}
-    original = file.own("rope.scaling.original_context_length", file.own("context_length"))
+    original = file.own("rope.scaling.original_context_length", file.needed("context_length"))
     scale = float(file.own("rope.scaling.attn_factor", 1.0))
     if kind == "yarn":
         return base | yarn(file, factor, original, scale)

@@ -14,6 +14,7 @@ from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
+from a3.models.gguf_kinds import template_name
 from a3.models.gguf_rules import RULES, Rules, steps_in
 from a3.models.load import load_tokenizer
 
@@ -48,7 +49,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_add_bos_token(bos)
     writer.add_add_eos_token(eos)
     writer.add_add_space_prefix(False)
-    add_templates(writer, tokenizer.chat_template)
+    add_templates(writer, tokenizer.chat_template, folder)
 
 
 def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
@@ -87,15 +88,22 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
     return [" ".join(pair) for pair in pairs]
 
 
-def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None) -> None:
-    """Write chat templates, one or several by their names."""
-    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None, folder: Path) -> None:
+    """Write chat templates, one or several by their names; A3Error where one is no
+    text, or its name could be no file's."""
+    named = dict(templates) if isinstance(templates, dict) else {"default": templates or ""}
+    if not all(isinstance(one, str) for pair in named.items() for one in pair):
+        raise A3Error(
+            f"{folder}: chat_template is {templates!r}, expected text, or texts by their names. "
+            "Correct tokenizer_config.json."
+        )
     if default := named.pop("default", None):
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, default)
     if named:
         writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, list(named))
     for name, template in named.items():
-        writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), template)
+        key = Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=template_name(folder, name))
+        writer.add_string(key, template)
 
 
 def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], list[int]]:

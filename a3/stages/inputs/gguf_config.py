@@ -4,6 +4,7 @@ Keys are those of llama.cpp, which has a part of each architecture in its code; 
 beyond them would change the model without a word, so it is refused by name.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from a3.core.errors import A3Error
 from a3.models import gguf_rope
 from a3.models.gguf import Gguf
+from a3.models.gguf_kinds import OWN
 from a3.models.gguf_rope import rope_parameters
+
+# A bias of a layer.
+BIAS = re.compile(r"blk\.\d+\.(\w+)\.bias")
 
 RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 
@@ -48,6 +53,8 @@ SPECIAL = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 
+WINDOW = "attention.sliding_window"
+
 # Of how a file was made; nothing of them is used.
 SAID = ("tensor_data_layout",)
 
@@ -74,7 +81,7 @@ class Architecture:
 
 def llama(file: Gguf, head_dim: int) -> dict[str, Any]:
     """Biases are there or not; transformers has all of attention's, or none."""
-    biased = {name.split(".")[2] for name in file.tensors if name.endswith(".bias")}
+    biased = {match[1] for name in file.tensors if (match := BIAS.fullmatch(name))}
     return {
         "attention_bias": bool(biased & {"attn_q", "attn_k", "attn_v", "attn_output"}),
         "mlp_bias": bool(biased & {"ffn_gate", "ffn_up", "ffn_down"}),
@@ -85,8 +92,8 @@ def gemma2(file: Gguf, head_dim: int) -> dict[str, Any]:
     """Caps, and a scale that llama.cpp has for the largest one alone."""
     return {
         "attn_logit_softcapping": file.own("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": file.own("final_logit_softcapping", 30.0),
-        "sliding_window": file.own("attention.sliding_window", 4096),
+        "final_logit_softcapping": file.own("final_logit_softcapping", 30.0) or None,
+        "sliding_window": window(file, 4096),
         "query_pre_attn_scalar": scalar(file, head_dim, 46),
     }
 
@@ -96,7 +103,7 @@ def gemma3(file: Gguf, head_dim: int) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": file.own("rope.freq_base_swa", 10000.0)}
     return {
         "final_logit_softcapping": file.own("final_logit_softcapping") or None,
-        "sliding_window": number(file, "attention.sliding_window"),
+        "sliding_window": window(file, None),
         "query_pre_attn_scalar": scalar(file, head_dim, 62),
         "rope_parameters": {
             "full_attention": rope_parameters(file, head_dim),
@@ -105,26 +112,41 @@ def gemma3(file: Gguf, head_dim: int) -> dict[str, Any]:
     }
 
 
+def window(file: Gguf, default: int | None) -> int:
+    """Positions that a layer with a window sees; raises A3Error where it is none."""
+    found = file.own(WINDOW, default)
+    if not found:
+        raise A3Error(
+            f"{file.path}: {file.architecture}.{WINDOW} is {'missing' if found is None else 0}, "
+            "expected a whole number above 0. Fetch it again."
+        )
+    return found
+
+
 def scalar(file: Gguf, head_dim: int, largest: int) -> float:
     """Gemma's scale of scores, to the power of -2; the largest model has another."""
     if file.own("block_count") != largest:
         return head_dim
-    return number(file, "embedding_length") / number(file, "attention.head_count")
+    return file.needed("embedding_length") / file.needed("attention.head_count")
 
 
 def partial(file: Gguf, head_dim: int) -> dict[str, Any]:
     """RoPE on a part of each head."""
-    rotated = int(file.own("rope.dimension_count", head_dim))
+    rotated = file.own("rope.dimension_count", head_dim)
+    if rotated > head_dim or rotated % 2:
+        raise A3Error(
+            f"{file.path}: {file.architecture}.rope.dimension_count is {rotated}, expected an even "
+            f"number up to the {head_dim} dimensions of a head. Fetch it again."
+        )
     rope = rope_parameters(file, rotated) | {"partial_rotary_factor": rotated / head_dim}
     return {"rope_parameters": rope}
 
 
 def phi3(file: Gguf, head_dim: int) -> dict[str, Any]:
     """Its window is in files, though llama.cpp does without."""
-    window = file.own("attention.sliding_window", 0) or None
-    original = file.own("rope.scaling.original_context_length", file.own("context_length"))
+    original = file.own("rope.scaling.original_context_length", file.needed("context_length"))
     return partial(file, head_dim) | {
-        "sliding_window": window,
+        "sliding_window": file.own(WINDOW, 0) or None,
         "original_max_position_embeddings": original,
     }
 
@@ -139,17 +161,23 @@ def stablelm(file: Gguf, head_dim: int) -> dict[str, Any]:
 
 def qwen3moe(file: Gguf, head_dim: int) -> dict[str, Any]:
     """Experts in every layer; llama.cpp makes the weights of those that are taken sum to 1."""
+    experts, taken = file.needed("expert_count"), file.needed("expert_used_count")
+    if not 1 <= taken <= experts:
+        raise A3Error(
+            f"{file.path}: {file.architecture}.expert_used_count is {taken}, and "
+            f"{file.architecture}.expert_count {experts}. Fetch it again."
+        )
     return {
-        "num_experts": number(file, "expert_count"),
-        "num_experts_per_tok": number(file, "expert_used_count"),
-        "moe_intermediate_size": number(file, "expert_feed_forward_length"),
+        "num_experts": experts,
+        "num_experts_per_tok": taken,
+        "moe_intermediate_size": file.needed("expert_feed_forward_length"),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
 
 
-WINDOW, CAPS = "attention.sliding_window", ("attn_logit_softcapping", "final_logit_softcapping")
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 EXPERTS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
@@ -187,9 +215,9 @@ def config_of(file: Gguf) -> PreTrainedConfig:
         )
     head_dim = head_size(file)
     refuse_others(file, known, head_dim)
-    content = {name: number(file, key) for key, name in known.keys.items()}
+    content = {name: file.needed(key) for key, name in known.keys.items()}
     content |= {"vocab_size": vocabulary_size(file), "dtype": "float32"}
-    content |= {name: file.values.get(key) for name, key in SPECIAL.items()}
+    content |= {name: token_id(file, key) for name, key in SPECIAL.items()}
     content["tie_word_embeddings"] = "output.weight" not in file.tensors
     if known.rope:
         content |= {
@@ -200,40 +228,40 @@ def config_of(file: Gguf) -> PreTrainedConfig:
     return CONFIG_MAPPING[known.family].from_dict(content | known.more(file, head_dim))
 
 
-def number(file: Gguf, key: str) -> Any:
-    """A number above 0 that has to be in a file; raises A3Error where it is not."""
-    value = file.own(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+def token_id(file: Gguf, key: str) -> int | None:
+    """The number of a special token, if there is one; raises A3Error where it is no row's."""
+    number = file.of_file(key)
+    if number is not None and number >= vocabulary_size(file):
         raise A3Error(
-            f"{file.path}: {file.architecture}.{key} is {shown(value)}, expected one number above "
-            "0. a3 reads no models whose layers differ; a damaged file has to be fetched again."
+            f"{file.path}: {key} is {number}, and the embedding has {vocabulary_size(file)} rows. "
+            "Fetch it again."
         )
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value of a header, shortly."""
-    return "missing" if value is None else str(value)[:60]
+    return number
 
 
 def key_value_heads(file: Gguf) -> int:
     """Key/value heads; a file that does not say has one for each head."""
     key = "attention.head_count_kv"
-    return number(file, key if file.own(key) is not None else "attention.head_count")
+    return file.needed(key if file.own(key) is not None else "attention.head_count")
 
 
 def head_size(file: Gguf) -> int:
     """Dimensions of a head."""
     if file.own("attention.key_length") is not None:
-        return number(file, "attention.key_length")
-    return int(number(file, "embedding_length") // number(file, "attention.head_count"))
+        return file.needed("attention.key_length")
+    return file.needed("embedding_length") // file.needed("attention.head_count")
 
 
 def vocabulary_size(file: Gguf) -> int:
-    """Rows of the embedding."""
+    """Rows of the embedding; raises A3Error for fewer than tokens."""
     place = file.tensors.get("token_embd.weight")
     if place is None:
         raise A3Error(f"{file.path}: no tensor token_embd.weight. Fetch it again.")
+    if (tokens := len(file.of_file("tokenizer.ggml.tokens", []))) > place.shape[0]:
+        raise A3Error(
+            f"{file.path}: tokenizer.ggml.tokens has {tokens}, and token_embd.weight "
+            f"{place.shape[0]} rows. Fetch it again."
+        )
     return place.shape[0]
 
 
@@ -255,18 +283,22 @@ def refuse_others(file: Gguf, known: Architecture, head_dim: int) -> None:
     }
     if known.rope:
         used |= set(gguf_rope.KEYS)
-    elif key_value_heads(file) != number(file, "attention.head_count"):
-        expected["attention.head_count_kv"] = (number(file, "attention.head_count"),)
+    elif key_value_heads(file) != file.needed("attention.head_count"):
+        expected["attention.head_count_kv"] = (file.needed("attention.head_count"),)
     prefix = f"{file.architecture}."
     for key, value in file.values.items():
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or name in used:
+        if not key.startswith(prefix):
+            continue
+        if name in OWN:
+            file.own(name)
+        if name in used:
             continue
         # A window as long as the context hides nothing.
-        harmless = name == WINDOW and (value == 0 or value >= number(file, "context_length"))
+        harmless = name == WINDOW and (value == 0 or value >= file.needed("context_length"))
         if not harmless and not any(close(value, one) for one in expected.get(name, ())):
             raise A3Error(
-                f"{file.path}: {key} is {shown(value)}, which a3 does not read into a model of "
+                f"{file.path}: {key} is {repr(value)[:60]}, which a3 does not read into a model of "
                 f"{known.family}. Name the folder in Hugging Face's layout instead."
             )
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from a3.core.errors import A3Error
 from a3.models.gguf import Gguf
 from a3.models.gguf_rope import TENSORS
-from a3.stages.inputs.gguf_config import config_of
 
 HEAD, EMBEDDING = "lm_head.weight", "token_embd.weight"
 
@@ -21,13 +20,12 @@ EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 OPTIONAL = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.bias$")
 
 
-def load_gguf(file: Gguf) -> PreTrainedModel:
-    """The model of a GGUF file, float32, its tables of positions not made.
+def load_gguf(file: Gguf, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a GGUF file whose config is known, float32, its tables of positions not made.
 
-    Raises A3Error where its header makes no model that a3 knows, a tensor of the file has no place
-    in the model, one of the model is missing or has another shape, and for one that is not finite.
+    Raises A3Error where its header makes no model, a tensor of the file has no place in the model,
+    one of the model is missing or has another shape, and for one that is not finite.
     """
-    config = config_of(file)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -10,14 +10,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from a3.core.errors import A3Error
 from a3.models.gguf import Gguf
+from a3.models.gguf_kinds import FILE, TEMPLATE, template_name
 from a3.models.gguf_rules import NAMES, RULES, Rules, cutter, normalizer
 from a3.models.load import load_tokenizer
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 SPACE = "▁"
-
-TEMPLATE = "tokenizer.chat_template"
 
 IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -31,10 +30,13 @@ def tokenizer_of(file: Gguf) -> PreTrainedTokenizerBase:
     Raises A3Error for another kind, for rules of words that a3 does not know, and where lists and
     numbers of tokens do not fit together.
     """
-    kind = file.values.get("tokenizer.ggml.model")
     for key in file.values:
+        # transformers reads some of them itself, and would not say which is wrong.
+        if key in FILE:
+            file.of_file(key)
         if key.startswith("tokenizer.ggml.") and any(part in key for part in OTHER_KEYS):
             raise refusal(file, f"{key} is set, which a3 does not read")
+    kind = file.of_file("tokenizer.ggml.model")
     if kind == "gpt2":
         tokenizer = byte_level(file, rules_of(file))
     elif kind == "llama":
@@ -42,13 +44,13 @@ def tokenizer_of(file: Gguf) -> PreTrainedTokenizerBase:
     else:
         raise refusal(file, f"tokenizer.ggml.model is {kind!r}, expected gpt2 or llama")
     named = {
-        key.removeprefix(f"{TEMPLATE}."): value
-        for key, value in file.values.items()
+        template_name(file.path, key.removeprefix(f"{TEMPLATE}.")): file.of_file(key)
+        for key in file.values
         if key.startswith(f"{TEMPLATE}.")
     }
-    default = file.values.get(TEMPLATE)
+    default = file.of_file(TEMPLATE)
     own = {} if default is None else {"default": default}
-    tokenizer.chat_template = own | named if named else default
+    tokenizer.chat_template = named | own if named else default
     return tokenizer
 
 
@@ -58,6 +60,17 @@ def sentencepiece(file: Gguf) -> PreTrainedTokenizerBase:
     It would take a tokenizer.json that lies beside the file for the file's own, and has rules of
     its own for texts that begin with a space; those of SentencePiece have one more before them.
     """
+    spelled = dict(enumerate(file.needed("tokenizer.ggml.tokens")))
+    for kind in IDS:
+        special_id(file, kind, spelled)
+    for name in ("scores", "token_type"):
+        found = file.of_file(f"tokenizer.ggml.{name}", spelled)
+        if len(found) != len(spelled):
+            raise refusal(
+                file,
+                f"tokenizer.ggml.{name} has {len(found)} numbers for the {len(spelled)} of "
+                "tokenizer.ggml.tokens",
+            )
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / file.path.name).symlink_to(file.path.resolve())
         try:
@@ -65,7 +78,7 @@ def sentencepiece(file: Gguf) -> PreTrainedTokenizerBase:
         except A3Error as error:
             raise A3Error(str(error).replace(alone, str(file.path.parent))) from error
     if not file.architecture.startswith("gemma"):
-        spaced = file.values.get("tokenizer.ggml.add_space_prefix", True)
+        spaced = file.of_file("tokenizer.ggml.add_space_prefix", True)
         prefix = [normalizers.Prepend(SPACE)] if spaced else []
         strip = [decoders.Strip(" ", 1, 0)] if spaced else []
         backend = tokenizer.backend_tokenizer
@@ -83,7 +96,7 @@ def refusal(file: Gguf, why: str) -> A3Error:
 
 def rules_of(file: Gguf) -> Rules:
     """The rules of words that a file names; raises A3Error for none and for others."""
-    name = file.values.get("tokenizer.ggml.pre")
+    name = file.of_file("tokenizer.ggml.pre")
     if name not in NAMES:
         raise refusal(
             file,
@@ -95,10 +108,14 @@ def rules_of(file: Gguf) -> Rules:
 
 def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
     """Byte-level BPE; tokens that a file says are unused are left out."""
-    tokens, merges = strings(file, "tokens"), strings(file, "merges")
-    types = file.values.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens, merges = file.needed("tokenizer.ggml.tokens"), file.needed("tokenizer.ggml.merges")
+    types = file.of_file("tokenizer.ggml.token_type", [1] * len(tokens))
     if len(types) != len(tokens):
-        raise refusal(file, f"{len(tokens)} tokens with {len(types)} types")
+        raise refusal(
+            file,
+            f"tokenizer.ggml.token_type has {len(types)} numbers for the {len(tokens)} of "
+            "tokenizer.ggml.tokens",
+        )
     spelled = {
         number: token
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
@@ -107,7 +124,11 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in spelled.items()}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if len(vocabulary) != len(spelled) or any(len(pair) != 2 for pair in pairs):
-        raise refusal(file, "a token stands twice, or a merge is not of two tokens")
+        raise refusal(
+            file,
+            "one of tokenizer.ggml.tokens stands twice, or one of tokenizer.ggml.merges is not of "
+            "two tokens",
+        )
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=rules.whole))
     # What the library says of tokens that merges make and the vocabulary lacks is of any type.
@@ -137,20 +158,12 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
     )
 
 
-def strings(file: Gguf, name: str) -> list[str]:
-    """A list of text; raises A3Error where it is missing."""
-    found = file.values.get(f"tokenizer.ggml.{name}")
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise refusal(file, f"tokenizer.ggml.{name} is missing")
-    return found
-
-
 def special_id(file: Gguf, kind: str, spelled: dict[int, str]) -> int | None:
     """The number of a special token; raises A3Error for one that is not in the vocabulary."""
     key = f"tokenizer.ggml.{IDS[kind]}_token_id"
-    number = file.values.get(key)
+    number = file.of_file(key)
     if number is not None and number not in spelled:
-        raise refusal(file, f"{key} is {number}, and it has {len(spelled)} tokens")
+        raise refusal(file, f"{key} is {number}, and tokenizer.ggml.tokens has {len(spelled)}")
     return number
 
 
@@ -160,7 +173,7 @@ def surrounding(file: Gguf, ids: dict[str, int | None], rules: Rules) -> dict[st
     found = {
         kind: ids[kind]
         for kind in default
-        if file.values.get(f"tokenizer.ggml.add_{kind}_token", default[kind])
+        if file.of_file(f"tokenizer.ggml.add_{kind}_token", default[kind])
     }
     if missing := [kind for kind, number in found.items() if number is None]:
         raise refusal(file, f"{missing[0].upper()} goes with each text, and no token is it")

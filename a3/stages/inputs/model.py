@@ -20,6 +20,7 @@ from a3.models.inputs import files_of, hash_inputs, is_model_file
 from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.models.travel import copy
+from a3.stages.inputs.gguf_config import config_of
 from a3.stages.inputs.gguf_model import load_gguf
 from a3.stages.inputs.gguf_tokenizer import tokenizer_of
 from a3.stages.inputs.hub import hub_model
@@ -92,21 +93,23 @@ def resolve_model(
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, by its name."""
-    return path.suffix.lower() == GGUF
+    """Whether a path is that of a GGUF file, by its name, and no folder."""
+    return path.suffix.lower() == GGUF and not path.is_dir()
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`.
 
-    Raises A3Error as `read_gguf`, `load_gguf` and `tokenizer_of` do.
+    Raises A3Error as `read_gguf`, `config_of`, `tokenizer_of` and `load_gguf` do.
     """
     if not is_gguf(path) or not path.is_file():
         raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
     file = read_gguf(path)
-    # Its errors come before the weights are read.
+    # What is wrong in the header is said before the weights are read; transformers reads sizes for
+    # the tokenizer too.
+    config = config_of(file)
     tokenizer = tokenizer_of(file)
-    load_gguf(file).save_pretrained(folder)
+    load_gguf(file, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
