@@ -294,6 +294,38 @@ def test_what_is_read_is_not_written_though_the_stage_made_it(made, monkeypatch,
     assert state(made) == before
 
 
+@pytest.mark.parametrize("command", ["model", "surgery", "by hand", "by a second link"])
+def test_weights_that_a_source_links_to_stay(made, tmp_path, capsys, command):
+    """The links' folder is read: to write where they point to would leave nothing."""
+    own, links = tmp_path / "own", tmp_path / "links"
+    size = ["--mode", "pca-shared-kv", "--size", "variance@0.5"]
+    again = ["model", links, "-o", own]
+    if command == "surgery":
+        run("surgery", made / "source", *size, "-o", own)
+        again = ["surgery", links, *size, "-o", own]
+    else:
+        tiny_llama(own)
+        # Sealed, so that the stage itself would replace it.
+        made_own = {"files": hash_files(own), "provenance": {"stage": "model"}}
+        write_record(own / "arch.json", made_own)
+    if command.startswith("by"):
+        links.mkdir()
+        for path in own.iterdir():
+            (links / path.name).symlink_to(f"../own/{path.name}")
+        if command == "by a second link":
+            (tmp_path / "weights").symlink_to(own / "model.safetensors")
+            (links / "model.safetensors").unlink()
+            (links / "model.safetensors").symlink_to("../weights")
+    else:
+        run("model", own, "-o", links)
+    before = state(tmp_path)
+    assert main([str(word) for word in again]) == 1
+    assert f"{own}: holds {own}/" in capsys.readouterr().err
+    with pytest.raises(A3Error, match="links to"):
+        resolve_model({"path": str(links)}, own)
+    assert state(tmp_path) == before
+
+
 def test_callers_in_python_are_refused_too(made, tmp_path):
     dense, mine = made / "dense", tmp_path / "mine"
     before = state(made)

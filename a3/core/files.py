@@ -149,6 +149,22 @@ def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
             raise A3Error(f"{path}: holds {other}, which is read. Name another place.")
         if source in target.parents:
             raise A3Error(f"{path}: lies in {other}, which is read. Name a place outside of it.")
+        for link, to in links_in(other):
+            if target == to:
+                raise A3Error(f"{path}: {link}, which is read, links to it. Name another place.")
+            if whole and target in to.parents:
+                raise A3Error(f"{path}: holds {to}, which {link} links to. Name another place.")
+
+
+def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
+    """Each link in or at `source`, and each place that it leads through: links of links, too."""
+    for link in (source, *source.rglob("*")):
+        step, seen = link, set()
+        while step.is_symlink() and step not in seen:  # some are loops
+            seen.add(step)
+            to = step.parent / step.readlink()
+            step = to.parent.resolve() / to.name
+            yield link, step
 
 
 def require_place(path: Path) -> None:
