@@ -273,6 +273,10 @@ def test_a_file_that_is_no_longer_the_stages_own_stays(
         ["text", "docs.jsonl", "-o", "docs.jsonl"],
         # The record beside it would be the source.
         ["text", "ppl.json", "-o", "ppl.jsonl"],
+        # Another command made these.
+        ["text", "docs.jsonl", "-o", "parts/test.jsonl"],
+        ["text", "docs.jsonl", "-o", "parts/split.jsonl"],
+        ["text", "docs.jsonl", "-o", "items/items.jsonl"],
         ["split", "parts/test.jsonl", "-o", "parts"],
         ["text", json.dumps({"source": {"mix": {"a": 0.5, "b": 0.5}}}), "--texts", ".", "-o",
          "a/docs.jsonl"],
