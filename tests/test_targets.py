@@ -13,7 +13,7 @@ from tiny import BLOCK, document, run, tiny_llama
 from a3.artifacts import targets
 from a3.cli.main import main, parser
 from a3.core.errors import A3Error
-from a3.core.files import write_record
+from a3.core.files import HIDDEN_SEAL, write_record
 from a3.experiments.config import check_outside
 from a3.models.checkpoint import hash_files
 from a3.stages.inputs.model import resolve_model
@@ -212,7 +212,39 @@ def test_a_stage_does_again_what_it_did(made):
         run(*words)
     again = state(made)
     assert {k: again[k] for k in before} == before
-    assert not [path for path in made.rglob("*") if path.name.startswith(".")]
+    hidden = {path.name for path in made.rglob("*") if path.name.startswith(".")}
+    assert hidden == {HIDDEN_SEAL}
+
+
+def put(folder):
+    """A folder, in place of what is there, with a file in it."""
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+
+
+def test_a_folder_without_its_record_is_the_stages_own(made, tmp_path):
+    """Snakemake deletes outputs before a job makes them again."""
+    copy = tmp_path / "made"
+    shutil.copytree(made, copy, symlinks=True)
+    for name in ("approx.json", "timing.json", "config.json"):
+        (copy / "small" / name).unlink()
+    run(*stages(copy)[5])
+    assert {p.name for p in (copy / "small").iterdir()} == {
+        p.name for p in (made / "small").iterdir()
+    }
+
+
+def test_a_folder_with_chat_templates_is_made_again(tmp_path, capsys):
+    source = tiny_llama(tmp_path / "source")
+    template = source / "additional_chat_templates/tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    for _ in range(2):
+        run("model", source, "-o", tmp_path / "dense")
+    (tmp_path / "dense/additional_chat_templates/mine.txt").write_text("mine")
+    assert main(["model", str(source), "-o", str(tmp_path / "dense")]) == 1
+    assert "holds additional_chat_templates/mine.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,11 +254,23 @@ def test_a_stage_does_again_what_it_did(made):
         (lambda m: (m / "small/trained").mkdir(), "holds trained"),
         (lambda m: (m / "small/config.json").write_text("{}"), "config.json in it was changed"),
         (lambda m: (m / "small/model.safetensors").write_text("x"), "model.safetensors in it was"),
-        (lambda m: (m / "small/approx.json").unlink(), "no approx.json"),
+        (lambda m: (m / "small/train.json").write_text('{"my": 1}'), "holds train.json"),
+        (lambda m: shutil.copy(m / "dense/arch.json", m / "small/arch.json"), "holds arch.json"),
+        (lambda m: (m / "small/export.json").mkdir(), "holds export.json"),
+        (lambda m: (m / "small/timing.json").write_text('{"my": 1}'), "no sha256"),
+        (lambda m: put(m / "small/timing.json"), "holds timing.json"),
+        (lambda m: put(m / "small/approx.json"), "holds approx.json"),
+        (lambda m: put(m / "small/additional_chat_templates"), "holds additional_chat_templates"),
+        (lambda m: (m / "small/.a3.json").write_text('{"my": 1}'), "no sha256"),
+        (lambda m: [(m / "small" / f).unlink() for f in ("approx.json", ".a3.json")], "no approx"),
+        # Snakemake deletes what it knows as outputs.
+        (lambda m: ((m / "small/approx.json").unlink(), put(m / "small/mine")), "holds mine"),
+        (lambda m: [(m / "small/approx.json").unlink(), (m / "small/config.json").write_text("")],
+         "config.json in it was changed"),
         (lambda m: shutil.copy(m / "dense/arch.json", m / "small/approx.json"), "another stage"),
         (lambda m: (m / "small/approx.json").write_text('{"provenance": 1}'), "no sha256"),
     ],
-)
+)  # fmt: skip
 def test_a_folder_that_is_no_longer_only_the_stages_own_stays(
     made, tmp_path, capsys, monkeypatch, change, says
 ):
