@@ -14,7 +14,7 @@ from a3.artifacts import targets
 from a3.cli.main import main, parser
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, write_record
-from a3.experiments.config import check_outside
+from a3.experiments.config import check_models_made, check_outside
 from a3.models.checkpoint import hash_files
 from a3.stages.inputs.model import resolve_model
 from a3.stages.inputs.train import Recipe, train
@@ -422,6 +422,25 @@ def test_the_workflow_deletes_no_source():
     config["results"] = "."
     with pytest.raises(A3Error, match="deleted before"):
         check_outside("models", "m", config)
+    # Another's own, or of another section.
+    config["models"]["n"] = {"source": {"path": "models/m/"}}
+    config["texts"] = {"t": {"source": {"path": "models/m/README.md"}}}
+    for section, name in (("models", "n"), ("texts", "t")):
+        with pytest.raises(A3Error, match=r"made of models\.m and deleted before"):
+            check_outside(section, name, config)
+    config["texts"]["t"]["source"]["path"] = "models/k/README.md"
+    check_outside("texts", "t", config)
+
+
+def test_the_workflow_makes_no_model_where_a_foreign_folder_is(made, tmp_path):
+    config = {"results": str(tmp_path), "models": {"m": {}}}
+    (tmp_path / "models/m").mkdir(parents=True)
+    check_models_made(config)
+    (tmp_path / "models/m/config.json").write_text("mine")
+    with pytest.raises(A3Error, match="exists already"):
+        check_models_made(config)
+    shutil.copy(made / "dense/.a3.json", tmp_path / "models/m")
+    check_models_made(config)
 
 
 # --- what messages name --------------------------------------------------------------------------

@@ -196,6 +196,8 @@ QUANTISED = Folder(Seal("approx.json", "quantise"))
 
 OPERATED = Folder(Seal("approx.json", "surgery"))
 
+EXPORTED = Folder(Seal("export.json", "hf"))
+
 # Without a seal, or never made twice.
 NEW = Folder()
 

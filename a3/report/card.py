@@ -5,7 +5,7 @@ from pathlib import Path
 
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, sha256, write_record
+from a3.core.files import SEAL, seal_folder, sha256, write_record
 from a3.core.records import Record
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import CARD, Checkpoint, check_file, front_matter, recorded_files
@@ -52,6 +52,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
     write_card(folder, record)
     record["files"][CARD] = sha256(folder / CARD)
     write_record(folder / "approx.json", {k: value for k, value in record.items() if k != SEAL})
+    seal_folder(folder, "approx.json")
 
 
 def require_own_card(folder: Path) -> None:
