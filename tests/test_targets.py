@@ -60,6 +60,7 @@ COMMANDS = {
     "paper compare": (["p.yaml"], "p.yaml", ""),
 }
 TARGETS = [
+    "/", "a detour to /", "no UTF-8",
     "the source", "its parent", "its child", "a link to it", "a link to its parent", ".", "..",
     "a foreign folder", "a foreign file", "a link to a foreign file", "below a file",
     "a long name", "below a long name", "a loop of links", "a detour",
@@ -132,6 +133,9 @@ def place(target, home, source, ending):
         "its child": f"{source}/{name}",
         ".": ".",
         "..": "..",
+        "/": "/",
+        "a detour to /": f"/{home.parts[1]}/..",
+        "no UTF-8": f"out\udcff{ending}",
         "a foreign folder": "foreign",
         "a foreign file": name,
         "below a file": f"thesis.tex/deep/{name}",
@@ -441,6 +445,16 @@ def test_the_workflow_makes_no_model_where_a_foreign_folder_is(made, tmp_path):
         check_models_made(config)
     shutil.copy(made / "dense/.a3.json", tmp_path / "models/m")
     check_models_made(config)
+
+
+def test_a_name_that_is_not_utf8_is_refused_as_such(made, tmp_path, capsys):
+    source = tmp_path / "m\udcff"
+    shutil.copytree(made / "source", source)
+    before = state(tmp_path)
+    for words in (["model", source, "-o", tmp_path / "out"], ["inspect", source]):
+        assert main(list(map(str, words))) == 1
+        assert "not UTF-8. Rename" in capsys.readouterr().err
+    assert state(tmp_path) == before
 
 
 # --- what messages name --------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def require_place(path: Path) -> None:
         resolved = path.resolve()
         if resolved.exists() and not path.exists():
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
-        there = next(part for part in resolved.parents if part.exists())
+        there = next((part for part in resolved.parents if part.exists()), resolved)
         longest = os.pathconf(there, "PC_NAME_MAX")
         # What is written has a longer name at first.
         parts = [*resolved.relative_to(there).parts[:-1], f".{path.name}.timing.json.12345678"]
