@@ -466,12 +466,14 @@ def test_a_recovered_model_is_inspected_scored_timed_and_quantised(work, recover
     assert "modes and errors are unknown" in (again / "README.md").read_text()
     assert "Low precision, emulated: 14 matrices" in (low / "README.md").read_text()
     run("card", again, "--dense", scores["dense"], "--compressed", scores["again"])
-    (again / "README.md").write_text("# My model\n")
-    capsys.readouterr()
+    own = (again / "README.md").read_text()
     words = ["card", again, "--dense", scores["dense"], "--compressed", scores["again"]]
-    assert main(list(map(str, words))) == 1
-    assert "a card that a3 did not write" in capsys.readouterr().err
-    assert (again / "README.md").read_text() == "# My model\n"
+    for mine in ("# My model\n", own + "Mine.\n", own.replace("perhaps", "surely"), ""):
+        (again / "README.md").write_text(mine)
+        capsys.readouterr()
+        assert main(list(map(str, words))) == 1
+        assert "a card that a3 did not write" in capsys.readouterr().err
+        assert (again / "README.md").read_text() == mine
     (again / "README.md").unlink()
 
 

@@ -526,9 +526,7 @@ def test_the_rules(tmp_path):
     assert rules.count("eval_ppl") == rules.count("eval_harness") == 4
     assert rules.count("eval_generation") == 3
     assert rules.count("surgery_table") == rules.count("surgery_figures") == 1
-    commands = re.findall(
-        r"^Shell command: rm -rf \S+ && (a3 surgery results.*)$", output, re.MULTILINE
-    )
+    commands = re.findall(r"^Shell command: (a3 surgery results.*)$", output, re.MULTILINE)
     out = "results/checkpoints/tiny/short"
     assert sorted(commands) == [
         "a3 surgery results/models/tiny  --mode pca-shared-kv --size variance@0.9 --threads 1 "

@@ -13,8 +13,8 @@ from tiny import BLOCK, document, run, tiny_llama
 from a3.artifacts import targets
 from a3.cli.main import main, parser
 from a3.core.errors import A3Error
-from a3.core.files import write_record
-from a3.experiments.config import check_outside
+from a3.core.files import HIDDEN_SEAL, write_record
+from a3.experiments.config import check_models_made, check_outside
 from a3.models.checkpoint import hash_files
 from a3.stages.inputs.model import resolve_model
 from a3.stages.inputs.train import Recipe, train
@@ -60,6 +60,7 @@ COMMANDS = {
     "paper compare": (["p.yaml"], "p.yaml", ""),
 }
 TARGETS = [
+    "/", "a detour to /", "no UTF-8",
     "the source", "its parent", "its child", "a link to it", "a link to its parent", ".", "..",
     "a foreign folder", "a foreign file", "a link to a foreign file", "below a file",
     "a long name", "below a long name", "a loop of links", "a detour",
@@ -132,6 +133,9 @@ def place(target, home, source, ending):
         "its child": f"{source}/{name}",
         ".": ".",
         "..": "..",
+        "/": "/",
+        "a detour to /": f"/{home.parts[1]}/..",
+        "no UTF-8": f"out\udcff{ending}",
         "a foreign folder": "foreign",
         "a foreign file": name,
         "below a file": f"thesis.tex/deep/{name}",
@@ -212,7 +216,39 @@ def test_a_stage_does_again_what_it_did(made):
         run(*words)
     again = state(made)
     assert {k: again[k] for k in before} == before
-    assert not [path for path in made.rglob("*") if path.name.startswith(".")]
+    hidden = {path.name for path in made.rglob("*") if path.name.startswith(".")}
+    assert hidden == {HIDDEN_SEAL}
+
+
+def put(folder):
+    """A folder, in place of what is there, with a file in it."""
+    folder.unlink(missing_ok=True)
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+
+
+def test_a_folder_without_its_record_is_the_stages_own(made, tmp_path):
+    """Snakemake deletes outputs before a job makes them again."""
+    copy = tmp_path / "made"
+    shutil.copytree(made, copy, symlinks=True)
+    for name in ("approx.json", "timing.json", "config.json"):
+        (copy / "small" / name).unlink()
+    run(*stages(copy)[5])
+    assert {p.name for p in (copy / "small").iterdir()} == {
+        p.name for p in (made / "small").iterdir()
+    }
+
+
+def test_a_folder_with_chat_templates_is_made_again(tmp_path, capsys):
+    source = tiny_llama(tmp_path / "source")
+    template = source / "additional_chat_templates/tool_use.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    for _ in range(2):
+        run("model", source, "-o", tmp_path / "dense")
+    (tmp_path / "dense/additional_chat_templates/mine.txt").write_text("mine")
+    assert main(["model", str(source), "-o", str(tmp_path / "dense")]) == 1
+    assert "holds additional_chat_templates/mine.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,11 +258,23 @@ def test_a_stage_does_again_what_it_did(made):
         (lambda m: (m / "small/trained").mkdir(), "holds trained"),
         (lambda m: (m / "small/config.json").write_text("{}"), "config.json in it was changed"),
         (lambda m: (m / "small/model.safetensors").write_text("x"), "model.safetensors in it was"),
-        (lambda m: (m / "small/approx.json").unlink(), "no approx.json"),
+        (lambda m: (m / "small/train.json").write_text('{"my": 1}'), "holds train.json"),
+        (lambda m: shutil.copy(m / "dense/arch.json", m / "small/arch.json"), "holds arch.json"),
+        (lambda m: (m / "small/export.json").mkdir(), "holds export.json"),
+        (lambda m: (m / "small/timing.json").write_text('{"my": 1}'), "no sha256"),
+        (lambda m: put(m / "small/timing.json"), "holds timing.json"),
+        (lambda m: put(m / "small/approx.json"), "holds approx.json"),
+        (lambda m: put(m / "small/additional_chat_templates"), "holds additional_chat_templates"),
+        (lambda m: (m / "small/.a3.json").write_text('{"my": 1}'), "no sha256"),
+        (lambda m: [(m / "small" / f).unlink() for f in ("approx.json", ".a3.json")], "no approx"),
+        # Snakemake deletes what it knows as outputs.
+        (lambda m: ((m / "small/approx.json").unlink(), put(m / "small/mine")), "holds mine"),
+        (lambda m: [(m / "small/approx.json").unlink(), (m / "small/config.json").write_text("")],
+         "config.json in it was changed"),
         (lambda m: shutil.copy(m / "dense/arch.json", m / "small/approx.json"), "another stage"),
         (lambda m: (m / "small/approx.json").write_text('{"provenance": 1}'), "no sha256"),
     ],
-)
+)  # fmt: skip
 def test_a_folder_that_is_no_longer_only_the_stages_own_stays(
     made, tmp_path, capsys, monkeypatch, change, says
 ):
@@ -273,6 +321,10 @@ def test_a_file_that_is_no_longer_the_stages_own_stays(
         ["text", "docs.jsonl", "-o", "docs.jsonl"],
         # The record beside it would be the source.
         ["text", "ppl.json", "-o", "ppl.jsonl"],
+        # Another command made these.
+        ["text", "docs.jsonl", "-o", "parts/test.jsonl"],
+        ["text", "docs.jsonl", "-o", "parts/split.jsonl"],
+        ["text", "docs.jsonl", "-o", "items/items.jsonl"],
         ["split", "parts/test.jsonl", "-o", "parts"],
         ["text", json.dumps({"source": {"mix": {"a": 0.5, "b": 0.5}}}), "--texts", ".", "-o",
          "a/docs.jsonl"],
@@ -292,6 +344,38 @@ def test_what_is_read_is_not_written_though_the_stage_made_it(made, monkeypatch,
     assert main(words) == 1
     assert "Traceback" not in capsys.readouterr().err
     assert state(made) == before
+
+
+@pytest.mark.parametrize("command", ["model", "surgery", "by hand", "by a second link"])
+def test_weights_that_a_source_links_to_stay(made, tmp_path, capsys, command):
+    """The links' folder is read: to write where they point to would leave nothing."""
+    own, links = tmp_path / "own", tmp_path / "links"
+    size = ["--mode", "pca-shared-kv", "--size", "variance@0.5"]
+    again = ["model", links, "-o", own]
+    if command == "surgery":
+        run("surgery", made / "source", *size, "-o", own)
+        again = ["surgery", links, *size, "-o", own]
+    else:
+        tiny_llama(own)
+        # Sealed, so that the stage itself would replace it.
+        made_own = {"files": hash_files(own), "provenance": {"stage": "model"}}
+        write_record(own / "arch.json", made_own)
+    if command.startswith("by"):
+        links.mkdir()
+        for path in own.iterdir():
+            (links / path.name).symlink_to(f"../own/{path.name}")
+        if command == "by a second link":
+            (tmp_path / "weights").symlink_to(own / "model.safetensors")
+            (links / "model.safetensors").unlink()
+            (links / "model.safetensors").symlink_to("../weights")
+    else:
+        run("model", own, "-o", links)
+    before = state(tmp_path)
+    assert main([str(word) for word in again]) == 1
+    assert f"{own}: holds {own}/" in capsys.readouterr().err
+    with pytest.raises(A3Error, match="links to"):
+        resolve_model({"path": str(links)}, own)
+    assert state(tmp_path) == before
 
 
 def test_callers_in_python_are_refused_too(made, tmp_path):
@@ -342,6 +426,35 @@ def test_the_workflow_deletes_no_source():
     config["results"] = "."
     with pytest.raises(A3Error, match="deleted before"):
         check_outside("models", "m", config)
+    # Another's own, or of another section.
+    config["models"]["n"] = {"source": {"path": "models/m/"}}
+    config["texts"] = {"t": {"source": {"path": "models/m/README.md"}}}
+    for section, name in (("models", "n"), ("texts", "t")):
+        with pytest.raises(A3Error, match=r"made of models\.m and deleted before"):
+            check_outside(section, name, config)
+    config["texts"]["t"]["source"]["path"] = "models/k/README.md"
+    check_outside("texts", "t", config)
+
+
+def test_the_workflow_makes_no_model_where_a_foreign_folder_is(made, tmp_path):
+    config = {"results": str(tmp_path), "models": {"m": {}}}
+    (tmp_path / "models/m").mkdir(parents=True)
+    check_models_made(config)
+    (tmp_path / "models/m/config.json").write_text("mine")
+    with pytest.raises(A3Error, match="exists already"):
+        check_models_made(config)
+    shutil.copy(made / "dense/.a3.json", tmp_path / "models/m")
+    check_models_made(config)
+
+
+def test_a_name_that_is_not_utf8_is_refused_as_such(made, tmp_path, capsys):
+    source = tmp_path / "m\udcff"
+    shutil.copytree(made / "source", source)
+    before = state(tmp_path)
+    for words in (["model", source, "-o", tmp_path / "out"], ["inspect", source]):
+        assert main(list(map(str, words))) == 1
+        assert "not UTF-8. Rename" in capsys.readouterr().err
+    assert state(tmp_path) == before
 
 
 # --- what messages name --------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_of_two_writers_of_a_folder_one_wins_whole(tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len({(path / str(i)).read_text() for i in range(10)}) == 1
-    assert len(list(path.iterdir())) == 11
+    assert len(list(path.iterdir())) == 12
     assert list(tmp_path.iterdir()) == [path]
 
 

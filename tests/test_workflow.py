@@ -265,6 +265,30 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     assert main(["verify", str(settled.folder / "results")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("folder", "record", "rule"),
+    [
+        ("models/tiny", "arch.json", "model"),
+        ("checkpoints/tiny/short/dense+identity+dense/0.5", "approx.json", "approx"),
+    ],
+)
+def test_what_a_user_puts_into_a_made_folder_stays(settled, folder, record, rule):
+    """Snakemake deletes the record first; a3 still tells the stage's own files from others."""
+    results = settled.folder / "results"
+    target = f"results/{folder}/{record}"
+    settled.snakemake(target)
+    mine = results / folder / "mydata/thesis.tex"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    settled.snakemake(target, "--forcerun", rule, status=1)
+    assert not (results / folder / record).exists()
+    assert "holds mydata, which" in (results / f"logs/{folder}.log").read_text()
+    assert mine.read_text() == "mine"
+    shutil.rmtree(mine.parent)
+    assert settled.snakemake(target)[0] == [rule]
+    assert not (results / folder / "mydata").exists()
+
+
 def test_one_file_by_its_path_builds_only_that(settled):
     target = "results/checkpoints/tiny/short/dense+identity+dense/0.5/approx.json"
     rules, _ = settled.snakemake(target)

@@ -196,6 +196,8 @@ QUANTISED = Folder(Seal("approx.json", "quantise"))
 
 OPERATED = Folder(Seal("approx.json", "surgery"))
 
+EXPORTED = Folder(Seal("export.json", "hf"))
+
 # Without a seal, or never made twice.
 NEW = Folder()
 
@@ -220,10 +222,10 @@ PLAIN = File()
 DOCUMENTS = File("text", ((".json", "text"),), ".jsonl")
 
 SPLIT = Files(
-    ("dev.jsonl", "test.jsonl", "harness.jsonl", "split.json"), ("docs.jsonl", "docs.json"), "text"
+    ("dev.jsonl", "test.jsonl", "harness.jsonl", "split.json"), ("docs.jsonl", "docs.json"), "split"
 )
 
-ITEMS = Files(("items.jsonl", "items.json"), (), "text")
+ITEMS = Files(("items.jsonl", "items.json"), (), "items")
 
 TABLES = Files(TABLE[:5], TABLE)
 

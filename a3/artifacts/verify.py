@@ -16,7 +16,7 @@ from tqdm import tqdm
 from a3.artifacts.places import Place, weights_of
 from a3.artifacts.runs import check_speed
 from a3.core.errors import A3Error
-from a3.core.files import RECORDS, SEAL, sha256
+from a3.core.files import HIDDEN_SEAL, RECORDS, SEAL, sha256
 from a3.core.provenance import LIBRARIES, fingerprint
 from a3.core.records import Record
 from a3.models.checkpoint import check_file, recorded_files, refuse_added
@@ -104,6 +104,9 @@ class Verifier:
         for name, expected in record["files"].items():
             check_file(path.parent / name, expected, AGAIN)
         refuse_added(path.parent, record["files"])
+        again = path.parent / HIDDEN_SEAL
+        if again.exists() and Record.read(again)["files"] != record["files"]:
+            raise A3Error(f"{again}: names other files than {path}. {AGAIN}")
         return record
 
     def record(self, path: Path) -> Record:

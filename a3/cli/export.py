@@ -30,7 +30,7 @@ def add_export_hf(kinds: Any) -> None:
     """Arguments of a3 export hf."""
     one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
     one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
-    add_out(one, targets.NEW, "Hugging Face folder, new")
+    add_out(one, targets.EXPORTED, "Hugging Face folder")
 
 
 def export_gguf(model: Path, out: Path, type: str) -> None:

@@ -24,6 +24,10 @@ SEAL = "sha256"
 # What says of a folder, under "files", which content a stage wrote.
 RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 
+# In every folder that a stage made: its stage and files once more, for a record that is gone.
+# Snakemake deletes the records, which are outputs, before it has a stage make a folder again.
+HIDDEN_SEAL = ".a3.json"
+
 # Files of fewer bytes are hashed anew each time.
 SMALL = 2**20
 
@@ -69,11 +73,11 @@ class Seal(NamedTuple):
 def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` only when the block succeeds.
 
-    Only a folder that is empty or has the `seal`, and nothing in it that its record does not name,
-    is replaced, and never one that is, holds or lies in a model folder that it is made `of`. Of
-    several writers at once, the last to be done wins, whole. Raises A3Error otherwise, when the
-    disk is full or the folder cannot be written; its message names `path` and not the temporary
-    folder. Nothing is left behind.
+    Only a folder that is empty or has the `seal`, and nothing in it that its record does not name
+    (HIDDEN_SEAL, where the record was deleted), is replaced, and never one that is, holds or lies
+    in a model folder that it is made `of`. Of several writers at once, the last to be done wins,
+    whole. Raises A3Error otherwise, when the disk is full or the folder cannot be written; its
+    message names `path` and not the temporary folder. Nothing is left behind.
     """
     require_apart(path, of, whole=True)
     require_replaceable(path, seal)
@@ -85,6 +89,8 @@ def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) 
     try:
         with named({temporary: path}):
             yield temporary
+        if seal is not None:
+            seal_folder(temporary, seal.record)
         for made in (temporary, *temporary.iterdir()):
             permit(made)
         # Hours may have passed.
@@ -149,6 +155,22 @@ def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
             raise A3Error(f"{path}: holds {other}, which is read. Name another place.")
         if source in target.parents:
             raise A3Error(f"{path}: lies in {other}, which is read. Name a place outside of it.")
+        for link, to in links_in(other):
+            if target == to:
+                raise A3Error(f"{path}: {link}, which is read, links to it. Name another place.")
+            if whole and target in to.parents:
+                raise A3Error(f"{path}: holds {to}, which {link} links to. Name another place.")
+
+
+def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
+    """Each link in or at `source`, and each place that it leads through: links of links, too."""
+    for link in (source, *source.rglob("*")):
+        step, seen = link, set()
+        while step.is_symlink() and step not in seen:  # some are loops
+            seen.add(step)
+            to = step.parent / step.readlink()
+            step = to.parent.resolve() / to.name
+            yield link, step
 
 
 def require_place(path: Path) -> None:
@@ -159,7 +181,7 @@ def require_place(path: Path) -> None:
         resolved = path.resolve()
         if resolved.exists() and not path.exists():
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
-        there = next(part for part in resolved.parents if part.exists())
+        there = next((part for part in resolved.parents if part.exists()), resolved)
         longest = os.pathconf(there, "PC_NAME_MAX")
         # What is written has a longer name at first.
         parts = [*resolved.relative_to(there).parts[:-1], f".{path.name}.timing.json.12345678"]
@@ -210,21 +232,32 @@ def why_kept(path: Path, seal: Seal | None) -> str | None:
         return None
     if seal is None:
         return f"and holds {found[0].name}"
-    if not (path / seal.record).is_file():
+    records = [path / name for name in (seal.record, HIDDEN_SEAL) if (path / name).is_file()]
+    if not records:
         return f"and was not written by this stage: it holds {found[0].name} and no {seal.record}"
-    record = read_record(path / seal.record)
+    record = read_record(records[0])
     stage, files = (record.get("provenance") or {}).get("stage"), record.get("files") or {}
     if stage != seal.stage:
         return f"and was written by another stage ({stage})"
-    for one in found:
-        if one.name in (*RECORDS, "timing.json"):
+    for one in sorted(path.rglob("*")):
+        name = one.relative_to(path).as_posix()
+        if one.is_dir() and any(named.startswith(f"{name}/") for named in files):
             continue
-        if one.name not in files or one.is_dir():
-            return f"and holds {one.name}, which {seal.record} does not name"
+        if one.is_file() and name in (seal.record, HIDDEN_SEAL, "timing.json"):
+            read_record(one)
+        elif name not in files or one.is_dir():
+            return f"and holds {name}, which {seal.record} does not name"
         # A link holds nothing: what it points to stays.
-        if not one.is_symlink() and sha256(one) != files[one.name]:
-            return f"and {one.name} in it was changed since it was written"
+        elif not one.is_symlink() and sha256(one) != files[name]:
+            return f"and {name} in it was changed since it was written"
     return None
+
+
+def seal_folder(path: Path, record: str) -> None:
+    """Say once more, in a hidden file, what a folder's record says of its stage and files."""
+    said = read_record(path / record)
+    kept = {"provenance": {"stage": said["provenance"]["stage"]}, "files": said["files"]}
+    write_record(path / HIDDEN_SEAL, kept)
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 
 from a3.core.errors import A3Error
-from a3.core.files import load_yaml
+from a3.core.files import HIDDEN_SEAL, load_yaml
 
 CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 
@@ -23,6 +23,9 @@ SCHEMA = Path(__file__).parent / "config.schema.yaml"
 
 # What the catalogue has entries of.
 SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
+
+# Folders in which each entry of a section has one of its own.
+MADE = {"models": "models", "trained": "models", "texts": "texts", "items": "harness"}
 
 # A whole number has no point: 512.0 would pass for a number of tokens, and break what counts them.
 STRICT = jsonschema.validators.extend(
@@ -144,14 +147,33 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
 
 
 def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
-    """Raise A3Error where a source is what the workflow would delete to make something of it."""
+    """Raise A3Error where a source is or lies in what the workflow makes, of whatever entry."""
     path = config[section][name]["source"].get("path")
-    made = Path(config["results"], section, name)
-    if path is not None and made.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise A3Error(
-            f"config: {section}.{name}.source.path is {path}, and {made} is what is made of it and "
-            "deleted before. Choose other results, or another name."
-        )
+    if path is None:
+        return
+    source = Path(path).resolve()
+    for kind, of in MADE.items():
+        for entry in config.get(of, {}):
+            made = Path(config["results"], kind, entry)
+            if made.resolve() in (source, *source.parents):
+                raise A3Error(
+                    f"config: {section}.{name}.source.path is {path}, and {made} is what is made "
+                    f"of {of}.{entry} and deleted before. Choose other results, or another name."
+                )
+
+
+def check_models_made(config: dict[str, Any]) -> None:
+    """Raise A3Error where a model's folder is there that no stage made.
+
+    Snakemake deletes its config.json before a stage can refuse to write there.
+    """
+    for name in config["models"]:
+        made = Path(config["results"], "models", name)
+        if any(made.glob("*")) and not (made / HIDDEN_SEAL).exists():
+            raise A3Error(
+                f"config: models.{name} is made in {made}, which exists already and is not of this "
+                "version of a3. Choose other results or another name, or delete it first."
+            )
 
 
 def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ()) -> None:

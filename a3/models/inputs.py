@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from a3.core.files import sha256
+from a3.core.files import HIDDEN_SEAL, RECORDS, sha256
 from a3.texts.reading import KINDS, inner, walk
 
 # Mistral has names such as tokenizer.model.v3.
@@ -24,7 +24,7 @@ NOT_MODEL_FILES = ["*/*", "consolidated*"]
 TEMPLATES = "additional_chat_templates"
 
 # Left by stages, where the source is one of their folders.
-RECORDS = ("arch.json", "source.json", "train.json")
+LEFT = (*RECORDS, "source.json", "timing.json", HIDDEN_SEAL)
 
 # Of larger files only so many pieces, evenly spread, are read to tell whether they changed.
 LARGE, PIECES, PIECE = 64 * 2**20, 64, 2**16
@@ -36,7 +36,7 @@ def is_model_file(path: Path) -> bool:
         path.is_file()
         and any(path.match(pattern) for pattern in MODEL_FILES)
         and not any(Path(path.name).match(pattern) for pattern in NOT_MODEL_FILES)
-        and path.name not in RECORDS
+        and path.name not in LEFT
     )
 
 

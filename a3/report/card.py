@@ -5,12 +5,12 @@ from pathlib import Path
 
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, sha256, write_record
+from a3.core.files import SEAL, seal_folder, sha256, write_record
 from a3.core.records import Record
 from a3.models.arch import is_compressed
-from a3.models.checkpoint import CARD, Checkpoint, check_file, front_matter, recorded_files
+from a3.models.checkpoint import CARD, Checkpoint, check_file, recorded_files
 from a3.models.compressed import compressed_record
-from a3.stages.approx.card import TAGS, write_card
+from a3.stages.approx.card import is_own_card, write_card
 
 # What of a result the card says.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
@@ -52,14 +52,16 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
     write_card(folder, record)
     record["files"][CARD] = sha256(folder / CARD)
     write_record(folder / "approx.json", {k: value for k, value in record.items() if k != SEAL})
+    seal_folder(folder, "approx.json")
 
 
 def require_own_card(folder: Path) -> None:
-    """Raise A3Error where README.md is not a3's, of a folder that has no record of it."""
-    tags = front_matter(folder / CARD).get("tags")
-    own = isinstance(tags, list) and set(TAGS) <= set(map(str, tags))
-    if (folder / CARD).exists() and not own:
-        raise A3Error(f"{folder / CARD}: a card that a3 did not write. Move it, and add it later.")
+    """Raise A3Error where README.md is not as a3 wrote it, of a folder that has no record of it."""
+    if (folder / CARD).exists() and not is_own_card(folder / CARD):
+        raise A3Error(
+            f"{folder / CARD}: a card that a3 did not write, or that was changed since. Move it, "
+            "and add it later."
+        )
 
 
 def require_weights(record: Record, expected: str, kind: str) -> None:

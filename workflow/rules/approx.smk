@@ -61,13 +61,10 @@ rule approx:
         rxx=RXX,
         allocation=lambda wildcards, input: [f"--allocation={path}" for path in input.allocation],
         out=approx_output,
-        stale=lambda wildcards, output: (
-            Path(output.approx).parent if "approx" in output.keys() else []
-        ),
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approx.approximate"),
     shell:
-        "rm -rf {params.stale:q} && a3 approx {params.model:q} --rxx {params.rxx:q}"
+        "a3 approx {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
         " --ratio {wildcards.ratio:q} {params.allocation:q}"
         " --threads {params.threads} {params.out:q} &> {log:q}"
@@ -105,7 +102,7 @@ if JOBS > 1:
             out=CHECKPOINT,
             code=fingerprint("a3.stages.approx.assemble"),
         shell:
-            "rm -rf {params.out:q} && a3 gather {params.model:q} {input.weights:q}"
+            "a3 gather {params.model:q} {input.weights:q}"
             " -o {params.out:q} &> {log:q}"
 
     ruleorder: gather > approx

@@ -1,7 +1,7 @@
 """What all rules share: the checked configuration, names of files, and the code's fingerprints.
 
-a3 writes over no folder but one that is empty or has its record. Snakemake deletes the record, which
-is an output, and leaves the rest: rules whose output is a folder delete that first.
+a3 writes over no folder but one that is empty or has its seal. Snakemake deletes the record, which is
+an output, before it has a folder made again; a second, hidden seal in it is no output, and stays.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.experiments.config import complete, excluded, prefer_own_scripts, wheels_of
+from a3.experiments.config import check_models_made, complete, excluded, prefer_own_scripts, wheels_of
 from a3.experiments.rows import kinds_of, kinds_to_quantise, read_experiments, read_surgeries
 from a3.models.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.core.dtypes import GGUF_TYPES
@@ -41,6 +41,7 @@ try:
         PAPER_ROWS = PAPER.rows(C["paper"]["models"])
     else:
         PAPER, PAPER_ROWS = None, []
+    check_models_made(C)
     ROWS = read_experiments(Path(C["experiments"]), C)
     OPERATIONS = read_surgeries(Path(C["surgery"]["rows"]), C) if "surgery" in C else []
 except A3Error as error:

@@ -30,7 +30,7 @@ rule export_hf:
         out=subpath(output.config, parent=True),
         code=fingerprint("a3.stages.export.hf", "a3.models.modeling_a3"),
     shell:
-        "rm -rf {params.out:q} && a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
+        "a3 export hf {params.model:q} -o {params.out:q} &> {log:q}"
 
 
 rule export_gguf:

@@ -38,7 +38,7 @@ rule train:
         threads=C["threads"]["train"],
         code=fingerprint("a3.stages.inputs.train"),
     shell:
-        "rm -rf {params.out:q} && a3 train {params.recipe:q} --text {input:q}"
+        "a3 train {params.recipe:q} --text {input:q}"
         " --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 
@@ -62,5 +62,5 @@ rule model:
         base=base_option,
         code=fingerprint("a3.stages.inputs.model"),
     shell:
-        "rm -rf {params.out:q} && a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q}"
+        "a3 model {params.spec:q} --wheels {params.wheels:q} {params.base:q}"
         " -o {params.out:q} &> {log:q}"

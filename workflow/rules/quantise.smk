@@ -31,7 +31,7 @@ rule quantise:
         out=QUANTISED,
         code=fingerprint("a3.stages.approx.quantise"),
     shell:
-        "rm -rf {params.out:q} && a3 quantise {params.model:q} --rxx {params.rxx:q}"
+        "a3 quantise {params.model:q} --rxx {params.rxx:q}"
         " {params.recipe:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 

@@ -42,7 +42,7 @@ rule surgery:
         threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approx.surgery"),
     shell:
-        "rm -rf {params.out:q} && a3 surgery {params.model:q} {params.rxx:q}"
+        "a3 surgery {params.model:q} {params.rxx:q}"
         " --mode {wildcards.mode:q} --size {wildcards.size:q} --threads {params.threads} -o {params.out:q} &> {log:q}"
 
 

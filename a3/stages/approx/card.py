@@ -4,6 +4,7 @@ Of a folder that transformers saved again it says what the folder itself tells
 (a3.models.compressed), and that the rest is unknown.
 """
 
+import hashlib
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -116,8 +117,20 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         licence(base, name),
         provenance(record),
     ]
+    text = "\n\n".join(paragraphs) + "\n"
     with whole_file(folder / CARD) as temporary:
-        temporary.write_text("\n\n".join(paragraphs) + "\n")
+        temporary.write_text(text + sign(text))
+
+
+def sign(text: str) -> str:
+    """The last line of a card, which renders as nothing: the hash of all before it."""
+    return f"\n<!-- a3 wrote this, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_own_card(card: Path) -> bool:
+    """Whether a card is as it was written here."""
+    text, mark, _ = card.read_text(errors="replace").rpartition(sign("").split("SHA")[0])
+    return bool(mark) and card.read_bytes() == (text + sign(text)).encode()
 
 
 def base_card(record: dict[str, Any]) -> dict[str, Any]:

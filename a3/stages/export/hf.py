@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from a3.artifacts.targets import EXPORTED
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, sha256, whole_folder, write_record
 from a3.core.provenance import provenance
@@ -24,12 +25,12 @@ def export_hf(folder: Path, out: Path) -> None:
     a quantised model's A B are added to; tokenizer, chat template, model card and generation config
     travel. export.json says of what it was made, with the hash of each file. Raises A3Error, with
     all reasons, where the family's code cannot run it, where a tensor is left that it does not
-    read, and where `out` exists.
+    read, and where `out` is another's folder.
     """
     if not is_compressed(folder):
         raise A3Error(f"{folder}: an ordinary checkpoint already. Name a compressed folder.")
     model = stock(folder)
-    with whole_folder(out, of=[folder]) as made:
+    with whole_folder(out, EXPORTED.seal, [folder]) as made:
         names = write_weights(model, made)
         content = model.content | older_names(model.content["rope_parameters"])
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -46,7 +46,8 @@ def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None
     with whole_file(out_dir / "items.jsonl") as temporary:
         lines = (json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n" for fields in made)
         temporary.write_text("".join(lines), encoding="utf-8")
-    say(out_dir / "items.jsonl", items=items, seed=seed, text_sha256=text_sha256(docs_path))
+    said = {"items": items, "seed": seed, "text_sha256": text_sha256(docs_path)}
+    say(out_dir / "items.jsonl", __name__, **said)
 
 
 def item(document: Document, titles: list[str], draw: random.Random) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 
 from a3.artifacts.targets import MODEL
 from a3.core.errors import A3Error
-from a3.core.files import named, read_json, whole_folder, write_json, write_record
+from a3.core.files import (
+    named,
+    read_json,
+    require_apart,
+    whole_folder,
+    write_json,
+    write_record,
+)
 from a3.core.provenance import provenance
 from a3.models.arch import describe, known_family, load_arch
 from a3.models.checkpoint import CARD, Checkpoint, front_matter, hash_files, recorded_files
@@ -70,6 +77,7 @@ def resolve_model(
             make(base, folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
+            require_apart(out, [cached], whole=True)
             if not any(cached.glob("*.safetensors")):
                 name = shlex.quote(f"{source['hub']}@{source['revision']}")
                 raise A3Error(

@@ -57,15 +57,15 @@ def make_documents(
         paths = {name: part_of(texts, name) for name in shares}
         write_documents(out, mixture(paths, shares))
         inputs = {f"{name}/docs.jsonl": sha256(path) for name, path in paths.items()}
-        say(out, text=spec, inputs=inputs)
+        say(out, __name__, text=spec, inputs=inputs)
     else:
         write_documents(out, documents(spec, wheels))
-        say(out, text=spec)
+        say(out, __name__, text=spec)
 
 
-def say(path: Path, **settings: Any) -> None:
-    """Write the content hash of a file and what made it beside it in JSON."""
-    made = {"files": {path.name: sha256(path)}, "provenance": provenance(__name__, **settings)}
+def say(path: Path, stage: str, **settings: Any) -> None:
+    """Write the content hash of a file and what made it, a module, beside it in JSON."""
+    made = {"files": {path.name: sha256(path)}, "provenance": provenance(stage, **settings)}
     if "text" in settings:
         source = settings["text"]["source"]
         made |= {"source": described(source), "source_files": hash_inputs("texts", source)}
