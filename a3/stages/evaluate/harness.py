@@ -63,8 +63,13 @@ def harness(
     items only, of each task of a group. The last three are lm-eval's: a chat template (True, or its
     name), examples as turns of the chat, and a system's turn, or text before the prompt. Raises
     A3Error where lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
-    has no such template: before the model is loaded.
+    has no such template: before the model is loaded. Nor may a task have `items` and `yaml`.
     """
+    if items is not None and yaml is not None:
+        raise A3Error(
+            f"harness task {task!r}: found items {items} and yaml {yaml}; a local task is made of "
+            "one of them. Leave the other out."
+        )
     prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
     checkpoint, tokenizer = Checkpoint(model_folder), load_tokenizer(model_folder)
     choose_template(tokenizer, prompting, model_folder)
