@@ -23,7 +23,8 @@ from a3.core.errors import A3Error
 from a3.core.files import sha256, write_record
 from a3.core.provenance import provenance
 from a3.models.checkpoint import Checkpoint, model_source
-from a3.models.load import end_tokens, load_model, load_tokenizer
+from a3.models.load import load_model, load_tokenizer
+from a3.models.readable import end_tokens
 from a3.models.tokenizer import hold_to_rows
 from a3.stages.evaluate.items import task_config
 from a3.stages.evaluate.prompting import Prompting, choose_template, stand_in
