@@ -125,7 +125,7 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         (["model", '{"source": {"path": "m"}, "licence": 3}', "-o", "x"], "licence: 3"),
         (["model", '{"source": ', "-o", "x"], "not valid JSON"),
         (["model", "[1]", "-o", "x"], "'[1]': expected a folder"),
-        (["model", "", "-o", "x"], "'': expected a folder"),
+        (["model", "", "-o", "x"], "argument model: expected text, found ''"),
         (["model", "n" * 5000, "-o", "x"], "expected a folder"),
         (["model", '{"source": {"path": "m"}}', "-o", "n" * 250], "too long"),
         (["convert", "{}", "-o", "x"], "'source' is a required"),
@@ -171,6 +171,32 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
 )  # fmt: skip
 def test_arguments_that_are_none(empty, capsys, words, says):
     assert says in refused(capsys, *words)
+
+
+TEXTS = [
+    *((HARNESS, option) for option in ("--apply-chat-template", "--system-instruction")),
+    *((HARNESS, option) for option in ("--metric", "--task", "--items", "--yaml", "--out")),
+    *((PPL, option) for option in ("--name", "--split", "--text", "--source", "--out")),
+    *((SPEED, option) for option in ("--qk", "--beside")),
+    *((APPROX, option) for option in ("--mlp", "--rxx", "--allocation")),
+    *((TABLES, option) for option in ("--reference", "--perplexity", "--results")),
+    (["split", "d", "-o", "s"], "--exclude"),
+]
+
+
+@pytest.mark.parametrize(("words", "option"), TEXTS)
+def test_text_that_is_none(empty, capsys, words, option):
+    """An unset variable of the shell, and bytes that are not UTF-8."""
+    assert "expected text, found ''" in refused(capsys, *words, option, "")
+    assert "not UTF-8" in refused(capsys, *words, option, "a\udcff")
+
+
+def test_configs_have_no_empty_text():
+    for key in ("metric", "apply_chat_template", "system_instruction"):
+        with pytest.raises(A3Error, match=f"{key}: "):
+            validate_entry({"yaml": "t.yaml", key: ""}, "harness", "harness x")
+    with pytest.raises(A3Error, match="task: "):
+        validate_entry({"task": ""}, "harness", "harness x")
 
 
 def test_jobs_of_a_workflow(capsys):

@@ -165,7 +165,7 @@ NO_SHARING = {
     "in some layers": ("smollm3", {"no_rope_layers": [1, 0]}, [], "layer 1 has no RoPE"),
     "in windows": ("cohere2", WINDOWS, [], "layer 1 has no RoPE"),
     "experts": ("mixtral", {"num_local_experts": 2}, [], "mlp mode 'obs' does not fit experts"),
-    "little room": ("llama", {}, ["--ratio", "0.9"], "rank 10 of 96, and no layer gets less than 12"),
+    "little room": ("llama", {}, ["--ratio", "0.9"], "10 of 96, and no layer gets less than 12"),
 }
 
 

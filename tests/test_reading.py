@@ -304,3 +304,13 @@ def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(A3Error, match="pipe: no such file"):
         load_documents(tmp_path / "pipe")
     assert text_files(tmp_path / "x.txt") == [tmp_path / "x.txt"]
+
+
+def test_a_file_whose_name_is_not_unicode_is_refused(tmp_path):
+    """Its name is a document's title, and stands in records."""
+    (tmp_path / "a.txt").write_text("A river.")
+    path = tmp_path / os.fsdecode(b"b\xff.txt")
+    path.write_text("A lake.")
+    for each in (tmp_path, path):
+        with pytest.raises(A3Error, match="its name is not UTF-8"):
+            load_documents(each)

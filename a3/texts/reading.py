@@ -92,10 +92,10 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
     """The files that a text is read from: itself, or those in a folder of these `kinds`, sorted.
 
     Folders in it too; links are followed. Hidden files and other kinds are left out; of the latter
-    it is said. Raises A3Error where there is none.
+    it is said. Raises A3Error where there is none, and for a name that is not UTF-8.
     """
     if not path.is_dir():
-        return [path]
+        return [require_name(path)]
     files = sorted(walk(path))
     kept = [file for file in files if KINDS.get(inner(file.name)[1]) in tuple(kinds)]
     other = [file.relative_to(path).as_posix() for file in files if file not in set(kept)]
@@ -107,7 +107,16 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
         )
     if other:
         print(f"{path}: left out {len(other)} files of other kinds: {names}", file=sys.stderr)
-    return kept
+    return [require_name(file) for file in kept]
+
+
+def require_name(path: Path) -> Path:
+    """The path; raises A3Error where its name is not UTF-8: it is a title, and records hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise A3Error(f"{path}: its name is not UTF-8 ({error.reason}). Rename it.") from None
+    return path
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -141,7 +150,7 @@ def text_sha256(path: Path) -> str:
     if not path.is_dir():
         return sha256(path)
     lines = [f"{sha256(file)} {file.relative_to(path).as_posix()}\n" for file in text_files(path)]
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def inner(name: str) -> tuple[str, str, str]:
