@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 
 import pytest
@@ -10,7 +11,8 @@ from tiny import document, run, tiny_llama
 from a3.cli import options
 from a3.cli.main import main, parser
 from a3.core.errors import A3Error
-from a3.experiments.config import validate, validate_entry
+from a3.core.files import load_yaml
+from a3.experiments.config import CATALOGUE, validate, validate_entry
 from a3.solutions.recipes import check_method
 
 ROW = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
@@ -197,6 +199,41 @@ def test_configs_have_no_empty_text():
             validate_entry({"yaml": "t.yaml", key: ""}, "harness", "harness x")
     with pytest.raises(A3Error, match="task: "):
         validate_entry({"task": ""}, "harness", "harness x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "key"),
+    [
+        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("text", {"path": "d", "config": "x"}, "source.config: 'x' is of no use"),
+        ("text", {"path": "d", "files": "x"}, "source.files: 'x' is of no use"),
+        ("text", {"path": "d", "split": "test"}, "source.split: 'test' does not match"),
+        ("text", {"path": "d", "split": "trains"}, "source.split: 'trains' does not match"),
+        ("text", {"hub": "a/b", "revision": "x", "files": "f", "split": "test"}, "source.split"),
+        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' is of no use"),
+    ],
+)
+def test_a_key_that_a_source_does_not_use(kind, source, key):
+    with pytest.raises(A3Error, match=re.escape(key)):
+        validate_entry({"source": source}, kind, "entry")
+
+
+def test_keys_that_a_source_uses():
+    both = {"mix": {"a": 0.5, "b": 0.5}}
+    for source in (
+        {"path": "d", "split": "train[:10]", "column": "x"},
+        {"hub": "a/b", "revision": "x", "config": "c", "split": "test", "column": "x"},
+        {"hub": "a/b", "revision": "x", "files": "f", "split": "train"},
+        both,
+    ):
+        validate_entry({"source": source}, "text", "entry")
+    with pytest.raises(A3Error, match="min_chars: 3 is of no use"):
+        validate_entry({"source": both, "min_chars": 3}, "text", "entry")
+    for section, kind in (("models", "model"), ("texts", "text")):
+        for name, each in load_yaml(CATALOGUE)[section].items():
+            validate_entry(each, kind, name)
 
 
 def test_jobs_of_a_workflow(capsys):
