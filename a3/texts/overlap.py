@@ -101,8 +101,9 @@ def joined(text: str) -> str:
 
 
 def digest(text: str) -> bytes:
-    """A hash of a whole text, as `plain` leaves it."""
-    return hashlib.sha256(joined(text).encode()).digest()
+    """A hash of a whole text, as `plain` leaves it: of its words, or where it has none, of all."""
+    words = (ASCII_WORD if text.isascii() else WORD).findall(text)
+    return hashlib.sha256((" ".join(words) or joined(text)).encode()).digest()
 
 
 def any_in(values: np.ndarray, known: np.ndarray) -> bool:
