@@ -341,6 +341,8 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
 
     try:
         reader = rows(max("\t" if inner(name)[1] == ".tsv" else DELIMITERS, key=fit), strict=True)
+        if inner(name)[1] == ".tsv":
+            refuse_doubtful_quotes(text, name)
         head = next(filter(None, reader))
         if len(set(head)) != len(head):
             raise A3Error(f"{name}: two columns have one name: {head}. Rename one.")
@@ -356,6 +358,31 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
             yield where, dict(zip(head, cells, strict=True))
     except csv.Error as error:
         raise A3Error(f"{name}: not a table ({error}). Correct its quotes.") from error
+
+
+def refuse_doubtful_quotes(text: str, name: str) -> None:
+    """Raise A3Error where quotes in a .tsv may be its cells' own, or such as tables put around.
+
+    Some programs write cells as they are, others quote like .csv: all of the header, or none but
+    cells that need it. Where both readings are the same, or the file is as the latter write it, it
+    is read like .csv, unless lines would be joined that are whole rows.
+    """
+    if '"' not in text or text.startswith('"'):
+        return
+    lines = text.splitlines()
+    plain = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    quoted = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+    if plain == quoted:
+        return
+    written = io.StringIO()
+    csv.writer(written, delimiter="\t", lineterminator="\n").writerows(quoted)
+    merged = len(plain) != len(quoted) and len({len(row) for row in plain}) == 1
+    if written.getvalue().splitlines() == lines and not merged:
+        return
+    raise A3Error(
+        f"{name}: its quotes may be part of its cells, or around them as in a .csv, and nothing "
+        "tells which. Save it as .csv or .jsonl."
+    )
 
 
 def parquet_records(name: str, content: bytes, column: str) -> Iterator[tuple[str, Any]]:
