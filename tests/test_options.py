@@ -168,7 +168,8 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         ([*GENERATION[:4], "\udcff", "-o", "r.json"], "not UTF-8"),
         (["eval", "ppl", "m", "-o", "x"], "required: --text"),
         ([], "required: COMMAND"),
-        (["paper", "compare", "x.yaml", "-o", "x"], "no such file"),
+        (["paper", "compare", "x.yaml", "-o", "x"], "error: x.yaml: no such file"),
+        (["paper", "rows", "x.yaml", "--model", "m", "--results", "r", "-o", "x"], "r: x.yaml: no"),
     ],
 )  # fmt: skip
 def test_arguments_that_are_none(empty, capsys, words, says):
