@@ -50,5 +50,5 @@ rule all:
     input:
         f"{TABLE}/report.html",
         f"{TABLE}/results.md",
-        f"{TABLE}/speed.md" if C["evaluate"]["speed"] else [],
+        f"{TABLE}/speed.md" if SPEEDS else [],
         SURGERY_TABLES,

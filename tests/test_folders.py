@@ -18,7 +18,7 @@ from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.load import load_whole
-from a3.models.readable import require_readable
+from a3.models.readable import OBJECTS, require_readable
 from a3.stages.approx.approximate import repack
 from a3.stages.export.inspect import inspect
 
@@ -110,6 +110,31 @@ def rewrite(model, change, **config):
     path = model / "config.json"
     if config:
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("generation_config.json", {"eos_token_id": "1"}, "eos_token_id is '1', expected a token"),
+        ("generation_config.json", "{", r"generation_config\.json: not valid JSON"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_every_command(
+    work, model, tmp_path, capsys, name, content, says
+):
+    put(model, {name: content})
+    refused_by_all(model, work, tmp_path, capsys, f"{says}|Nothing to convert")
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_is_no_object_is_named(model, name):
+    for content, says in (("[]", "found list"), ("null", "found None"), ("{", "not valid JSON")):
+        (model / name).write_text(content)
+        with pytest.raises(A3Error, match=f"{re.escape(str(model / name))}: {says}"):
+            require_readable(model)
 
 
 # --- adapters ---

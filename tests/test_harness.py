@@ -384,6 +384,16 @@ def test_a_mistake_is_said_in_a_line_before_the_model_is_loaded(
     assert not out.exists()
 
 
+def test_a_task_is_made_of_items_or_of_a_yaml(models, tmp_path, capsys):
+    """And not of both, of which one would be left out in silence; nor is the other looked at."""
+    task = ["--task", "x", "--items", tmp_path / "items.jsonl", "--yaml", tmp_path / "nope.yaml"]
+    words = ["eval", "harness", models / "dense", *task, "-o", tmp_path / "out.json"]
+    assert main([str(word) for word in words]) == 1
+    (line,) = re.findall(r"a3: error: .*", capsys.readouterr().err)
+    assert re.search(r"found items .*items\.jsonl and yaml .*nope\.yaml; .* Leave the other", line)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_shows_while_scoring_is_said_in_a_line(models, tmp_path, capsys):
     """A word of a text without spaces is the whole text: its perplexity is beyond all floats."""
     spec = ROLLING | {"doc_to_target": "{{ '漢字' * 200 }}"}

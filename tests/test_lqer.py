@@ -391,6 +391,20 @@ def test_recipes_that_say_nothing_sensible_are_refused(tmp_path, capsys, recipe,
     assert not (tmp_path / "low").exists()
 
 
+def test_a_repair_as_large_as_its_matrix_is_refused(tmp_path, capsys):
+    """k of 64 × 32 numbers: 21 (64 + 32) are fewer, 22 are not; by the table or by an entry."""
+    tiny_llama(tmp_path / "dense")
+    rxx = collect(tmp_path / "dense", tmp_path, 64)
+    own = {"layers": [{"match": r".*k_proj", "W": "int4/16", "rank": 22}]}
+    for recipe, rank in ((own, 4), (own | {"layers": [{"match": r".*k_proj"}]}, 1000)):
+        words = ["quantise", tmp_path / "dense", "--rxx", rxx, "--recipe", json.dumps(recipe)]
+        assert main([*map(str, words), "--rank", str(rank), "-o", str(tmp_path / "low")]) == 1
+        said = capsys.readouterr().err
+        assert "self_attn.k_proj, which is 32 × 64" in said
+        assert "Take a rank of at most 21." in said
+        assert not (tmp_path / "low").exists()
+
+
 def test_products_of_two_and_mixtures_are_refused(tmp_path, capsys):
     tiny_model(tmp_path / "mixture", *MODELS["mixtral"][:1], **MODELS["mixtral"][1])
     words = ["quantise", str(tmp_path / "mixture"), "--rxx", "x", "--rank", "4", "-o", "low"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 
 import pytest
@@ -10,7 +11,8 @@ from tiny import document, run, tiny_llama
 from a3.cli import options
 from a3.cli.main import main, parser
 from a3.core.errors import A3Error
-from a3.experiments.config import validate, validate_entry
+from a3.core.files import load_yaml
+from a3.experiments.config import CATALOGUE, validate, validate_entry
 from a3.solutions.recipes import check_method
 
 ROW = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
@@ -125,7 +127,7 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         (["model", '{"source": {"path": "m"}, "licence": 3}', "-o", "x"], "licence: 3"),
         (["model", '{"source": ', "-o", "x"], "not valid JSON"),
         (["model", "[1]", "-o", "x"], "'[1]': expected a folder"),
-        (["model", "", "-o", "x"], "'': expected a folder"),
+        (["model", "", "-o", "x"], "argument model: expected text, found ''"),
         (["model", "n" * 5000, "-o", "x"], "expected a folder"),
         (["model", '{"source": {"path": "m"}}', "-o", "n" * 250], "too long"),
         (["convert", "{}", "-o", "x"], "'source' is a required"),
@@ -166,11 +168,73 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         ([*GENERATION[:4], "\udcff", "-o", "r.json"], "not UTF-8"),
         (["eval", "ppl", "m", "-o", "x"], "required: --text"),
         ([], "required: COMMAND"),
-        (["paper", "compare", "x.yaml", "-o", "x"], "no such file"),
+        (["paper", "compare", "x.yaml", "-o", "x"], "error: x.yaml: no such file"),
+        (["paper", "rows", "x.yaml", "--model", "m", "--results", "r", "-o", "x"], "r: x.yaml: no"),
     ],
 )  # fmt: skip
 def test_arguments_that_are_none(empty, capsys, words, says):
     assert says in refused(capsys, *words)
+
+
+TEXTS = [
+    *((HARNESS, option) for option in ("--apply-chat-template", "--system-instruction")),
+    *((HARNESS, option) for option in ("--metric", "--task", "--items", "--yaml", "--out")),
+    *((PPL, option) for option in ("--name", "--split", "--text", "--source", "--out")),
+    *((SPEED, option) for option in ("--qk", "--beside")),
+    *((APPROX, option) for option in ("--mlp", "--rxx", "--allocation")),
+    *((TABLES, option) for option in ("--reference", "--perplexity", "--results")),
+    (["split", "d", "-o", "s"], "--exclude"),
+]
+
+
+@pytest.mark.parametrize(("words", "option"), TEXTS)
+def test_text_that_is_none(empty, capsys, words, option):
+    """An unset variable of the shell, and bytes that are not UTF-8."""
+    assert "expected text, found ''" in refused(capsys, *words, option, "")
+    assert "not UTF-8" in refused(capsys, *words, option, "a\udcff")
+
+
+def test_configs_have_no_empty_text():
+    for key in ("metric", "apply_chat_template", "system_instruction"):
+        with pytest.raises(A3Error, match=f"{key}: "):
+            validate_entry({"yaml": "t.yaml", key: ""}, "harness", "harness x")
+    with pytest.raises(A3Error, match="task: "):
+        validate_entry({"task": ""}, "harness", "harness x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "key"),
+    [
+        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' is of no use"),
+        ("text", {"path": "d", "config": "x"}, "source.config: 'x' is of no use"),
+        ("text", {"path": "d", "files": "x"}, "source.files: 'x' is of no use"),
+        ("text", {"path": "d", "split": "test"}, "source.split: 'test' does not match"),
+        ("text", {"path": "d", "split": "trains"}, "source.split: 'trains' does not match"),
+        ("text", {"hub": "a/b", "revision": "x", "files": "f", "split": "test"}, "source.split"),
+        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' is of no use"),
+    ],
+)
+def test_a_key_that_a_source_does_not_use(kind, source, key):
+    with pytest.raises(A3Error, match=re.escape(key)):
+        validate_entry({"source": source}, kind, "entry")
+
+
+def test_keys_that_a_source_uses():
+    both = {"mix": {"a": 0.5, "b": 0.5}}
+    for source in (
+        {"path": "d", "split": "train[:10]", "column": "x"},
+        {"hub": "a/b", "revision": "x", "config": "c", "split": "test", "column": "x"},
+        {"hub": "a/b", "revision": "x", "files": "f", "split": "train"},
+        both,
+    ):
+        validate_entry({"source": source}, "text", "entry")
+    with pytest.raises(A3Error, match="min_chars: 3 is of no use"):
+        validate_entry({"source": both, "min_chars": 3}, "text", "entry")
+    for section, kind in (("models", "model"), ("texts", "text")):
+        for name, each in load_yaml(CATALOGUE)[section].items():
+            validate_entry(each, kind, name)
 
 
 def test_jobs_of_a_workflow(capsys):

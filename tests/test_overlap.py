@@ -152,6 +152,26 @@ def test_a_short_document_is_not_a_line_of_the_other_text():
     assert reason("First line.\nA short one indeed.", "A short one.") is None
 
 
+def test_lines_that_follow_each_other_are_a_document():
+    seen = "First line.\nA short one,\n\nin two lines.\nThe last."
+    assert reason(seen, "A short one, in two lines") == "whole"
+    assert reason(seen, "First line. A short one, in two lines.") == "whole"
+    assert reason(seen, "First line. In two lines.") is None
+    assert reason(seen, "short one in two lines") is None
+
+
+def test_punctuation_makes_no_other_document():
+    for one, other in (
+        ("Hello world.", "Hello, world"),
+        ("川は流れる。", "川は流れる"),
+        ("a-b", "A b"),
+    ):
+        assert reason(one, other) == reason(other, one) == "whole"
+    assert reason("Hello world.", "Hello worlds.") is None
+    # Without words, all of it counts.
+    assert reason("…!", "!?") is None
+
+
 @pytest.mark.parametrize("title", [None, "", "  ", "\t\n", "\u200b"])
 def test_no_title_is_the_title_of_no_other(tmp_path, title):
     """Titles of null on both sides: nothing is left out for it."""

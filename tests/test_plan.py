@@ -1,6 +1,7 @@
 """Each part its own ratio or rank: spelling, what fits a model, and what a checkpoint becomes."""
 
 import json
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import pytest
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_model
 
+import a3.pipeline as pipeline
 from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.experiments.rows import kinds_of, read_experiments
 from a3.models.arch import describe
 from a3.solutions.modes import Choice, choose
-from a3.solutions.plan import Plan
+from a3.solutions.plan import Plan, check_experiments
 
 PAPER = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 OWN = {"qk": "rxx-w-rxx@12", "ov": "xkv@0.3", "mlp": "rxx-w@0", "ratio": "-"}
@@ -153,6 +155,37 @@ def test_experiments_that_do_not_fit_are_refused_before_collecting(llama, tmp_pa
     assert not out.parent.exists()
     assert main([*words, json.dumps([PAPER, OWN])]) == 0
     assert out.exists()
+
+
+PLUS = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~", "ratio": "0.2"}
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+NO_SHARING = {
+    "in part": ("stablelm", {"rope_parameters": HALF}, [], "8 of 16 dimensions of a head are rot"),
+    "in some layers": ("smollm3", {"no_rope_layers": [1, 0]}, [], "layer 1 has no RoPE"),
+    "in windows": ("cohere2", WINDOWS, [], "layer 1 has no RoPE"),
+    "experts": ("mixtral", {"num_local_experts": 2}, [], "mlp mode 'obs' does not fit experts"),
+    "little room": ("llama", {}, ["--ratio", "0.9"], "10 of 96, and no layer gets less than 12"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SHARING)
+def test_what_cannot_share_out_a_ratio_is_refused_before_collecting(
+    tmp_path, monkeypatch, capsys, case
+):
+    """By the command line before the text is read, and by the workflow's own check of its rows."""
+    model_type, config, words, says = NO_SHARING[case]
+    folder = tiny_model(tmp_path / "m", model_type, **config)
+    monkeypatch.setattr(pipeline, "make_documents", lambda *_: pytest.fail("the text was read"))
+    given = ["compress", str(folder), "--text", str(folder), "--preset", "a3-plus"]
+    assert main([*given, "--ratio", "0.2", *words, "-o", str(tmp_path / "small")]) == 1
+    (line,) = re.findall(r"a3: error: .*", capsys.readouterr().err)
+    assert re.search(says, line)
+    if not words:
+        with pytest.raises(A3Error, match=f"experiment .*: .*{says}"):
+            check_experiments(folder, [PAPER | {"mlp": "dense"}, PLUS])
+        if "RoPE" in line:
+            check_experiments(folder, [PLUS | {"qk": "fisher@0.2"}])
 
 
 # --- on the command line ---

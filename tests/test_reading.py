@@ -304,3 +304,30 @@ def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(A3Error, match="pipe: no such file"):
         load_documents(tmp_path / "pipe")
     assert text_files(tmp_path / "x.txt") == [tmp_path / "x.txt"]
+
+
+def test_a_file_whose_name_is_not_unicode_is_refused(tmp_path):
+    """Its name is a document's title, and stands in records."""
+    (tmp_path / "a.txt").write_text("A river.")
+    path = tmp_path / os.fsdecode(b"b\xff.txt")
+    path.write_text("A lake.")
+    for each in (tmp_path, path):
+        with pytest.raises(A3Error, match="its name is not UTF-8"):
+            load_documents(each)
+
+
+def test_quotes_in_tsv_are_read_where_they_are_sure(tmp_path):
+    """As a csv writer puts them, all or where needed; inside of a cell; and else not guessed at."""
+    path = tmp_path / "a.tsv"
+    cells = ['"Hello there"', "a\tb", "two\nlines", 'a 5" pipe', "plain, of course"]
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
+        with path.open("w", newline="") as stream:
+            writer = csv.writer(stream, delimiter="\t", quoting=quoting)
+            writer.writerows([["title", "text"], *(["t", cell] for cell in cells)])
+        assert [document.text for document in load_documents(path)] == cells
+    path.write_text('title\ttext\nt\ta 5" pipe\n')
+    assert [document.text for document in load_documents(path)] == ['a 5" pipe']
+    for rows in ('t\t"Hello there"\n', 't\t"Hello\nt\tthere"\n'):
+        path.write_text(f"title\ttext\n{rows}")
+        with pytest.raises(A3Error, match="quotes may be part of its cells"):
+            load_documents(path)

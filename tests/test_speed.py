@@ -332,6 +332,21 @@ def test_the_table(results, record, tmp_path):
     assert "short: 2 × (6 + 3)" in lines[2]
 
 
+def test_a_table_of_no_speeds_is_refused(results, tmp_path, capsys):
+    """No compressed row, no results at all, an entry that was not timed."""
+    words = [str(word) for word in table(results, tmp_path / "out")]
+    for option, value, says in (
+        ("--experiments", '[{"model": "tiny"}]', "no compressed row among the experiments (tiny)"),
+        ("--results", str(tmp_path / "nope"), "short.json: no such file"),
+        ("--speed", "other", "other.json: no such file"),
+    ):
+        changed = list(words)
+        changed[words.index(option) + 1] = value
+        assert main(changed) == 1
+        assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_verify_and_table_refuse_the_speed_of_other_weights(results, record, tmp_path, capsys):
     assert main(["verify", str(results)]) == 0
     assert "1 speeds" in capsys.readouterr().out

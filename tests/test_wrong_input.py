@@ -162,6 +162,25 @@ def test_a_variant_that_would_come_out_wrong_is_named(tmp_path, family, variant)
         read_config(tmp_path, FAMILIES[family], tensors=1000)
 
 
+@pytest.mark.parametrize(("family", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_a_model_has_a_layer(tmp_path, family, key):
+    for count in (0, -1):
+        AutoConfig.for_model(family, **{key: count}).save_pretrained(tmp_path)
+        with pytest.raises(A3Error, match=f"{key} is {count}, expected 1 or more"):
+            read_config(tmp_path, FAMILIES[family], tensors=1000)
+
+
+def test_projections_in_slices_are_refused_by_their_keys(tmp_path):
+    """BLOOM's own code passes their modules by, and there would be no statistics of them."""
+    for variant in ({"slow_but_exact": True}, {"pretraining_tp": 2}):
+        AutoConfig.for_model("bloom", n_layer=1, **variant).save_pretrained(tmp_path)
+        assert read_config(tmp_path, FAMILIES["bloom"], tensors=1000)["family"] == "bloom"
+    variant = {"slow_but_exact": True, "pretraining_tp": 2}
+    AutoConfig.for_model("bloom", n_layer=1, **variant).save_pretrained(tmp_path)
+    with pytest.raises(A3Error, match="slow_but_exact is true, and pretraining_tp 2;"):
+        read_config(tmp_path, FAMILIES["bloom"], tensors=1000)
+
+
 def test_no_such_model_folder(work, tmp_path, capsys):
     message = fails(capsys, "eval", "ppl", tmp_path / "no", "--text", work / "text.txt", "-o", "x")
     assert "no such folder" in message

@@ -100,9 +100,16 @@ def read_speeds(
     """The compressed rows' records of each entry `speed`, in order: place, entry's name, record.
 
     Raises A3Error where one was taken from other weights than those that now lie beside it, dense
-    or compressed, or two of one model and entry were taken by different protocols.
+    or compressed, two of one model and entry were taken by different protocols, or no row is of a
+    compressed model.
     """
     places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
+    if all(place.is_dense for place in places):
+        raise A3Error(
+            f"{results}: no compressed row among the experiments ("
+            f"{', '.join(dict.fromkeys(place.model for place in places)) or 'none'}), and a speed "
+            "is of a compressed model beside its dense one. Add one, or build no table of speeds."
+        )
     found: list[tuple[Place, str, Record]] = []
     first: dict[tuple[str, str], Record] = {}
     for place in dict.fromkeys(place for place in places if not place.is_dense):

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from a3.core.errors import A3Error
@@ -22,7 +23,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments as everything else is said: one line, status 1."""
+    """Says what is wrong with arguments as everything else is said: one line, status 1.
+
+    Whatever has no other type is text, which `text` reads, and a path is what `place` reads.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", None, text)
+        self.register("type", Path, place)
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """The action; it is given all words of a command, which that reads itself."""
+        action = super().add_subparsers(**options)
+        action.type = str
+        return action
 
     def error(self, message: str) -> NoReturn:
         """Raise A3Error."""
@@ -61,6 +76,18 @@ def unicode(word: str) -> str:
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"not UTF-8 ({error.reason})") from None
     return word
+
+
+def text(word: str) -> str:
+    """Text of one character at least: an unset variable of the shell is an empty word."""
+    if not word:
+        raise argparse.ArgumentTypeError("expected text, found ''")
+    return unicode(word)
+
+
+def place(word: str) -> Path:
+    """A path. Records name it, and Path itself would take an empty word for the working folder."""
+    return Path(text(word))
 
 
 def device(word: str) -> str:

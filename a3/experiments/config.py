@@ -60,6 +60,11 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
             f"{what}: unknown key {unknown[0]!r} at {where}; expected one of "
             f"{', '.join(known)}.{hint}"
         )
+    if error.validator == "not":
+        raise A3Error(
+            f"{what}: {where}: {error.instance!r} is of no use with this kind of source. Take the "
+            "key out."
+        )
     raise A3Error(f"{what}: {where}: {error.message}. Correct this key.")
 
 

@@ -286,6 +286,17 @@ class Bloom(NoRope):
         "down": "mlp.dense_4h_to_h",
     }
 
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse projections in slices, whose modules are passed by."""
+        super().check(config)
+        tp = getattr(config, "pretraining_tp", 1)
+        if getattr(config, "slow_but_exact", False) and tp > 1:
+            raise A3Error(
+                f"config.json: slow_but_exact is true, and pretraining_tp {tp}; the products of o "
+                "and down are then summed in slices, of which there are no statistics. It is the "
+                "same function without: set slow_but_exact to false."
+            )
+
     def intermediate_size(self, config: PreTrainedConfig) -> int:
         """Four times the hidden size."""
         return 4 * config.hidden_size

@@ -144,7 +144,9 @@ class Family:
         kv_heads = self.kv_heads(config)
         layers = range(config.num_hidden_layers)
         if not layers:
-            raise A3Error(f"config.json: {len(layers)} layers; expected one at least.")
+            key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+            found = config.num_hidden_layers
+            raise A3Error(f"config.json: {key} is {found}, expected 1 or more. Correct it.")
         attentions = [model.get_submodule(self.attention_module(layer)) for layer in layers]
         head_dim = self.head_dim(attentions[0])
         grouped = "gqa" if kv_heads < heads else "mha"

@@ -21,11 +21,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
-from a3.core.files import read_json
 from a3.core.memory import require_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
-from a3.models.readable import refuse_adapter
+from a3.models.readable import end_tokens, refuse_adapter
 
 # What a config.json may say of how a model is run, and a3 decides.
 PLAIN = {
@@ -62,27 +61,6 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     checkpoint.verify_all()
     greedy = GenerationConfig(eos_token_id=end_tokens(folder))
     return load_whole(folder, dtype=getattr(torch, dtype), generation_config=greedy).eval()
-
-
-def end_tokens(folder: Path) -> list[int] | None:
-    """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
-
-    Raises A3Error where they are no ids.
-    """
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        said = read_json(path) if path.is_file() else {}
-        if not isinstance(said, dict):
-            raise A3Error(f"{path}: found {type(said).__name__}, expected an object. Correct it.")
-        found = said.get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
-        if found is not None and not all(type(each) is int for each in ids):
-            raise A3Error(
-                f"{path}: eos_token_id is {found!r}, expected a token's id or a list of ids. "
-                "Correct it."
-            )
-        if found not in (None, []):
-            return ids
-    return None
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:

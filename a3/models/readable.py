@@ -15,6 +15,12 @@ from a3.core.files import read_json
 
 PICKLED = "pytorch_model*.bin*"
 
+# What transformers reads of a folder as a JSON object, where it is there.
+OBJECTS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+)
+
 INDEX = "model.safetensors.index.json"
 
 # What peft, the library `adapters`, MLX and diffusers call an adapter's files.
@@ -61,13 +67,46 @@ SCALES = re.compile(
 def require_readable(folder: Path) -> None:
     """Raise A3Error where a folder is, or holds, what a3 does not read as a model, and what to do.
 
-    An adapter that is not merged, weights that are pickled or quantised, shards that are not there.
+    Configs that are no JSON objects or name no token as the end, an adapter that is not merged,
+    weights that are pickled or quantised, shards that are not there.
     A folder without weights is no error here: config.json is enough for some commands.
     """
+    refuse_wrong_objects(folder)
     refuse_adapter(folder)
     refuse_pickled(folder)
     refuse_missing_shards(folder)
     refuse_quantised(folder)
+
+
+# --- configs --------------------------------------------------------------------------------------
+def refuse_wrong_objects(folder: Path) -> None:
+    """Raise A3Error where a small file is no JSON object, or the end of a text no token's id."""
+    for name in OBJECTS:
+        path = folder / name
+        found = read_json(path) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise A3Error(
+                f"{path}: found {type(found).__name__}, expected an object ({{…}}). Fetch it again."
+            )
+    end_tokens(folder)
+
+
+def end_tokens(folder: Path) -> list[int] | None:
+    """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
+
+    Raises A3Error where they are no ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        found = config_beside(path).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(each) is int for each in ids):
+            raise A3Error(
+                f"{path}: eos_token_id is {found!r}, expected a token's id or a list of ids. "
+                "Correct it."
+            )
+        if found not in (None, []):
+            return ids
+    return None
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ from a3.solutions.modes import (
     rank_of,
 )
 
+# No part of a layer that shares out a ratio keeps less than this share: a second-order loss says
+# nothing so far away.
+LEAST = 0.125
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,8 +48,21 @@ class Plan:
         return kinds_needed(self.choices)
 
     def check(self, model_folder: Path) -> None:
-        """Raise A3Error where a mode does not fit the model or nothing would be left of a part."""
-        self.ranks(load_arch(model_folder))
+        """Raise A3Error for what allocate or approx would refuse of it, before they run.
+
+        A mode does not fit the model, nothing would be left of a part, or it cannot share a ratio.
+        """
+        arch = load_arch(model_folder)
+        self.ranks(arch)
+        self.check_sharing(arch)
+
+    def check_sharing(self, arch: Arch) -> None:
+        """Raise A3Error where a part that shares out a ratio cannot do so in this model."""
+        for part, choice in self.shared.items():
+            if part == "qk":
+                require_whole_rope(arch)
+            # What the ratio leaves before it is rounded makes the budget.
+            require_room(arch, part, part_rank(arch, part, choice, 1), self.multiple)
 
     def ranks(self, arch: Arch) -> dict[str, int]:
         """Rank of each compressed part; raises A3Error where its mode or size does not fit."""
@@ -113,6 +130,38 @@ def part_rank(arch: Arch, part: str, choice: Choice, multiple: int) -> int:
         raise A3Error(f"{part} mode {choice.mode!r}: {error}") from None
 
 
+def require_whole_rope(arch: Arch) -> None:
+    """Raise A3Error unless every layer rotates whole heads: a curve would say too little."""
+    why = None
+    if arch.rope_dims != arch.head_dim:
+        why = f"{arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated"
+    elif arch.nope_layers:
+        why = f"layer {arch.nope_layers[0]} has no RoPE"
+    if why:
+        raise A3Error(
+            f"qk: {why}, and ranks are shared out for whole RoPE only. Give qk a ratio of its own: "
+            "--qk fisher@0.2."
+        )
+
+
+def least_rank(arch: Arch, part: str) -> int:
+    """The least rank that a layer may get of a part that shares out a ratio."""
+    least = max(1, int(LEAST * arch.full_rank(part)))
+    return 2 * max(1, least // 2) if part == "qk" else least
+
+
+def require_room(arch: Arch, part: str, rank: int, multiple: int) -> None:
+    """Raise A3Error where the same rank for all layers is none that a layer may get."""
+    step = math.lcm(multiple, 2) if part == "qk" else multiple
+    least = -(-least_rank(arch, part) // step) * step
+    if rank < min(least, arch.full_rank(part)):
+        raise A3Error(
+            f"allocate: this ratio leaves {part} rank {rank} of {arch.full_rank(part)}, and no "
+            f"layer gets less than {least} (an eighth, and a multiple of {step}). Take a smaller "
+            "ratio or multiple."
+        )
+
+
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
     """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
@@ -144,6 +193,7 @@ def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> 
         try:
             for part, choice in choices.items():
                 part_rank(arch, part, choice, 1)
+            Plan(choices).check_sharing(arch)
         except A3Error as error:
             said = ", ".join(f"{key} {value}" for key, value in row.items())
             raise A3Error(f"experiment {said}: {error}") from error

@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -28,6 +28,9 @@ TENTHS = {
     r"[\w&&[\p{scx=Hiragana}\p{scx=Katakana}\p{Script=Bopomofo}]]": 5,
     r"[\w&&\p{Line_Break=SA}]": 3,
 }
+
+# Characters; of lines that are longer, 13 words are compared in any case but for very long words.
+LONGEST = 200
 
 UNSPACED = "".join(TENTHS)
 
@@ -63,7 +66,7 @@ def exclusions(found: Sequence[Document], excluded: Sequence[Document]) -> list[
     runs = [np.empty(0, np.uint64)]
     for document in excluded:
         text = plain(document.text)
-        wholes.update(map(digest, [text, *text.split("\n")]))
+        wholes.update(map(digest, [text, *text.split("\n"), *lines_together(text)]))
         runs.append(windows(text, numbers))
     wholes.discard(digest(""))
     known = np.unique(np.concatenate(runs))
@@ -101,8 +104,20 @@ def joined(text: str) -> str:
 
 
 def digest(text: str) -> bytes:
-    """A hash of a whole text, as `plain` leaves it."""
-    return hashlib.sha256(joined(text).encode()).digest()
+    """A hash of a whole text, as `plain` leaves it: of its words, or where it has none, of all."""
+    words = (ASCII_WORD if text.isascii() else WORD).findall(text)
+    return hashlib.sha256((" ".join(words) or joined(text)).encode()).digest()
+
+
+def lines_together(text: str) -> Iterator[str]:
+    """Lines that follow each other in a text, as long as they are too short to be windows."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    for start, line in enumerate(lines):
+        for end in range(start + 2, len(lines) + 1):
+            if len(line) > LONGEST:
+                break
+            line = " ".join(lines[start:end])
+            yield line
 
 
 def any_in(values: np.ndarray, known: np.ndarray) -> bool:

@@ -92,10 +92,10 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
     """The files that a text is read from: itself, or those in a folder of these `kinds`, sorted.
 
     Folders in it too; links are followed. Hidden files and other kinds are left out; of the latter
-    it is said. Raises A3Error where there is none.
+    it is said. Raises A3Error where there is none, and for a name that is not UTF-8.
     """
     if not path.is_dir():
-        return [path]
+        return [require_name(path)]
     files = sorted(walk(path))
     kept = [file for file in files if KINDS.get(inner(file.name)[1]) in tuple(kinds)]
     other = [file.relative_to(path).as_posix() for file in files if file not in set(kept)]
@@ -107,7 +107,16 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
         )
     if other:
         print(f"{path}: left out {len(other)} files of other kinds: {names}", file=sys.stderr)
-    return kept
+    return [require_name(file) for file in kept]
+
+
+def require_name(path: Path) -> Path:
+    """The path; raises A3Error where its name is not UTF-8: it is a title, and records hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise A3Error(f"{path}: its name is not UTF-8 ({error.reason}). Rename it.") from None
+    return path
 
 
 def walk(path: Path) -> Iterator[Path]:
@@ -141,7 +150,7 @@ def text_sha256(path: Path) -> str:
     if not path.is_dir():
         return sha256(path)
     lines = [f"{sha256(file)} {file.relative_to(path).as_posix()}\n" for file in text_files(path)]
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def inner(name: str) -> tuple[str, str, str]:
@@ -332,6 +341,8 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
 
     try:
         reader = rows(max("\t" if inner(name)[1] == ".tsv" else DELIMITERS, key=fit), strict=True)
+        if inner(name)[1] == ".tsv":
+            refuse_doubtful_quotes(text, name)
         head = next(filter(None, reader))
         if len(set(head)) != len(head):
             raise A3Error(f"{name}: two columns have one name: {head}. Rename one.")
@@ -347,6 +358,31 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
             yield where, dict(zip(head, cells, strict=True))
     except csv.Error as error:
         raise A3Error(f"{name}: not a table ({error}). Correct its quotes.") from error
+
+
+def refuse_doubtful_quotes(text: str, name: str) -> None:
+    """Raise A3Error where quotes in a .tsv may be its cells' own, or such as tables put around.
+
+    Some programs write cells as they are, others quote like .csv: all of the header, or none but
+    cells that need it. Where both readings are the same, or the file is as the latter write it, it
+    is read like .csv, unless lines would be joined that are whole rows.
+    """
+    if '"' not in text or text.startswith('"'):
+        return
+    lines = text.splitlines()
+    plain = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    quoted = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+    if plain == quoted:
+        return
+    written = io.StringIO()
+    csv.writer(written, delimiter="\t", lineterminator="\n").writerows(quoted)
+    merged = len(plain) != len(quoted) and len({len(row) for row in plain}) == 1
+    if written.getvalue().splitlines() == lines and not merged:
+        return
+    raise A3Error(
+        f"{name}: its quotes may be part of its cells, or around them as in a .csv, and nothing "
+        "tells which. Save it as .csv or .jsonl."
+    )
 
 
 def parquet_records(name: str, content: bytes, column: str) -> Iterator[tuple[str, Any]]:

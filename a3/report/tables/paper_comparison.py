@@ -17,7 +17,13 @@ from a3.experiments.paper import KEYS, Cell, Paper, Row, Table
 
 def read_table(path: Path) -> tuple[Paper, Table]:
     """A table of the paper by config/paper/<table>.yaml; raises A3Error where there is none."""
-    paper = Paper(path.resolve().parent.with_suffix(".yaml"))
+    shared = path.resolve().parent / f"../{path.resolve().parent.name}.yaml"
+    if not path.is_file() or not shared.is_file():
+        raise A3Error(
+            f"{path}: no such file, or none with what all tables share beside its folder. Name one "
+            "such as config/paper/table1.yaml, beside whose folder is config/paper.yaml."
+        )
+    paper = Paper(shared.resolve())
     if path.stem not in paper.tables:
         raise A3Error(f"{path}: no such table. Tables: {', '.join(paper.tables)}.")
     return paper, paper.tables[path.stem]

@@ -4,7 +4,6 @@ Each solution that can share says, for each rank of a layer, what the model lose
 (nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,8 @@ from a3.models.checkpoint import Checkpoint
 from a3.rxx.container import Rxx
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import SHARING, Choice, find_mode
-from a3.solutions.plan import Plan
-from a3.stages.approx.budget import LEAST, Curve, at, cost, least_loss, together
+from a3.solutions.plan import Plan, least_rank
+from a3.stages.approx.budget import Curve, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
 
 
@@ -47,7 +46,8 @@ def allocate(
     arch = load_arch(model_folder)
     uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
     ranks = uniformly.ranks(arch)
-    require_room(arch, ranks, plan.multiple, uniform)
+    plan.check_sharing(arch)
+    require_shared(uniform, plan)
     statistics = read_statistics(model_folder, rxx_folder, arch, plan)
     solver = LayerSolver(
         arch,
@@ -101,20 +101,11 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
     arch = solver.arch
     attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
     for part in solver.ranks:
-        name = solver.layer_mode(part, layer)
-        if name != SHARING[part]:
-            raise A3Error(
-                f"layer {layer} has no RoPE, and {name} does not say what the model loses. Give "
-                f"{part} a ratio of its own."
-            )
-        rxx = [solver.rxx(kind, layer) for kind in find_mode(part, name).kinds]
+        rxx = [solver.rxx(kind, layer) for kind in find_mode(part, SHARING[part]).kinds]
         full, least = arch.full_rank(part), least_rank(arch, part)
         if part == "qk":
-            pairs = arch.rope_dims // 2
             _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
-            # The dimensions that are not rotated stay as long as there are pairs to drop.
             ranks = full - 2 * torch.arange(len(loss))
-            require_whole(arch, pairs)
         elif part == "ov":
             _, loss = ov.joint_losses(attention, *rxx, least)
             ranks = full - torch.arange(len(loss))
@@ -124,12 +115,6 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
         kept = (ranks % multiple == 0) | (ranks == full)
         layers = range(layer, layer + 1)
         yield Curve(part, layers, ranks[kept], loss[kept], *of_one_rank(arch, part))
-
-
-def least_rank(arch: Arch, part: str) -> int:
-    """The least rank that a layer may get."""
-    least = max(1, int(LEAST * arch.full_rank(part)))
-    return 2 * max(1, least // 2) if part == "qk" else least
 
 
 def of_one_rank(arch: Arch, part: str) -> tuple[int, int]:
@@ -144,30 +129,10 @@ def of_one_rank(arch: Arch, part: str) -> tuple[int, int]:
     return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
 
 
-def require_room(
-    arch: Arch, ranks: dict[str, int], multiple: int, uniform: tuple[str, ...]
-) -> None:
-    """Raise A3Error where the same ranks for all layers are none that a layer may get."""
-    if others := [part for part in uniform if part not in ranks]:
+def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
+    """Raise A3Error where a part that is to be uniform shares out nothing."""
+    if others := [part for part in uniform if part not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
             f"its mode with ~."
-        )
-    for part, rank in ranks.items():
-        step = math.lcm(multiple, 2) if part == "qk" else multiple
-        least = -(-least_rank(arch, part) // step) * step
-        if rank < min(least, arch.full_rank(part)):
-            raise A3Error(
-                f"allocate: this ratio leaves {part} rank {rank} of {arch.full_rank(part)}, and no "
-                f"layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
-                "smaller ratio or multiple."
-            )
-
-
-def require_whole(arch: Arch, pairs: int) -> None:
-    """Raise A3Error where only a part of a head is rotated: its curve would say too little."""
-    if 2 * pairs != arch.head_dim:
-        raise A3Error(
-            f"qk: {arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated, and ranks "
-            "are shared out for whole RoPE only. Give qk a ratio of its own: --qk fisher@0.2."
         )

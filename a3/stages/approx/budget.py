@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from a3.core.errors import A3Error
-
-# No part of a layer keeps less than this share: a second-order loss says nothing so far away.
-LEAST = 0.125
+from a3.solutions.plan import LEAST
 
 # Bisections of a multiplier, which goes by powers of two from the least to the largest slope.
 HALVINGS = 60

@@ -135,12 +135,24 @@ class Quantiser:
                         f"{self.folder}: {name} is a product of two matrices, which are not "
                         "quantised. Take a model whose heads and MLP were made smaller."
                     )
+                self.require_smaller(name, entry)
         if not found:
             raise A3Error(
                 f"recipe: none of its expressions is a whole name such as "
                 f"{next(iter(matrices(self.arch)))}. Correct match."
             )
         return found
+
+    def require_smaller(self, name: str, entry: dict[str, Any]) -> None:
+        """Raise A3Error where A and B of a matrix would hold as many numbers as itself, or more."""
+        rank = 0 if self.rank is None else entry.get("rank", self.rank)
+        m, n = self.checkpoint.shape(f"{name}.weight")
+        most = (m * n - 1) // (m + n)
+        if rank > most:
+            raise A3Error(
+                f"{self.folder}: rank {rank} of the repair of {name}, which is {m} × {n}: A and B "
+                f"would hold as many numbers as it does, or more. Take a rank of at most {most}."
+            )
 
     def write(self, folder: Path, said: dict[str, Any]) -> None:
         """Write the quantised folder; `said` is its provenance."""
@@ -190,7 +202,7 @@ class Quantiser:
         tensors = {"weight": quantised.T}
         if bias is not None:
             tensors["bias"] = quantise(bias.double(), entry["bias"])
-        rank = self.rank_of(entry, W)
+        rank = 0 if self.rank is None else entry.get("rank", self.rank)
         if rank:
             metric = self.metric_of_method(part, layer, E)
             A, B = lqer.repair(E, metric, rank)
@@ -204,10 +216,6 @@ class Quantiser:
             "relative_error": lqer.output_error(left, W, R),
         }
         return {f"{module}.{key}": stored(x, weight.dtype) for key, x in tensors.items()}
-
-    def rank_of(self, entry: dict[str, Any], W: Tensor) -> int:
-        """The rank of a matrix's A B: that of its entry, else that of all, at most a full one."""
-        return 0 if self.rank is None else min(entry.get("rank", self.rank), *W.shape)
 
     def metric(self, kind: str, layer: int, width: int) -> Tensor:
         """A statistic of an input of this width."""

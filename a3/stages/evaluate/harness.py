@@ -23,7 +23,8 @@ from a3.core.errors import A3Error
 from a3.core.files import sha256, write_record
 from a3.core.provenance import provenance
 from a3.models.checkpoint import Checkpoint, model_source
-from a3.models.load import end_tokens, load_model, load_tokenizer
+from a3.models.load import load_model, load_tokenizer
+from a3.models.readable import end_tokens
 from a3.models.tokenizer import hold_to_rows
 from a3.stages.evaluate.items import task_config
 from a3.stages.evaluate.prompting import Prompting, choose_template, stand_in
@@ -63,8 +64,13 @@ def harness(
     items only, of each task of a group. The last three are lm-eval's: a chat template (True, or its
     name), examples as turns of the chat, and a system's turn, or text before the prompt. Raises
     A3Error where lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
-    has no such template: before the model is loaded.
+    has no such template: before the model is loaded. Nor may a task have `items` and `yaml`.
     """
+    if items is not None and yaml is not None:
+        raise A3Error(
+            f"harness task {task!r}: found items {items} and yaml {yaml}; a local task is made of "
+            "one of them. Leave the other out."
+        )
     prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
     checkpoint, tokenizer = Checkpoint(model_folder), load_tokenizer(model_folder)
     choose_template(tokenizer, prompting, model_folder)

@@ -28,6 +28,9 @@ class Prompting:
     system_instruction: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("apply_chat_template", "system_instruction"):
+            if getattr(self, key) == "":
+                raise A3Error(f"{key.replace('_', '-')} is '', expected text. Leave it out.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise A3Error(
                 "fewshot-as-multiturn makes the examples turns of a chat, and there is none. Set "
