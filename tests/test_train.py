@@ -210,8 +210,10 @@ def test_the_catalogue_follows_the_schema():
     assert all(read_recipe(source) for source in trained)
 
 
-def test_the_readmes_sources_follow_the_schema():
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_pages_sources_follow_the_schema():
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), re.DOTALL
+    )
     models = complete({"experiments": "x.tsv"} | yaml.safe_load(block), SCHEMA)["models"]
     assert read_recipe(models["my-gpt2"]["source"]).config["model_type"] == "gpt2"
 

@@ -102,7 +102,6 @@ if JOBS > 1:
             out=CHECKPOINT,
             code=fingerprint("a3.stages.approx.assemble"),
         shell:
-            "a3 gather {params.model:q} {input.weights:q}"
-            " -o {params.out:q} &> {log:q}"
+            "a3 gather {params.model:q} {input.weights:q}" " -o {params.out:q} &> {log:q}"
 
     ruleorder: gather > approx

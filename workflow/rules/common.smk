@@ -10,7 +10,13 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.experiments.config import check_models_made, complete, excluded, prefer_own_scripts, wheels_of
+from a3.experiments.config import (
+    check_models_made,
+    complete,
+    excluded,
+    prefer_own_scripts,
+    wheels_of,
+)
 from a3.experiments.rows import kinds_of, kinds_to_quantise, read_experiments, read_surgeries
 from a3.models.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.core.dtypes import GGUF_TYPES
