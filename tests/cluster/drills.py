@@ -14,9 +14,9 @@ from test_workflow import Project
 ROOT = Path(__file__).parent.parent.parent
 # So that tests are short; the profile's own values suit a busy cluster.
 QUICK = ("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5")
-# The command as the README has it.
-README = (ROOT / "README.md").read_text()
-COMMAND = re.search(r"^ {4}snakemake (--profile \S+/slurm)", README, re.MULTILINE)[1].split()
+# The command as the page has it.
+PAGE = (ROOT / "docs/cluster.md").read_text()
+COMMAND = re.search(r"^ {4}snakemake (--profile \S+/slurm)", PAGE, re.MULTILINE)[1].split()
 # The chain of one experiment.
 TARGET = "results/eval/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25/ppl/score.json"
 CHAIN = ["approx", "collect_together", "eval_ppl"]

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from drills import CHAIN, README, TARGET, check_same
+from drills import CHAIN, PAGE, TARGET, check_same
 
-COMMAND = re.search(r"^ {4}snakemake (--profile \S+/cluster-generic)", README, re.MULTILINE)[1]
+COMMAND = re.search(r"^ {4}snakemake (--profile \S+/cluster-generic)", PAGE, re.MULTILINE)[1]
 
 
 def test_every_heavy_job_is_submitted(project, undisturbed, tmp_path):
