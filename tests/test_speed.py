@@ -5,7 +5,6 @@ Nothing here says what is faster: these models are tiny, and the machine may be 
 
 import json
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -359,20 +358,6 @@ def test_verify_and_table_refuse_the_speed_of_other_weights(results, record, tmp
         assert main(command) == 1
         assert "the speed is of other weights" in capsys.readouterr().err
     path.write_bytes(before)
-
-
-def test_the_command_of_the_readme(tmp_path, monkeypatch, results):
-    """`a3 eval speed` as the README has it, with fewer tokens, in a folder with such models."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    commands = re.findall(r"^ {4}a3 (eval speed [^#\n]*)", readme, re.MULTILINE)
-    assert len(commands) == 3
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "small").symlink_to(results / "checkpoints" / TAIL)
-    (tmp_path / "dense").symlink_to(results / "models/tiny")
-    shapes_only(tmp_path / "llama-2-13b", **AutoConfig.for_model("llama", **SIZES).to_dict())
-    for command in commands:
-        run(*command.split(), *SHORT)
-        assert read_record(tmp_path / command.split()[-1])["kind"] == "speed"
 
 
 def test_the_rule(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -565,18 +564,3 @@ def test_the_projects_own_table_of_surgeries():
     rows = read_surgeries(ROOT / whole["surgery"]["rows"], whole)
     assert {row["mode"] for row in rows} == set(SURGERIES)
     assert read_experiments(ROOT / whole["experiments"], whole)
-
-
-def test_the_commands_of_the_readme(llama, tmp_path, monkeypatch):
-    """As the README has them, in a folder with such a model and statistics."""
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^ {4}a3 ((?:surgery|eval generation) [^#\n]*)", readme, re.MULTILINE)
-    assert len(commands) == 3
-    monkeypatch.chdir(tmp_path)
-    for name in ("dense", "rxx"):
-        (tmp_path / name).symlink_to(llama.parent / name)
-    for command in commands:
-        run(*shlex.split(command))
-    assert json.loads((tmp_path / "text.json").read_text())["prompt"] == "A river is"
-    record = json.loads((tmp_path / "operated/approx.json").read_text())
-    assert record["asked"] == "parameters@0.5"
