@@ -393,3 +393,10 @@ def test_heads_of_the_smallest_servable_size_cannot_be_smaller(tmp_path):
     with pytest.raises(A3Error, match=r"heads have 64 dimensions.*none is smaller.*--qk dense"):
         servable(tmp_path, 64, "rxx-w-rxx@48", "xkv@48")
     assert servable(tmp_path, 64, "rxx-w-rxx@0", "xkv@64") == {"qk": 64, "ov": 64}
+
+
+def test_servable_heads_are_not_shared_out():
+    row = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~", "ratio": "0.2"}
+    with pytest.raises(A3Error, match="servable: qk and ov share out a ratio"):
+        Plan(choose(row), servable=True)
+    assert Plan(choose(row | {"qk": "dense", "ov": "dense"}), servable=True).servable

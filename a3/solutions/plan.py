@@ -13,6 +13,7 @@ from a3.solutions.modes import (
     EXPERTS,
     PARTS,
     SERVABLE,
+    SHARED,
     Choice,
     Mode,
     check_fit,
@@ -42,6 +43,13 @@ class Plan:
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise A3Error(f"multiple is {self.multiple}; expected 1 or more.")
+        shared = [part for part, choice in self.choices.items() if choice.shared and part != "mlp"]
+        if self.servable and shared:
+            raise A3Error(
+                f"servable: {' and '.join(shared)} share out a ratio ({SHARED}), so that layers' heads "
+                "differ, and serving runtimes want one size. Give them a ratio or rank of their own, "
+                "or leave out --servable."
+            )
 
     def kinds(self) -> list[str]:
         """Statistics that the modes read."""
