@@ -46,9 +46,9 @@ class Plan:
         shared = [part for part, choice in self.choices.items() if choice.shared and part != "mlp"]
         if self.servable and shared:
             raise A3Error(
-                f"servable: {' and '.join(shared)} share out a ratio ({SHARED}): heads differ by layer, "
-                "and serving runtimes want one size. Give them a ratio or rank of their own, or leave "
-                "out --servable."
+                f"servable: {' and '.join(shared)} share out a ratio ({SHARED}), which makes heads "
+                "differ by layer; serving runtimes want one size. Give them a ratio or rank each, "
+                "or leave out --servable."
             )
 
     def kinds(self) -> list[str]:
