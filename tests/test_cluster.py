@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from test_workflow import ROOT, Project
 
 from a3.cli.main import main
-from a3.core.files import write_record
+from a3.core.files import HIDDEN_SEAL, write_record
 from a3.models.cost import (
     approx_cost,
     collect_cost,
@@ -123,6 +124,7 @@ def test_memory_and_time_come_from_the_model_or_the_config(project):
     model = project.folder / "results/models/tiny"
     model.mkdir(parents=True)
     write_record(model / "arch.json", SMOLLM2)
+    (model / HIDDEN_SEAL).write_text("{}")
     config = project.folder / "config/config.yaml"
     before = config.read_text()
     said = "{collect: {mem_mb: 7000, account: lab, partition: long}, eval: {gres: 'gpu:a100:2'}}"
@@ -142,7 +144,7 @@ def test_memory_and_time_come_from_the_model_or_the_config(project):
     output = dry(project, "slurm", status=1)
     assert "results/models/tiny/arch.json: KeyError('dtype'). Delete it" in output
     assert "Traceback (most recent" not in output
-    (model / "arch.json").unlink()
+    shutil.rmtree(model)
 
 
 def test_a_wrong_key_of_resources_is_named(project):

@@ -269,7 +269,7 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     ("folder", "record", "rule"),
     [
         ("models/tiny", "arch.json", "model"),
-        ("checkpoints/tiny/short/dense+identity+dense/0.5", "approx.json", "approx"),
+        ("checkpoints/tiny/short/dense+identity+dense/0.75", "approx.json", "approx"),
     ],
 )
 def test_what_a_user_puts_into_a_made_folder_stays(settled, folder, record, rule):
