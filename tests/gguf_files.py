@@ -128,7 +128,7 @@ def stored_as(arch, name, value, heads, groups, names):
 
 
 def value_type(value):
-    """The type that a value is written in."""
+    """The type that a value is written in: llama.cpp has counts unsigned, and arrays signed."""
     if type(value) is not int or value < 0:
         return GGUFValueType.get_type(value)
     return GGUFValueType.UINT32 if value < 2**32 else GGUFValueType.UINT64
@@ -148,7 +148,7 @@ def changed(source: Path, out: Path, keys=None, tensors=None, without=()) -> Pat
         if name == "general.architecture":
             continue
         kind = value_type(value)
-        inner = value_type(value[0]) if kind == GGUFValueType.ARRAY else None
+        inner = GGUFValueType.get_type(value[0]) if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(name, value, kind, inner)
     stored = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     for name, value in (stored | (tensors or {})).items():
