@@ -4,4 +4,34 @@
 milliseconds: nothing of transformers or torch is imported before it is used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 import a3.models.registry  # noqa: F401
+from a3.core.errors import A3Error
+
+if TYPE_CHECKING:
+    from a3.api import allocate, approximate, collect, compress, evaluate, export, load
+
+__all__ = [
+    "A3Error",
+    "allocate",
+    "approximate",
+    "collect",
+    "compress",
+    "evaluate",
+    "export",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of a3.api, which is imported when the first of them is used."""
+    if name in __all__:
+        return getattr(import_module("a3.api"), name)
+    raise AttributeError(f"module 'a3' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion in a shell offers."""
+    return sorted([*globals(), *__all__])

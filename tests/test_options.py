@@ -10,6 +10,7 @@ from tiny import document, run, tiny_llama
 
 from a3.cli import options
 from a3.cli.main import main, parser
+from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE, validate, validate_entry
@@ -101,9 +102,9 @@ def test_a_device_that_does_not_compute_in_a_dtype(monkeypatch):
         return real(*sizes, dtype=dtype)
 
     monkeypatch.setattr(torch, "ones", ones)
-    options.require_device("mps", "float32")
+    require_device("mps", "float32")
     with pytest.raises(A3Error, match=r"'mps' cannot compute in bfloat16 here \(BFloat16 is not"):
-        options.require_device("mps", "bfloat16")
+        require_device("mps", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from a3.artifacts.places import Place, weights_of
 from a3.artifacts.runs import check_speed
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, SEAL, sha256
+from a3.core.progress import LOG, Bar
 from a3.core.provenance import LIBRARIES, fingerprint
 from a3.core.records import Record
 from a3.models.checkpoint import check_file, recorded_files, refuse_added
@@ -45,7 +44,7 @@ class Verifier:
         jobs = list(self.artifacts())
         if not jobs:
             raise A3Error(f"{self.results}: no artifact of a3 in it. Name a folder of results.")
-        with tqdm(jobs, unit="file", desc="verify") as bar:
+        with Bar(jobs, unit="file", desc="verify") as bar:
             for sort, path, check in bar:
                 bar.set_postfix_str(str(path.relative_to(self.results)), refresh=False)
                 self.checked[sort] += 1
@@ -339,12 +338,12 @@ def verify(results: Path) -> None:
     verifier = Verifier(results)
     verifier.run()
     counts = ", ".join(f"{count} {sort}" for sort, count in verifier.checked.items())
-    print(f"verify: {results}: checked {counts}")
+    LOG.info(f"verify: {results}: checked {counts}")
     for what, count in (+verifier.missing).items():
-        print(f"verify: not checked, since it is not there: {what} of {count} artifacts")
+        LOG.info(f"verify: not checked, since it is not there: {what} of {count} artifacts")
     for what, count in verifier.old.items():
-        print(f"verify: note: {count} artifacts were made by other {what}")
+        LOG.info(f"verify: note: {count} artifacts were made by other {what}")
     if verifier.problems:
         lines = "\n".join(verifier.problems)
         raise A3Error(f"{results}: {len(verifier.problems)} wrong:\n{lines}")
-    print("verify: nothing is wrong")
+    LOG.info("verify: nothing is wrong")

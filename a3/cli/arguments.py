@@ -44,45 +44,20 @@ def folder(path: Path) -> Path:
     return path
 
 
-# Of each section of the catalogue: what an entry is called in the config, and what else is one.
-SECTIONS = {
-    "models": ("model", "a folder, a .gguf file"),
-    "texts": ("text", "a file or folder of text"),
-    "quantisations": ("quantisation", "JSON of a recipe"),
-}
-
-
 def entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-    JSON of an entry, a local path, a name of the catalogue, or owner/name@revision; raises A3Error
-    where it is nothing of these.
+    JSON of an entry, or what `find_entry` knows; raises A3Error where it is nothing of these.
     """
-    from a3.core.files import load_yaml
-    from a3.experiments.config import CATALOGUE, validate_entry
+    from a3.experiments.config import validate_entry
+    from a3.experiments.entries import SECTIONS, find_entry
 
-    kind, local = SECTIONS[section]
-    if name.startswith("{"):
-        found = values.read_json(name)
-        validate_entry(found, kind, f"{kind} {values.shown(name)}")
-        return found
-    catalogue = load_yaml(CATALOGUE)[section]
-    if section == "quantisations":
-        if name in catalogue:
-            return catalogue[name]
-        raise A3Error(f"{name!r}: expected {local}, or one of {', '.join(sorted(catalogue))}.")
-    if name and is_there(Path(name)):
-        # As in every command that reads a text itself, empty records are documents.
-        return {"source": {"path": name}} | ({"min_chars": 0} if section == "texts" else {})
-    if name in catalogue:
-        return catalogue[name]
-    repository, _, revision = name.partition("@")
-    if repository.count("/") == 1 and revision:
-        return {"source": {"hub": repository, "revision": revision}}
-    raise A3Error(
-        f"{name!r}: expected {local}, one of {', '.join(sorted(catalogue))}, or a hub repository "
-        "with its revision (owner/name@revision); found none of them."
-    )
+    if not name.startswith("{"):
+        return find_entry(name, section)
+    kind, _ = SECTIONS[section]
+    found = values.read_json(name)
+    validate_entry(found, kind, f"{kind} {values.shown(name)}")
+    return found
 
 
 def ratio(word: str) -> str:
@@ -99,14 +74,6 @@ def shares(word: str) -> dict[str, float]:
     found = values.read_json(word)
     validate_entry(found, "text/properties/split", f"shares {values.shown(word)}")
     return found
-
-
-def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; a name that is too long is none."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

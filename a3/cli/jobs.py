@@ -6,6 +6,7 @@ from typing import Any
 from a3.cli import options as values
 from a3.cli.arguments import add, add_blocks, add_modes, add_run, folder, with_settings
 from a3.cli.options import count
+from a3.core.devices import require_device
 from a3.core.errors import A3Error
 
 
@@ -29,7 +30,7 @@ def plan(
     from a3.jobs.forecast import Job, forecast, refuse, stages_of, table
 
     for where in sorted({job["settings"]["device"] for job in jobs}):
-        values.require_device(where, "float32")
+        require_device(where, "float32")
     found = [Job(**job) for job in jobs]
     if model is not None:
         found += stages_of(folder(model), row, settings)

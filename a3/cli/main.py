@@ -14,16 +14,18 @@ from urllib.parse import urlsplit
 
 from a3.artifacts import targets
 from a3.cli import collect, compress, evaluate, export, inputs, jobs, report
-from a3.cli import options as values
 from a3.cli.arguments import entry
 from a3.cli.options import Parser
+from a3.core.devices import require_device
 from a3.core.errors import A3Error
+from a3.core.progress import say_on_terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status (1 for a mistake the user can mend)."""
     # A cluster stops jobs with SIGTERM: leave as on Ctrl-C, so that no temporary file stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    say_on_terminal()
     try:
         options = vars(parser().parse_args(arguments))
         command = options.pop("command")
@@ -82,7 +84,7 @@ def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
 
         torch.set_num_threads(threads)
     if device not in (None, "cpu") or dtype not in (None, "float32"):
-        values.require_device(device or "cpu", dtype or "float32")
+        require_device(device or "cpu", dtype or "float32")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from a3.core.errors import A3Error
+from a3.core.progress import LOG
 
 PATIENCE = 120  # seconds for Slurm to end what it was told to cancel
 
@@ -58,7 +59,7 @@ def cancel(runs: list[str]) -> None:
     while jobs := queued(runs):
         if time.monotonic() > end:
             raise A3Error(f"jobs {', '.join(jobs)} are still there after {PATIENCE} s. Try again.")
-        print(f"recover: cancelling {', '.join(jobs)}", flush=True)
+        LOG.info(f"recover: cancelling {', '.join(jobs)}")
         subprocess.run(["scancel", *jobs], check=True)
         time.sleep(1)
 

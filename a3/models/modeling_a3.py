@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -482,6 +483,9 @@ class Compressed:
     # Flash attention's kernels want one head size for q, k and v.
     _supports_flash_attn = False
 
+    # Files that stand beside the weights: of the tokenizer, where a3.compress made the model.
+    beside: dict[str, bytes] = {}  # noqa: RUF012
+
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         body = self.base_model
@@ -489,6 +493,14 @@ class Compressed:
         if body is self or not isinstance(body, Compressed):
             compress(body, config)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As transformers does, and the files `beside`, first: it may upload the folder."""
+        for name, content in self.beside.items():
+            path = Path(save_directory, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 # What loads a family's models, without a head and with those that families have.

@@ -24,6 +24,14 @@ VOCABULARIES = (
 
 CONFIG = "tokenizer_config.json"
 
+# All that a tokenizer's save_pretrained may write, of any class.
+FILES = (
+    *VOCABULARIES,
+    CONFIG,
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
 # What of CONFIG a compressed folder replaces; under KEPT it says what the dense folder has there.
 REPLACED = ("tokenizer_class", "auto_map")
 
@@ -54,6 +62,13 @@ ATTRIBUTES = (
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a vocabulary."""
     return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of a folder's files that say how it tokenises."""
+    more = sorted(folder.glob("additional_chat_templates/*.jinja"))
+    names = [name for name in FILES if (folder / name).is_file()]
+    return names + [path.relative_to(folder).as_posix() for path in more]
 
 
 def keep_reading(source: Path, folder: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from a3.core.errors import A3Error
 from a3.core.files import sha256, whole_file
+from a3.core.progress import LOG
 
 # By suffix, letter case aside. A file without one is prose.
 KINDS = {
@@ -106,7 +107,7 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
             f"end in {READABLE}."
         )
     if other:
-        print(f"{path}: left out {len(other)} files of other kinds: {names}", file=sys.stderr)
+        LOG.warning(f"{path}: left out {len(other)} files of other kinds: {names}")
     return [require_name(file) for file in kept]
 
 

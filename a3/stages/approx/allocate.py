@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from a3.core.errors import A3Error
 from a3.core.files import sha256, write_record
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def allocate(
     )
     curves = [
         curve
-        for layer in tqdm(range(arch.layers), unit="layer", desc="losses by rank")
+        for layer in Bar(range(arch.layers), unit="layer", desc="losses by rank")
         for curve in curves_of(solver, layer, plan.multiple)
     ]
     curves = together(curves, uniform)

@@ -7,11 +7,10 @@ a3.stages.approx.assemble makes a folder of them.
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.dtypes import WIDTHS
 from a3.core.files import sha256, whole_folder
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.core.shards import LARGEST_PART, share
 from a3.models.arch import load_arch
@@ -111,7 +110,7 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
     known = tensors_of_model(dense.folder)
     tensors = outside(dense, arch, known) if len(layers) == arch.layers else {}
     reports, seconds = [], []
-    for layer in tqdm(layers, unit="layer", desc="approx"):
+    for layer in Bar(layers, unit="layer", desc="approx"):
         solved, report, took = solver.solve(layer)
         whole = solved | staying(dense, arch, known, layer, solved)
         tensors |= in_products(whole, arch, layer, report)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from a3.core.errors import A3Error
+from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import pairs_name
@@ -163,7 +163,7 @@ class LayerSolver:
             return
         losses: dict[str, list[float]] = {}
         kinds = find_mode(part, self.modes[part]).factors
-        for layer in tqdm(range(self.arch.layers), unit="layer", desc=f"ratios of {part}"):
+        for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {part}"):
             found = self.matrices(part, layer, self.weights(layer, part == "mlp"))
             for name, matrix in found.items():
                 least = matrix.factor(0)[2]
@@ -201,7 +201,7 @@ class LayerSolver:
         if counts is None:
             return tensors, {}
         if few := arch.experts - len(errors):
-            tqdm.write(
+            LOG.info(
                 f"layer {layer}: {few} of {arch.experts} experts copied, since fewer than "
                 f"{mlp.FEWEST_TOKENS} calibration tokens reached each"
             )

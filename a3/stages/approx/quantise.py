@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import a3.models.quantised  # noqa: F401
 from a3.artifacts.targets import QUANTISED
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, hidden_folder, read_json, sha256, whole_folder, write_record
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, is_compressed, load_arch, made_already
 from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files, model_source
@@ -158,7 +158,7 @@ class Quantiser:
         """Write the quantised folder; `said` is its provenance."""
         files = list(self.checkpoint.files())
         start = time.perf_counter()
-        with tqdm(total=len(self.found), unit="matrix", desc="quantise") as bar:
+        with Bar(total=len(self.found), unit="matrix", desc="quantise") as bar:
             for file in files:
                 tensors = self.file(file, bar)
                 save_file(dict(sorted(tensors.items())), folder / file, {"format": "pt"})
@@ -181,7 +181,7 @@ class Quantiser:
         }
         write_record(folder / "approx.json", record)
 
-    def file(self, name: str, bar: tqdm) -> dict[str, Tensor]:
+    def file(self, name: str, bar: Bar) -> dict[str, Tensor]:
         """The tensors of one file of weights, quantised where the recipe says so."""
         tensors = {key: self.checkpoint.tensor(key) for key in self.checkpoint.names_in(name)}
         for module in self.found.keys() & {key.removesuffix(".weight") for key in tensors}:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from a3.core.files import sha256, write_record
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, model_source
@@ -50,7 +50,7 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
     full = {part: arch.full_rank(part) for part in PARTS}
     ranks = {part: ranks_of(size) for part, size in full.items()}
     lost: dict[str, list[list[list[float]]]] = {part: [] for part in full}
-    for layer in tqdm(range(arch.layers), unit="layer", desc="spectra"):
+    for layer in Bar(range(arch.layers), unit="layer", desc="spectra"):
         for part, energy in energies(arch, checkpoint, rxx, layer).items():
             lost[part].append(lost_beyond(energy, ranks[part]).tolist())
     record = {

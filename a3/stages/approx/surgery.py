@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from a3.artifacts.targets import OPERATED
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint, hash_files, model_source
@@ -125,7 +125,7 @@ class Operation:
 
     def left_by(self, size: Size) -> float:
         """The least share of the variance that is left by a share of the parameters."""
-        found = [forget(self.components(s)) for s in tqdm(self.stacks, desc="variance")]
+        found = [forget(self.components(s)) for s in Bar(self.stacks, desc="variance")]
         budget = float(size.share) * self.dense_parameters
         left = affordable(found, budget, self.surgery.mean)
         if left is None:
@@ -139,7 +139,7 @@ class Operation:
         """The rebuilt matrices W (d, n) in the model's dtype, and what is said of each stack."""
         rebuilt: dict[Matrix, Tensor] = {}
         sets = []
-        for stack in tqdm(self.stacks, desc="surgery"):
+        for stack in Bar(self.stacks, desc="surgery"):
             found = self.components(stack)
             count = found.count(left)
             whole = torch.cat(found.rebuild(count), 1)

@@ -1,7 +1,6 @@
 """Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_record, sha256, write_record
+from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.core.shards import share
 from a3.models.arch import Arch, CompressedArch, is_compressed, load_arch, modules_of
@@ -176,12 +176,11 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
     """Say what the run will cost before it starts."""
     total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
-    print(
+    LOG.info(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "
         f"{total * arch.layers * 8 / 2**20:.1f} MiB"
         f"{'; one layer at a time' if streamed else ''}",
-        flush=True,
     )
 
 
@@ -193,10 +192,8 @@ def warn_if_short(arch: Arch, outputs: Iterable[str], tokens: int) -> None:
         TOKENS_A_DIAGONAL if "diagonal" in forms else 0,
     )
     if tokens < advised:
-        print(
+        LOG.warning(
             f"collect: warning: the calibration is short: {tokens} tokens, {advised} or more "
             f"advised for heads of {arch.head_dim}. Solutions follow these tokens closely and "
             "others badly. Raise tokens, or give more text.",
-            file=sys.stderr,
-            flush=True,
         )

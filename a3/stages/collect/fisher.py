@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from a3.core.progress import Bar
 from a3.models.arch import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
@@ -28,7 +28,7 @@ def run_backward(
     for found in weights.values():
         for module, _ in found:
             module.weight.requires_grad_(True)
-    with tqdm(total=blocks.numel(), unit="tok", desc="fisher") as bar:
+    with Bar(total=blocks.numel(), unit="tok", desc="fisher") as bar:
         for block in blocks:
             model(block[None], labels=block[None], use_cache=False).loss.backward()
             for (kind, layer), found in weights.items():

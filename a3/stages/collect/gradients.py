@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from a3.core.progress import Bar
 from a3.models.arch import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
@@ -34,7 +34,7 @@ def run_gradients(
         for handle in attach(model.base_model, arch, layer, accumulator)
     ]
     embed = model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_(True))
-    with tqdm(total=blocks.numel(), unit="tok", desc="gradients") as bar:
+    with Bar(total=blocks.numel(), unit="tok", desc="gradients") as bar:
         for block in blocks:
             logits = model(block[None], use_cache=False).logits[0].float()
             labels = draw(logits.detach(), seed=int(block.sum()))

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
+from a3.core.progress import Bar
 from a3.models.arch import Arch
 from a3.rxx.container import Accumulator, outer_sum
 from a3.rxx.kinds import KINDS
@@ -23,7 +23,7 @@ def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], bloc
         for handle in attach_all(arch, accumulators, trunk, layer)
     ]
     try:
-        with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="collect") as bar:
+        with torch.inference_mode(), Bar(total=blocks.numel(), unit="tok", desc="collect") as bar:
             for block in blocks:
                 trunk(block[None], use_cache=False)
                 bar.update(block.numel())

@@ -15,12 +15,12 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import memory_at_hand
+from a3.core.progress import Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
@@ -91,7 +91,7 @@ def run_streamed(
     with (
         torch.inference_mode(),
         tempfile.NamedTemporaryFile() as file,
-        tqdm(total=blocks.numel() * arch.layers, unit="tok·layer", desc="collect") as bar,
+        Bar(total=blocks.numel() * arch.layers, unit="tok·layer", desc="collect") as bar,
     ):
         size = blocks.numel() * arch.hidden_size
         hidden = torch.from_file(file.name, shared=True, size=size, dtype=getattr(torch, dtype))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import a3.models.quantised  # noqa: F401
 from a3.core.errors import A3Error
 from a3.core.files import read_record, sha256, write_record
+from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_model, load_tokenizer, require_positions
@@ -96,7 +96,7 @@ def perplexity(
 def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """Mean loss of each block in nats a scored token: blocks (N, L) to (N,) float64 on the CPU."""
     losses = []
-    with torch.inference_mode(), tqdm(total=blocks.numel(), unit="tok", desc="ppl") as bar:
+    with torch.inference_mode(), Bar(total=blocks.numel(), unit="tok", desc="ppl") as bar:
         for block in blocks:
             logits = model(block[None], use_cache=False).logits[0, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, block[1:]).double().cpu())

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -26,6 +25,7 @@ from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import write_record
 from a3.core.memory import GIB, require_memory
+from a3.core.progress import LOG, Bar
 from a3.core.provenance import provenance
 from a3.models.cost import speed_cost
 from a3.models.families import FAMILIES
@@ -98,7 +98,7 @@ def speed(
         "provenance": provenance(__name__),
     }
     write_record(out, record)
-    print(summary(record))
+    LOG.info(summary(record))
 
 
 def check_counts(
@@ -133,10 +133,9 @@ def announce(
     """Print what the timing takes; raises A3Error where the models do not fit the memory."""
     shapes = [candidate.timed for candidate in candidates]
     cost = speed_cost(shapes, len(attention), dtype=dtype, **settings)
-    print(
+    LOG.info(
         f"speed: {len(shapes)} models in {dtype}, about {cost.memory / GIB:.1f} GiB of memory and "
         f"{cost.flops / 1e12:.3g} TFLOPs",
-        flush=True,
     )
     tokens = settings["batch"] * (settings["prompt"] + settings["new_tokens"])
     needed = sum(WIDTHS[dtype] * shape["size"]["parameters"] for shape in shapes)
@@ -277,7 +276,7 @@ def measure(
 ) -> None:
     """Every model with every attention implementation in turn, `repeats` times after a warm-up."""
     total = (repeats + 1) * len(attention) * len(subjects)
-    with torch.inference_mode(), tqdm(total=total, unit="run", desc="speed") as bar:
+    with torch.inference_mode(), Bar(total=total, unit="run", desc="speed") as bar:
         for repeat in range(repeats + 1):
             for name in attention:
                 for subject in subjects:

@@ -15,11 +15,11 @@ from gguf import (
 )
 from gguf.quants import quantize
 from torch import Tensor
-from tqdm import tqdm
 
 import a3.models.modeling_a3  # noqa: F401
 from a3.core.errors import A3Error
 from a3.core.files import whole_file
+from a3.core.progress import LOG, Bar
 from a3.models.checkpoint import model_source
 from a3.models.gguf_rope import FACTORS
 from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
@@ -55,16 +55,16 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, type_ in tqdm(types.items(), unit="tensor", desc="gguf"):
+        for name, type_ in Bar(types.items(), unit="tensor", desc="gguf"):
             writer.write_tensor_data(quantize(value_of(model, name), type_))
         writer.write_tensor_data(model.rope_factors.float().numpy())
         writer.close()
     if model.folded:
-        print(f"export: {model.folded}.")
+        LOG.info(f"export: {model.folded}.")
     if model.head_dim % BLOCK:
-        print(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
+        LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
-        print(
+        LOG.info(
             f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
             f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
             f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from a3.artifacts.targets import EXPORTED
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import combined, hash_files, model_source
@@ -51,7 +52,7 @@ def export_hf(folder: Path, out: Path) -> None:
         }
         write_record(made / "export.json", record)
     if model.folded:
-        print(f"export: {model.folded}.")
+        LOG.info(f"export: {model.folded}.")
 
 
 def older_names(rope: dict[str, Any]) -> dict[str, Any]:

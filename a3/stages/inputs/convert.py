@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json, whole_folder
+from a3.core.progress import LOG
 from a3.models.folders import write_index
 from a3.models.inputs import MODEL_FILES, files_of, is_model_file
 from a3.models.load import load_config
@@ -43,7 +44,7 @@ def convert(source: dict[str, Any], out: Path) -> None:
             if is_model_file(path) and path.name != INDEX:
                 copy(path, folder, made)
         for old, new in names.items():
-            print(f"convert: {old}", flush=True)
+            LOG.info(f"convert: {old}")
             save_file(distinct(read_pickled(folder / old), tied), made / new, {"format": "pt"})
         if len(names) > 1:
             write_index(made, names.values())

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
 from a3.artifacts.targets import TRAINED
 from a3.core.errors import A3Error
 from a3.core.files import whole_folder, write_record
+from a3.core.progress import LOG, Bar
 from a3.core.provenance import provenance
 from a3.models.checkpoint import hash_files
 from a3.models.load import load_tokenizer
@@ -89,17 +89,16 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
         documents, tokenizer, recipe.block_length, max(wanted, 1), recipe.seed, bos=True
     )
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(
+    LOG.info(
         f"train: {recipe.config['model_type']} of {parameters / 1e6:.1f} M parameters, "
         f"{recipe.steps} steps of {recipe.batch_size} blocks of {recipe.block_length}: {wanted} "
         f"tokens, {wanted / blocks.numel():.1f} times over {blocks.numel()} of the text; "
         f"{6 * parameters * wanted / 1e12:.1f} TFLOPs",
-        flush=True,
     )
     start = time.perf_counter()
     losses = fit(model, recipe, blocks)
     loss, unigrams = final(losses), unigram_loss(blocks[:, 1:])
-    print(
+    LOG.info(
         f"train: {time.perf_counter() - start:.0f} s; loss {loss:.3f} nats a token at the end, "
         f"unigram statistics alone {unigrams:.3f}"
     )
@@ -200,7 +199,7 @@ def fit(model: PreTrainedModel, recipe: Recipe, blocks: Tensor) -> list[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(i, recipe.steps))
     losses: list[float] = []
     model.train()
-    with tqdm(total=recipe.steps * recipe.batch_size * blocks.shape[1], unit="tok") as bar:
+    with Bar(total=recipe.steps * recipe.batch_size * blocks.shape[1], unit="tok") as bar:
         for batch in batches(blocks, recipe):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             losses.append(loss.item())

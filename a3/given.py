@@ -1,0 +1,217 @@
+"""What callers of the Python interface give, as the folders, files and plans that stages read."""
+
+import io
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from decimal import Decimal, InvalidOperation
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from a3.core.errors import A3Error
+from a3.core.files import HIDDEN_SEAL, RECORDS, named
+from a3.core.progress import bars
+from a3.experiments.entries import find_entry
+from a3.models.load import loaded
+from a3.models.readable import require_readable
+from a3.models.tokenizer import tokenizer_files
+from a3.pipeline import find_source
+from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, choose, parse_ratio
+from a3.solutions.plan import Plan
+from a3.stages.inputs.model import is_gguf, resolve_model
+from a3.stages.inputs.text import make_documents
+from a3.texts.reading import Document, as_document, write_documents
+
+Model = PreTrainedModel | str | Path
+Tokenizer = PreTrainedTokenizerBase | None
+Texts = Iterable[Any] | str | Path
+
+
+@contextmanager
+def workplace(progress: bool) -> Iterator[Path]:
+    """Yield a temporary folder, inside which a3's progress bars are shown or not, and no others.
+
+    Errors call what lies in it by the caller's words.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    drawn = transformers_logging.is_progress_bar_enabled()
+    with tempfile.TemporaryDirectory(prefix="a3.") as name, bars(progress):
+        work = Path(name)
+        known = {work / "model": "model", work / "docs.jsonl": "texts", work / "small": "result"}
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            with named(known):
+                yield work
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if drawn:
+                transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def silent(wanted: bool) -> Iterator[None]:
+    """Throw away what is printed inside, for libraries that have no switch of their own."""
+    with ExitStack() as stack:
+        if wanted:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
+
+
+# --- models and texts -----------------------------------------------------------------------------
+def model_entry(model: Model, tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
+    """What a caller calls a model, as an entry of the catalogue."""
+    if isinstance(model, str | Path) and tokenizer is None:
+        return find_entry(str(model), "models")
+    return {"source": {"path": str(model_folder(model, tokenizer, work))}}
+
+
+def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
+    """The Hugging Face folder of a model: the caller's own, or one made in `work`.
+
+    Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no tokenizer.
+    """
+    if isinstance(model, str | Path):
+        folder = named_folder(str(model), work)
+        return folder if tokenizer is None else with_tokenizer(folder, tokenizer, work / "model")
+    if not isinstance(model, PreTrainedModel):
+        raise A3Error(
+            f"model: found {type(model).__name__}, expected a PreTrainedModel of transformers, a "
+            "folder or a name. Adapters of peft: call merge_and_unload() first."
+        )
+    beside = getattr(model, "beside", {})
+    if tokenizer is None and not beside:
+        raise A3Error("tokenizer: a loaded model does not hold its own. Give it beside the model.")
+    model.save_pretrained(work / "model")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work / "model")
+    require_readable(work / "model")
+    return work / "model"
+
+
+def named_folder(name: str, work: Path) -> Path:
+    """The folder that a name stands for: itself, or one made in `work`."""
+    entry = find_entry(name, "models")
+    path = Path(entry["source"].get("path", ""))
+    if "path" in entry["source"] and not is_gguf(path):
+        require_readable(path)
+        return path
+    find_source(entry, work)
+    resolve_model(entry["source"], work / "named", work, entry.get("licence"))
+    return work / "named"
+
+
+def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+    """The folder `out`: links to the files of `folder`, but another tokenizer's, and no records."""
+    left_out = {*tokenizer_files(folder), *RECORDS, HIDDEN_SEAL}
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.name not in left_out:
+            (out / path.name).symlink_to(path.resolve())
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def text_entry(texts: Texts, work: Path) -> dict[str, Any]:
+    """What a caller gives as texts, as an entry of the catalogue."""
+    if isinstance(texts, str | Path):
+        return find_entry(str(texts), "texts")
+    write_documents(work / "docs.jsonl", rows(texts))
+    return {"source": {"path": str(work / "docs.jsonl")}, "min_chars": 0}
+
+
+def documents(texts: Texts, work: Path) -> Path:
+    """The file or folder of documents that texts stand for: the caller's own, or one in `work`."""
+    entry = text_entry(texts, work)
+    if "path" in entry["source"]:
+        return Path(entry["source"]["path"])
+    find_source(entry, work)
+    make_documents(entry, work, None, work / "docs.jsonl")
+    return work / "docs.jsonl"
+
+
+def rows(texts: Iterable[Any]) -> Iterator[Document]:
+    """Strings, or rows with the column text; raises A3Error for others, with their number."""
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise A3Error(
+            f"texts: found {type(texts).__name__}, expected strings, a datasets.Dataset with the "
+            "column text, or a path. Of a DatasetDict, give one split."
+        )
+    for number, row in enumerate(texts):
+        fields = dict(row) if isinstance(row, Mapping) else row
+        yield as_document(fields, "text", f"texts[{number}]")
+
+
+def name_of(texts: Texts) -> str:
+    """What a result calls the texts: the file's name, or only that."""
+    return Path(texts).stem if isinstance(texts, str | Path) else "texts"
+
+
+# --- plans ----------------------------------------------------------------------------------------
+def plan_of(
+    ratio: float | str | None,
+    preset: str,
+    modes: Mapping[str, str | None],
+    multiple: int = 1,
+    servable: bool = False,
+) -> Plan:
+    """The plan of a preset and a ratio, with other `modes` for some components.
+
+    Raises A3Error for what is not known, as the command line does.
+    """
+    row = cells(preset, modes) | {"ratio": NO_RATIO if ratio is None else spelled(ratio)}
+    require_count("multiple", multiple)
+    return Plan(choose(row), servable, multiple)
+
+
+def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
+    """The statistics that modes read, which do not depend on the ratio."""
+    found = cells(preset, modes)
+    sized = all("@" in cell or cell == "dense" for cell in found.values())
+    return Plan(choose(found | {"ratio": NO_RATIO if sized else "0.5"})).kinds()
+
+
+def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
+    """The mode of each component; raises A3Error for a preset that is not known."""
+    if preset not in PRESETS:
+        raise A3Error(f"preset {preset!r} is not known. Presets: {', '.join(PRESETS)}.")
+    return {part: modes.get(part) or PRESETS[preset][part] for part in PARTS}
+
+
+def spelled(ratio: float | str) -> str:
+    """A ratio as tables spell it: 0.2 is "0.2"; raises A3Error outside [0, 1)."""
+    try:
+        text = ratio if isinstance(ratio, str) else f"{Decimal(str(ratio)).normalize():f}"
+    except InvalidOperation:
+        raise A3Error(f"ratio: found {ratio!r}, expected a number in [0, 1).") from None
+    parse_ratio(text)
+    return text
+
+
+def require_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise A3Error unless an argument is an integer from `least` on."""
+    if type(value) is not int or value < least:
+        raise A3Error(f"{name}: found {value!r}, expected an integer from {least} on.")
+
+
+def require_installed(module: str, extra: str) -> None:
+    """Raise A3Error where a library is missing that one of a3's extras has."""
+    if find_spec(module) is None:
+        raise A3Error(f"{module} is not installed. Install a3[{extra}] with pip.")
+
+
+# --- results --------------------------------------------------------------------------------------
+def loaded_as(folder: Path, like: Model) -> PreTrainedModel:
+    """The model in a folder, with the dtype and device of another that was given in memory."""
+    given = isinstance(like, PreTrainedModel)
+    options = {"dtype": like.dtype if given else "auto", "use_safetensors": True}
+    model = loaded(AutoModelForCausalLM, folder, **options)
+    # Small files that save_pretrained writes beside the weights (a3.models.modeling_a3).
+    if hasattr(model, "beside"):
+        model.beside = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+    return model.to(like.device) if given else model

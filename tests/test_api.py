@@ -1,0 +1,172 @@
+"""The Python interface: models in memory, folders and names; texts of every kind; silence."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tiny import run, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import a3
+
+SMALL = {"tokens": 256, "block_length": 32}
+TEXTS = [
+    f"Document {i} says that {i} rivers run to the sea, and {i + 1} come back." for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("dense") / "m", "llama")
+
+
+@pytest.fixture
+def loaded(dense):
+    return AutoModelForCausalLM.from_pretrained(dense), AutoTokenizer.from_pretrained(dense)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(5, 40)[None].to(model.device)).logits.float()
+
+
+def test_import_costs_nothing():
+    code = "import a3, sys; print({'torch', 'transformers', 'lm_eval'} & set(sys.modules), dir(a3))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("set()") and "'compress'" in said.stdout
+
+
+@pytest.mark.parametrize("preset", ["a3", "a3-plus"])
+def test_compress_gives_what_the_command_line_writes(dense, loaded, tmp_path, preset):
+    text = tmp_path / "docs.jsonl"
+    text.write_text("".join(json.dumps({"title": "", "text": one}) + "\n" for one in TEXTS))
+    small = a3.compress(*loaded, TEXTS, ratio=0.25, preset=preset, **SMALL, progress=False)
+    small.save_pretrained(tmp_path / "small")
+    sizes = ["--tokens", "256", "--block-length", "32"]
+    run(
+        "compress",
+        dense,
+        "--preset",
+        preset,
+        "--ratio",
+        "0.25",
+        "--text",
+        text,
+        *sizes,
+        "-o",
+        tmp_path / "cli",
+    )
+    model, tokenizer = a3.load(tmp_path / "cli")
+    assert torch.equal(logits(small), logits(model))
+    again, same = a3.load(tmp_path / "small")
+    assert torch.equal(logits(again), logits(model))
+    assert (
+        same(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids == loaded[1](TEXTS[0]).input_ids
+    )
+    run("eval", "ppl", tmp_path / "small", "--text", text, *sizes, "-o", tmp_path / "ppl.json")
+
+
+def test_texts_of_every_kind_are_the_same(loaded, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in TEXTS))
+    kinds = (TEXTS, iter(TEXTS), Dataset.from_dict({"text": TEXTS}), path, str(path))
+    found = [a3.evaluate(*loaded, texts, **SMALL, progress=False)["nll"] for texts in kinds]
+    assert len(set(found)) == 1
+
+
+def test_names_folders_and_models_are_the_same(dense, loaded):
+    options = {"texts": TEXTS, "ratio": 0.25, **SMALL, "progress": False}
+    one = logits(a3.compress(*loaded, **options))
+    assert torch.equal(one, logits(a3.compress(dense, **options)))
+    assert torch.equal(one, logits(a3.compress(str(dense), loaded[1], **options)))
+
+
+def test_stages_one_by_one(dense, loaded, tmp_path):
+    options = {"preset": "a3-plus", "progress": False}
+    small = a3.compress(*loaded, TEXTS, ratio=0.25, **SMALL, **options)
+    rxx = a3.collect(*loaded, TEXTS, out=tmp_path / "rxx", **SMALL, **options)
+    ranks = a3.allocate(*loaded, rxx=rxx, out=tmp_path / "ranks.json", ratio=0.25, progress=False)
+    assert {len(one) for one in ranks.values()} == {small.config.num_hidden_layers}
+    again = a3.approximate(
+        dense, rxx=rxx, allocation=tmp_path / "ranks.json", ratio=0.25, **options
+    )
+    assert torch.equal(logits(small), logits(again))
+
+
+def test_compressed_models_evaluate_and_export_from_memory(loaded, tmp_path):
+    options = {"qk": "uniform-global", "ratio": 0.25, **SMALL, "progress": False}
+    small = a3.compress(*loaded, TEXTS, **options)
+    found = a3.evaluate(small, texts=TEXTS, **SMALL, progress=False)
+    assert found["perplexity"] > 1
+    a3.export(small, tmp_path / "stock", progress=False)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert torch.allclose(logits(stock), logits(small), atol=1e-4)
+    assert a3.export(small, tmp_path / "x.gguf", type="f32", progress=False).is_file()
+
+
+def test_dtype_is_the_models(loaded):
+    model = loaded[0].to(torch.bfloat16)
+    small = a3.compress(model, loaded[1], TEXTS, ratio=0.25, **SMALL, progress=False)
+    assert small.dtype == model.dtype and not small.training
+
+
+def test_nothing_is_printed(loaded, capfd, caplog):
+    with caplog.at_level(logging.INFO, "a3"):
+        a3.compress(*loaded, TEXTS, ratio=0.25, **SMALL, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert any("collect:" in record.getMessage() for record in caplog.records)
+    a3.compress(*loaded, TEXTS, ratio=0.25, **SMALL)
+    out, err = capfd.readouterr()
+    assert out == "" and "collect" in err and "Loading" not in err
+
+
+WRONG = {
+    "ratio": ({"ratio": 1.5}, "ratio is 1.5; expected 0"),
+    "no ratio": ({"ratio": None}, "has no size"),
+    "no number": ({"ratio": "a fifth"}, "not a number"),
+    "preset": ({"preset": "best"}, "preset 'best' is not known"),
+    "mode": ({"qk": "nothing"}, "qk mode 'nothing' is not known"),
+    "tokens": ({"tokens": 0}, "tokens: found 0"),
+    "block": ({"block_length": 1.5}, "block_length: found 1.5"),
+    "device": ({"device": "abacus"}, "device 'abacus'"),
+    "dtype": ({"dtype": "int3"}, "int3"),
+    "rows": ({"texts": Dataset.from_dict({"words": ["a"]})}, "texts[0]: found ['words']"),
+    "numbers": ({"texts": [1, 2]}, "texts[0]: found int"),
+    "splits": ({"texts": DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})}, "one split"),
+    "few": ({"texts": ["a"]}, "texts"),
+    "empty": ({"texts": []}, "texts"),
+    "text": ({"texts": "no such file"}, "'no such file'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(loaded, name):
+    options, said = WRONG[name]
+    given = {"texts": TEXTS, "ratio": 0.25, **SMALL, "progress": False}
+    with pytest.raises(a3.A3Error, match=".") as error:
+        a3.compress(*loaded, **(given | options))
+    assert said in str(error.value) and "/tmp" not in str(error.value)
+
+
+def test_a_model_needs_its_tokenizer(loaded):
+    with pytest.raises(a3.A3Error, match="tokenizer"):
+        a3.compress(loaded[0], None, TEXTS, ratio=0.25)
+    with pytest.raises(a3.A3Error, match="found Linear, expected a PreTrainedModel"):
+        a3.compress(torch.nn.Linear(2, 2), loaded[1], TEXTS, ratio=0.25)
+
+
+def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
+    (tmp_path / "ranks.json").write_text("mine")
+    rxx = a3.collect(dense, texts=TEXTS, out=tmp_path / "rxx", preset="a3-plus", **SMALL)
+    with pytest.raises(a3.A3Error, match="exists already"):
+        a3.allocate(dense, rxx=rxx, out=tmp_path / "ranks.json", ratio=0.25)
+    with pytest.raises(a3.A3Error, match="folder"):
+        a3.export(dense, dense)
+    with pytest.raises(a3.A3Error, match="either texts"):
+        a3.evaluate(*loaded)
+    with pytest.raises(a3.A3Error, match="either texts"):
+        a3.evaluate(*loaded, TEXTS, task="piqa")
