@@ -2,8 +2,8 @@
 
 The objective of a component is the functional error that its statistics measure: of scores or
 values with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs
-the paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD of
-the weights alone, or the pairs and channels whose weights are largest.
+the paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD
+of the weights alone, or the pairs and channels whose weights are largest.
 """
 
 import pytest

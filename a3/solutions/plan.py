@@ -173,8 +173,8 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
     if rank < min(least, arch.full_rank(component)):
         raise A3Error(
             f"allocate: this ratio leaves {component} rank {rank} of {arch.full_rank(component)}, "
-            f"and no layer gets less than {least} (an eighth, and a multiple of {step}). Take a smaller "
-            "ratio or multiple."
+            f"and no layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
+            "smaller ratio or multiple."
         )
 
 
