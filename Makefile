@@ -15,7 +15,7 @@ full: $(READY)  ## the same with the large sizes
 	snakemake --configfile config/config.yaml config/full.yaml
 	a3 show results/tables/full
 
-attention: $(READY)  ## every attention type on real weights, one part at a time
+attention: $(READY)  ## every attention type on real weights, one component at a time
 	snakemake --configfile config/config.yaml config/attention.yaml
 	a3 show results/tables/attention
 

@@ -20,7 +20,7 @@ from a3.models.load import loaded
 from a3.models.readable import require_readable
 from a3.models.tokenizer import tokenizer_files
 from a3.pipeline import find_source
-from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, choose, parse_ratio
+from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_ratio
 from a3.solutions.plan import Plan
 from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
@@ -180,7 +180,7 @@ def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
     """The mode of each component; raises A3Error for a preset that is not known."""
     if preset not in PRESETS:
         raise A3Error(f"preset {preset!r} is not known. Presets: {', '.join(PRESETS)}.")
-    return {part: modes.get(part) or PRESETS[preset][part] for part in PARTS}
+    return {one: modes.get(one) or PRESETS[preset][one] for one in COMPONENTS}
 
 
 def spelled(ratio: float | str) -> str:

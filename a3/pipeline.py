@@ -38,7 +38,7 @@ def compress(
         for entry in (model, text):
             find_source(entry, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
-        # Refused modes and sizes are said before the long part.
+        # Refused modes and sizes are said before the long work.
         plan.check(work / "model")
         make_documents(text, work, None, work / "docs.jsonl")
         outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}

@@ -61,14 +61,14 @@ def two_cores(model: Path, text: Path, work: Path) -> pd.DataFrame:
     collect = ["collect", model, "--text", text, "--tokens", "16384", "--block-length", "1024"]
     approx = ["approx", model, "--rxx", work / "whole", "--ratio", "0.2"]
     rows = []
-    for name, job, parts in (
+    for name, job, option in (
         ("collect", [*collect, "-o", *outputs(work / "whole")], "--shard"),
-        ("approx", [*approx, "-o", work / "small"], "--part"),
+        ("approx", [*approx, "-o", work / "small"], "--shard"),
     ):
         halves = []
         for half in ("0of2", "1of2"):
             own = outputs(work / half) if name == "collect" else [work / f"{half}.safetensors"]
-            halves.append([*job[: job.index("-o")], parts, half, "-o", *own])
+            halves.append([*job[: job.index("-o")], option, half, "-o", *own])
         one, two = min(seconds(job) for _ in range(2)), min(seconds(*halves) for _ in range(2))
         rows.append({"stage": name, "1 job s": one, "2 jobs s": two, "ratio": one / two})
     return pd.DataFrame(rows)
@@ -98,9 +98,9 @@ def measure(work: Path) -> Measured:
             seconds(["collect", model, *blocks, *dtype, "-o", *outputs(rxx)]),
             seconds(["approx", model, "--rxx", rxx, "--ratio", "0.2", "-o", work / "small"]),
         )
-    whole = ["approx", model, "--rxx", rxx, "--ratio", "0.2", "--part"]
-    parts = [[*whole, part, "-o", work / f"{part}.safetensors"] for part in ("0of2", "1of2")]
-    one, both = seconds([*whole, "0of1", "-o", work / "0of1.safetensors"]), seconds(*parts)
+    whole = ["approx", model, "--rxx", rxx, "--ratio", "0.2", "--shard"]
+    halves = [[*whole, half, "-o", work / f"{half}.safetensors"] for half in ("0of2", "1of2")]
+    one, both = seconds([*whole, "0of1", "-o", work / "0of1.safetensors"]), seconds(*halves)
     print(f"two large layers: {one:.1f} s by one job, {both:.1f} s by two: {one / both:.2f} times")
     (one, first), (two, second) = took[1], took[2]
     return Measured(start=first - (second - first), token=(two - one) / TRIED, layer=second - first)
@@ -116,7 +116,7 @@ class Job:
 
 
 def workflow(n: int, took: Measured, rate: float) -> list[Job]:
-    """The jobs of collect and approx in n shards and n runs of layers, in an order that may run.
+    """The jobs of collect and approx in n shards each, in an order that may run.
 
     Weights are read and hashed, statistics read, hashed and added, at `rate` bytes a second.
     """
@@ -131,13 +131,13 @@ def workflow(n: int, took: Measured, rate: float) -> list[Job]:
     ready = merges if n > 1 else shards
     layer = took.layer + 2 * weights / LAYERS / rate
     runs = [LAYERS * (i + 1) // n - LAYERS * i // n for i in range(n)]
-    parts = [Job(f"approx {i}", took.start + layer * k, ready) for i, k in enumerate(runs)]
+    approximated = [Job(f"approx {i}", took.start + layer * k, ready) for i, k in enumerate(runs)]
     if n == 1:
-        return [*shards, *parts]
-    # Embeddings and head are read, hashed and written again; parts are linked.
+        return [*shards, *approximated]
+    # Embeddings and head are read, hashed and written again; those of layers are linked.
     outside = 2 * 2 * 128256 * SHAPES["hidden_size"]
-    gather = Job("gather", took.start + 4 * outside / rate, parts)
-    return [*shards, *merges, *parts, gather]
+    gather = Job("gather", took.start + 4 * outside / rate, approximated)
+    return [*shards, *merges, *approximated, gather]
 
 
 def simulate(jobs: list[Job], workers: int) -> dict[str, float]:

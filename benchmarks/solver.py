@@ -12,7 +12,7 @@ the table says; so is the MLP's root of the largest sizes, by its cube law.
 Ours is a3's own code with the building of the factors. a3 collects the h × h blocks Wᵀ R W, never
 R itself; so that both sides start from the same statistics, "ours s" includes the products that
 make the blocks from R. "as run s" is without them, as in the workflow. Peak memory is the most that
-a part's side takes beyond what the layer holds before.
+a component's side takes beyond what the layer holds before.
 """
 
 import argparse
@@ -143,7 +143,7 @@ class Layer:
                 lambda t=target: torch.svd_lowrank(t, q=RANK, niter=2), self.groups / self.timed
             )
             mine = [found.k[g] @ W.T @ half for W in self.W.grouped(found.q)[g]]
-            best = U @ torch.cat([part @ half for part in V.split(self.d, dim=1)], dim=1)
+            best = U @ torch.cat([piece @ half for piece in V.split(self.d, dim=1)], dim=1)
             gap = max(gap, loss(half, target, torch.cat(mine, dim=1)) - loss(half, target, best))
         return self.row("QK", common, each, blocks, run, gap, lowrank.seconds)
 
@@ -179,7 +179,7 @@ class Layer:
 
     def row(
         self,
-        part: str,
+        component: str,
         common: Cost,
         each: Cost,
         blocks: Cost,
@@ -192,10 +192,12 @@ class Layer:
         note = f"{self.timed} of {self.groups} {'heads' if mha else 'groups'} timed"
         if not mha:
             note += f"; svd_lowrank for all would take {lowrank:.3g} s"
-            note += "; R^½ is QK's" if part == "OV" else ""
+            note += "; R^½ is QK's" if component == "OV" else ""
         paper = Cost(common.seconds + each.seconds, max(common.memory, each.memory))
         kind = "MHA" if mha else "GQA"
-        return line(self.d, kind, part, paper, blocks, run, gap, note) | {"root": common.seconds}
+        return line(self.d, kind, component, paper, blocks, run, gap, note) | {
+            "root": common.seconds
+        }
 
 
 def intermediate(d: int, layer: Layer) -> dict[str, Any]:
@@ -211,8 +213,8 @@ def intermediate(d: int, layer: Layer) -> dict[str, Any]:
 
     paper, run = Cost(), Cost()
     kept = paper.measure(score, (n / measured) ** 3)
-    part = MLPWeights(up=W.up[:, :measured], gate=W.gate[:, :measured], down=W.down[:measured])
-    mine = mlp.rxx_w(part, R.diagonal(), len(kept)).channels
+    timed = MLPWeights(up=W.up[:, :measured], gate=W.gate[:, :measured], down=W.down[:measured])
+    mine = mlp.rxx_w(timed, R.diagonal(), len(kept)).channels
     diagonal = torch.rand(n, generator=layer.draw, dtype=torch.float64)
     run.measure(lambda: mlp.rxx_w(W, diagonal, round((1 - RATIO) * n)))
     whole = measured == n
@@ -222,14 +224,14 @@ def intermediate(d: int, layer: Layer) -> dict[str, Any]:
 
 
 def line(
-    d: int, kind: str, part: str, paper: Cost, blocks: Cost, run: Cost, gap: float, note: str
+    d: int, kind: str, component: str, paper: Cost, blocks: Cost, run: Cost, gap: float, note: str
 ) -> dict[str, Any]:
     """One line; `gap` is ours minus the paper's objective, relative to the zero solution."""
     ours = blocks.seconds + run.seconds
     return {
         "d": d,
         "attention": kind,
-        "part": part,
+        "component": component,
         "paper s": paper.seconds,
         "ours s": ours,
         "ratio": paper.seconds / ours,
@@ -242,16 +244,16 @@ def line(
     }
 
 
-def total(rows: pd.DataFrame, d: int | str, kind: str, part: str, note: str) -> dict[str, Any]:
-    """The line of several parts together."""
+def total(rows: pd.DataFrame, d: int | str, kind: str, component: str, note: str) -> dict[str, Any]:
+    """The line of several components together."""
     seconds = [Cost(rows[name].sum()) for name in ("paper s", "ours s", "as run s")]
     paper, ours, run = seconds
     paper.memory, run.memory = rows["paper GiB"].max(), rows["ours GiB"].max()
     blocks = Cost(ours.seconds - run.seconds)
-    return line(d, kind, part, paper, blocks, run, rows["objective gap"].max(), note)
+    return line(d, kind, component, paper, blocks, run, rows["objective gap"].max(), note)
 
 
-def layer_parts(rows: pd.DataFrame, d: int, kind: str) -> pd.DataFrame:
+def layer_components(rows: pd.DataFrame, d: int, kind: str) -> pd.DataFrame:
     """QK, OV and MLP of one layer."""
     return rows[(rows.d == d) & rows.attention.isin((kind, "any"))]
 
@@ -260,7 +262,7 @@ def whole_layers(rows: pd.DataFrame) -> pd.DataFrame:
     """Add, for each size and attention type, the line of the whole layer."""
     pairs = rows[rows.attention != "any"][["d", "attention"]].drop_duplicates()
     whole = [
-        total(layer_parts(rows, d, kind), d, kind, "layer", "")
+        total(layer_components(rows, d, kind), d, kind, "layer", "")
         for d, kind in pairs.itertuples(index=False)
     ]
     return pd.concat([rows, pd.DataFrame(whole)], ignore_index=True)
@@ -289,10 +291,10 @@ def whole_model(rows: pd.DataFrame, d: int, kind: str) -> dict[str, Any]:
     The paper's roots go with the cube of their width, its SVDs with g d³ a group, which is H d³ for
     all; our products with H d² and our factors with H d; the MLP's with n d.
     """
-    model, parts = MODELS[kind], layer_parts(rows, d, kind).copy()
+    model, components = MODELS[kind], layer_components(rows, d, kind).copy()
     wide, many = model.d / d, model.d / d  # heads are as many as d / 128
-    for i, row in parts.iterrows():
-        if row.part == "MLP":
+    for i, row in components.iterrows():
+        if row.component == "MLP":
             more = (model.n / (4 * d)) ** 3, (model.n * model.d) / (4 * d * d)
             scaled = row["paper s"] * more[0], row["ours s"] * more[1], row["as run s"] * more[1]
         else:
@@ -301,8 +303,10 @@ def whole_model(rows: pd.DataFrame, d: int, kind: str) -> dict[str, Any]:
             run = row["as run s"] * wide * many
             paper = row.root * wide**3 + each * wide**3 * many
             scaled = paper, run + blocks * wide**2 * many, run
-        parts.loc[i, ["paper s", "ours s", "as run s"]] = [value * model.layers for value in scaled]
-    whole = total(parts, model.d, kind, model.name, f"from one layer of d = {d}")
+        components.loc[i, ["paper s", "ours s", "as run s"]] = [
+            value * model.layers for value in scaled
+        ]
+    whole = total(components, model.d, kind, model.name, f"from one layer of d = {d}")
     return whole | {"paper GiB": float("nan"), "ours GiB": float("nan")}
 
 
@@ -323,9 +327,9 @@ def main() -> None:
             rows += [layer.qk(), layer.ov()]
             print(pd.DataFrame(rows[-2:]).to_string(), flush=True)
         rows.append(intermediate(d, layer))
-    parts = pd.DataFrame(rows)
-    table = whole_layers(parts).sort_values(["d", "attention"], kind="stable")
-    models = [whole_model(parts, max(chosen.sizes), kind) for kind in MODELS]
+    components = pd.DataFrame(rows)
+    table = whole_layers(components).sort_values(["d", "attention"], kind="stable")
+    models = [whole_model(components, max(chosen.sizes), kind) for kind in MODELS]
     table = pd.concat([table, pd.DataFrame(models)]).drop(columns="root")
     print(table.to_markdown(index=False, floatfmt=".3g"))
 

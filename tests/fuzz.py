@@ -326,12 +326,12 @@ def read_compressed(folder: Path) -> Any:
     return record.data, record["weights_sha256"], digest(dict(model.named_parameters()))
 
 
-def read_parts(folder: Path) -> Any:
-    out = folder / "parts/gathered"
+def read_checkpoint_shards(folder: Path) -> Any:
+    out = folder / "approx-shards/gathered"
     try:
         gather(
             folder / "results/models/tiny",
-            [folder / f"parts/{i}of2.safetensors" for i in range(2)],
+            [folder / f"approx-shards/{i}of2.safetensors" for i in range(2)],
             out,
         )
         # gather believes what is said of the weights; who reads them does not.
@@ -400,8 +400,8 @@ READERS = {
     "compressed weights": Reader(f"{CHECKPOINT}/model.safetensors", read_compressed, TENSORS),
     "compressed config.json": Reader(f"{CHECKPOINT}/config.json", read_compressed, JSON),
     "approx.json": Reader(f"{CHECKPOINT}/approx.json", read_compressed, JSON),
-    "part": Reader("parts/1of2.safetensors", read_parts, TENSORS),
-    "part's JSON": Reader("parts/1of2.json", read_parts, JSON),
+    "checkpoint shard": Reader("approx-shards/1of2.safetensors", read_checkpoint_shards, TENSORS),
+    "checkpoint shard's JSON": Reader("approx-shards/1of2.json", read_checkpoint_shards, JSON),
     "shard": Reader("shards/1of2/v_blocks.safetensors", read_shards, TENSORS),
     "shard's seconds": Reader("shards/1of2/v_blocks.timing.json", read_shards, JSON),
     "result": Reader(f"results/eval/{TAIL}/ppl/score.json", read_results, JSON),
@@ -423,8 +423,8 @@ def prepare(folder: Path) -> None:
     content = weights.read_bytes()
     put(weights, content)
     for i in range(2):
-        solving = ["--rxx", results / "rxx/tiny/short", "--ratio", "0.25", "--part", f"{i}of2"]
-        run("approx", model, *solving, "-o", folder / f"parts/{i}of2.safetensors")
+        solving = ["--rxx", results / "rxx/tiny/short", "--ratio", "0.25", "--shard", f"{i}of2"]
+        run("approx", model, *solving, "-o", folder / f"approx-shards/{i}of2.safetensors")
         collecting = ["--text", text, "--tokens", "256", "--block-length", "64"]
         out = folder / f"shards/{i}of2/v_blocks.safetensors"
         run("collect", model, *collecting, "--shard", f"{i}of2", "-o", out)

@@ -94,8 +94,8 @@ def write_gguf(folder: Path, out: Path, arch: str, own: dict) -> Path:
     for name, value in model.state_dict().items():
         if name in tied:
             continue
-        for part, stored in stored_as(arch, name, value, heads, groups, names):
-            writer.add_tensor(part, np.ascontiguousarray(stored.numpy()))
+        for source, stored in stored_as(arch, name, value, heads, groups, names):
+            writer.add_tensor(source, np.ascontiguousarray(stored.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,9 +107,9 @@ def stored_as(arch, name, value, heads, groups, names):
     """The tensors of the file that one of transformers becomes."""
     if ".experts." in name:
         block = name.split(".")[2]
-        parts = ("down",) if name.endswith("down_proj") else ("gate", "up")
-        for part, one in zip(parts, value.chunk(len(parts), dim=1), strict=True):
-            yield f"blk.{block}.ffn_{part}_exps.weight", one
+        projections = ("down",) if name.endswith("down_proj") else ("gate", "up")
+        for projection, one in zip(projections, value.chunk(len(projections), dim=1), strict=True):
+            yield f"blk.{block}.ffn_{projection}_exps.weight", one
         return
     if arch == "llama" and ("q_proj" in name or "k_proj" in name):
         count = heads if "q_proj" in name else groups

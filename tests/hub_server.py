@@ -69,15 +69,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict | None = None):
         # Branches may have slashes in their names.
-        parts = [unquote(part) for part in self.path.split("?")[0].strip("/").split("/")]
-        self.hub.requests.append(f"{self.command} /{'/'.join(parts)}")
+        names = [unquote(name) for name in self.path.split("?")[0].strip("/").split("/")]
+        self.hub.requests.append(f"{self.command} /{'/'.join(names)}")
         self.hub.tokens.add(self.headers.get("Authorization"))
-        if parts[0] == "api":
-            self.answer_api(parts[1], "/".join(parts[2:4]), parts[4:], body or {})
-        elif parts[0] == "datasets":
-            self.answer_file("datasets", "/".join(parts[1:3]), parts[3:])
+        if names[0] == "api":
+            self.answer_api(names[1], "/".join(names[2:4]), names[4:], body or {})
+        elif names[0] == "datasets":
+            self.answer_file("datasets", "/".join(names[1:3]), names[3:])
         else:
-            self.answer_file("models", "/".join(parts[:2]), parts[2:])
+            self.answer_file("models", "/".join(names[:2]), names[2:])
 
     def find(self, kind: str, name: str, revision: str) -> Repository | None:
         """The commit asked for; answers 404 as the hub does where there is none."""

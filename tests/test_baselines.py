@@ -277,8 +277,10 @@ def test_refit_is_never_worse_than_slicing_and_exact_at_full_rank(kind):
 # --- end to end ---
 
 BASELINES = {
-    part: [mode for mode in MODES[part] if mode not in ("qk", "rxx-w-rxx", "xkv", "axkv", "rxx-w")]
-    for part in MODES
+    component: [
+        mode for mode in MODES[component] if mode not in ("qk", "rxx-w-rxx", "xkv", "axkv", "rxx-w")
+    ]
+    for component in MODES
 }
 
 
@@ -305,17 +307,17 @@ def dense(request, tmp_path_factory):
 
 
 def fitting(folder):
-    """Every row that compresses one part by one baseline that fits the model."""
+    """Every row that compresses one component by one baseline that fits the model."""
     arch = load_arch(folder / "dense")
-    for part, modes in BASELINES.items():
+    for component, modes in BASELINES.items():
         for mode in modes:
-            kind = arch.attention if part != "mlp" else "experts" if arch.experts else arch.mlp
-            if kind in MODES[part][mode].fits:
-                yield part, mode
+            kind = arch.attention if component != "mlp" else "experts" if arch.experts else arch.mlp
+            if kind in MODES[component][mode].fits:
+                yield component, mode
 
 
-def compress(folder, part, mode, ratio, out):
-    row = {"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": ratio} | {part: mode}
+def compress(folder, component, mode, ratio, out):
+    row = {"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": ratio} | {component: mode}
     approximate(folder / "dense", folder / "rxx", Plan(choose(row)), out)
     return AutoModelForCausalLM.from_pretrained(out).eval()
 
@@ -325,23 +327,25 @@ def test_all_of_it_is_the_dense_model(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense / "dense").eval()
     with torch.inference_mode():
         expected = model(ids).logits
-        for part, mode in fitting(dense):
+        for component, mode in fitting(dense):
             if mode == "svd-llm-v2":
                 continue
-            found = compress(dense, part, mode, "0", tmp_path / f"{part}-{mode}")(ids).logits
-            assert (found - expected).abs().max() < 2e-3 * expected.abs().max(), (part, mode)
+            found = compress(dense, component, mode, "0", tmp_path / f"{component}-{mode}")(
+                ids
+            ).logits
+            assert (found - expected).abs().max() < 2e-3 * expected.abs().max(), (component, mode)
 
 
 def test_two_factors_are_the_dense_model_with_their_products(dense, tmp_path):
     """Every product A B in the dense shapes, beside the folder as it is loaded."""
     ids = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(1))
-    for part, mode in fitting(dense):
-        if MODES[part][mode].factors is None:
+    for component, mode in fitting(dense):
+        if MODES[component][mode].factors is None:
             continue
-        model = compress(dense, part, mode, "0.25", tmp_path / f"{part}-{mode}")
+        model = compress(dense, component, mode, "0.25", tmp_path / f"{component}-{mode}")
         with torch.inference_mode():
             found = model(ids).logits
-            whole = compress(dense, part, mode, "0", tmp_path / f"{part}-{mode}-0")
+            whole = compress(dense, component, mode, "0", tmp_path / f"{component}-{mode}-0")
             for name, module in list(model.named_modules()):
                 if isinstance(module, LowRank):
                     decoder = module.get_submodule(module.decoder)
@@ -351,31 +355,31 @@ def test_two_factors_are_the_dense_model_with_their_products(dense, tmp_path):
                     conv = type(linear).__name__ == "Conv1D"
                     linear.weight.copy_(product.T if conv else product)
             expected = whole(ids).logits
-        assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), (part, mode)
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max(), (component, mode)
 
 
 def test_sizes_match_a3s_at_the_same_ratio(dense, tmp_path):
     """Counted in the checkpoints: within one unit of rank a matrix, which is what rounding is."""
     arch = load_arch(dense / "dense")
     paper = {"qk": "rxx-w-rxx" if "rope" in arch.attention else "qk", "ov": "xkv", "mlp": "rxx-w"}
-    for part in BASELINES:
-        out = tmp_path / part
-        compress(dense, part, paper[part], "0.25", out)
+    for component in BASELINES:
+        out = tmp_path / component
+        compress(dense, component, paper[component], "0.25", out)
         expected = read_record(out / "approx.json")["size"]["compressed"]["parameters"]
         for fits, mode in fitting(dense):
-            if fits != part or mode == "palu-rope":
+            if fits != component or mode == "palu-rope":
                 continue
-            folder = tmp_path / f"{part}-{mode}"
-            compress(dense, part, mode, "0.25", folder)
+            folder = tmp_path / f"{component}-{mode}"
+            compress(dense, component, mode, "0.25", folder)
             record = read_record(folder / "approx.json")
             found = record["size"]["compressed"]["parameters"]
             # One unit of rank of a matrix has m + n weights; biases are not made smaller.
             d = arch.hidden_size
             units = {"qk": 2 * (d + arch.heads * arch.head_dim)}
             units |= {"ov": units["qk"], "mlp": 3 * (d + 2 * arch.intermediate_size)}
-            slack = arch.layers * (units[part] if MODES[part][mode].factors else d)
+            slack = arch.layers * (units[component] if MODES[component][mode].factors else d)
             biases = arch.layers * 2 * (arch.heads + arch.intermediate_size) * arch.head_dim
-            assert abs(found - expected) <= slack + biases * arch.qkv_bias, (part, mode)
+            assert abs(found - expected) <= slack + biases * arch.qkv_bias, (component, mode)
 
 
 def test_palu_for_rope_caches_the_latent(tmp_path):

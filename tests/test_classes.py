@@ -164,7 +164,7 @@ def test_factors_are_plain_linear_layers_and_no_other_module_has_their_name(case
         # The family's code finds the product where the linear layer was.
         product = model.get_submodule(name.removesuffix("_factors"))
         assert product is names[name]
-        assert {type(part) for part in product.children()} == {nn.Linear}
+        assert {type(module) for module in product.children()} == {nn.Linear}
     expected = outputs(model, ids).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         torch.testing.assert_close(outputs(other, ids).logits, expected)
@@ -205,9 +205,13 @@ def test_lora_of_every_kind_of_targets(case, whole, tmp_path):
     ids = tokens(tmp_path, count=9)
     adapter = load_arch(tmp_path / "dense").adapter
     rest = [
-        place.rpartition(".")[2] for part, place in adapter.places.items() if part not in "qkvo"
+        place.rpartition(".")[2]
+        for projection, place in adapter.places.items()
+        if projection not in "qkvo"
     ]
-    named = [f"{part}_proj" for part in "qkvo"] + (["down_proj"] if adapter.experts else rest)
+    named = [f"{projection}_proj" for projection in "qkvo"] + (
+        ["down_proj"] if adapter.experts else rest
+    )
     for targets in (None, named, "all-linear"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
         before = outputs(model, ids).logits

@@ -78,7 +78,7 @@ def test_estimates_follow_the_model():
     assert 131 * gib < big.memory < 145 * gib  # weights, and little beside them
     assert collect_cost(LLAMA_70B, 131072, 2048, "float32", PAPER).memory > 3 * 131 * gib
     assert big.minutes(8, "cpu") > 24 * 60 > 60 > big.minutes(1, "cuda")
-    # Attention of one layer in float64, and one file of weights; a part of eight is 16 GiB.
+    # Attention of one layer in float64, and one file of weights; a shard of eight is 16 GiB.
     assert 5.7 * gib < approx_cost(LLAMA_70B).memory < 8 * gib
     assert 28 * gib < approx_cost(LLAMA_70B, 8).memory < 36 * gib
     assert stream_cost(LLAMA_70B, 131072, 2048, "bfloat16", PAPER).memory < 13 * gib

@@ -118,7 +118,7 @@ PAPER_KINDS = ("q_blocks", "k_blocks", "v_blocks", "o_proj_blocks", "down_diagon
 def redraw(folder, seed=0):
     """Give biases a spread of 0.5 and norm gains a spread around 1: fresh ones hide mistakes.
 
-    Matrices get a spread of 0.1 at least, so that no part of the model is without effect.
+    Matrices get a spread of 0.1 at least, so that nothing in the model is without effect.
     """
     torch.manual_seed(seed)
     path = folder / "model.safetensors"
@@ -285,20 +285,23 @@ def test_ratio_zero_reproduces_the_dense_logits(dense, tmp_path):
 
 
 @pytest.mark.parametrize("ratio", ["0.25", "0.5"])
-@pytest.mark.parametrize("parts", [("qk",), ("ov",), ("mlp",), ("qk", "ov", "mlp")])
-def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, ratio, parts):
+@pytest.mark.parametrize("components", [("qk",), ("ov",), ("mlp",), ("qk", "ov", "mlp")])
+def test_cut_model_equals_its_emulation_in_the_dense_shapes(dense, tmp_path, ratio, components):
     arch = load_arch(dense / "dense")
-    modes = {part: mode if part in parts else "dense" for part, mode in modes_of(arch).items()}
+    modes = {
+        component: mode if component in components else "dense"
+        for component, mode in modes_of(arch).items()
+    }
     small = compress(dense, tmp_path / "small", ratio, **modes)
     emulated = load(dense / "dense")
-    emulate(emulated, dense, ratio, parts)
+    emulate(emulated, dense, ratio, components)
     ids = tokens(dense)
     expected = logits(emulated, ids)
     assert (expected - logits(load(dense / "dense"), ids)).abs().max() > 5e-4
     torch.testing.assert_close(logits(small, ids), expected, rtol=0, atol=1e-4)
 
 
-def emulate(model, dense, ratio, parts):
+def emulate(model, dense, ratio, components):
     """Put the reference's solution, in the original shapes, into a dense model."""
     arch = load_arch(dense / "dense")
     statistics = load_file(dense / "reference.safetensors")
@@ -309,24 +312,24 @@ def emulate(model, dense, ratio, parts):
         R = statistics[f"x.{i}"]
         attention = model.get_submodule(arch.adapter.attention_module(i))
         heads = split_heads(attention, arch)
-        if "qk" in parts and arch.qk_norm:
+        if "qk" in components and arch.qk_norm:
             norm_kept_pairs(attention, arch, statistics[f"q.{i}"], statistics[f"k.{i}"], rank)
-        elif "qk" in parts and arch.has_rope(i) and arch.rope_dims < arch.head_dim:
+        elif "qk" in components and arch.has_rope(i) and arch.rope_dims < arch.head_dim:
             zero_pairs_and_project(heads, arch, R, rank)
-        elif "qk" in parts and arch.has_rope(i):
+        elif "qk" in components and arch.has_rope(i):
             zero_pairs(heads, arch.head_dim, R, rank)
-        elif "qk" in parts:
+        elif "qk" in components:
             half = reference.root(R)[0]
             partners = (rows(*heads["q"]).mT @ half).unflatten(0, (arch.kv_heads, -1))
             project(heads["k"], partners, R, rank)
-        if "ov" in parts:
+        if "ov" in components:
             o = output(model.base_model.get_submodule(arch.adapter.module(i, "o")))
             partners = o.unflatten(0, (arch.kv_heads, -1, arch.head_dim))
             project(heads["v"], partners, R, round(keep * arch.head_dim))
         join_heads(attention, arch, heads)
-        if "mlp" in parts and arch.experts:
+        if "mlp" in components and arch.experts:
             mask_experts(model.get_submodule(arch.adapter.experts_module(i)), statistics, i, keep)
-        elif "mlp" in parts:
+        elif "mlp" in components:
             linear = model.base_model.get_submodule(arch.adapter.module(i, "down"))
             score = statistics[f"down.{i}"].diagonal() * output(linear).square().sum(1)
             kept = score.argsort(descending=True)[: round(keep * len(score))]
@@ -360,7 +363,7 @@ def places(attention, arch):
     h, H, G = arch.head_dim, arch.heads, arch.kv_heads
     fused = next((m for m in map(attention.__dict__["_modules"].get, FUSED) if m), None)
     if fused is None:
-        modules = [getattr(attention, f"{part}_proj") for part in "qkv"]
+        modules = [getattr(attention, f"{projection}_proj") for projection in "qkv"]
         places = [torch.arange(count * h).view(-1, h) for count in (H, G, G)]
     else:
         modules = [fused] * 3
@@ -380,15 +383,18 @@ def places(attention, arch):
 def split_heads(attention, arch):
     """Copies of q, k and v by head, weight (heads, h, d) and bias (heads, h) or None."""
     return {
-        part: (output(module).T[place], None if module.bias is None else module.bias.data[place])
-        for part, (module, place) in places(attention, arch).items()
+        projection: (
+            output(module).T[place],
+            None if module.bias is None else module.bias.data[place],
+        )
+        for projection, (module, place) in places(attention, arch).items()
     }
 
 
 def join_heads(attention, arch, heads):
     """Put the heads back into the dense model."""
-    for part, (module, place) in places(attention, arch).items():
-        weight, bias = heads[part]
+    for projection, (module, place) in places(attention, arch).items():
+        weight, bias = heads[projection]
         output(module).T[place] = weight
         if bias is not None:
             module.bias.data[place] = bias
@@ -406,15 +412,15 @@ def zero_pairs_and_project(heads, arch, R, rank):
     best = None
     for pairs in range(max(1, -(-(rank - rest) // 2)), min(d, rank) // 2 + 1):
         tried = clone(heads)
-        zero_pairs(part_of(tried, slice(0, d)), d, R, 2 * pairs)
-        others = part_of(tried, slice(d, None))
+        zero_pairs(projection_of(tried, slice(0, d)), d, R, 2 * pairs)
+        others = projection_of(tried, slice(d, None))
         partners = (rows(*others["q"]).mT @ half).unflatten(0, (arch.kv_heads, -1))
         project(others["k"], partners, R, rank - 2 * pairs)
         lost = score_error(heads, tried, half)
         if best is None or lost < best[0]:
             best = (lost, tried)
-    for part in "qk":
-        for old, new in zip(heads[part], best[1][part], strict=True):
+    for projection in "qk":
+        for old, new in zip(heads[projection], best[1][projection], strict=True):
             if old is not None:
                 old.copy_(new)
 
@@ -459,13 +465,19 @@ def arch_eps(norm):
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def part_of(heads, dims):
+def projection_of(heads, dims):
     """Views of some dimensions of each head."""
-    return {part: (w[:, dims], None if b is None else b[:, dims]) for part, (w, b) in heads.items()}
+    return {
+        projection: (w[:, dims], None if b is None else b[:, dims])
+        for projection, (w, b) in heads.items()
+    }
 
 
 def clone(heads):
-    return {part: (w.clone(), None if b is None else b.clone()) for part, (w, b) in heads.items()}
+    return {
+        projection: (w.clone(), None if b is None else b.clone())
+        for projection, (w, b) in heads.items()
+    }
 
 
 def score_error(old, new, half):
@@ -483,8 +495,8 @@ def zero_pairs(heads, h, R, rank):
     groups = len(heads["k"][0])
     Wq = rows(*heads["q"]).unflatten(0, (groups, -1))
     kept = reference.rope_pairs(R, R, Wq, rows(*heads["k"]), rank)
-    for part in "qk":
-        weight, bias = heads[part]
+    for projection in "qk":
+        weight, bias = heads[projection]
         for head in range(len(weight)):
             pairs = kept[head * groups // len(weight)]
             dropped = [f for f in range(h // 2) if f not in pairs]
@@ -524,7 +536,7 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         assert live == 7 * said["kv_bytes_per_token"] * copies
     assert record["size"]["compressed"]["parameters"] < record["size"]["dense"]["parameters"]
     shape = Checkpoint(tmp_path / "small").shape
-    ranks = {part: record["layers"][0][part]["rank"] for part in ("ov", "mlp")}
+    ranks = {component: record["layers"][0][component]["rank"] for component in ("ov", "mlp")}
     name = arch.adapter.packed_name(0, "v")
     assert shape(name) == (arch.kv_heads * ranks["ov"], 64)
     if not arch.experts:
@@ -599,15 +611,15 @@ def test_save_pretrained_round_trips(dense, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "mode"),
+    ("component", "mode"),
     [("qk", "rxx-w-rxx-uniform"), ("ov", "axkv"), ("ov", "identity"), ("mlp", "rxx")],
 )
-def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, part, mode):
+def test_other_modes_load_and_reproduce_at_full_rank(dense, tmp_path, component, mode):
     arch = load_arch(dense / "dense")
-    if part == "qk" and not arch.rope_layout:
+    if component == "qk" and not arch.rope_layout:
         pytest.skip("the mode does not fit this model")
     ids = tokens(dense)
-    only = dict.fromkeys(MODES, "dense") | {part: mode}
+    only = dict.fromkeys(MODES, "dense") | {component: mode}
     full = compress(dense, tmp_path / "full", "0", **only)
     torch.testing.assert_close(
         logits(full, ids), logits(load(dense / "dense"), ids), rtol=0, atol=2e-5
@@ -624,7 +636,11 @@ def test_modes_past_the_paper_reproduce_at_full_rank(dense, tmp_path, plus):
         "ov": arch.attention,
         "mlp": "experts" if arch.experts else arch.mlp,
     }
-    fitting = {part: mode for part, mode in plus.items() if kinds[part] in ALL[part][mode].fits}
+    fitting = {
+        component: mode
+        for component, mode in plus.items()
+        if kinds[component] in ALL[component][mode].fits
+    }
     if not fitting:
         pytest.skip("the mode does not fit this model")
     only = dict.fromkeys(MODES, "dense") | fitting
@@ -691,9 +707,9 @@ def test_bfloat16_weights_stay_bfloat16(tmp_path):
 def drop_bias(monkeypatch):
     whole = Family._rows
 
-    def rows_without(self, checkpoint, layer, part, fields, expert=None):
-        W = whole(self, checkpoint, layer, part, fields, expert)
-        if part in "qkv" and self.has_bias(part, fields):
+    def rows_without(self, checkpoint, layer, projection, fields, expert=None):
+        W = whole(self, checkpoint, layer, projection, fields, expert)
+        if projection in "qkv" and self.has_bias(projection, fields):
             W = torch.cat((W[:-1], torch.zeros_like(W[-1:])))
         return W
 

@@ -23,7 +23,7 @@ from a3.artifacts.runs import read_runs
 from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, load_yaml, read_record, write_record
-from a3.experiments.config import CATALOGUE, complete, excluded, parts_of, validate
+from a3.experiments.config import CATALOGUE, complete, excluded, members_of, validate
 from a3.experiments.rows import check_row, read_experiments
 from a3.models.load import load_tokenizer
 from a3.stages.evaluate.harness import find_task
@@ -515,7 +515,7 @@ def test_all_of_a_text_is_not_scored_where_it_was_calibrated_on():
 
 
 @pytest.fixture
-def parts(tmp_path):
+def members(tmp_path):
     """Long and short documents, in texts/."""
     draw = random.Random(0)
     for name, length, count in (("long", 900, 60), ("short", 40, 2000)):
@@ -524,10 +524,10 @@ def parts(tmp_path):
     return tmp_path
 
 
-def test_any_prefix_of_a_mixture_has_its_shares(parts):
+def test_any_prefix_of_a_mixture_has_its_shares(members):
     spec = {"source": {"mix": {"long": 0.25, "short": 0.75}}}
-    out = parts / "texts/mixed/docs.jsonl"
-    words = ["--texts", parts / "texts", "-o", out]
+    out = members / "texts/mixed/docs.jsonl"
+    words = ["--texts", members / "texts", "-o", out]
     run("text", json.dumps(spec), *words)
     first = out.read_bytes()
     run("text", json.dumps(spec), *words)
@@ -535,7 +535,8 @@ def test_any_prefix_of_a_mixture_has_its_shares(parts):
     mixed_ = load_documents(out)
     # A permutation keeps to what the shares came to, since documents are whole.
     lengths = {
-        part: sum(len(d.text) for d in mixed_ if d.part == part) for part in ("long", "short")
+        member: sum(len(d.text) for d in mixed_ if d.member == member)
+        for member in ("long", "short")
     }
     assert sum(lengths.values()) > 50_000
     reached = lengths["long"] / sum(lengths.values())
@@ -543,7 +544,7 @@ def test_any_prefix_of_a_mixture_has_its_shares(parts):
     for documents, share in orders:
         used = {"long": 0, "short": 0}
         for document in documents:
-            used[document.part] += len(document.text)
+            used[document.member] += len(document.text)
             # No document is longer than 1800 characters.
             assert abs(used["long"] - share * sum(used.values())) <= 1800
     assert {d.text for d in permuted(mixed_, 1)} == {d.text for d in mixed_}
@@ -553,19 +554,19 @@ def test_any_prefix_of_a_mixture_has_its_shares(parts):
     assert set(record["provenance"]["inputs"]) == {"long/docs.jsonl", "short/docs.jsonl"}
 
 
-def test_verify_sees_a_changed_part_of_a_mixture(parts, capsys):
+def test_verify_sees_a_changed_member_of_a_mixture(members, capsys):
     spec = {"source": {"mix": {"long": 0.5, "short": 0.5}}}
-    make_documents(spec, None, parts / "texts", parts / "texts/mixed/docs.jsonl")
-    run("verify", parts)
-    write_documents(parts / "texts/long/docs.jsonl", [Document("", "other")])
-    assert main(["verify", str(parts)]) == 1
+    make_documents(spec, None, members / "texts", members / "texts/mixed/docs.jsonl")
+    run("verify", members)
+    write_documents(members / "texts/long/docs.jsonl", [Document("", "other")])
+    assert main(["verify", str(members)]) == 1
     assert "inputs long/docs.jsonl is" in capsys.readouterr().err
 
 
-def test_a_mixture_without_its_parts_is_refused(parts):
+def test_a_mixture_without_its_members_is_refused(members):
     spec = {"source": {"mix": {"long": 0.5, "gone": 0.5}}}
-    with pytest.raises(A3Error, match=r"gone/docs\.jsonl: no such part"):
-        make_documents(spec, None, parts / "texts", parts / "docs.jsonl")
+    with pytest.raises(A3Error, match=r"gone/docs\.jsonl: no such member"):
+        make_documents(spec, None, members / "texts", members / "docs.jsonl")
 
 
 def test_what_a_mixture_is_of_is_excluded():
@@ -578,7 +579,7 @@ def test_what_a_mixture_is_of_is_excluded():
     base = CONFIG | {"texts": texts, "calibrations": calibrations}
     base |= {"perplexity": {"mine": {"text": "mine"}}, "evaluate": {"perplexity": ["mine"]}}
     config = complete(base, SCHEMA)
-    assert parts_of("deep", config["texts"]) == ["wiki-articles", "c4", "c4-train"]
+    assert members_of("deep", config["texts"]) == ["wiki-articles", "c4", "c4-train"]
     assert excluded("mine", config["texts"]) == ["wiki-articles", "c4"]
     with pytest.raises(A3Error, match=r"Add 'c4-train' to texts\.mine\.exclude"):
         check_row(ROW, config, "row 1")

@@ -26,7 +26,7 @@ from a3.models.gguf_rules import RULES
 from a3.models.stock import stock
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
-from a3.stages.approx.approximate import approximate, approximate_part
+from a3.stages.approx.approximate import approximate, approximate_shard
 from a3.stages.approx.assemble import gather
 from a3.stages.export.gguf import export_gguf
 from a3.stages.export.gguf_vocabulary import rules_of
@@ -112,12 +112,12 @@ def test_it_loads_where_there_is_no_a3(llama):
     assert "tensor" in done.stdout
 
 
-def test_several_files_stay_several_and_parts_have_one_set_of_pairs(llama, tmp_path):
+def test_several_files_stay_several_and_shards_have_one_set_of_pairs(llama, tmp_path):
     plan, numbers = Plan(choose(GLOBAL)), ("0of2", "1of2")
-    parts = [tmp_path / f"{number}.safetensors" for number in numbers]
-    for number, part in zip(numbers, parts, strict=True):
-        approximate_part(llama / "dense", llama / "rxx", plan, number, part)
-    gather(llama / "dense", parts, tmp_path / "small")
+    shards = [tmp_path / f"{number}.safetensors" for number in numbers]
+    for number, shard in zip(numbers, shards, strict=True):
+        approximate_shard(llama / "dense", llama / "rxx", plan, number, shard)
+    gather(llama / "dense", shards, tmp_path / "small")
     export_hf(tmp_path / "small", tmp_path / "stock")
     assert len(list((tmp_path / "stock").glob("*.safetensors"))) == 3
     torch.testing.assert_close(logits(tmp_path / "stock"), logits(llama / "stock"))
@@ -138,8 +138,8 @@ def read_gguf(path):
         "k": fields["llama.attention.head_count_kv"],
     }
     for name, value in tensors.items():
-        for part, count in heads.items():
-            if f"attn_{part}." in name:
+        for projection, count in heads.items():
+            if f"attn_{projection}." in name:
                 pairs = value.reshape(count, -1, 2, *value.shape[1:])
                 tensors[name] = np.swapaxes(pairs, 1, 2).reshape(value.shape)
     return fields, tensors

@@ -110,10 +110,12 @@ def statistics_and_checkpoints():
     sharing = [*here, "--qk", "dense", "--ov", "joint~", "--mlp", "dense", *ratio]
     yield "allocate", ["allocate", dense, *sharing, "-o", "ranks.json"]
     yield "approx", ["approx", dense, *sharing, "--allocation", "ranks.json", "-o", "joint"]
-    modes = [word for part in ("qk", "ov", "mlp") for word in (f"--{part}", ROW[part])]
+    modes = [
+        word for component in ("qk", "ov", "mlp") for word in (f"--{component}", ROW[component])
+    ]
     yield "approx", ["approx", dense, *here, *modes, *ratio, "-o", small]
-    made = "parts/0of1.safetensors"
-    yield "approx", ["approx", dense, *here, *modes, *ratio, "--part", "0of1", "-o", made]
+    made = "shards/0of1.safetensors"
+    yield "approx", ["approx", dense, *here, *modes, *ratio, "--shard", "0of1", "-o", made]
     yield "gather", ["gather", dense, made, "-o", "gathered"]
     yield "collect_compressed", ["collect", small, *reading, "-o", *rxx(RUN, INPUTS)]
     recipe = ["--recipe", json.dumps(RECIPE), "--method", "none"]

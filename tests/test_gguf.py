@@ -363,14 +363,14 @@ def test_what_is_not_read_is_refused_by_name(plain, tmp_path, capsys, name):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_part_of_a_split_file_says_how_to_merge_it(plain, tmp_path, capsys, part):
-    keys = {"split.count": 3, "split.no": part, "split.tensors.count": 20}
-    lost = [f"blk.{1 - part}.{name}.weight" for name in ("attn_q", "ffn_up")]
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_of_several_files_says_how_to_merge_them(plain, tmp_path, capsys, number):
+    keys = {"split.count": 3, "split.no": number, "split.tensors.count": 20}
+    lost = [f"blk.{1 - number}.{name}.weight" for name in ("attn_q", "ffn_up")]
     path = changed(plain / "model.gguf", tmp_path / "x.gguf", keys, without=lost)
     assert main(["model", str(path), "-o", str(tmp_path / "x")]) == 1
     said = capsys.readouterr().err
-    assert f"part {part + 1} of a model in 3 files" in said
+    assert f"file {number + 1} of 3 that hold one model" in said
     assert "llama-gguf-split --merge" in said
 
 

@@ -139,8 +139,8 @@ def test_peaks_are_of_blocks_means_and_shards_join_to_the_whole(tmp_path):
     run("merge", *shards, "-o", tmp_path / name)
     found = [Rxx(p / name, "attention_input_peak").R(1, (64,)) for p in (whole, tmp_path)]
     assert torch.equal(*found)
-    parts = [Rxx(p, "attention_input_peak").R(1, (64,)) for p in shards]
-    assert torch.equal(found[0], torch.maximum(*parts))
+    peaks = [Rxx(p, "attention_input_peak").R(1, (64,)) for p in shards]
+    assert torch.equal(found[0], torch.maximum(*peaks))
     mean = Rxx(whole / "attention_input.safetensors", "attention_input").R(1, (64, 64))
     # The mean of |x| is at most the root mean square, and the largest of eight blocks not far off.
     assert (found[0] < 2 * mean.diagonal().sqrt()).all()
@@ -498,8 +498,8 @@ def test_the_table_of_lqer_is_planned_from_the_files_of_the_repository():
 
 def test_tables_figures_and_verification_know_quantised_rows(tmp_path, capsys):
     made = tiny_results(tmp_path)
-    parts = dict(zip(("model", "calibration", "modes", "ratio"), TAIL.split("/"), strict=True))
-    small = dict(zip(("qk", "ov", "mlp"), parts.pop("modes").split("+"), strict=True)) | parts
+    place = dict(zip(("model", "calibration", "modes", "ratio"), TAIL.split("/"), strict=True))
+    small = dict(zip(("qk", "ov", "mlp"), place.pop("modes").split("+"), strict=True)) | place
     whole = {"model": "tiny", "calibration": "short", "ratio": "-"}
     whole |= dict.fromkeys(("qk", "ov", "mlp"), "dense")
     rows = [small] + [

@@ -1,9 +1,9 @@
 """Numerical trouble on purpose, through the real commands: finite, and no worse than truncation.
 
-The objective of a part is the functional error that its statistics measure: of scores or values
-with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs the
-paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD of
-the weights alone, or the pairs and channels whose weights are largest.
+The objective of a component is the functional error that its statistics measure: of scores or
+values with the blocks of q, k and v that collect saw, of the MLP with the diagonal; of RoPE pairs
+the paper's score of those that are dropped. Plain truncation is what needs no statistics: the SVD
+of the weights alone, or the pairs and channels whose weights are largest.
 """
 
 import pytest
@@ -45,37 +45,37 @@ FEW, ENOUGH = 8, 512
 TOLERANCE = 1e-9
 
 
-def projections(arch, tensors, parts):
-    """(part, its own rows, the whole tensor as (out, …), a view) of some parts' weights."""
+def projections(arch, tensors, names):
+    """(projection, its own rows, the whole tensor as (out, …), a view) of these weights."""
     for layer in range(arch.layers):
-        for part in parts:
-            for expert in arch.adapter.copies(part, arch.to_json()):
-                W = tensors[arch.adapter.name(layer, part, "weight", expert)]
+        for projection in names:
+            for expert in arch.adapter.copies(projection, arch.to_json()):
+                W = tensors[arch.adapter.name(layer, projection, "weight", expert)]
                 W = W.T if arch.adapter.transposed else W
-                yield part, arch.adapter.unfuse(W, part, arch.to_json()), W
+                yield projection, arch.adapter.unfuse(W, projection, arch.to_json()), W
 
 
 def dead(arch, tensors):
     """Some channels of the MLP, and some dimensions of each head of q and v, are always zero."""
-    for part, rows, whole in projections(arch, tensors, ("up", "q", "v")):
-        width = arch.intermediate_size if part == "up" else arch.head_dim
+    for projection, rows, whole in projections(arch, tensors, ("up", "q", "v")):
+        width = arch.intermediate_size if projection == "up" else arch.head_dim
         mask = (torch.arange(len(rows)) % width % 5 != 1).to(rows.dtype)
-        scale_rows(arch, part, whole, mask)
+        scale_rows(arch, projection, whole, mask)
 
 
 def wide(arch, tensors):
     """The rows of q, k, v and up span eight orders of magnitude, so that blocks span sixteen."""
-    for part, rows, whole in projections(arch, tensors, ("up", "q", "k", "v")):
-        width = arch.intermediate_size if part == "up" else arch.head_dim
+    for projection, rows, whole in projections(arch, tensors, ("up", "q", "k", "v")):
+        width = arch.intermediate_size if projection == "up" else arch.head_dim
         size = torch.logspace(-4, 4, width).repeat(len(rows) // width)
-        scale_rows(arch, part, whole, size)
+        scale_rows(arch, projection, whole, size)
 
 
-def scale_rows(arch, part, whole, factors):
-    """Multiply the rows of one part in place, wherever they lie in the tensor that it shares."""
+def scale_rows(arch, projection, whole, factors):
+    """Multiply the rows of one projection in place, wherever they lie in the tensor."""
     fields = arch.to_json()
     numbers = torch.arange(len(whole))
-    mine = arch.adapter.unfuse(numbers, part, fields)
+    mine = arch.adapter.unfuse(numbers, projection, fields)
     whole[mine] *= factors.to(whole.dtype)[:, None]
 
 
@@ -97,7 +97,7 @@ def collected(folder, out, *, text=TEXT, tokens=ENOUGH, length=64, dtype="float3
     arch = load_arch(folder)
     (out / "text.txt").write_text(text)
     kinds = sorted(
-        {kind for part in MODES for mode in fitting(arch, part).values() for kind in mode}
+        {kind for component in MODES for mode in fitting(arch, component).values() for kind in mode}
     )
     settings = ["--tokens", tokens, "--block-length", length, "--dtype", dtype]
     files = [out / f"{kind}.safetensors" for kind in kinds]
@@ -107,10 +107,10 @@ def collected(folder, out, *, text=TEXT, tokens=ENOUGH, length=64, dtype="float3
     return {kind: Rxx(path, kind) for kind, path in zip(kinds, files, strict=True)}
 
 
-def fitting(arch, part):
-    """The paper's modes of a part that fit a model, and the statistics that they read."""
-    kind = arch.mlp if part == "mlp" else arch.attention
-    own = {name: mode for name, mode in MODES[part].items() if name in PAPER[part]}
+def fitting(arch, component):
+    """The paper's modes of a component that fit a model, and the statistics that they read."""
+    kind = arch.mlp if component == "mlp" else arch.attention
+    own = {name: mode for name, mode in MODES[component].items() if name in PAPER[component]}
     return {name: mode.kinds for name, mode in own.items() if kind in mode.fits}
 
 
@@ -152,17 +152,17 @@ def kept_ratio(score, kept, by_weight, count):
     return dropped(kept), dropped(keep_best(by_weight, count))
 
 
-def compared(weights, part, mode, R, rank):
+def compared(weights, component, mode, R, rank):
     """Share of the objective that a mode loses, and that plain truncation loses."""
-    found = solver_of(part, mode)(weights, *R, rank)
+    found = solver_of(component, mode)(weights, *R, rank)
     finite = [x for x in vars(found).values() if isinstance(x, torch.Tensor)]
-    assert all(torch.isfinite(x).all() for x in finite), (part, mode)
-    if part == "mlp":
+    assert all(torch.isfinite(x).all() for x in finite), (component, mode)
+    if component == "mlp":
         power = weights.down.square().sum(1)
         score = R[0] * power if mode == "rxx-w" else R[0]
         return kept_ratio(score[None], found.channels[None], power[None], rank)
     group = weights.grouped
-    if part == "ov":
+    if component == "ov":
         o = group(weights.o).movedim(1, 2).flatten(2)
         G = {"xkv": lambda: R[0], "axkv": lambda: group(R[0]).mean(1)}.get(
             mode, lambda: weights.v.mT @ weights.v
@@ -215,18 +215,22 @@ def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
     dense, statistics = prepared(tmp_path, family, case)
     arch = load_arch(dense)
     checkpoint = Checkpoint(dense, arch.adapter.prefix)
-    for part in MODES:
-        full = arch.intermediate_size if part == "mlp" else arch.head_dim
-        for mode, kinds in fitting(arch, part).items():
+    for component in MODES:
+        full = arch.intermediate_size if component == "mlp" else arch.head_dim
+        for mode, kinds in fitting(arch, component).items():
             for rank in (2, full // 2, full - 2):
-                solver = LayerSolver(arch, checkpoint, statistics, {part: mode}, {part: rank})
+                solver = LayerSolver(
+                    arch, checkpoint, statistics, {component: mode}, {component: rank}
+                )
                 for layer in range(arch.layers):
                     R = [solver.rxx(kind, layer) for kind in kinds]
-                    for expert in arch.adapter.copies("up" if part == "mlp" else "q", vars(arch)):
-                        weights = solver.weights(layer, part == "mlp", expert)
+                    for expert in arch.adapter.copies(
+                        "up" if component == "mlp" else "q", vars(arch)
+                    ):
+                        weights = solver.weights(layer, component == "mlp", expert)
                         mine = R if expert is None else [R[0][expert]]
-                        ours, plain = compared(weights, part, mode, mine, rank)
-                        where = (part, mode, rank, layer)
+                        ours, plain = compared(weights, component, mode, mine, rank)
+                        where = (component, mode, rank, layer)
                         assert ours <= plain + TOLERANCE, (where, ours, plain)
 
 
@@ -242,13 +246,13 @@ def test_compressed_models_are_finite(tmp_path, family, case):
     """Every mode, at small ranks and nearly full ones, in the dtype that weights are stored in."""
     dense, _ = prepared(tmp_path, family, case)
     arch, ids, out = load_arch(dense), torch.arange(2, 42)[None], tmp_path / "small"
-    modes = {part: list(fitting(arch, part)) for part in MODES}
+    modes = {component: list(fitting(arch, component)) for component in MODES}
     for turn in range(max(map(len, modes.values()))):
         for spare in (arch.head_dim - 2, 2):
             words = ["approx", dense, "--rxx", tmp_path, "-o", out]
-            for part, names in modes.items():
-                full = arch.intermediate_size if part == "mlp" else arch.head_dim
-                words += [f"--{part}", f"{names[turn % len(names)]}@{full - spare}"]
+            for component, names in modes.items():
+                full = arch.intermediate_size if component == "mlp" else arch.head_dim
+                words += [f"--{component}", f"{names[turn % len(names)]}@{full - spare}"]
             assert main([str(word) for word in words]) == 0
             for name, W in load_file(out / "model.safetensors").items():
                 assert torch.isfinite(W).all(), (words, name)
@@ -268,7 +272,7 @@ def test_a_short_calibration_is_said(tmp_path, capsys, kind, tokens, advised):
     dense, out = make(tmp_path / "dense", "llama"), tmp_path / f"{kind}.safetensors"
     (tmp_path / "text.txt").write_text(TEXT)
     words = ["collect", dense, "--text", tmp_path / "text.txt", "--tokens", tokens]
-    # A shard is a part of the whole, which is what counts.
+    # A shard is not the whole, which is what counts.
     words += ["--block-length", 32, "--shard", "1of2", "-o", out]
     assert main([str(word) for word in words]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]

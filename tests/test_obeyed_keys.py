@@ -19,7 +19,7 @@ ROPE = [case for case, (family, _) in MODELS.items() if FAMILIES[family].rope_la
 # Of some families only one model: others differ in what has nothing to do with RoPE.
 ROPE = [case for case in ROPE if "-" not in case or case in ("llama-wide-heads", "falcon-gqa")]
 # Families whose code turns no more of a head than the key says.
-IN_PART = ("glm", "glm4", "gpt_neox", "phi", "phi3", "stablelm")
+PARTIAL = ("glm", "glm4", "gpt_neox", "phi", "phi3", "stablelm")
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -43,8 +43,8 @@ def test_a_part_of_a_head_is_rotated_where_the_code_does_it(tmp_path, case, plac
     tiny_model(tmp_path / "dense", family, **config | extra)
     redraw(tmp_path / "dense")
     arch = load_arch(tmp_path / "dense")
-    part = family in (*IN_PART, "gptj")
-    assert arch.rope_dims == (8 if part else arch.head_dim)
+    partial = family in (*PARTIAL, "gptj")
+    assert arch.rope_dims == (8 if partial else arch.head_dim)
     same_as_dense(tmp_path)
 
 

@@ -157,7 +157,7 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         ([*COLLECT, "--shard", "9" * 5000 + "of3"], "expected 0of4"),
         ([*COLLECT, "--experiments", "[3]"], "expected a list of rows"),
         ([*COLLECT, "--experiments", '[{"qk": "x"}]'], "expected a list of rows"),
-        ([*APPROX, "--ratio", "0.2", "--part", "x"], "expected 0of4"),
+        ([*APPROX, "--ratio", "0.2", "--shard", "x"], "expected 0of4"),
         ([*TABLES, "--experiments", "[]"], "expected a list of rows"),
         ([*TABLES, "--experiments", '[{"model": {}}]'], "expected a list of rows"),
         ([*TABLES, "--experiments", '[{"model": "m", "x": "y"}]'], "unknown key 'x'"),

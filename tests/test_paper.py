@@ -26,7 +26,7 @@ from a3.experiments.rows import check_row
 from a3.report.paper import compare
 from a3.report.tables.paper_comparison import compared
 from a3.report.tables.paper_rows import build_rows
-from a3.solutions.modes import MODES, PARTS
+from a3.solutions.modes import COMPONENTS, MODES
 
 ROOT = Path(__file__).parent.parent
 PAPER = Paper(ROOT / "config/paper.yaml")
@@ -116,7 +116,10 @@ def test_own_entries_come_before_the_papers():
 def test_every_mode_and_entry_that_a_table_names_is_there():
     config = configuration()
     for row in PAPER.rows(list(PAPER.models)):
-        assert all(row[part] == "dense" or row[part] in MODES[part] for part in PARTS)
+        assert all(
+            row[component] == "dense" or row[component] in MODES[component]
+            for component in COMPONENTS
+        )
     for protocol in PAPER.spec["protocols"].values():
         for section, names in protocol.items():
             assert set(names.values()) <= set(config[section])

@@ -1,4 +1,4 @@
-"""Each part its own ratio or rank: spelling, what fits a model, and what a checkpoint becomes."""
+"""A ratio or rank for each component: spelling, what fits a model, what a checkpoint becomes."""
 
 import json
 import re
@@ -57,12 +57,14 @@ def test_a_size_of_its_own_is_a_ratio_or_a_rank():
     assert kinds_of([OWN]) == kinds_of([PAPER])
 
 
-def test_parts_without_a_size_take_the_ratio_of_the_row():
-    sizes = {part: choice.size for part, choice in choose(PAPER | {"ov": "xkv@7"}).items()}
+def test_components_without_a_size_take_the_ratio_of_the_row():
+    sizes = {
+        component: choice.size for component, choice in choose(PAPER | {"ov": "xkv@7"}).items()
+    }
     assert sizes == {"qk": Decimal("0.2"), "ov": 7, "mlp": Decimal("0.2")}
 
 
-def test_dense_parts_take_no_size():
+def test_dense_components_take_no_size():
     assert list(choose(OWN | {"qk": "dense"})) == ["ov", "mlp"]
     assert choose(dict.fromkeys(PAPER, "dense") | {"ratio": "-"}) == {}
 
@@ -117,7 +119,7 @@ def test_ranks_come_from_both(llama):
 
 
 @pytest.mark.parametrize(
-    ("part", "cell", "says"),
+    ("component", "cell", "says"),
     [
         ("qk", "rxx-w-rxx@7", r"qk mode 'rxx-w-rxx': rank is 7; expected an even .* 2 to 16.* 6\."),
         ("qk", "rxx-w-rxx@1", r"even .* from 2 to 16. Take 2\."),
@@ -128,9 +130,9 @@ def test_ranks_come_from_both(llama):
         ("qk", "qk@4", r"qk mode 'qk' does not fit gqa-rope\. Modes that do: rxx-w-rxx, "),
     ],
 )
-def test_a_size_that_does_not_fit_says_which_do(llama, part, cell, says):
+def test_a_size_that_does_not_fit_says_which_do(llama, component, cell, says):
     with pytest.raises(A3Error, match=says):
-        Plan(choose(PAPER | {part: cell})).ranks(describe(llama))
+        Plan(choose(PAPER | {component: cell})).ranks(describe(llama))
 
 
 def test_a_partly_rotated_head_keeps_a_pair_and_may_be_odd(tmp_path):
@@ -201,7 +203,9 @@ def test_each_component_has_a_size_of_its_own(tmp_path, monkeypatch, capsys):
     record = json.loads(Path("small/approx.json").read_text())
     assert record["modes"] == {"qk": "rxx-w-rxx@48", "ov": "xkv@0.3", "mlp": "dense"}
     assert record["ranks"] == {"qk": 48, "ov": 45}
-    assert {part: said["rank"] for part, said in record["layers"][0].items()} == record["ranks"]
+    assert {component: said["rank"] for component, said in record["layers"][0].items()} == record[
+        "ranks"
+    ]
     config = json.loads(Path("small/config.json").read_text())["a3"]
     assert (config["qk_ranks"], config["ov_ranks"], config["mlp_ranks"]) == ([48], [45], [96])
     tensors = load_file("small/model.safetensors")

@@ -328,11 +328,11 @@ def test_factors_commute_with_rope(rope_dims, rank):
         angles = torch.logspace(0, -2, pairs).double()
         at_5, at_2 = (torch.polar(torch.ones(pairs).double(), t * angles) for t in (5, 2))
         z = [torch.complex(y[:pairs], y[pairs:rope_dims]) for y in (q, k)]
-        parts = (factor * z[0] * at_5 * (z[1] * at_2).conj()).real
+        products = (factor * z[0] * at_5 * (z[1] * at_2).conj()).real
         small_q, small_k = x[0] @ found.q[head], x[1] @ found.k[group]
         y = [torch.complex(s[:p], s[p : 2 * p]) for s in (small_q, small_k)]
         small = (y[0] * at_5[kept] * (y[1] * at_2[kept]).conj()).real
-        torch.testing.assert_close(small.sum(), parts.sum(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(small.sum(), products.sum(), rtol=1e-9, atol=1e-9)
         if rank == h:
             torch.testing.assert_close(
                 small_q[2 * p :] @ small_k[2 * p :], q[rope_dims:] @ k[rope_dims:], **CLOSE
@@ -593,36 +593,36 @@ def test_a_model_of_fewer_pairs_is_the_dense_one_with_factors(tmp_path, name):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("part", "mode"), [("mlp", "ls"), ("mlp", "obs"), ("ov", "joint")])
-def test_refits_are_damped_as_by_more_tokens(tmp_path, part, mode):
+@pytest.mark.parametrize(("component", "mode"), [("mlp", "ls"), ("mlp", "obs"), ("ov", "joint")])
+def test_refits_are_damped_as_by_more_tokens(tmp_path, component, mode):
     gradient_model(tmp_path, "llama")
     plan = Plan(
-        choose({"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": "0.5"} | {part: mode})
+        choose({"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": "0.5"} | {component: mode})
     )
     collected(tmp_path, "rxx", plan.kinds())
     approximate(tmp_path / "dense", tmp_path / "rxx", plan, tmp_path / "small")
     solver = solver_for(tmp_path / "dense", tmp_path / "rxx", plan, None)
-    kinds = find_mode(part, mode).kinds
-    weights, rxx = solver.weights(1, part == "mlp"), [solver.rxx(kind, 1) for kind in kinds]
-    share = (4096 if part == "mlp" else 320) / solver.statistics[kinds[0]].tokens
-    expected = getattr({"mlp": mlp, "ov": ov}[part], mode)(
-        weights, *rxx, share, solver.rank(part, 1)
+    kinds = find_mode(component, mode).kinds
+    weights, rxx = solver.weights(1, component == "mlp"), [solver.rxx(kind, 1) for kind in kinds]
+    share = (4096 if component == "mlp" else 320) / solver.statistics[kinds[0]].tokens
+    expected = getattr({"mlp": mlp, "ov": ov}[component], mode)(
+        weights, *rxx, share, solver.rank(component, 1)
     )
-    name = {"mlp": "mlp.down_proj", "ov": "self_attn.o_proj"}[part]
+    name = {"mlp": "mlp.down_proj", "ov": "self_attn.o_proj"}[component]
     found = load_file(tmp_path / "small/model.safetensors")[f"model.layers.1.{name}.weight"]
-    expected = expected.down if part == "mlp" else expected.o.flatten(0, 1)
+    expected = expected.down if component == "mlp" else expected.o.flatten(0, 1)
     torch.testing.assert_close(found, expected.T.float(), rtol=1e-6, atol=1e-7)
 
 
 # --- allocation -----------------------------------------------------------------------------------
 
 
-def curve(seed, convex, parameters, cache, ranks=5, part="mlp"):
+def curve(seed, convex, parameters, cache, ranks=5, component="mlp"):
     """A made-up curve, descending in rank from no loss."""
     steps = random(ranks - 1, seed=seed).abs() + 0.01
     steps = steps.sort().values if convex else steps
     loss = torch.cat((torch.zeros(1).double(), steps.cumsum(0)))
-    return Curve(part, range(1), 8 - torch.arange(ranks), loss, parameters, cache)
+    return Curve(component, range(1), 8 - torch.arange(ranks), loss, parameters, cache)
 
 
 def hull_step(curve):
@@ -714,13 +714,13 @@ def test_ranks_are_shared_out_within_the_budget(shared):
     record = allocated(shared, "plain")
     plan = Plan(choose(PLUS | {"ratio": "0.3"}))
     approximate(shared / "dense", shared / "rxx", plan, shared / "a", shared / "plain.json")
-    evenly = {part: mode[:-1] for part, mode in PLUS.items()} | {"ratio": "0.3"}
+    evenly = {component: mode[:-1] for component, mode in PLUS.items()} | {"ratio": "0.3"}
     approximate(shared / "dense", shared / "rxx", Plan(choose(evenly)), shared / "b")
     ours, even = (read_record(shared / f"{name}/approx.json") for name in "ab")
     assert ours["ranks"] == record["ranks"]
-    for part, ranks in record["ranks"].items():
-        assert [layer[part]["rank"] for layer in ours["layers"]] == ranks
-        assert len({*ranks, record["uniform_ranks"][part]}) > 1 or part != "mlp"
+    for component, ranks in record["ranks"].items():
+        assert [layer[component]["rank"] for layer in ours["layers"]] == ranks
+        assert len({*ranks, record["uniform_ranks"][component]}) > 1 or component != "mlp"
     sizes = [one["size"]["compressed"] for one in (ours, even)]
     # What is counted is what the model has.
     spent, budget = record["spent"], record["budget"]
@@ -737,10 +737,10 @@ def test_ranks_are_shared_out_within_the_budget(shared):
         assert not path.name.startswith("."), "a temporary folder was left"
 
 
-def test_multiples_and_uniform_parts(shared):
+def test_multiples_and_uniform_components(shared):
     record = allocated(shared, "even", multiple=4, uniform=("qk", "ov"))
     assert all(rank % 4 == 0 for ranks in record["ranks"].values() for rank in ranks)
-    assert all(len(set(record["ranks"][part])) == 1 for part in ("qk", "ov"))
+    assert all(len(set(record["ranks"][component])) == 1 for component in ("qk", "ov"))
     assert all(record["spent"][key] <= record["budget"][key] for key in record["budget"])
 
 
@@ -757,7 +757,7 @@ def test_what_cannot_be_shared_out_is_said(shared):
         ("b", PLUS, {"multiple": 32}, "no layer gets less than 32"),
         ("c", PLUS, {"multiple": 0}, "expected 1 or more"),
         ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: shares out nothing"),
-        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no part shares out"),
+        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no component shares out"),
     ):
         with pytest.raises(A3Error, match=says):
             allocated(shared, name, row, **options)
@@ -767,9 +767,9 @@ def test_what_cannot_be_shared_out_is_said(shared):
 def test_allocations_of_something_else_are_refused(shared, tmp_path):
     arch, plan = load_arch(shared / "dense"), Plan(choose(PLUS | {"ratio": "0.3"}))
     right = {
-        "modes": {part: f"{mode}@0.3" for part, mode in PLUS.items()},
+        "modes": {component: f"{mode}@0.3" for component, mode in PLUS.items()},
         "weights_sha256": arch.weights_sha256,
-        "ranks": {part: [4, 4] for part in PLUS},
+        "ranks": {component: [4, 4] for component in PLUS},
     }
     path = tmp_path / "ranks.json"
     for change, says in (
@@ -794,7 +794,7 @@ def test_partial_rotation_is_refused(tmp_path, capsys):
     only = {"qk": "fisher~", "ov": "dense", "mlp": "dense", "ratio": "0.3"}
     collected(tmp_path, "rxx", Plan(choose(only)).kinds())
     with pytest.raises(A3Error, match=r"8 of 16 dimensions of a head are rotated"):
-        allocated(tmp_path, "ranks", {part: only[part] for part in PLUS})
+        allocated(tmp_path, "ranks", {component: only[component] for component in PLUS})
 
 
 def test_compress_with_the_preset(tmp_path):
@@ -809,8 +809,8 @@ def test_compress_with_the_preset(tmp_path):
     for key in ("parameters", "kv_bytes_per_token"):
         assert sizes[0][key] <= sizes[1][key]
     modes = read_record(tmp_path / "a3-plus/approx.json")["modes"]
-    assert modes == {part: f"{mode}@0.3" for part, mode in PLUS.items()}
+    assert modes == {component: f"{mode}@0.3" for component, mode in PLUS.items()}
     even = ["--preset", "a3-plus", "--multiple", 4, "-o", tmp_path / "even"]
     run("compress", tmp_path / "dense", *words, "--tokens", 160, *even)
     ranks = read_record(tmp_path / "even/approx.json")["ranks"]
-    assert all(rank % 4 == 0 for part in PLUS for rank in ranks[part])
+    assert all(rank % 4 == 0 for component in PLUS for rank in ranks[component])

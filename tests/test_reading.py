@@ -126,7 +126,7 @@ def read_safetensors(path: Path) -> dict[str, float]:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_null_is_no_word(tmp_path, title, suffix):
     field = "" if title is None else f'"title": {title}, '
-    line = f'{{{field}"part": null, "text": "x"}}\n'
+    line = f'{{{field}"member": null, "text": "x"}}\n'
     (tmp_path / f"a{suffix}").write_text(line + '{"text": null}\n{"text": NaN, "title": "t"}\n')
     expected = [Document("", "x"), Document("", ""), Document("t", "")]
     assert load_documents(tmp_path / f"a{suffix}") == expected
@@ -179,7 +179,7 @@ def test_items_never_ask_for_null(tmp_path):
         ("a.jsonl", b'{"text": "x", "title": true}', r"title is True \(bool\)"),
         ("a.jsonl", b'{"text": "x", "title": 1.5}', r"title is 1\.5 \(float\)"),
         ("a.jsonl", b'{"text": "x", "title": {"en": "x"}}', "title is .* \\(dict\\)"),
-        ("a.jsonl", b'{"text": "x", "part": [1]}', "part is "),
+        ("a.jsonl", b'{"text": "x", "member": [1]}', "member is "),
         ("a.jsonl", b'{"text": "x\\ud800"}', "record 1: half a surrogate pair"),
         ("a.json", b'[{"text": "x"}, {"txt": "y"}]', r"a\.json: record 2: found \['txt'\]"),
         ("a.json", b'[{"messages": [], "id": 1}]', r"found \['id', 'messages'\].*column"),
@@ -227,13 +227,13 @@ def test_another_field_is_named_as_the_error_says(tmp_path, capsys):
     with pytest.raises(A3Error) as error:
         load_documents(tmp_path / "a.jsonl")
     said = str(error.value).split("'")
-    spec = next(part for part in said if part.startswith('{"source"'))
+    spec = next(word for word in said if word.startswith('{"source"'))
     spec = spec.replace("…", json.dumps(str(tmp_path / "a.jsonl")), 1).replace("…", '"answer"')
     assert main(["text", spec, "-o", str(tmp_path / "docs.jsonl")]) == 0
     assert load_documents(tmp_path / "docs.jsonl") == [Document("", "me")]
 
 
-def test_a_part_of_the_rows(tmp_path):
+def test_some_of_the_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([str(i) for i in range(10)]))
 
     def texts(split: str) -> str:

@@ -183,8 +183,8 @@ def pickled(folder, files=1, **config):
     names = [f"pytorch_model-{i:05}-of-{files:05}.bin" for i in range(1, files + 1)]
     where = {key: names[i * files // len(weights)] for i, key in enumerate(weights)}
     for name in names:
-        part = {key: value for key, value in weights.items() if where[key] == name}
-        torch.save(part, folder / name)
+        held = {key: value for key, value in weights.items() if where[key] == name}
+        torch.save(held, folder / name)
     index = {"metadata": {}, "weight_map": where}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return folder
@@ -240,7 +240,7 @@ def test_tensors_that_share_memory_stay_two_where_nothing_ties_them(tmp_path):
     folder = pickled(tmp_path / "old")
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    weights["part"] = weights["lm_head.weight"][:3]
+    weights["slice"] = weights["lm_head.weight"][:3]
     torch.save(weights, folder / "pytorch_model.bin")
     convert({"path": str(folder)}, tmp_path / "new")
     stored = load_file(tmp_path / "new" / "model.safetensors")

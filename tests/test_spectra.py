@@ -14,8 +14,8 @@ from a3.core.errors import A3Error
 from a3.core.files import read_record
 from a3.models.family import MLPWeights
 from a3.report.figures.build import build_figures
-from a3.report.figures.drawing import COMPONENTS
 from a3.solutions import mlp, ov, qk
+from a3.solutions.modes import COMPONENTS
 from a3.stages.approx.spectra import lost_beyond, ov_energy, qk_energy, ranks_of, spectra
 
 N = 40
@@ -88,8 +88,8 @@ def test_qk_energy_with_rope_has_the_scores_of_the_pairs(rotated):
 def test_gains_of_norms_count():
     draw = torch.Generator().manual_seed(5)
     gains = {
-        f"{part}_gain": torch.rand(heads, h, dtype=torch.float64, generator=draw) + 0.5
-        for part, heads in (("q", H), ("k", G))
+        f"{name}_gain": torch.rand(heads, h, dtype=torch.float64, generator=draw) + 0.5
+        for name, heads in (("q", H), ("k", G))
     }
     weights = replace(attention(), norm="head", **gains)
     R, _ = inputs("random", weights.q.shape[1])
@@ -147,16 +147,16 @@ def test_the_stage_on_a_model(tmp_path):
     run("spectra", dense, "--rxx", rxx, "-o", tmp_path / "spectra.json")
     record = read_record(tmp_path / "spectra.json")
     assert record["full"] == {"qk": 16, "ov": 16, "mlp": 96}
-    assert {part: len(layers) for part, layers in record["lost"].items()} == dict.fromkeys(
-        ("qk", "ov", "mlp"), 2
-    )
+    assert {
+        component: len(layers) for component, layers in record["lost"].items()
+    } == dict.fromkeys(("qk", "ov", "mlp"), 2)
     solving = ["--rxx", rxx, "--qk", "dense", "--ov", "xkv@12", "--mlp", "rxx-w@72"]
     run("approx", dense, *solving, "-o", tmp_path / "small")
     for layer, said in enumerate(read_record(tmp_path / "small" / "approx.json")["layers"]):
-        for part, rank in (("ov", 12), ("mlp", 72)):
-            (curve,) = record["lost"][part][layer]
-            at = record["ranks"][part].index(rank)
-            assert curve[at] == pytest.approx(said[part]["relative_error"], rel=1e-6)
+        for component, rank in (("ov", 12), ("mlp", 72)):
+            (curve,) = record["lost"][component][layer]
+            at = record["ranks"][component].index(rank)
+            assert curve[at] == pytest.approx(said[component]["relative_error"], rel=1e-6)
             assert curve == sorted(curve, reverse=True)
             assert curve[-1] == 0
 
@@ -203,10 +203,11 @@ def said(results, model, weights):
     """A spectra record with experts that no token reached in its second layer."""
     ranks, curve = [2, 4], [0.25, 0.0]
     path = results / "spectra" / model / "wiki.json"
+    curves = {"qk": [[curve], [curve]], "ov": [[curve], [curve]], "mlp": [[curve], []]}
     write(path, {
         "full": dict.fromkeys(COMPONENTS, 4),
-        "ranks": {part: ranks for part in COMPONENTS},
-        "lost": {part: [[curve], [curve] if part != "mlp" else []] for part in COMPONENTS},
+        "ranks": {component: ranks for component in COMPONENTS},
+        "lost": curves,
         "provenance": {"weights_sha256": weights},
     })  # fmt: skip
     return path

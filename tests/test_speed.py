@@ -210,8 +210,8 @@ def test_random_weights_have_the_shapes_of_a_checkpoint(results, tmp_path, recor
     made = read_record(tmp_path / "all.json")["models"]
     assert [model["size"] for model in made] == [model["size"] for model in record["models"]]
     assert [m["cache_bytes"] for m in made] == [m["cache_bytes"] for m in record["models"]]
-    parts = ["--ratio", "0.25", "--layers", "1"]
-    run("eval", "speed", folder, *parts, *SHORT, "-o", tmp_path / "one.json")
+    cut = ["--ratio", "0.25", "--layers", "1"]
+    run("eval", "speed", folder, *cut, *SHORT, "-o", tmp_path / "one.json")
     one = read_record(tmp_path / "one.json")
     assert one["layers"] == {"timed": 1, "of": 2}
     for model, whole in zip(one["models"], made, strict=True):
@@ -223,7 +223,7 @@ def test_random_weights_have_the_shapes_of_a_checkpoint(results, tmp_path, recor
                     found[phase]["samples"], found["extrapolated"][phase]["samples"], strict=True
                 )
                 # Twice the layers: slower, but not by two, since the head is there once.
-                assert all(part / 2 < whole < part for part, whole in samples)
+                assert all(cut / 2 < whole < cut for cut, whole in samples)
 
 
 def test_extrapolation_multiplies_what_is_inside_of_layers():

@@ -24,7 +24,7 @@ from a3.experiments.config import complete
 from a3.experiments.rows import read_experiments, read_surgeries
 from a3.models.arch import load_arch
 from a3.solutions.pca import affordable, many_inputs, one_input
-from a3.solutions.surgeries import MATRICES, SURGERIES, Size, find_surgery, parse_size
+from a3.solutions.surgeries import PROJECTIONS, SURGERIES, Size, find_surgery, parse_size
 from a3.stages.approx.surgery import Operation, surgery
 from a3.stages.collect.collect import collect
 
@@ -231,7 +231,7 @@ def test_all_variance_is_the_dense_model_but_for_a_mean_left_out(llama, tmp_path
     assert dense.keys() == made.keys()
     whole = find_surgery(mode).mean
     for name, W in dense.items():
-        operated = any(f"{part}_proj" in name for part in MATRICES)
+        operated = any(f"{projection}_proj" in name for projection in PROJECTIONS)
         error = (made[name] - W).abs().max().item()
         assert (error == 0) if not operated else (error < 1e-6) == whole, name
     if not whole:
@@ -245,7 +245,7 @@ def test_all_variance_is_the_dense_model_but_for_a_mean_left_out(llama, tmp_path
 def test_plain_modes_are_the_reference(llama, tmp_path, mode):
     record = operate(llama, mode, "variance@0.7", tmp_path / "out")
     back, shared = find_surgery(mode).mean, find_surgery(mode).shared
-    read = {(i, n): heads(llama, i, n).double().numpy() for i in range(2) for n in MATRICES}
+    read = {(i, n): heads(llama, i, n).double().numpy() for i in range(2) for n in PROJECTIONS}
     stacks = {
         "": [[each] for each in read],
         "kv": [[(i, n) for n in names] for i in range(2) for names in ("q", "kv")],
@@ -284,7 +284,7 @@ def test_the_metric_loses_less_of_the_outputs(llama, tmp_path, mode):
         assert 0.47 < record["if_stored"]["qkv"] / record["if_stored"]["qkv_dense"] <= 0.5
         lost[each] = 0
         for layer in range(2):
-            for name in MATRICES:
+            for name in PROJECTIONS:
                 delta = (heads(tmp_path / each, layer, name) - heads(llama, layer, name)).double()
                 lost[each] += torch.trace(delta @ R(layer) @ delta.T).item()
     assert lost[mode] < lost[plain]
@@ -308,14 +308,14 @@ def test_every_layout_keeps_its_shapes_and_all_that_is_not_operated_on(tmp_path,
     # Read back through the adapter, each matrix is the reference's.
     was, now = Operation(dense, None, "pca-separate"), Operation(out, None, "pca-separate")
     for layer in range(2):
-        for part in MATRICES:
-            W = was.weight(layer, part).numpy().T
+        for projection in PROJECTIONS:
+            W = was.weight(layer, projection).numpy().T
             X = W if W.shape[0] <= W.shape[1] else W.T
             rebuilt, count, _ = reference(X, 0.3)
             expected = rebuilt if X is W else rebuilt.T
-            found = now.weight(layer, part).numpy().T
+            found = now.weight(layer, projection).numpy().T
             assert found == pytest.approx(expected, abs=1e-5)
-            assert record["layers"][layer][part]["components"] == count
+            assert record["layers"][layer][projection]["components"] == count
     # As many numbers differ as Q, K and V have: nothing else was touched.
     tensors = [load_file(folder / "model.safetensors") for folder in (dense, out)]
     changed = sum((tensors[0][key] != tensors[1][key]).sum().item() for key in tensors[0])
@@ -332,8 +332,8 @@ def test_weights_in_several_files_stay_in_them(tmp_path):
     files = sorted(path.name for path in dense.glob("model*"))
     assert len(files) > 3
     assert sorted(path.name for path in out.glob("model*")) == files
-    parts = [load_file(out / name) for name in files if name.endswith(".safetensors")]
-    found = {key: W for part in parts for key, W in part.items()}
+    files = [load_file(out / name) for name in files if name.endswith(".safetensors")]
+    found = {key: W for one in files for key, W in one.items()}
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[key], W) for key, W in whole.items())
 

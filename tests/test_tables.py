@@ -22,8 +22,8 @@ COMPRESSED_NLL = [3.1, 3.5]  # differences 0.1 and 0.3: mean 0.2, its standard e
 MADE = {"code": "0123456789abcdef", "libraries": {"torch": "2.13.0"}}
 
 
-def digest(*parts):
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+def digest(*names):
+    return hashlib.sha256("/".join(names).encode()).hexdigest()
 
 
 def write(path, value):
@@ -110,17 +110,19 @@ def write_model(results, model):
 
 
 def layer(modes):
-    parts = {
+    components = {
         "qk": {"rank": 6, "relative_error": 0.001, "rope_pairs": [[0, 1, 3], [0, 2, 3]]},
         "ov": {"rank": 6, "relative_error": 0.2},
         "mlp": {"rank": 12, "relative_error": 0.05},
     }
-    return {part: parts[part] for part, mode in modes.items() if mode != "dense"}
+    return {
+        component: components[component] for component, mode in modes.items() if mode != "dense"
+    }
 
 
 def write_checkpoint(results, experiment):
     model, ratio = experiment["model"], experiment["ratio"]
-    modes = {part: experiment[part] for part in ("qk", "ov", "mlp")}
+    modes = {component: experiment[component] for component in ("qk", "ov", "mlp")}
     tail = Path(model, experiment["calibration"], "+".join(modes.values()), ratio)
     weights = digest(tail.as_posix())
     kinds = {"v_blocks": modes["qk"] + modes["ov"], "down_diagonal": modes["mlp"]}
@@ -149,7 +151,7 @@ def write_checkpoint(results, experiment):
             "provenance": {"stage": "approximate", **MADE, "statistics": statistics},
         },
     )
-    spent = [dict.fromkeys(parts, 0.5) for parts in layers]
+    spent = [dict.fromkeys(components, 0.5) for components in layers]
     write(results / "checkpoints" / tail / "timing.json", {"seconds": 4.5, "layers": spent})
     write_evaluation(results / "eval" / tail, weights, COMPRESSED_NLL, 0.70)
 
@@ -240,7 +242,7 @@ def test_each_models_dense_row_comes_first(tmp_path):
     assert [(row["model"], row["ratio"]) for row in found] == expected
 
 
-def test_a_row_may_leave_parts_dense(tmp_path):
+def test_a_row_may_leave_components_dense(tmp_path):
     alone = experiment("small", qk="dense", ov="dense")
     write_results(tmp_path, [alone])
     out = table(tmp_path, [alone])

@@ -32,7 +32,7 @@ COMMANDS = {
     "merge": (["rx/v_blocks.safetensors"], "rx/v_blocks.safetensors", "v_blocks.safetensors"),
     "allocate": ([M, "--rxx", RX, "--mlp", "obs~", "--ratio", "0.2"], M, ".json"),
     "approx": ([M, "--rxx", RX, "--ratio", "0.2"], M, ""),
-    "approx --part": ([M, "--rxx", RX, "--ratio", "0.2", "--part", "0of1"], M, ".safetensors"),
+    "approx --shard": ([M, "--rxx", RX, "--ratio", "0.2", "--shard", "0of1"], M, ".safetensors"),
     "gather": ([M, "rx/0of1.safetensors"], M, ""),
     "surgery": ([M, "--size", "variance@0.5"], M, ""),
     "quantise": ([M, "--rxx", RX, "--rank", "4"], M, ""),
@@ -103,7 +103,7 @@ def leaves(one, words=()):
 def test_every_command_with_an_output_says_what_it_writes():
     writing = {name: one for name, one in leaves(parser()) if "--out" in one._option_string_actions}
     assert all(isinstance(one.get_default("writes"), targets.Target) for one in writing.values())
-    assert writing.keys() == COMMANDS.keys() - {"approx --part"}
+    assert writing.keys() == COMMANDS.keys() - {"approx --shard"}
 
 
 def place(target, home, source, ending):
@@ -154,7 +154,7 @@ def test_what_is_there_stays(home, tmp_path, monkeypatch, capsys, target):
     for command, (words, source, ending) in COMMANDS.items():
         out = place(target, work, source, ending)
         before = state(work.parent)
-        named = command.removesuffix(" --part").split()
+        named = command.removesuffix(" --shard").split()
         assert main([*named, *words, "-o", str(out)]) == 1, (command, out)
         said = capsys.readouterr().err
         assert said.startswith("a3: error: "), said
@@ -170,7 +170,7 @@ def test_it_is_refused_before_anything_is_imported(home, tmp_path):
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     words = [
-        [*command.removesuffix(" --part").split(), *words, "-o", "."]
+        [*command.removesuffix(" --shard").split(), *words, "-o", "."]
         for command, (words, *_) in COMMANDS.items()
     ]
     done = subprocess.run(
@@ -202,7 +202,7 @@ def stages(folder):
     return [
         ["model", folder / "source", "-o", folder / "dense"],
         ["text", folder / "cal.jsonl", "-o", folder / "docs.jsonl"],
-        ["split", folder / "docs.jsonl", "-o", folder / "parts"],
+        ["split", folder / "docs.jsonl", "-o", folder / "splits"],
         ["items", folder / "docs.jsonl", "--items", "4", "-o", folder / "items"],
         ["collect", folder / "dense", *scoring, "-o", *rxx],
         ["approx", folder / "dense", "--rxx", folder / "rxx", *modes],
@@ -292,8 +292,8 @@ def test_a_folder_that_is_no_longer_only_the_stages_own_stays(
     [
         (1, "docs.jsonl", '{"text": "edited"}\n'),
         (1, "docs.json", "{}"),
-        (2, "parts/test.jsonl", "mine"),
-        (2, "parts/thesis.tex", "mine"),
+        (2, "splits/test.jsonl", "mine"),
+        (2, "splits/thesis.tex", "mine"),
         (3, "items/items.json", "[]"),
         (4, "rxx/v_blocks.safetensors", "mine"),
         (4, "rxx/k_blocks.timing.json", '{"seconds": 1}'),
@@ -322,10 +322,10 @@ def test_a_file_that_is_no_longer_the_stages_own_stays(
         # The record beside it would be the source.
         ["text", "ppl.json", "-o", "ppl.jsonl"],
         # Another command made these.
-        ["text", "docs.jsonl", "-o", "parts/test.jsonl"],
-        ["text", "docs.jsonl", "-o", "parts/split.jsonl"],
+        ["text", "docs.jsonl", "-o", "splits/test.jsonl"],
+        ["text", "docs.jsonl", "-o", "splits/split.jsonl"],
         ["text", "docs.jsonl", "-o", "items/items.jsonl"],
-        ["split", "parts/test.jsonl", "-o", "parts"],
+        ["split", "splits/test.jsonl", "-o", "splits"],
         ["text", json.dumps({"source": {"mix": {"a": 0.5, "b": 0.5}}}), "--texts", ".", "-o",
          "a/docs.jsonl"],
         ["eval", "ppl", "dense", "--text", "docs.jsonl", "--source", "ppl.json", "-o", "ppl.json"],

@@ -174,8 +174,8 @@ def test_splits_follow_the_shares_and_nothing_else(tmp_path):
     some = [Document(f"T{i}", words(3, i)) for i in range(2000)]
     shares = {"dev": 0.2, "test": 0.5, "harness": 0.3}
     found = {}
-    for name, part in (("all", some), ("half", some[::-2])):
-        write_documents(tmp_path / name / "docs.jsonl", part)
+    for name, chosen in (("all", some), ("half", some[::-2])):
+        write_documents(tmp_path / name / "docs.jsonl", chosen)
         exclude_and_split(tmp_path / name / "docs.jsonl", [], shares, tmp_path / name)
         for split in shares:
             found[name, split] = set(load_documents(tmp_path / name / f"{split}.jsonl"))

@@ -190,7 +190,7 @@ def test_a_folder_that_would_be_read_otherwise_is_refused(tmp_path, monkeypatch)
 def test_an_unreadable_tokenizer_is_refused_before_the_work(tmp_path, monkeypatch):
     dense = tiny_model(tmp_path / "dense", "llama")
     (dense / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr(approximate, "solve_run", None)
+    monkeypatch.setattr(approximate, "solve_shard", None)
     with pytest.raises(A3Error, match="AutoTokenizer of transformers cannot read it"):
         approximate.repack(dense, tmp_path / "small")
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
@@ -267,10 +267,10 @@ def work(tmp_path_factory):
     run("compress", dense, "--ratio", "0", *texts, "-o", work / "small")
     resolve_model({"repeat_kv": "model"}, work / "mha", base=work / "model")
     for number in ("0of2", "1of2"):
-        out = work / "parts" / f"{number}.safetensors"
-        approximate.approximate_part(work / "model", work, OV, number, out)
-    parts = sorted((work / "parts").glob("*.safetensors"))
-    run("gather", work / "model", *parts, "-o", work / "gathered")
+        out = work / "shards" / f"{number}.safetensors"
+        approximate.approximate_shard(work / "model", work, OV, number, out)
+    shards = sorted((work / "shards").glob("*.safetensors"))
+    run("gather", work / "model", *shards, "-o", work / "gathered")
     operate = ["--mode", "pca-separate", "--size", "variance@0.9"]
     run("surgery", work / "model", *operate, "-o", work / "operated")
     rxx = collect(work / "small", work)

@@ -254,7 +254,7 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     table.write_text(before)
     assert (rules.count("allocate"), rules.count("approx")) == (1, 1)
     assert "allocations/tiny/short/fisher~+joint~+obs~/0.25.json" in output
-    # For real with one part, which needs less.
+    # For real with one component, which needs less.
     made = "results/checkpoints/tiny/short/dense+joint~+dense/0.25/approx.json"
     rules, _ = settled.snakemake(made)
     assert {"allocate", "approx"} <= set(rules)
@@ -373,7 +373,7 @@ def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
     settled.edit("config/config.yaml", ", shards: 3", "")
 
 
-def test_parts_by_several_jobs_make_the_same_model(settled):
+def test_shards_by_several_jobs_make_the_same_model(settled):
     """Each job solves one of the two layers; the checkpoint has three files of weights."""
     made = settled.folder / "results/checkpoints/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25"
     whole = load_file(made / "model.safetensors")
@@ -381,12 +381,12 @@ def test_parts_by_several_jobs_make_the_same_model(settled):
         config.write("approx_jobs: 2\n")
     last = made / "model-00003-of-00003.safetensors"
     rules, _ = settled.snakemake(str(last.relative_to(settled.folder)))
-    assert rules == ["approx_part", "approx_part", "gather"]
+    assert rules == ["approx_shard", "approx_shard", "gather"]
     files = sorted(made.glob("*.safetensors"))
     assert [path.name[6:11] for path in files] == ["00001", "00002", "00003"]
     joined = {name: value for path in files for name, value in load_file(path).items()}
     assert joined.keys() == whole.keys()
     assert all(torch.equal(joined[name], value) for name, value in whole.items())
-    assert not list(settled.folder.glob("results/parts/**/*.*"))
+    assert not list(settled.folder.glob("results/shards/**/*.*"))
     AutoModelForCausalLM.from_pretrained(made)
     settled.edit("config/config.yaml", "approx_jobs: 2\n", "")

@@ -313,13 +313,13 @@ def test_one_changed_sum_of_rxx(work, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def parts(work):
-    """Both parts of a compressed model."""
+def shards(work):
+    """Both shards of a compressed model."""
     for i in range(2):
-        out = work / f"parts/{i}of2.safetensors"
-        options = ["--ratio", "0.2", "--part", f"{i}of2"]
+        out = work / f"shards/{i}of2.safetensors"
+        options = ["--ratio", "0.2", "--shard", f"{i}of2"]
         assert main([str(word) for word in approx(work, out, *options)]) == 0
-    return work / "parts"
+    return work / "shards"
 
 
 def lose_the_json(folder):
@@ -348,23 +348,23 @@ def change_the_file(folder):
         (lose_the_json, "1of2.json: no such file"),
         (lose_the_file, "1of2.safetensors: no such file"),
         (write_other_json, "1of2.json: found no sha256"),
-        (write_other_record, "1of2.json: says ['seconds']: not of a part"),
+        (write_other_record, "1of2.json: says ['seconds']: not of a shard"),
         (change_the_file, "1of2.safetensors: truncated or damaged"),
     ],
 )
-def test_parts_that_are_not_whole_are_named_as_given(work, parts, tmp_path, capsys, damage, says):
-    shutil.copytree(parts, tmp_path / "parts")
-    damage(tmp_path / "parts")
-    paths = [tmp_path / f"parts/{i}of2.safetensors" for i in range(2)]
+def test_shards_that_are_not_whole_are_named_as_given(work, shards, tmp_path, capsys, damage, says):
+    shutil.copytree(shards, tmp_path / "shards")
+    damage(tmp_path / "shards")
+    paths = [tmp_path / f"shards/{i}of2.safetensors" for i in range(2)]
     message = fails(capsys, "gather", work / "dense", *paths, "-o", tmp_path / "o")
-    assert f"{tmp_path}/parts/{says}" in message
+    assert f"{tmp_path}/shards/{says}" in message
     assert not (tmp_path / "o").exists()
     assert not leftovers(tmp_path)
 
 
-def test_parts_of_another_model(parts, tmp_path, capsys):
+def test_shards_of_another_model(shards, tmp_path, capsys):
     tiny_llama(tmp_path / "other", seed=1)
-    paths = [parts / f"{i}of2.safetensors" for i in range(2)]
+    paths = [shards / f"{i}of2.safetensors" for i in range(2)]
     message = fails(capsys, "gather", tmp_path / "other", *paths, "-o", tmp_path / "o")
     assert "0of2.safetensors: made of a model whose weights_sha256 is" in message
 
@@ -458,10 +458,10 @@ def test_statistics_in_two_files_are_the_sum(work):
     assert all(value.dtype == torch.float64 for value in tensors.values())
 
 
-def test_a_part_that_changed_is_found_by_who_reads_its_weights(work, parts, tmp_path, capsys):
-    """gather takes over the hash that the part's own job said, and does not read it all again."""
-    shutil.copytree(parts, tmp_path / "parts")
-    paths = [tmp_path / f"parts/{i}of2.safetensors" for i in range(2)]
+def test_a_shard_that_changed_is_found_by_who_reads_its_weights(work, shards, tmp_path, capsys):
+    """gather takes over the hash that the shard's own job said, and does not read it all again."""
+    shutil.copytree(shards, tmp_path / "shards")
+    paths = [tmp_path / f"shards/{i}of2.safetensors" for i in range(2)]
     content = bytearray(paths[1].read_bytes())
     content[-1] ^= 1
     paths[1].write_bytes(content)

@@ -30,7 +30,7 @@ class Place:
 
     @property
     def is_whole(self) -> bool:
-        """Whether no part was made smaller."""
+        """Whether no component was made smaller."""
         return {self.qk, self.ov, self.mlp} == {DENSE}
 
     @property
@@ -51,7 +51,7 @@ class Place:
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed parts; None where some part has a size of its own."""
+        """The one ratio of all compressed components; None where one has a size of its own."""
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property

@@ -119,7 +119,7 @@ def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
             source = value.get("source", {})
             texts = options.get("texts") or Path()
             paths = [Path(source["path"])] if "path" in source else []
-            paths += [texts / part / "docs.jsonl" for part in source.get("mix", {})]
+            paths += [texts / member / "docs.jsonl" for member in source.get("mix", {})]
         if name != "out":
             found = [one for one in paths if isinstance(one, Path)]
             (shared if name in SHARED else sources).extend(found)
@@ -168,7 +168,7 @@ def stage_beside(path: Path) -> str | None:
     for beside in (path.with_suffix(".json"), path.with_name("split.json")):
         if beside.is_file():
             record = read_record(beside)
-            # Of a part of a checkpoint the one file.
+            # Of a shard of a checkpoint the one file.
             known = record.get("files") or {path.name: record.get("content_sha256")}
             if known.get(path.name) == sha256(path):
                 return stage_in(record)
@@ -203,7 +203,7 @@ NEW = Folder()
 
 STATISTICS = File("collect", TIMED, ".safetensors")
 
-PART = File("approximate", ((".json", "approximate"),), ".safetensors")
+SHARD = File("approximate", ((".json", "approximate"),), ".safetensors")
 
 ALLOCATION = File("allocate", TIMED)
 

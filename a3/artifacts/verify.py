@@ -63,7 +63,7 @@ class Verifier:
             "models": ("models/*/arch.json", self.model),
             "statistics": ("rxx/**/*.safetensors", self.rxx),
             "allocations": ("allocations/**/*.json", self.allocation),
-            "parts": ("parts/**/*.json", self.part),
+            "shards": ("shards/**/*.json", self.shard),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
             "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
             "exports": ("exports/**/export.json", self.export),
@@ -89,7 +89,7 @@ class Verifier:
     def paths(self, pattern: str) -> list[Path]:
         """Files that match, without those that are being written."""
         found = (path for path in self.results.glob(pattern) if path.is_file())
-        return sorted(p for p in found if not any(part.startswith(".") for part in p.parts))
+        return sorted(p for p in found if not any(name.startswith(".") for name in p.parts))
 
     def hashes(self, pattern: str) -> dict[str, Path]:
         """Files that match by their content hash."""
@@ -164,7 +164,7 @@ class Verifier:
             self.same(path, f"wheel {name}", wheel["sha256"], self.results / "wheels" / name)
 
     def split(self, path: Path) -> None:
-        """The parts of a text, and the documents that they were made of."""
+        """The splits of a text, and the documents that they were made of."""
         for name, expected in self.files(path)["inputs"].items():
             self.same(path, f"inputs {name}", expected, self.results / "texts" / name)
 
@@ -198,8 +198,8 @@ class Verifier:
         self.made_of(record, "weights_sha256", base)
         self.statistics(record, self.results / "rxx" / place[1] / place[2])
 
-    def part(self, path: Path) -> None:
-        """A part of a checkpoint that a job left."""
+    def shard(self, path: Path) -> None:
+        """A shard of a checkpoint that a job left."""
         expected = Record.read(path)["content_sha256"]
         check_file(path.with_suffix(".safetensors"), expected, AGAIN)
 
@@ -212,11 +212,11 @@ class Verifier:
         self.statistics(record, self.results / "rxx" / place[1] / place[2])
         allocation = self.results / "allocations" / "/".join(place[1:-2]) / f"{place[-2]}.json"
         if allocation.exists():
-            for part, ranks in Record.read(allocation)["ranks"].items():
-                if record["ranks"][part] != ranks:
+            for component, ranks in Record.read(allocation)["ranks"].items():
+                if record["ranks"][component] != ranks:
                     raise A3Error(
-                        f"{path}: ranks of {part} are {record['ranks'][part]}, but {allocation} "
-                        f"has {ranks}. {AGAIN}"
+                        f"{path}: ranks of {component} are {record['ranks'][component]}, but "
+                        f"{allocation} has {ranks}. {AGAIN}"
                     )
 
     def quantised(self, path: Path) -> None:

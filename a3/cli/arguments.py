@@ -8,10 +8,10 @@ from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.options import DTYPES, LARGEST_SEED, MOST_THREADS, count
 from a3.core.errors import A3Error
-from a3.solutions.modes import NO_RATIO, PARTS, PRESETS, SERVABLE, parse_ratio
+from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_ratio
 
 # Cells of a table's rows, and what may stand beside them.
-ROW = (*PARTS, "ratio")
+ROW = (*COMPONENTS, "ratio")
 
 
 SEED = count(0, LARGEST_SEED)
@@ -106,9 +106,11 @@ def add_out(
 
 def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
-    text = "share of each dimension to remove, [0, 1); without one, each part needs its own size"
+    text = (
+        "share of each dimension to remove, [0, 1); without one, each component needs its own size"
+    )
     one.add_argument("--ratio", type=ratio, default=NO_RATIO, help=text)
-    add_parts(one)
+    add_components(one)
 
 
 def add_servable(one: argparse.ArgumentParser) -> None:
@@ -124,27 +126,27 @@ def add_multiple(one: argparse.ArgumentParser) -> None:
     one.add_argument("--multiple", type=count(), default=1, help=text)
 
 
-def add_parts(one: argparse.ArgumentParser) -> None:
-    """The mode of each part, or a preset for all."""
+def add_components(one: argparse.ArgumentParser) -> None:
+    """The mode of each component, or a preset for all."""
     text = "mode; with a ratio (@0.3) or rank (@48) of its own; or dense to leave it"
-    for part, mode in PRESETS["a3"].items():
-        one.add_argument(f"--{part}", default=mode, help=text)
+    for component, mode in PRESETS["a3"].items():
+        one.add_argument(f"--{component}", default=mode, help=text)
     one.add_argument(
         "--preset",
         choices=PRESETS,
         action=Preset,
         default=argparse.SUPPRESS,
-        help="modes of all parts: the paper's (default), or those that keep most of the model",
+        help="modes of all components: the paper's (default), or those that keep most of the model",
     )
 
 
 class Preset(argparse.Action):
-    """Sets the modes of all parts; those named behind it have their own."""
+    """Sets the modes of all components; those named behind it have their own."""
 
     def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
         """Called where the option stands."""
-        for part, mode in PRESETS[value].items():
-            setattr(namespace, part, mode)
+        for component, mode in PRESETS[value].items():
+            setattr(namespace, component, mode)
 
 
 def add_blocks(

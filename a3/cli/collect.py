@@ -48,8 +48,8 @@ def add_collect(commands: Any) -> None:
     one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
     one.add_argument(
         "--shard",
-        type=values.part,
-        help="only a part of the blocks: 0of4, 1of4 …; a3 merge adds them",
+        type=values.shard,
+        help="only a shard of the blocks: 0of4, 1of4 …; a3 merge adds them",
     )
     add_run(add_blocks(one, tokens=32768, seed=True))
 

@@ -19,7 +19,7 @@ from a3.cli.arguments import (
     with_settings,
 )
 from a3.cli.options import count
-from a3.solutions.modes import PARTS, choose
+from a3.solutions.modes import COMPONENTS, choose
 from a3.solutions.recipes import METHODS, check_method
 
 
@@ -68,7 +68,7 @@ def add_compress(commands: Any) -> None:
 def allocate(
     model: Path, rxx: Path, out: Path, multiple: int, uniform: list[str], **row: str
 ) -> None:
-    """Share out ranks over layers and parts."""
+    """Share out ranks over layers and components."""
     from a3.solutions.plan import Plan
     from a3.stages.approx.allocate import allocate
 
@@ -83,8 +83,8 @@ def add_allocate(commands: Any) -> None:
     one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
     add_modes(one)
     add_multiple(one)
-    text_ = "parts whose rank is the same in all layers"
-    one.add_argument("--uniform", nargs="+", choices=PARTS, default=[], help=text_)
+    text_ = "components whose rank is the same in all layers"
+    one.add_argument("--uniform", nargs="+", choices=COMPONENTS, default=[], help=text_)
     add_out(one, targets.ALLOCATION, "the ranks, JSON")
     add_threads(one)
 
@@ -93,7 +93,7 @@ def approx(
     model: Path,
     rxx: Path,
     out: Path,
-    part: str | None,
+    shard: str | None,
     allocation: Path | None,
     servable: bool,
     multiple: int,
@@ -101,13 +101,13 @@ def approx(
 ) -> None:
     """Compress with collected statistics."""
     from a3.solutions.plan import Plan
-    from a3.stages.approx.approximate import approximate, approximate_part
+    from a3.stages.approx.approximate import approximate, approximate_shard
 
     plan = Plan(choose(row), servable, multiple)
-    if part is None:
+    if shard is None:
         approximate(folder(model), rxx, plan, out, allocation)
     else:
-        approximate_part(folder(model), rxx, plan, part, out, allocation)
+        approximate_shard(folder(model), rxx, plan, shard, out, allocation)
 
 
 def add_approx(commands: Any) -> None:
@@ -119,23 +119,23 @@ def add_approx(commands: Any) -> None:
     one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
     add_servable(one)
     text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
-    one.add_argument("--part", type=values.part, help=text_)
+    one.add_argument("--shard", type=values.shard, help=text_)
     add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
     add_threads(one)
 
 
-def gather(model: Path, parts: list[Path], out: Path) -> None:
-    """Make one folder of parts."""
+def gather(model: Path, shards: list[Path], out: Path) -> None:
+    """Make one folder of shards."""
     from a3.stages.approx.assemble import gather
 
-    gather(folder(model), parts, out)
+    gather(folder(model), shards, out)
 
 
 def add_gather(commands: Any) -> None:
     """Arguments of a3 gather."""
-    one = add(commands, "gather", gather, "parts of a compressed model to one folder")
+    one = add(commands, "gather", gather, "shards of a compressed model to one folder")
     one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
-    one.add_argument("parts", type=Path, nargs="+", help="what a3 approx --part made, in order")
+    one.add_argument("shards", type=Path, nargs="+", help="what a3 approx --shard made, in order")
     add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
 
 

@@ -11,14 +11,14 @@ from a3.cli.arguments import (
     TEXT,
     add,
     add_blocks,
+    add_components,
     add_out,
-    add_parts,
     add_run,
     folder,
     ratio,
 )
 from a3.cli.options import count
-from a3.solutions.modes import PARTS
+from a3.solutions.modes import COMPONENTS
 
 
 def add_commands(commands: Any) -> None:
@@ -46,7 +46,7 @@ def add_perplexity(kinds: Any) -> None:
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     one.add_argument("--text", type=Path, required=True, help=TEXT)
     one.add_argument("--name", help="what the result calls the text (default: the file's name)")
-    one.add_argument("--split", default="test", help="what the result calls its part")
+    one.add_argument("--split", default="test", help="name of the split to record")
     one.add_argument("--source", type=Path, help="docs.json: where the text is from")
     text_ = "between two documents"
     one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
@@ -111,8 +111,8 @@ def speed(
     """Time models beside each other."""
     from a3.stages.evaluate.speed import speed
 
-    modes = {part: options.pop(part) for part in PARTS}
-    methods = [modes, *(dict.fromkeys(PARTS, mode) for mode in beside)]
+    modes = {component: options.pop(component) for component in COMPONENTS}
+    methods = [modes, *(dict.fromkeys(COMPONENTS, mode) for mode in beside)]
     rows = [method | {"ratio": one} for method in methods for one in ratio]
     speed([folder(model) for model in models], rows=rows, layers=layers, **options)
 
@@ -124,8 +124,8 @@ def add_speed(kinds: Any) -> None:
     one.add_argument("models", type=Path, nargs="+", help=text_)
     text_ = "time the dense model and those of these ratios, all with random weights"
     one.add_argument("--ratio", type=ratio, nargs="+", default=[], help=text_)
-    add_parts(one)
-    text_ = "with --ratio: also a mode that factors the matrices of all parts: svd-llm …"
+    add_components(one)
+    text_ = "with --ratio: also a mode that factors the matrices of all components: svd-llm …"
     one.add_argument("--beside", nargs="+", default=[], metavar="MODE", help=text_)
     text_ = "with --ratio: each of them with ranks that are multiples of 1, of 64 …"
     one.add_argument("--multiples", type=count(), nargs="+", default=[1], help=text_)

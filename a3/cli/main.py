@@ -57,7 +57,8 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
     for name, section in entries.items():
         options[name] = entry(options[name], section)
     if writes is not None:
-        targets.check(targets.PART if options.get("part") else writes, options)
+        a_shard = writes == targets.APPROXIMATED and options.get("shard")
+        targets.check(targets.SHARD if a_shard else writes, options)
 
 
 def is_utf8(name: str) -> bool:

@@ -62,8 +62,8 @@ def count_or_all(word: str) -> int | str:
     return word if word == "all" else count()(word)
 
 
-def part(word: str) -> str:
-    """One of several parts: 0of4."""
+def shard(word: str) -> str:
+    """One of several shards: 0of4."""
     if not re.fullmatch(r"[0-9]{1,9}of[0-9]{1,9}", word):
         raise argparse.ArgumentTypeError(f"expected 0of4, 1of4 …, found {shown(word)}")
     return word

@@ -181,11 +181,11 @@ def require_place(path: Path) -> None:
         resolved = path.resolve()
         if resolved.exists() and not path.exists():
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
-        there = next((part for part in resolved.parents if part.exists()), resolved)
+        there = next((folder for folder in resolved.parents if folder.exists()), resolved)
         longest = os.pathconf(there, "PC_NAME_MAX")
         # What is written has a longer name at first.
-        parts = [*resolved.relative_to(there).parts[:-1], f".{path.name}.timing.json.12345678"]
-        if any(len(os.fsencode(part)) > longest for part in parts):
+        names = [*resolved.relative_to(there).parts[:-1], f".{path.name}.timing.json.12345678"]
+        if any(len(os.fsencode(name)) > longest for name in names):
             raise A3Error(f"{path}: the name is too long. Name a shorter one.")
     except (OSError, RuntimeError) as error:  # loops of links are of type RuntimeError
         reason = error.strerror if isinstance(error, OSError) else error

@@ -58,7 +58,7 @@ def fingerprint(*modules: str) -> str:
     for path in sorted({path for module in modules for path in sources(module)}):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
         digest.update(path.read_bytes())
-        # A template beside a stage is part of it.
+        # A template beside a stage belongs to it.
         for template in sorted(path.parent.glob(f"{path.stem}.*.jinja")):
             digest.update(template.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,13 +18,13 @@ class Record:
     def __getitem__(self, key: str) -> Any:
         """The value at a dotted key; raises A3Error that names the file and the key."""
         value: Any = self.data
-        for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
+        for name in key.split("."):
+            if not isinstance(value, dict) or name not in value:
                 raise A3Error(
                     f"{self.path}: expected the key {key}, found none. "
                     "Delete the file and build it again."
                 )
-            value = value[part]
+            value = value[name]
         return value
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Work in several parts: "0of4" to "3of4" of a number of blocks or layers."""
+"""Work in several shards: "0of4" to "3of4" of a number of blocks or layers."""
 
 import re
 from pathlib import Path
@@ -6,35 +6,35 @@ from pathlib import Path
 from a3.core.errors import A3Error
 
 # Files of weights are at most so large where a layer is not larger; a job holds one of them.
-LARGEST_PART = 2**30
+LARGEST_SHARD = 2**30
 
 
-def share(count: int, part: str, what: str) -> range:
-    """The run of `count` things that is one part; runs are as even as can be.
+def share(count: int, shard: str, what: str) -> range:
+    """The run of `count` things that is one shard; runs are as even as can be.
 
-    Raises A3Error for another spelling, a number out of range, and more parts than there are
+    Raises A3Error for another spelling, a number out of range, and more shards than there are
     things, which `what` names.
     """
-    found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", part)
-    index, parts = (int(group) for group in found.groups()) if found else (0, 0)
-    if index >= parts or parts > count:
+    found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", shard)
+    index, shards = (int(group) for group in found.groups()) if found else (0, 0)
+    if index >= shards or shards > count:
         raise A3Error(
-            f"part {part!r}: expected 0of{count}, or of fewer parts of these {count} {what}, "
+            f"shard {shard!r}: expected 0of{count}, or of fewer shards of these {count} {what}, "
             "counted from 0."
         )
-    return range(count * index // parts, count * (index + 1) // parts)
+    return range(count * index // shards, count * (index + 1) // shards)
 
 
-def weight_files(parts: int) -> list[str]:
-    """Names of a checkpoint's files of weights that is made in several parts, as on the hub."""
-    count = parts + 1
+def weight_files(shards: int) -> list[str]:
+    """Names of a checkpoint's files of weights that is made in several shards, as on the hub."""
+    count = shards + 1
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    return ["model.safetensors"] if parts == 1 else names
+    return ["model.safetensors"] if shards == 1 else names
 
 
 def require_all(found: list[str | None], where: Path, missing: str) -> None:
-    """Raise A3Error unless `found` names all parts, in order; `missing` says what to do."""
+    """Raise A3Error unless `found` names all shards, in order; `missing` says what to do."""
     if found != [f"{i}of{len(found)}" for i in range(len(found))]:
         raise A3Error(
-            f"{where}: the parts are {found}, expected all of {len(found)} in order. {missing}"
+            f"{where}: the shards are {found}, expected all of {len(found)} in order. {missing}"
         )

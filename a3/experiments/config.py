@@ -44,13 +44,13 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
     require_plain(config, "the top level", what)
     errors = sorted(
         STRICT(schema).iter_errors(config),
-        key=lambda error: [str(part) for part in error.absolute_path],
+        key=lambda error: [str(key) for key in error.absolute_path],
     )
     if not errors:
         return
     # Of alternatives (`oneOf`), the one that came closest says what is wrong.
     error = jsonschema.exceptions.best_match(errors)
-    where = ".".join(str(part) for part in error.absolute_path) or "the top level"
+    where = ".".join(str(key) for key in error.absolute_path) or "the top level"
     if error.validator == "additionalProperties":
         known = sorted(error.schema["properties"])
         unknown = sorted(set(error.instance) - set(known))
@@ -187,22 +187,26 @@ def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ())
     where = f"texts.{name}.source.mix"
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
         raise A3Error(f"config: {where}: the shares' sum is {sum(shares.values())}. Make it 1.")
-    for part in shares:
-        defined("text", part, texts, where)
-        if part in (*above, name):
-            raise A3Error(f"config: {where} names {part!r}, which is a mixture of it. Take it out.")
-        check_mixture(part, texts, (*above, name))
+    for member in shares:
+        defined("text", member, texts, where)
+        if member in (*above, name):
+            raise A3Error(
+                f"config: {where} names {member!r}, which is a mixture of it. Take it out."
+            )
+        check_mixture(member, texts, (*above, name))
 
 
-def parts_of(name: str, texts: dict[str, Any]) -> list[str]:
+def members_of(name: str, texts: dict[str, Any]) -> list[str]:
     """The texts that a text is a mixture of, at any depth; itself where it is none."""
     mix = texts[name]["source"].get("mix", {})
-    return [part for other in mix for part in parts_of(other, texts)] if mix else [name]
+    return [member for other in mix for member in members_of(other, texts)] if mix else [name]
 
 
 def excluded(name: str, texts: dict[str, Any]) -> list[str]:
     """The texts that a text excludes; of a mixture, all that it is of."""
-    found = [part for other in texts[name].get("exclude", []) for part in parts_of(other, texts)]
+    found = [
+        member for other in texts[name].get("exclude", []) for member in members_of(other, texts)
+    ]
     return list(dict.fromkeys(found))
 
 

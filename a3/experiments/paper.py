@@ -17,7 +17,7 @@ from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.core.records import timing
 from a3.experiments.rows import kinds_of
-from a3.solutions.modes import DENSE, PARTS
+from a3.solutions.modes import COMPONENTS, DENSE
 
 # Sections of the workflow's configuration that paper.yaml adds to.
 SECTIONS = ("models", "texts", "calibrations", "perplexity", "harness", "speed")
@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of what: a text, a task, a part."""
+        """Of what: a text, a task, a component."""
         return self.measure.partition(" ")[2]
 
     def agrees(self, where: dict[str, str]) -> bool:
@@ -226,8 +226,8 @@ class Paper:
         modes = self.spec["methods"][row.method]
         if isinstance(modes, dict):
             modes = modes[self.models[model]["attention"]]
-        parts = self.spec["components"][row.component]
-        own = {p: mode if p in parts else DENSE for p, mode in zip(PARTS, modes, strict=True)}
+        chosen = self.spec["components"][row.component]
+        own = {c: mode if c in chosen else DENSE for c, mode in zip(COMPONENTS, modes, strict=True)}
         calibration = self.protocol(model)["calibrations"][row.calibration]
         place = Place(model, calibration, **own, ratio=row.ratio)
         return Place(model) if place.is_dense or row.ratio == "0" else place
@@ -277,7 +277,7 @@ class Paper:
     def kinds(self) -> list[str]:
         """Statistics that the paper's own modes read, of any kind of attention."""
         modes = self.spec["methods"]["a3"].values()
-        return kinds_of([dict(zip(PARTS, m, strict=True)) | {"ratio": "0"} for m in modes])
+        return kinds_of([dict(zip(COMPONENTS, m, strict=True)) | {"ratio": "0"} for m in modes])
 
     def rows(self, models: list[str]) -> list[dict[str, str]]:
         """The compressed rows of all tables, as experiments."""

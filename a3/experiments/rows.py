@@ -6,12 +6,12 @@ from typing import Any
 
 from a3.artifacts.places import Place
 from a3.core.errors import A3Error
-from a3.experiments.config import defined, excluded, parts_of
-from a3.solutions.modes import PARTS, Choice, choose, kinds_needed
+from a3.experiments.config import defined, excluded, members_of
+from a3.solutions.modes import COMPONENTS, Choice, choose, kinds_needed
 from a3.solutions.recipes import PLAIN, parse_quantisation
 from a3.solutions.surgeries import find_surgery, parse_size
 
-COLUMNS = ("model", "calibration", *PARTS, "ratio")
+COLUMNS = ("model", "calibration", *COMPONENTS, "ratio")
 
 SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
 
@@ -147,7 +147,7 @@ def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None
     texts = config["texts"]
     scored = [(s, n) for s in ("perplexity", "harness") for n in config["evaluate"][s]]
     for what, used in texts_seen(row, config).items():
-        for seen in parts_of(used, texts):
+        for seen in members_of(used, texts):
             for section, name in scored:
                 check_unseen(f"{where}: {what}", seen, section, name, config)
 
@@ -163,7 +163,7 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
     if text is None:
         return
     if entry.get("split") == "all":
-        if seen in parts_of(text, texts):
+        if seen in members_of(text, texts):
             raise A3Error(
                 f"{what} uses the text {seen!r}, and {section} {name!r} is scored on all of it. "
                 "Calibrate on another text."

@@ -33,7 +33,7 @@ from a3.rxx.container import Accumulator
 from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS, Kind
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import solver_of
-from a3.solutions.modes import ALLOCATED, PARTS, choose, find_mode
+from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
 from a3.solutions.plan import Plan
 from a3.stages.approx.budget import LEAST
 from a3.stages.collect.hooks import attach_all
@@ -63,10 +63,10 @@ class Trial:
         self.device = torch.device(device)
         self.arch = load_arch(folder) if (folder / "arch.json").exists() else sketch(folder)
         self.shapes = self.arch.to_json()
-        # Of one token, layer, part or parameter; each setting is tried once.
+        # Of one token, layer, component or parameter; each setting is tried once.
         self.layer_seconds = cache(self._layer_seconds)
         self.head_seconds = cache(self._head_seconds)
-        self.part_seconds = cache(self._part_seconds)
+        self.component_seconds = cache(self._component_seconds)
         self.copy_seconds = cache(self._copy_seconds)
 
     # --- stages: (cost, bytes on disk, seconds) ---
@@ -93,9 +93,13 @@ class Trial:
         """One of `jobs` that share the layers of one checkpoint."""
         plan = Plan(choose(row))
         ranks = plan.ranks(self.arch)
-        parts = [(part, plan.choices[part].mode, rank) for part, rank in ranks.items()]
+        components = [
+            (component, plan.choices[component].mode, rank) for component, rank in ranks.items()
+        ]
         written = self.compressed(row)["parameters"]
-        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        seconds = self.arch.layers * sum(
+            self.component_seconds(*component) for component in components
+        )
         seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
         disk = written * WIDTHS[self.arch.dtype] // jobs
         return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
@@ -104,17 +108,21 @@ class Trial:
         """The losses of all ranks, which cost what the least one's solution does."""
         plan = Plan(choose(row))
         seconds = 0.0
-        for part, choice in plan.shared.items():
-            least = max(2, int(LEAST * self.arch.full_rank(part)) // 2 * 2)
-            seconds += self.arch.layers * self.part_seconds(part, choice.mode, least)
+        for component, choice in plan.shared.items():
+            least = max(2, int(LEAST * self.arch.full_rank(component)) // 2 * 2)
+            seconds += self.arch.layers * self.component_seconds(component, choice.mode, least)
         return approx_cost(self.shapes, 1, plan.kinds()), 0, START + seconds
 
     def quantise(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
         """As if the error of each matrix were decomposed by its input's statistic."""
         parameters = self.compressed(row)["parameters"]
-        kinds = [kind for part in PARTS for kind in find_mode(part, "svd-llm").kinds]
-        parts = [(part, "svd-llm", self.arch.full_rank(part)) for part in PARTS]
-        seconds = self.arch.layers * sum(self.part_seconds(*part) for part in parts)
+        kinds = [kind for component in COMPONENTS for kind in find_mode(component, "svd-llm").kinds]
+        components = [
+            (component, "svd-llm", self.arch.full_rank(component)) for component in COMPONENTS
+        ]
+        seconds = self.arch.layers * sum(
+            self.component_seconds(*component) for component in components
+        )
         seconds += 2 * parameters * self.copy_seconds()
         disk = parameters * WIDTHS[self.arch.dtype]
         return approx_cost(self.shapes, 1, kinds), disk, START + seconds
@@ -169,12 +177,12 @@ class Trial:
         arch = self.arch
         plan = Plan(choose(row) if row else {})
         kept, factors = plan.dense_sizes(arch), plan.factors(arch)
-        gone = {part: arch.full_rank(part) - kept[part] for part in PARTS}
+        gone = {component: arch.full_rank(component) - kept[component] for component in COMPONENTS}
         matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
         layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
         fewer = arch.hidden_size * layer
-        for part in PARTS:
-            for name, (m, n) in arch.matrix_shapes(part).items():
+        for component in COMPONENTS:
+            for name, (m, n) in arch.matrix_shapes(component).items():
                 fewer += m * n - factors[name] * (m + n) if name in factors else 0
         parameters = arch.size["parameters"] - arch.layers * fewer
         every = [tuple(kept.values())] * arch.layers, parameters, arch.dtype
@@ -216,12 +224,12 @@ class Trial:
         seconds = self.clock(lambda: loss((hidden @ weight.T).float(), labels))
         return seconds * vocab / rows / block_length
 
-    def _part_seconds(self, part: str, mode: str, rank: int) -> float:
-        """Of the solution of one part of a layer."""
-        if find_mode(part, mode).factors is not None:
-            return self.factor_seconds(part, mode)
-        solve, kinds = solver_of(part, mode), find_mode(part, mode).kinds
-        if part == "mlp":
+    def _component_seconds(self, component: str, mode: str, rank: int) -> float:
+        """Of the solution of one component of a layer."""
+        if find_mode(component, mode).factors is not None:
+            return self.factor_seconds(component, mode)
+        solve, kinds = solver_of(component, mode), find_mode(component, mode).kinds
+        if component == "mlp":
             full = any(KINDS[kind].form == "full" for kind in kinds)
             channels = min(self.arch.intermediate_size, TRIAL_SIZE if full else TRIAL_CHANNELS)
             scale = channels / self.arch.intermediate_size
@@ -240,7 +248,7 @@ class Trial:
             statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
             if mode == "uniform-global":
                 statistics.append(torch.arange(self.arch.rope_dims // 2))
-        if find_mode(part, mode).prior:
+        if find_mode(component, mode).prior:
             statistics.append(1.0)
         return self.clock(lambda: solve(weights, *statistics, rank)) / share
 
@@ -258,10 +266,10 @@ class Trial:
             return gram(1, count * arch.head_dim if of_input else arch.hidden_size)[0]
         return random(arch.hidden_size)
 
-    def factor_seconds(self, part: str, mode: str) -> float:
-        """Of the factors of a part's matrices, from smaller ones of the same proportions."""
-        kinds, total = find_mode(part, mode).factors, 0.0
-        for name, (m, columns) in self.arch.matrix_shapes(part).items():
+    def factor_seconds(self, component: str, mode: str) -> float:
+        """Of the factors of a component's matrices, from smaller ones of the same proportions."""
+        kinds, total = find_mode(component, mode).factors, 0.0
+        for name, (m, columns) in self.arch.matrix_shapes(component).items():
             if name not in kinds:
                 continue
             scale = min(1.0, TRIAL_SIZE / max(m, columns))

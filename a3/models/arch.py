@@ -67,17 +67,17 @@ class Arch:
         """Whether q and k of this layer are rotated."""
         return self.rope_layout is not None and layer not in self.nope_layers
 
-    def full_rank(self, part: str) -> int:
+    def full_rank(self, component: str) -> int:
         """The size that compression makes smaller: of a head, or the intermediate one."""
-        return self.intermediate_size if part == "mlp" else self.head_dim
+        return self.intermediate_size if component == "mlp" else self.head_dim
 
-    def matrix_shapes(self, part: str) -> dict[str, tuple[int, int]]:
-        """(in, out) of a part's matrices; those of the MLP that are one, by the first's name."""
+    def matrix_shapes(self, component: str) -> dict[str, tuple[int, int]]:
+        """(in, out) of a component's projections; of fused ones together, by the first's name."""
         d, n = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if part == "qk":
+        if component == "qk":
             return {"q": (d, queries), "k": (d, keys)}
-        if part == "ov":
+        if component == "ov":
             return {"v": (d, keys), "o": (queries, d)}
         fused = self.adapter.first_of_mlp
         return {together[0]: (d, n * len(together)) for together in fused} | {"down": (n, d)}
@@ -95,9 +95,9 @@ class Arch:
         """The family's adapter: where its weights are."""
         return FAMILIES[self.family]
 
-    def module(self, layer: int, part: str) -> str:
+    def module(self, layer: int, projection: str) -> str:
         """Module of one projection, relative to the trunk."""
-        return self.adapter.module(layer, part)
+        return self.adapter.module(layer, projection)
 
 
 class CompressedArch(Arch):
@@ -107,9 +107,9 @@ class CompressedArch(Arch):
     and size are its own, all else is the dense model's.
     """
 
-    def module(self, layer: int, part: str) -> str:
+    def module(self, layer: int, projection: str) -> str:
         """As in Arch."""
-        name = self.adapter.packed_name(layer, part).removeprefix(f"{self.adapter.prefix}.")
+        name = self.adapter.packed_name(layer, projection).removeprefix(f"{self.adapter.prefix}.")
         return name.removesuffix(".weight")
 
 

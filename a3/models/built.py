@@ -23,7 +23,7 @@ SCALES = ("scaling", "inv_norm_factor", "softmax_scale")
 
 NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
 
-PART = "partial_rotary_factor"
+PARTIAL = "partial_rotary_factor"
 
 
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
@@ -81,7 +81,7 @@ def require_agreement(
                     f"{path}: by it, a3 expects {name} to be {said}, and transformers' own code "
                     f"makes it {found}. This model is not supported."
                 )
-    if fields["rope_layout"] is not None and in_part(fields, model.config):
+    if fields["rope_layout"] is not None and rotated_in_part(fields, model.config):
         require_runs(path, model)
 
 
@@ -94,10 +94,10 @@ def compared(
 ) -> dict[str, tuple[Any, Any]]:
     """What a description says of a layer, and what was built, by name."""
     pairs: dict[str, tuple[Any, Any]] = {}
-    for part in family.parts:
-        module = model.base_model.get_submodule(family.module(layer, part))
+    for projection in family.projections:
+        module = model.base_model.get_submodule(family.module(layer, projection))
         for field in ("weight", "bias"):
-            name, value = family.name(layer, part, field), getattr(module, field, None)
+            name, value = family.name(layer, projection, field), getattr(module, field, None)
             pairs[name] = expected.get(name), None if value is None else tuple(value.shape)
     where = family.attention_module(layer)
     attention = model.get_submodule(where)
@@ -109,11 +109,11 @@ def compared(
     return pairs
 
 
-def in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
+def rotated_in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
     """Whether RoPE rotates a part of a head, or the config says so in vain."""
     said = getattr(config, "rope_parameters", None) or {}
     every = [said, *(each for each in said.values() if isinstance(each, dict))]
-    return fields["rope_dims"] != fields["head_dim"] or any(PART in each for each in every)
+    return fields["rope_dims"] != fields["head_dim"] or any(PARTIAL in each for each in every)
 
 
 def require_runs(path: Path, model: PreTrainedModel) -> None:
@@ -135,5 +135,5 @@ def require_runs(path: Path, model: PreTrainedModel) -> None:
     except Exception as error:
         raise A3Error(
             f"{path}: transformers' own code cannot run this model ({type(error).__name__}: "
-            f"{str(error).strip()}). Is {PART} right in it?"
+            f"{str(error).strip()}). Is {PARTIAL} right in it?"
         ) from error

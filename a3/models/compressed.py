@@ -69,14 +69,14 @@ def require_lengths(folder: Path, a3: dict[str, Any], layers: int) -> None:
 
 def compressed_arch(folder: Path) -> CompressedArch:
     """`CompressedArch` of a folder; raises A3Error as `compressed_record` does."""
-    record, of_parts = compressed_record(folder), load_config(folder).a3
+    record, compressed = compressed_record(folder), load_config(folder).a3
     own = {
-        "head_dim": max(of_parts["ov_ranks"]),
+        "head_dim": max(compressed["ov_ranks"]),
         "weights_sha256": record["weights_sha256"],
         "size": record["size"]["compressed"],
     }
     if not record["base"]["experts"]:
-        own["intermediate_size"] = max(of_parts["mlp_ranks"])
+        own["intermediate_size"] = max(compressed["mlp_ranks"])
     return CompressedArch(**record["base"] | own)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a3.core.dtypes import WIDTHS
-from a3.core.shards import LARGEST_PART
+from a3.core.shards import LARGEST_SHARD
 from a3.models.sizes import kv_bytes
 from a3.rxx.kinds import (
     GRADIENT_BLOCKS,
@@ -132,7 +132,7 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
     width = WIDTHS[arch["dtype"]]
     layer = width * (parameters // arch["layers"])
     attention = 2 * arch["hidden_size"] * arch["head_dim"] * (arch["heads"] + arch["kv_heads"])
-    made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_PART)
+    made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_SHARD)
     memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
     full = [kind for kind in kinds if KINDS[kind].form == "full"]
     widest = max((shape_of(KINDS[kind], arch)[-1] for kind in full), default=0)
@@ -169,7 +169,7 @@ def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
 
 
 def gather_cost(arch: dict[str, Any]) -> Cost:
-    """Cost of linking all parts: embeddings and head, which are in none of them, are copied."""
+    """Cost of linking all shards: embeddings and head, which are in none of them, are copied."""
     outside = 2 * WIDTHS[arch["dtype"]] * arch["vocab_size"] * arch["hidden_size"]
     return Cost(LIBRARIES + 2 * outside, 100.0 * outside)
 

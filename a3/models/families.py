@@ -46,7 +46,7 @@ class Qwen3(AttentionBiased):
 class Qwen3Moe(Qwen3):
     """Qwen 3 with experts in every layer."""
 
-    parts: ClassVar[dict[str, str]] = ATTENTION
+    projections: ClassVar[dict[str, str]] = ATTENTION
     experts: ClassVar[dict[str, str]] = {
         "gate": "mlp.experts.{}.gate_proj",
         "up": "mlp.experts.{}.up_proj",
@@ -75,7 +75,7 @@ class Qwen3Moe(Qwen3):
 class Mixtral(Mistral):
     """Mistral with experts in every layer; files have names other than the modules in memory."""
 
-    parts: ClassVar[dict[str, str]] = ATTENTION
+    projections: ClassVar[dict[str, str]] = ATTENTION
     experts: ClassVar[dict[str, str]] = {
         "gate": "block_sparse_moe.experts.{}.w1",
         "up": "block_sparse_moe.experts.{}.w3",
@@ -147,7 +147,7 @@ class SmolLM3(Family):
 class Phi3(Mistral):
     """q, k and v in one matrix, gate and up in another."""
 
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "self_attn.qkv_proj",
         "k": "self_attn.qkv_proj",
         "v": "self_attn.qkv_proj",
@@ -180,7 +180,7 @@ class GPT2(NoRope):
 
     positions = "max_position_embeddings"
     transposed = True
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "attn.c_attn",
         "k": "attn.c_attn",
         "v": "attn.c_attn",
@@ -228,7 +228,7 @@ class OPT(NoRope):
     prefix = "model"
     layer_path = "decoder.layers"
     attention_name = "self_attn"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
         "v": "self_attn.v_proj",
@@ -251,7 +251,7 @@ class GPTNeo(NoRope):
 
     positions = "max_position_embeddings"
     attention_name = "attn.attention"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "attn.attention.q_proj",
         "k": "attn.attention.k_proj",
         "v": "attn.attention.v_proj",
@@ -277,7 +277,7 @@ class Bloom(NoRope):
     """ALiBi; q, k, v interleaved head by head in one matrix."""
 
     attention_name = "self_attention"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "self_attention.query_key_value",
         "k": "self_attention.query_key_value",
         "v": "self_attention.query_key_value",
@@ -339,7 +339,7 @@ class Mpt(NoRope):
 
     positions = "max_seq_len"
     layer_path = "blocks"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "attn.Wqkv",
         "k": "attn.Wqkv",
         "v": "attn.Wqkv",
@@ -375,7 +375,7 @@ class GPTNeoX(Family):
 
     prefix = "gpt_neox"
     attention_name = "attention"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "attention.query_key_value",
         "k": "attention.query_key_value",
         "v": "attention.query_key_value",
@@ -405,7 +405,7 @@ class GPTNeoX(Family):
 class Phi(Family):
     """Phi 1 to 2: partial RoPE, a 2-layer MLP, biases everywhere."""
 
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
         "v": "self_attn.v_proj",
@@ -454,7 +454,7 @@ class Glm(Family):
     """GLM 4: pairs are neighbours; gate and up in one matrix; biases of q, k and v."""
 
     rope_layout = "neighbours"
-    parts: ClassVar[dict[str, str]] = Family.parts | {
+    projections: ClassVar[dict[str, str]] = Family.projections | {
         "gate": "mlp.gate_up_proj",
         "up": "mlp.gate_up_proj",
     }
@@ -472,7 +472,7 @@ class GPTJ(Family):
     prefix = "transformer"
     layer_path = "h"
     attention_name = "attn"
-    parts: ClassVar[dict[str, str]] = {
+    projections: ClassVar[dict[str, str]] = {
         "q": "attn.q_proj",
         "k": "attn.k_proj",
         "v": "attn.v_proj",

@@ -78,8 +78,8 @@ class Family:
     positions: ClassVar[str | None] = None
     # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
     transposed: ClassVar[bool] = False
-    # Parts that share a module are fused in it, in this order.
-    parts: ClassVar[dict[str, str]] = ATTENTION | {
+    # Projections that share a module are fused in it, in this order.
+    projections: ClassVar[dict[str, str]] = ATTENTION | {
         "gate": "mlp.gate_proj",
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
@@ -178,12 +178,12 @@ class Family:
 
     @property
     def places(self) -> dict[str, str]:
-        """Where each part is in a layer; {} is an expert's number."""
-        return self.parts | self.experts
+        """Where each projection is in a layer; {} is an expert's number."""
+        return self.projections | self.experts
 
-    def module(self, layer: int, part: str, expert: int | None = None) -> str:
+    def module(self, layer: int, projection: str, expert: int | None = None) -> str:
         """Module of one projection, relative to the trunk (`model.base_model`)."""
-        return f"{self.layer_path}.{layer}.{self.places[part].format(expert)}"
+        return f"{self.layer_path}.{layer}.{self.places[projection].format(expert)}"
 
     def attention_module(self, layer: int) -> str:
         """The attention module of a layer, which the compressed model replaces."""
@@ -197,23 +197,29 @@ class Family:
     def modules(self) -> dict[str, str]:
         """What the compressed model replaces, by its name in memory; {} is the layer's number."""
         layer = f"{self.prefix}.{self.layer_path}.{{}}"
-        mlp = {part: f"{layer}.{name}" for part, name in self.parts.items() if part not in "qkvo"}
+        mlp = {
+            projection: f"{layer}.{name}"
+            for projection, name in self.projections.items()
+            if projection not in "qkvo"
+        }
         experts = {"experts": f"{layer}.mlp.experts"} if self.experts else {}
         return {"attention": f"{layer}.{self.attention_name}"} | mlp | experts
 
-    def name(self, layer: int, part: str, field: str = "weight", expert: int | None = None) -> str:
+    def name(
+        self, layer: int, projection: str, field: str = "weight", expert: int | None = None
+    ) -> str:
         """Tensor of one projection in the dense checkpoint."""
-        return f"{self.prefix}.{self.module(layer, part, expert)}.{field}"
+        return f"{self.prefix}.{self.module(layer, projection, expert)}.{field}"
 
     def packed_name(
-        self, layer: int, part: str, field: str = "weight", expert: int | None = None
+        self, layer: int, projection: str, field: str = "weight", expert: int | None = None
     ) -> str:
         """Tensor of one projection in the compressed checkpoint: attention is never fused there."""
-        if part in "qkvo":
-            return f"{self.attention_module(layer)}.{part}_proj.{field}"
+        if projection in "qkvo":
+            return f"{self.attention_module(layer)}.{projection}_proj.{field}"
         if expert is not None:
-            return f"{self.experts_module(layer)}.{expert}.{part}_proj.{field}"
-        return self.name(layer, part, field)
+            return f"{self.experts_module(layer)}.{expert}.{projection}_proj.{field}"
+        return self.name(layer, projection, field)
 
     def names_in(self, checkpoint: Checkpoint, layer: int | None) -> list[str]:
         """Tensors of the dense checkpoint that are in a layer, or (None) in no layer."""
@@ -223,7 +229,7 @@ class Family:
         return [name for name in checkpoint.names() if name.startswith(f"{layers}{layer}.")]
 
     def packed_rest(self, name: str) -> str:
-        """Name in the compressed checkpoint of a tensor that no part has."""
+        """Name in the compressed checkpoint of a tensor that no projection has."""
         return name
 
     def queries(self, layer: int) -> str:
@@ -232,19 +238,23 @@ class Family:
             return self.module(layer, "q")
         return self.norm_name(layer, "q").removeprefix(f"{self.prefix}.").removesuffix(".weight")
 
-    def norm_name(self, layer: int, part: str) -> str:
+    def norm_name(self, layer: int, projection: str) -> str:
         """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
-        return f"{self.attention_module(layer)}.{part}_norm.weight"
+        return f"{self.attention_module(layer)}.{projection}_norm.weight"
 
-    def fused(self, part: str) -> list[str]:
-        """Parts that lie in the same tensor as `part`, itself included, in order."""
-        return [other for other in self.places if self.places[other] == self.places[part]]
+    def fused(self, projection: str) -> list[str]:
+        """Projections that lie in the same tensor as `projection`, itself included, in order."""
+        return [other for other in self.places if self.places[other] == self.places[projection]]
 
     @property
     def first_of_mlp(self) -> list[list[str]]:
-        """The modules that read the MLP's input, each as the parts that are fused in it."""
-        parts = [part for part in ("gate", "up") if part in self.places]
-        return [self.fused(part) for part in parts if self.fused(part)[0] == part]
+        """The modules that read the MLP's input, each as the projections that are fused in it."""
+        projections = [projection for projection in ("gate", "up") if projection in self.places]
+        return [
+            self.fused(projection)
+            for projection in projections
+            if self.fused(projection)[0] == projection
+        ]
 
     @property
     def repacked(self) -> bool:
@@ -252,34 +262,36 @@ class Family:
         moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
         return moved or len(self.fused("q")) > 1
 
-    def width(self, part: str, fields: dict[str, Any]) -> int:
+    def width(self, projection: str, fields: dict[str, Any]) -> int:
         """Output size of a projection of the dense model."""
-        if part in "qkv":
-            return fields["heads" if part == "q" else "kv_heads"] * fields["head_dim"]
-        return fields["hidden_size"] if part in ("o", "down") else fields["intermediate_size"]
+        if projection in "qkv":
+            return fields["heads" if projection == "q" else "kv_heads"] * fields["head_dim"]
+        return fields["hidden_size"] if projection in ("o", "down") else fields["intermediate_size"]
 
-    def has_bias(self, part: str, fields: dict[str, Any]) -> bool:
+    def has_bias(self, projection: str, fields: dict[str, Any]) -> bool:
         """Whether a projection of the dense model has a bias."""
-        return fields[{"o": "o_bias"}.get(part, "qkv_bias" if part in "qkv" else "mlp_bias")]
+        return fields[
+            {"o": "o_bias"}.get(projection, "qkv_bias" if projection in "qkv" else "mlp_bias")
+        ]
 
     def shapes(self, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that compression replaces, of the dense model."""
         inputs = {"o": fields["heads"] * fields["head_dim"], "down": fields["intermediate_size"]}
         expected: dict[str, tuple[int, ...]] = {}
         for layer in range(fields["layers"]):
-            for part in self.places:
-                rows = sum(self.width(other, fields) for other in self.fused(part))
-                columns = inputs.get(part, fields["hidden_size"])
+            for projection in self.places:
+                rows = sum(self.width(other, fields) for other in self.fused(projection))
+                columns = inputs.get(projection, fields["hidden_size"])
                 shape = (columns, rows) if self.transposed else (rows, columns)
-                for expert in self.copies(part, fields):
-                    expected[self.name(layer, part, "weight", expert)] = shape
-                    if self.has_bias(part, fields):
-                        expected[self.name(layer, part, "bias", expert)] = (rows,)
+                for expert in self.copies(projection, fields):
+                    expected[self.name(layer, projection, "weight", expert)] = shape
+                    if self.has_bias(projection, fields):
+                        expected[self.name(layer, projection, "bias", expert)] = (rows,)
         return expected
 
-    def copies(self, part: str, fields: dict[str, Any]) -> Iterable[int | None]:
-        """The numbers of the experts that have a part; [None] for a part that is not theirs."""
-        return range(fields["experts"]) if part in self.experts else [None]
+    def copies(self, projection: str, fields: dict[str, Any]) -> Iterable[int | None]:
+        """The numbers of the experts that have a projection; [None] where it is not theirs."""
+        return range(fields["experts"]) if projection in self.experts else [None]
 
     # --- weights ---
 
@@ -287,33 +299,35 @@ class Family:
         self,
         checkpoint: Checkpoint,
         layer: int,
-        part: str,
+        projection: str,
         fields: dict[str, Any],
         expert: int | None = None,
     ) -> Tensor:
         """One projection as x W, (d̂, out), in its dtype; the bias as the last row (not o, down)."""
-        W = checkpoint.tensor(self.name(layer, part, "weight", expert))
-        W = self.unfuse(W if not self.transposed else W.T, part, fields).T
-        if part not in ("o", "down") and self.has_bias(part, fields):
-            b = checkpoint.tensor(self.name(layer, part, "bias"))
-            W = torch.cat((W, self.unfuse(b, part, fields)[None]))
+        W = checkpoint.tensor(self.name(layer, projection, "weight", expert))
+        W = self.unfuse(W if not self.transposed else W.T, projection, fields).T
+        if projection not in ("o", "down") and self.has_bias(projection, fields):
+            b = checkpoint.tensor(self.name(layer, projection, "bias"))
+            W = torch.cat((W, self.unfuse(b, projection, fields)[None]))
         return W
 
-    def unfuse(self, rows: Tensor, part: str, fields: dict[str, Any]) -> Tensor:
-        """The rows of one part among those of the tensor that it shares, (out, …) to (out', …).
+    def unfuse(self, rows: Tensor, projection: str, fields: dict[str, Any]) -> Tensor:
+        """The rows of one projection in the tensor that it shares, (out, …) to (out', …).
 
         RoPE pairs of q and k come out in halves, whatever the family's layout is.
         """
-        if part in "qkv" and self.interleaved(fields):
+        if projection in "qkv" and self.interleaved(fields):
             # Each group has its query heads, then its key head, then its value head.
             groups = rows.unflatten(0, (fields["kv_heads"], -1, fields["head_dim"]))
-            place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+            place = {"q": slice(-2), "k": slice(-2, -1), "v": slice(-1, None)}[projection]
             rows = groups[:, place].flatten(0, 2)
         else:
-            together = self.fused(part)
-            start = sum(self.width(other, fields) for other in together[: together.index(part)])
-            rows = rows[start : start + self.width(part, fields)]
-        return self.in_halves(rows, fields) if part in "qk" else rows
+            together = self.fused(projection)
+            start = sum(
+                self.width(other, fields) for other in together[: together.index(projection)]
+            )
+            rows = rows[start : start + self.width(projection, fields)]
+        return self.in_halves(rows, fields) if projection in "qk" else rows
 
     def in_halves(self, rows: Tensor, fields: dict[str, Any]) -> Tensor:
         """Move pairs that are neighbours (2j, 2j + 1) of each head to (j, j + pairs)."""
@@ -329,15 +343,15 @@ class Family:
     ) -> AttentionWeights:
         """Read one layer's attention weights; `fields` are those of `Arch`."""
 
-        def heads(part: str) -> Tensor:
-            W = self._rows(checkpoint, layer, part, fields).double()
+        def heads(projection: str) -> Tensor:
+            W = self._rows(checkpoint, layer, projection, fields).double()
             return W.unflatten(1, (-1, fields["head_dim"])).movedim(1, 0)
 
-        def gain(part: str) -> Tensor | None:
+        def gain(projection: str) -> Tensor | None:
             if self.qk_norm is None:
                 return None
-            gains = checkpoint.tensor(self.norm_name(layer, part)).double() + self.gain_offset
-            shape = (self.width(part, fields) // fields["head_dim"], fields["head_dim"])
+            gains = checkpoint.tensor(self.norm_name(layer, projection)).double() + self.gain_offset
+            shape = (self.width(projection, fields) // fields["head_dim"], fields["head_dim"])
             return gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
 
         o = self._rows(checkpoint, layer, "o", fields).double()
@@ -362,8 +376,8 @@ class Family:
     ) -> MLPWeights:
         """Read one layer's MLP weights, or one expert's; `fields` are those of `Arch`."""
 
-        def rows(part: str) -> Tensor:
-            return self._rows(checkpoint, layer, part, fields, expert)
+        def rows(projection: str) -> Tensor:
+            return self._rows(checkpoint, layer, projection, fields, expert)
 
         return MLPWeights(
             up=rows("up"), gate=rows("gate") if "gate" in self.places else None, down=rows("down")
@@ -377,8 +391,11 @@ class Family:
         transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n).
         """
         experts = {
-            part: [self.name(layer, part, "weight", expert) for expert in range(fields["experts"])]
-            for part in self.experts
+            projection: [
+                self.name(layer, projection, "weight", expert)
+                for expert in range(fields["experts"])
+            ]
+            for projection in self.experts
         }
         theirs = {name for names in experts.values() for name in names}
         tensors = {
@@ -403,25 +420,25 @@ class Family:
     ) -> dict[str, Tensor]:
         """Checkpoint tensors of compressed projections, in the dtype that they come in.
 
-        `solved` has W by part: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for the
-        MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are the
-        dense ones.
+        `solved` has W by projection: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for
+        the MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are
+        the dense ones.
         """
         tensors: dict[str, list[Tensor]] = {
             self.norm_name(layer, name[0]): [gains]
             for name, gains in solved.items()
             if name.endswith("_gain")
         }
-        for part in sorted(self.places.keys() & solved, key=list(self.places).index):
-            W = solved[part]
-            if part in "qkv":
+        for projection in sorted(self.places.keys() & solved, key=list(self.places).index):
+            W = solved[projection]
+            if projection in "qkv":
                 W = W.movedim(0, 1).flatten(1)
-            elif part == "o":
+            elif projection == "o":
                 W = W.flatten(0, 1)
-            if part not in ("o", "down") and self.has_bias(part, fields):
+            if projection not in ("o", "down") and self.has_bias(projection, fields):
                 W, b = W[:-1], W[-1]
-                tensors.setdefault(self.packed_name(layer, part, "bias"), []).append(b)
-            keep = self.transposed and part not in "qkvo"
-            name = self.packed_name(layer, part, "weight", expert)
+                tensors.setdefault(self.packed_name(layer, projection, "bias"), []).append(b)
+            keep = self.transposed and projection not in "qkvo"
+            name = self.packed_name(layer, projection, "weight", expert)
             tensors.setdefault(name, []).append(W if keep else W.T)
         return {name: torch.cat(pieces) for name, pieces in tensors.items()}

@@ -142,7 +142,7 @@ def read_gguf(path: Path) -> Gguf:
     """The header of a GGUF file of version 2 or 3.
 
     Raises A3Error unless header and tensors are there whole, each tensor's data follows the one's
-    before it, and the file holds a whole model: no part of a split one, no adapter.
+    before it, and the file holds a whole model: not one of several files, no adapter.
     """
     if path.stat().st_size == 0:
         raise A3Error(f"{path}: an empty file, expected a GGUF file. Fetch it again.")
@@ -176,10 +176,10 @@ def is_count(value: Any, most: int) -> bool:
 
 def require_whole_model(file: Gguf) -> None:
     """Raise A3Error for a file that is no model of its own."""
-    if (parts := file.of_file("split.count", 0)) > 1:
+    if (count := file.of_file("split.count", 0)) > 1:
         raise A3Error(
-            f"{file.path}: part {file.of_file('split.no', 0) + 1} of a model in {parts} files. "
-            "Merge them with llama.cpp's own tool: llama-gguf-split --merge FIRST-PART.gguf "
+            f"{file.path}: file {file.of_file('split.no', 0) + 1} of {count} that hold one model. "
+            "Merge them with llama.cpp's own tool: llama-gguf-split --merge FIRST-FILE.gguf "
             "WHOLE.gguf"
         )
     if (what := file.of_file("general.type", "model")) != "model":

@@ -131,7 +131,7 @@ def steps_in(rules: dict[str, Any] | None) -> tuple[Any, ...]:
     if rules is None:
         return ()
     if rules["type"] == "Sequence":
-        return tuple(step for part in rules["pretokenizers"] for step in steps_in(part))
+        return tuple(step for each in rules["pretokenizers"] for step in steps_in(each))
     return (step_of(rules),)
 
 

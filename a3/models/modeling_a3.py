@@ -413,18 +413,20 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     a3 = config.a3
     attention = ATTENTION.get(a3["family"], A3Attention)
     for layer, rank in enumerate(a3["mlp_ranks"]):
-        places = {part: inside(name).format(layer) for part, name in a3["modules"].items()}
+        places = {
+            projection: inside(name).format(layer) for projection, name in a3["modules"].items()
+        }
         where = places.pop("attention")
         body.set_submodule(where, attention(config, layer, body.get_submodule(where)))
         if name := places.pop("experts", None):
             body.set_submodule(name, Experts(body.get_submodule(name), rank))
         for name in dict.fromkeys(places.values()):
             # More than one where gate and up are fused.
-            parts = [part for part in places if places[part] == name]
-            body.set_submodule(name, resized(body.get_submodule(name), parts, rank, config))
-        # A product stands under the name of the first of the parts that are fused.
-        places |= {part: f"{where}.{part}_proj" for part in "qkvo"}
-        factorise(body, {places[part]: of for part, of in a3["factors"][layer].items()})
+            projections = [projection for projection in places if places[projection] == name]
+            body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
+        # A product stands under the name of the first of the projections that are fused.
+        places |= {projection: f"{where}.{projection}_proj" for projection in "qkvo"}
+        factorise(body, {places[projection]: of for projection, of in a3["factors"][layer].items()})
     if a3["same_pairs"]:
         gather_once(body)
     record_attentions(body)
@@ -439,11 +441,11 @@ def inside(name: str) -> str:
 
 
 def resized(
-    dense: nn.Module, parts: list[str], rank: int, config: PreTrainedConfig
+    dense: nn.Module, projections: list[str], rank: int, config: PreTrainedConfig
 ) -> nn.Linear | Conv1D:
-    """The module of the MLP that is `parts` of it, gate, up or down, for `rank` channels."""
-    d, down = config.hidden_size, parts == ["down"]
-    inputs, outputs = (rank, d) if down else (d, rank * len(parts))
+    """The module of the MLP that is `projections` of it, gate, up or down, for `rank` channels."""
+    d, down = config.hidden_size, projections == ["down"]
+    inputs, outputs = (rank, d) if down else (d, rank * len(projections))
     if isinstance(dense, Conv1D):
         return Conv1D(outputs, inputs)
     bias = dense.bias is not None or (down and config.a3["down_bias"])
@@ -569,7 +571,7 @@ def adapt_by_default(constants: ModuleType) -> None:
     `constants` is peft.utils.constants: tables of such modules, one a method, by model_type. The
     modules of attention have Llama's names in every family's compressed models, others do not.
     """
-    attention = {f"{part}_proj" for part in "qkvo"}
+    attention = {f"{projection}_proj" for projection in "qkvo"}
     tables = [
         vars(constants)[name] for name in dir(constants) if name.endswith("_TARGET_MODULES_MAPPING")
     ]

@@ -239,8 +239,8 @@ def size_obstacles(a3: dict[str, Any]) -> list[str]:
     """Sizes of a compressed model that no family has; `a3` is its config's entry."""
     ranks = {"QK": a3["qk_ranks"], "OV": a3["ov_ranks"], "MLP": a3["mlp_ranks"]}
     found = [
-        f"ranks of {part} differ between layers, {min(of)} to {max(of)}"
-        for part, of in ranks.items()
+        f"ranks of {component} differ between layers, {min(of)} to {max(of)}"
+        for component, of in ranks.items()
         if len(set(of)) > 1
     ]
     qk, ov = a3["qk_ranks"][0], a3["ov_ranks"][0]

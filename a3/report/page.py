@@ -138,9 +138,9 @@ def _dense_sentence(dense: pd.Series, text: str) -> str:
 
 
 def _best(results: Path, rows: list[pd.Series], ratio: str, text: str) -> str:
-    """The least perplexity at a ratio among the smallest models: those that compress every part.
+    """The least perplexity at a ratio among the smallest models: all components are compressed.
 
-    A row that compresses one part alone loses less and saves less; it is not what to compare with.
+    A row that compresses one component loses less and saves less: not what to compare with.
     Methods that the blocks do not tell from the best are named beside it.
     """
     at_ratio = [row for row in rows if row["ratio"] == ratio]

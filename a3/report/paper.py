@@ -57,20 +57,20 @@ def compare(path: Path, out: Path) -> None:
 # --- for reading ---
 def markdown(table: Table, found: list[Compared]) -> str:
     """The comparison as GitHub Markdown: one table a model, what builds it, and footnotes."""
-    parts = [f"# {table.spec['title']}", f"Ours (published, difference); {table.source.name}."]
+    paragraphs = [f"# {table.spec['title']}", f"Ours (published, difference); {table.source.name}."]
     for model in dict.fromkeys(one.cell.model for one in found):
         group = [one for one in found if one.cell.model == model]
-        parts += [f"## {model}", model_table(table, group)]
+        paragraphs += [f"## {model}", model_table(table, group)]
         missing = [one for one in group if one.ours is None]
         targets = dict.fromkeys(one.target for one in missing if one.target)
         reasons = dict.fromkeys(one.why_not for one in missing if one.why_not)
-        parts += [f"{NOT_BUILT}: `snakemake {target}` builds it" for target in targets]
-        parts += [f"{NOT_BUILT}: {reason}" for reason in reasons]
+        paragraphs += [f"{NOT_BUILT}: `snakemake {target}` builds it" for target in targets]
+        paragraphs += [f"{NOT_BUILT}: {reason}" for reason in reasons]
     marks = {i for one in found for i in one.notes}
     for i, note in enumerate(table.notes, 1):
         if i in marks or not note["where"]:
-            parts.append(f"{mark(i) if note['where'] else 'Note:'} {note['says']}.")
-    return "\n\n".join(parts) + "\n"
+            paragraphs.append(f"{mark(i) if note['where'] else 'Note:'} {note['says']}.")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def model_table(table: Table, group: list[Compared]) -> str:

@@ -7,6 +7,6 @@ from a3.solutions import mlp, ov, qk
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 
 
-def solver_of(part: str, name: str) -> Callable:
+def solver_of(component: str, name: str) -> Callable:
     """The function of a mode."""
-    return getattr(SOLUTIONS[part], name.replace("-", "_"))
+    return getattr(SOLUTIONS[component], name.replace("-", "_"))

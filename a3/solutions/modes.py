@@ -1,7 +1,7 @@
 """The registry of modes: what each reads, where it fits, and how a size becomes a rank.
 
-The mode `rxx-w` of part `mlp` is the function `rxx_w` of `a3.solutions.mlp`. Only names stand
-here, so that the workflow and the command line read this table without importing torch.
+The mode `rxx-w` of the component `mlp` is the function `rxx_w` of `a3.solutions.mlp`. Only names
+stand here, so that the workflow and the command line read this table without importing torch.
 """
 
 import re
@@ -20,28 +20,28 @@ MLPS = ("2-layer", "3-layer")
 
 EXPERTS = "experts"
 
-PARTS = ("qk", "ov", "mlp")
+COMPONENTS = ("qk", "ov", "mlp")
 
-# The matrices of each part.
-MATRICES = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
+# The projections of each component.
+PROJECTIONS = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
 
 # Sizes of heads that fused attention kernels of serving runtimes have.
 SERVABLE = (64, 80, 96, 112, 120, 128, 256)
 
-# The name, in every place where a mode is named, for a part that stays as it is.
+# The name, in every place where a mode is named, for a component that stays as it is.
 DENSE = "dense"
 
 # Characters; paths hold it.
 LONGEST_RATIO = 20
 
-# Stands for the ratio where every compressed part has a size of its own.
+# Stands for the ratio where every compressed component has a size of its own.
 NO_RATIO = "-"
 
 # Least squares overfits a short calibration: it is damped as if so many more tokens had been seen,
 # of inputs of the same mean square that have nothing in common (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
-# Behind a mode: its size is an average, shared out over layers and parts (`a3 allocate`).
+# Behind a mode: its size is an average, shared out over layers and components (`a3 allocate`).
 SHARED = "~"
 
 # The modes that can be: they say what the model loses at each rank, in the same unit.
@@ -50,7 +50,7 @@ SHARING = {"qk": "fisher", "ov": "joint", "mlp": "obs"}
 # The modes of the paper, and those past it that win together (docs/log.md), as options say them.
 PRESETS = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
-    "a3-plus": {part: mode + SHARED for part, mode in SHARING.items()},
+    "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
 }
 
 
@@ -58,8 +58,8 @@ PRESETS = {
 class Mode:
     """The statistics that a solution reads, in its order, and the types it fits.
 
-    Where a mode makes `factors`, every matrix of the part becomes a product of two, and `kinds` are
-    the metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
+    Where a mode makes `factors`, every projection becomes a product of two, and `kinds` are the
+    metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
     stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
     the product between the factors is what is cached (`latent`), it has the heads' smaller size.
     Where it is damped, the solution also reads `prior` over the number of tokens of the first kind.
@@ -74,9 +74,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one part: its mode, and the ratio to remove (Decimal) or the rank to keep.
+    """What becomes of a component: its mode, and the ratio to remove (Decimal) or rank to keep.
 
-    Where it is `shared`, the ratio is that of the model's shared parts together.
+    Where it is `shared`, the ratio is that of the model's shared components together.
     """
 
     mode: str
@@ -93,11 +93,11 @@ class Choice:
         return f"{self.name}@{self.size}"
 
 
-def two_factors(part: str, metrics: dict[str, str] | None = None) -> Mode:
-    """A mode that factors the matrices of a part, each by the metric of its input."""
-    named = {name: metrics and metrics[name] for name in MATRICES[part]}
+def two_factors(component: str, metrics: dict[str, str] | None = None) -> Mode:
+    """A mode that factors the matrices of a component, each by the metric of its input."""
+    named = {name: metrics and metrics[name] for name in PROJECTIONS[component]}
     kinds = tuple(dict.fromkeys(kind for kind in named.values() if kind))
-    return Mode(kinds, MLPS if part == "mlp" else NOPE + ROPE, named)
+    return Mode(kinds, MLPS if component == "mlp" else NOPE + ROPE, named)
 
 
 # Which statistic is the metric of a matrix's input. With less output than input, that of the output
@@ -121,7 +121,8 @@ METRICS: dict[str, dict[str, str] | None] = {
 METRICS["svd-llm-v2"] = METRICS["svd-llm"]
 
 FACTORED = {
-    part: {name: two_factors(part, metrics) for name, metrics in METRICS.items()} for part in PARTS
+    component: {name: two_factors(component, metrics) for name, metrics in METRICS.items()}
+    for component in COMPONENTS
 }
 
 QK = ("q_blocks", "k_blocks")
@@ -167,75 +168,77 @@ MODES: dict[str, dict[str, Mode]] = {
 }
 
 
-def find_mode(part: str, name: str) -> Mode:
-    """The mode of a part; raises A3Error, listing those that exist, for a name not known."""
-    if name not in MODES[part]:
+def find_mode(component: str, name: str) -> Mode:
+    """The mode of a component; raises A3Error, listing those that exist, for a name not known."""
+    if name not in MODES[component]:
         raise A3Error(
-            f"{part} mode {name!r} is not known. Modes of {part}: "
-            f"{', '.join(MODES[part])}, or {DENSE} to leave it as it is."
+            f"{component} mode {name!r} is not known. Modes of {component}: "
+            f"{', '.join(MODES[component])}, or {DENSE} to leave it as it is."
         )
-    return MODES[part][name]
+    return MODES[component][name]
 
 
-def check_fit(part: str, name: str, kind_of_part: str) -> None:
+def check_fit(component: str, name: str, layer_type: str) -> None:
     """Raise A3Error where the mode does not fit the attention or MLP type, naming those that do."""
-    if kind_of_part not in find_mode(part, name).fits:
-        fitting = [other for other, mode in MODES[part].items() if kind_of_part in mode.fits]
+    if layer_type not in find_mode(component, name).fits:
+        fitting = [other for other, mode in MODES[component].items() if layer_type in mode.fits]
         raise A3Error(
-            f"{part} mode {name!r} does not fit {kind_of_part}. Modes that do: "
+            f"{component} mode {name!r} does not fit {layer_type}. Modes that do: "
             f"{', '.join(fitting) or 'none'}, or {DENSE}."
         )
 
 
 def kinds_needed(choices: dict[str, Choice]) -> list[str]:
-    """Statistics that the modes of the given parts read, sorted."""
-    chosen = [find_mode(part, choice.mode) for part, choice in choices.items()]
+    """Statistics that the modes of the given components read, sorted."""
+    chosen = [find_mode(component, choice.mode) for component, choice in choices.items()]
     return sorted({kind for mode in chosen for kind in mode.kinds})
 
 
 def choose(row: Mapping[str, str]) -> dict[str, Choice]:
-    """The choice for each part that a row ({"qk": …, "ov": …, "mlp": …, "ratio": …}) compresses.
+    """The choice for each component that a row (qk, ov, mlp, ratio) compresses.
 
-    A part is `dense`, a mode, which takes the row's ratio, or a mode with a size of its own:
+    A component is `dense`, a mode, which takes the row's ratio, or a mode with a size of its own:
     `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` shares the row's ratio out over its layers, and
-    with the other parts that have a `~`. The ratio is `-` where no part takes it. Raises A3Error
-    for a mode that is not known, and a size that is missing, without use or not spelled as it
-    should be.
+    with the other components that have a `~`. The ratio is `-` where no component takes it. Raises
+    A3Error for a mode that is not known, and a size that is missing, without use or not spelled as
+    it should be.
     """
     ratio = row["ratio"]
-    cells = {part: row[part] for part in PARTS if row[part] != DENSE}
-    choices = {part: parse_choice(part, cell, ratio) for part, cell in cells.items()}
-    for part, choice in choices.items():
-        find_mode(part, choice.mode)
+    cells = {component: row[component] for component in COMPONENTS if row[component] != DENSE}
+    choices = {component: parse_choice(component, cell, ratio) for component, cell in cells.items()}
+    for component, choice in choices.items():
+        find_mode(component, choice.mode)
     if ratio != NO_RATIO:
         parse_ratio(ratio)
         if cells and all("@" in cell for cell in cells.values()):
             raise A3Error(
-                f"ratio {ratio} is of no use: every compressed part has a size of its own. Leave "
-                f"it out (in a table: {NO_RATIO})."
+                f"ratio {ratio} is of no use: every compressed component has a size of its own. "
+                f"Leave it out (in a table: {NO_RATIO})."
             )
     return choices
 
 
-def parse_choice(part: str, cell: str, ratio: str) -> Choice:
+def parse_choice(component: str, cell: str, ratio: str) -> Choice:
     """`xkv`, `xkv@0.3` or `xkv@48` of a row with this ratio; raises A3Error for the size only."""
     mode, at, size = cell.partition("@")
     if mode.endswith(SHARED):
-        if at or ratio == NO_RATIO or mode[:-1] != SHARING[part]:
+        if at or ratio == NO_RATIO or mode[:-1] != SHARING[component]:
             raise A3Error(
-                f"{part} is {cell!r}: {SHARED} shares out the ratio of all parts, by what the "
-                f"model loses in each, which {SHARING[part]} tells. Write {SHARING[part]}{SHARED}, "
-                "and a ratio."
+                f"{component} is {cell!r}: {SHARED} shares out the ratio of all components, by "
+                f"what the model loses in each, which {SHARING[component]} tells. Write "
+                f"{SHARING[component]}{SHARED}, and a ratio."
             )
         return Choice(mode[:-1], parse_ratio(ratio), shared=True)
     if mode == DENSE:
-        raise A3Error(f"{part} is {cell!r}: a part that stays has no size. Write {DENSE}.")
+        raise A3Error(
+            f"{component} is {cell!r}: a component that stays has no size. Write {DENSE}."
+        )
     if at:
-        return Choice(mode, parse_size(size, f"{part} mode {cell!r}"))
+        return Choice(mode, parse_size(size, f"{component} mode {cell!r}"))
     if ratio == NO_RATIO:
         raise A3Error(
-            f"{part} mode {mode!r} has no size. Give a ratio for all parts, or one of its own: "
-            f"{mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
+            f"{component} mode {mode!r} has no size. Give a ratio for all components, or one of "
+            f"its own: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
         )
     return Choice(mode, parse_ratio(ratio))
 

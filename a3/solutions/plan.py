@@ -9,9 +9,9 @@ from a3.core.errors import A3Error
 from a3.models.arch import Arch, load_arch
 from a3.solutions.factors import rank_for
 from a3.solutions.modes import (
+    COMPONENTS,
     DENSE,
     EXPERTS,
-    PARTS,
     SERVABLE,
     SHARED,
     Choice,
@@ -23,14 +23,14 @@ from a3.solutions.modes import (
     rank_of,
 )
 
-# No part of a layer that shares out a ratio keeps less than this share: a second-order loss says
-# nothing so far away.
+# No component of a layer that shares out a ratio keeps less than this share: a second-order loss
+# says nothing so far away.
 LEAST = 0.125
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to each part that is compressed: {"qk": choice, …}.
+    """What to do to each component that is compressed: {"qk": choice, …}.
 
     `servable`: heads get the nearest of the sizes that fused kernels of serving runtimes have.
     `multiple`: a ratio leaves the nearest multiple of it, which hardware may like better.
@@ -43,7 +43,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise A3Error(f"multiple is {self.multiple}; expected 1 or more.")
-        shared = [part for part, choice in self.choices.items() if choice.shared and part != "mlp"]
+        shared = [
+            component
+            for component, choice in self.choices.items()
+            if choice.shared and component != "mlp"
+        ]
         if self.servable and shared:
             raise A3Error(
                 f"servable: {' and '.join(shared)} share out a ratio ({SHARED}), which makes heads "
@@ -58,27 +62,27 @@ class Plan:
     def check(self, model_folder: Path) -> None:
         """Raise A3Error for what allocate or approx would refuse of it, before they run.
 
-        A mode does not fit the model, nothing would be left of a part, or it cannot share a ratio.
+        A mode does not fit the model, a component would vanish, or it cannot share a ratio.
         """
         arch = load_arch(model_folder)
         self.ranks(arch)
         self.check_sharing(arch)
 
     def check_sharing(self, arch: Arch) -> None:
-        """Raise A3Error where a part that shares out a ratio cannot do so in this model."""
-        for part, choice in self.shared.items():
-            if part == "qk":
+        """Raise A3Error where a component that shares out a ratio cannot do so in this model."""
+        for component, choice in self.shared.items():
+            if component == "qk":
                 require_whole_rope(arch)
             # What the ratio leaves before it is rounded makes the budget.
-            require_room(arch, part, part_rank(arch, part, choice, 1), self.multiple)
+            require_room(arch, component, component_rank(arch, component, choice, 1), self.multiple)
 
     def ranks(self, arch: Arch) -> dict[str, int]:
-        """Rank of each compressed part; raises A3Error where its mode or size does not fit."""
+        """Rank of each compressed component; raises A3Error where its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         ranks = {
-            part: part_rank(arch, part, choice, self.multiple)
-            for part, choice in self.choices.items()
+            component: component_rank(arch, component, choice, self.multiple)
+            for component, choice in self.choices.items()
         }
         return servable_ranks(arch, ranks) if self.servable else ranks
 
@@ -86,56 +90,60 @@ class Plan:
         """Sizes of heads and MLP that the model gets: full where matrices are only factored."""
         ranks = self.ranks(arch) if self.choices else {}
         return {
-            part: ranks[part] if part in ranks and not self.mode(part).factors else full
-            for part, full in ((part, arch.full_rank(part)) for part in PARTS)
+            component: ranks[component]
+            if component in ranks and not self.mode(component).factors
+            else full
+            for component, full in (
+                (component, arch.full_rank(component)) for component in COMPONENTS
+            )
         }
 
     def factors(self, arch: Arch) -> dict[str, int]:
         """Rank of each matrix that becomes a product of two, where all layers have the same."""
         found: dict[str, int | None] = {}
-        for part, rank in (self.ranks(arch) if self.choices else {}).items():
-            if self.mode(part).factors:
-                found |= factor_ranks(arch, part, self.mode(part), rank, self.multiple)
+        for component, rank in (self.ranks(arch) if self.choices else {}).items():
+            if self.mode(component).factors:
+                found |= factor_ranks(arch, component, self.mode(component), rank, self.multiple)
         return {name: rank for name, rank in found.items() if rank is not None}
 
     @property
     def shared(self) -> dict[str, Choice]:
-        """The parts that share out a ratio."""
-        return {part: choice for part, choice in self.choices.items() if choice.shared}
+        """The components that share out a ratio."""
+        return {component: choice for component, choice in self.choices.items() if choice.shared}
 
-    def mode(self, part: str) -> Mode:
-        """The mode of a part."""
-        return find_mode(part, self.choices[part].mode)
+    def mode(self, component: str) -> Mode:
+        """The mode of a component."""
+        return find_mode(component, self.choices[component].mode)
 
 
 def factor_ranks(
-    arch: Arch, part: str, mode: Mode, rank: int, multiple: int
+    arch: Arch, component: str, mode: Mode, rank: int, multiple: int
 ) -> dict[str, int | None]:
-    """Ranks of a part's matrices as products of two, for the `rank` of the part; None: it stays."""
-    kept = rank / arch.full_rank(part)
+    """Ranks of a component's projections as products of two, at its `rank`; None: it stays."""
+    kept = rank / arch.full_rank(component)
     if mode.latent:
         return {"k": arch.kv_heads * rank if kept < 1 else None}
-    shapes = arch.matrix_shapes(part)
+    shapes = arch.matrix_shapes(component)
     return {name: rank_for(shape, kept, multiple) for name, shape in shapes.items()}
 
 
-def part_rank(arch: Arch, part: str, choice: Choice, multiple: int) -> int:
-    """Rank of one part; raises A3Error where its mode or size does not fit the model.
+def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) -> int:
+    """Rank of one component; raises A3Error where its mode or size does not fit the model.
 
     What a ratio leaves is rounded to a `multiple`; where matrices are factored, their ranks are.
     """
     mlp = EXPERTS if arch.experts else arch.mlp
-    check_fit(part, choice.mode, mlp if part == "mlp" else arch.attention)
-    full = arch.full_rank(part)
+    check_fit(component, choice.mode, mlp if component == "mlp" else arch.attention)
+    full = arch.full_rank(component)
     # A head that is rotated whole consists of pairs.
-    step = 2 if part == "qk" and arch.rope_dims == arch.head_dim else 1
-    if isinstance(choice.size, Decimal) and not find_mode(part, choice.mode).factors:
+    step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
+    if isinstance(choice.size, Decimal) and not find_mode(component, choice.mode).factors:
         step = math.lcm(step, multiple)
-    least = 2 if part == "qk" and arch.rope_layout else 1
+    least = 2 if component == "qk" and arch.rope_layout else 1
     try:
         return rank_of(full, choice.size, step, least)
     except A3Error as error:
-        raise A3Error(f"{part} mode {choice.mode!r}: {error}") from None
+        raise A3Error(f"{component} mode {choice.mode!r}: {error}") from None
 
 
 def require_whole_rope(arch: Arch) -> None:
@@ -152,28 +160,28 @@ def require_whole_rope(arch: Arch) -> None:
         )
 
 
-def least_rank(arch: Arch, part: str) -> int:
-    """The least rank that a layer may get of a part that shares out a ratio."""
-    least = max(1, int(LEAST * arch.full_rank(part)))
-    return 2 * max(1, least // 2) if part == "qk" else least
+def least_rank(arch: Arch, component: str) -> int:
+    """The least rank that a layer may get of a component that shares out a ratio."""
+    least = max(1, int(LEAST * arch.full_rank(component)))
+    return 2 * max(1, least // 2) if component == "qk" else least
 
 
-def require_room(arch: Arch, part: str, rank: int, multiple: int) -> None:
+def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
     """Raise A3Error where the same rank for all layers is none that a layer may get."""
-    step = math.lcm(multiple, 2) if part == "qk" else multiple
-    least = -(-least_rank(arch, part) // step) * step
-    if rank < min(least, arch.full_rank(part)):
+    step = math.lcm(multiple, 2) if component == "qk" else multiple
+    least = -(-least_rank(arch, component) // step) * step
+    if rank < min(least, arch.full_rank(component)):
         raise A3Error(
-            f"allocate: this ratio leaves {part} rank {rank} of {arch.full_rank(part)}, and no "
-            f"layer gets less than {least} (an eighth, and a multiple of {step}). Take a smaller "
-            "ratio or multiple."
+            f"allocate: this ratio leaves {component} rank {rank} of {arch.full_rank(component)}, "
+            f"and no layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
+            "smaller ratio or multiple."
         )
 
 
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
     """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
-    A part that keeps all stays. Raises A3Error where there is no smaller size than the dense one.
+    A component that keeps all stays. Raises A3Error where no size is smaller than the dense one.
     """
     heads = {p: ranks[p] for p in ("qk", "ov") if ranks.get(p, arch.head_dim) < arch.head_dim}
     if not heads:
@@ -199,8 +207,8 @@ def check_experiments(model_folder: Path, experiments: list[dict[str, str]]) -> 
     for row in experiments:
         choices = choose(row)
         try:
-            for part, choice in choices.items():
-                part_rank(arch, part, choice, 1)
+            for component, choice in choices.items():
+                component_rank(arch, component, choice, 1)
             Plan(choices).check_sharing(arch)
         except A3Error as error:
             said = ", ".join(f"{key} {value}" for key, value in row.items())

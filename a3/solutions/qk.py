@@ -107,7 +107,7 @@ def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: i
 def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: int) -> QKSolution:
     """RoPE pairs eliminated by their effect on the loss; those that stay make up for the others.
 
-    A pair's part in the scores of a query is linear in its two query dimensions, so that any
+    A pair's share in the scores of a query is linear in its two query dimensions, so that any
     complex factor of them (a rotation and a scale, which commute with RoPE) is free at run
     time. To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
     (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them

@@ -23,7 +23,7 @@ PLAIN = "-"
 # The form of the statistics that each method reads beside full ones, by which errors are reported.
 METHODS = {"none": None, "lqer-svd": None, "lqer-act": "peak", "qera": "full"}
 
-# The input of each part's matrix, by the names of statistics.
+# The input of each projection, by the names of statistics.
 INPUTS = {
     **dict.fromkeys("qkv", "attention_input"),
     "o": "o_proj_input",

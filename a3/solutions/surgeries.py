@@ -11,8 +11,8 @@ from decimal import Decimal
 
 from a3.core.errors import A3Error
 
-# The matrices that are operated on.
-MATRICES = ("q", "k", "v")
+# The projections that are operated on.
+PROJECTIONS = ("q", "k", "v")
 
 # The statistic that is the metric of modes with one.
 METRIC = "attention_input"
@@ -42,7 +42,7 @@ class Surgery:
         """Which matrices, as (layer, name), have components together."""
         if self.shared == "layers":
             return [[(i, name) for i in range(layers) for name in names] for names in ("q", "kv")]
-        names = ("q", "kv") if self.shared == "kv" else MATRICES
+        names = ("q", "kv") if self.shared == "kv" else PROJECTIONS
         return [[(i, name) for name in together] for i in range(layers) for together in names]
 
     @property

@@ -27,36 +27,36 @@ MARGIN = 64
 
 
 def interleave(
-    parts: Mapping[str, Sequence[Document]], shares: Mapping[str, float]
+    members: Mapping[str, Sequence[Document]], shares: Mapping[str, float]
 ) -> list[Document]:
-    """Documents of all parts, each part's in its order, so that a prefix has about the shares.
+    """Documents of all members, each member's in its order, so that a prefix has about the shares.
 
-    Shares are of characters. The part that is furthest behind its share comes next; where it has
+    Shares are of characters. The member that is furthest behind its share comes next; where it has
     no more documents the mixture ends, so that its last documents keep to the shares too.
     """
     mixed: list[Document] = []
-    used, places = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+    used, places = dict.fromkeys(members, 0), dict.fromkeys(members, 0)
     while True:
-        part = min(parts, key=lambda name: used[name] / shares[name])
-        if places[part] == len(parts[part]):
+        member = min(members, key=lambda name: used[name] / shares[name])
+        if places[member] == len(members[member]):
             return mixed
-        document = parts[part][places[part]]
+        document = members[member][places[member]]
         mixed.append(document)
-        places[part] += 1
-        used[part] += len(document.text)
+        places[member] += 1
+        used[member] += len(document.text)
 
 
 def permuted(documents: Sequence[Document], seed: int) -> list[Document]:
     """Documents in an order drawn by `seed`; those of a mixture keep to its shares."""
-    parts: dict[str, list[Document]] = {}
+    members: dict[str, list[Document]] = {}
     for document in documents:
-        parts.setdefault(document.part, []).append(document)
-    for found in parts.values():
+        members.setdefault(document.member, []).append(document)
+    for found in members.values():
         random.Random(seed).shuffle(found)
-    if len(parts) == 1:
-        return parts.popitem()[1]
-    shares = {part: max(1, sum(len(d.text) for d in found)) for part, found in parts.items()}
-    return interleave(parts, shares)
+    if len(members) == 1:
+        return members.popitem()[1]
+    shares = {member: max(1, sum(len(d.text) for d in found)) for member, found in members.items()}
+    return interleave(members, shares)
 
 
 def token_blocks(
@@ -106,8 +106,8 @@ def scored_blocks(
     if tokens != ALL:
         needed = int(tokens) // block_length * (block_length - (bos is True))
     text = JOINS[join].join(document.text for document in documents)
-    part, encoded = encode(text, tokenizer, needed, return_offsets_mapping=True)
-    ids, sizes = encoded["input_ids"], byte_sizes(part, encoded["offset_mapping"])
+    prefix, encoded = encode(text, tokenizer, needed, return_offsets_mapping=True)
+    ids, sizes = encoded["input_ids"], byte_sizes(prefix, encoded["offset_mapping"])
     if bos == ONCE and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         ids, sizes = [tokenizer.bos_token_id, *ids], [0, *sizes]
     each = bos is True
@@ -136,10 +136,10 @@ def encode(
     """As much of the text as gives `needed` tokens (None: all), and its encoding; none special."""
     characters = len(text) if needed is None else CHARACTERS_PER_TOKEN * (needed + MARGIN)
     while True:
-        part = text[:characters]
-        encoded = tokenizer(part, add_special_tokens=False, verbose=False, **options)
-        if len(part) == len(text) or len(encoded["input_ids"]) >= (needed or 0) + MARGIN:
-            return part, encoded
+        prefix = text[:characters]
+        encoded = tokenizer(prefix, add_special_tokens=False, verbose=False, **options)
+        if len(prefix) == len(text) or len(encoded["input_ids"]) >= (needed or 0) + MARGIN:
+            return prefix, encoded
         characters *= 2
 
 

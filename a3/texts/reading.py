@@ -58,19 +58,19 @@ DELIMITERS = ",;\t|"
 
 @dataclass(frozen=True)
 class Document:
-    """One article, page or speech; `title` may be empty. `part`: of a mixture, where it is from."""
+    """An article, page or speech; `title` may be empty. `member`: of a mixture, which it is of."""
 
     title: str
     text: str
-    part: str = ""
+    member: str = ""
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
-    """Write one JSON object a line (title, text, part if any), whole or not at all."""
+    """Write one JSON object a line (title, text, member if any), whole or not at all."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for document in documents:
             fields = {
-                key: value for key, value in asdict(document).items() if value or key != "part"
+                key: value for key, value in asdict(document).items() if value or key != "member"
             }
             stream.write(json.dumps(fields, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -272,12 +272,12 @@ def as_document(fields: Any, column: str, where: str) -> Document:
             f"{where}: {column} is {shown(text)}, expected a string or null. Where the text is in "
             "it, take it out: one string a record."
         )
-    title, part = (word(fields.get(key), key, where) for key in ("title", "part"))
+    title, member = (word(fields.get(key), key, where) for key in ("title", "member"))
     try:
-        f"{title}{text}{part}".encode()
+        f"{title}{text}{member}".encode()
     except UnicodeEncodeError as error:
         raise A3Error(f"{where}: half a surrogate pair ({error}). Correct it.") from error
-    return Document(title, text, part)
+    return Document(title, text, member)
 
 
 def word(value: Any, key: str, where: str) -> str:
@@ -396,7 +396,7 @@ def parquet_records(name: str, content: bytes, column: str) -> Iterator[tuple[st
         names = table.schema_arrow.names
         if column not in names:
             yield name, dict.fromkeys(names)
-        wanted = [each for each in (column, "title", "part") if each in names]
+        wanted = [each for each in (column, "title", "member") if each in names]
         rows = (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
         yield from ((f"{name}: record {i}", row) for i, row in enumerate(rows, 1))
     # Text that is not UTF-8 is of type ValueError.

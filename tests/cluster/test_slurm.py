@@ -79,7 +79,7 @@ def test_of_shards_and_runs_of_layers_the_cancelled_one_alone_is_done_again(proj
         project.open(stage)
     run.finish()
     states = Counter((job["rule"], job["state"]) for job in run.jobs())
-    for rule in ("collect_together", "approx_part"):
+    for rule in ("collect_together", "approx_shard"):
         assert (states[rule, "CANCELLED"], states[rule, "COMPLETED"]) == (1, 2)
     check_same(project, local)
 

@@ -56,7 +56,7 @@ def made(results):
     ]
     write_results(results, experiments)
     for index, one in enumerate(experiments):
-        modes = "+".join(one[part] for part in ("qk", "ov", "mlp"))
+        modes = "+".join(one[component] for component in ("qk", "ov", "mlp"))
         tail = f"small/{one['calibration']}/{modes}/{one['ratio']}"
         path = results / "checkpoints" / tail / "approx.json"
         approx = read_record(path)

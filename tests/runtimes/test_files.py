@@ -84,9 +84,9 @@ def test_every_export_is_llama_cpps(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def texts():
-    """Texts of many scripts, and random mixtures of their parts."""
-    draw, parts = random.Random(0), re.findall(r"\s+|\w+|[^\w\s]", "".join(TEXTS))
-    return TEXTS + ["".join(draw.choices(parts, k=draw.randint(2, 14))) for _ in range(1500)]
+    """Texts of many scripts, and random mixtures of their pieces."""
+    draw, pieces = random.Random(0), re.findall(r"\s+|\w+|[^\w\s]", "".join(TEXTS))
+    return TEXTS + ["".join(draw.choices(pieces, k=draw.randint(2, 14))) for _ in range(1500)]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ as many files of weights, and one more for what is in no layer.
 """
 
 JOBS = C["approx_jobs"]
-PARTS_OF_CHECKPOINT = f"{RESULTS}/parts/{RUN}"
+SHARDS_OF_CHECKPOINT = f"{RESULTS}/shards/{RUN}"
 
 
 rule allocate:
@@ -72,20 +72,20 @@ rule approx:
 
 if JOBS > 1:
 
-    use rule approx as approx_part with:
+    use rule approx as approx_shard with:
         output:
-            weights=temp(f"{PARTS_OF_CHECKPOINT}/{{part}}.safetensors"),
-            said=temp(f"{PARTS_OF_CHECKPOINT}/{{part}}.json"),
+            weights=temp(f"{SHARDS_OF_CHECKPOINT}/{{shard}}.safetensors"),
+            said=temp(f"{SHARDS_OF_CHECKPOINT}/{{shard}}.json"),
         log:
-            f"{LOGS}/checkpoints/{RUN}.{{part}}.log",
+            f"{LOGS}/checkpoints/{RUN}.{{shard}}.log",
         benchmark:
-            f"{LOGS}/checkpoints/{RUN}.{{part}}.benchmark.tsv"
+            f"{LOGS}/checkpoints/{RUN}.{{shard}}.benchmark.tsv"
 
     rule gather:
         input:
             arch=f"{RESULTS}/models/{{model}}/arch.json",
-            weights=[f"{PARTS_OF_CHECKPOINT}/{i}of{JOBS}.safetensors" for i in range(JOBS)],
-            said=[f"{PARTS_OF_CHECKPOINT}/{i}of{JOBS}.json" for i in range(JOBS)],
+            weights=[f"{SHARDS_OF_CHECKPOINT}/{i}of{JOBS}.safetensors" for i in range(JOBS)],
+            said=[f"{SHARDS_OF_CHECKPOINT}/{i}of{JOBS}.json" for i in range(JOBS)],
         output:
             weights=[f"{CHECKPOINT}/{name}" for name in WEIGHTS],
             config=f"{CHECKPOINT}/config.json",

@@ -6,7 +6,7 @@ there is nothing yet or everything is stale. Where some are there and some are m
 is, so that a new or removed kind is built alone. Where some calibrations need fewer kinds than
 others, `collect_others` is their `collect_together`; `collect_paper` is that of the paper's tables.
 
-A calibration with several `shards` is collected in as many jobs, each of which sees a part of the
+A calibration with several `shards` is collected in as many jobs, each of which sees a run of the
 blocks and writes to `shards/0of4` …, and `merge` adds them. How many is fixed in the config, and they
 are added in order, so that the scheduler decides nothing about the bytes.
 
@@ -25,12 +25,12 @@ rule collect:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         text=calibration_text,
     output:
-        rxx=[f"{RXX}{{shard}}/{{kind}}.safetensors"],
-        timing=[f"{RXX}{{shard}}/{{kind}}.timing.json"],
+        rxx=[f"{RXX}{{shard_folder}}/{{kind}}.safetensors"],
+        timing=[f"{RXX}{{shard_folder}}/{{kind}}.timing.json"],
     log:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/{{kind}}.log",
+        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/{{kind}}.log",
     benchmark:
-        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/{{kind}}.benchmark.tsv"
+        f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/{{kind}}.benchmark.tsv"
     conda:
         "../../environment.yaml"
     threads: C["threads"]["collect"]
@@ -41,7 +41,7 @@ rule collect:
         settings=settings(
             "calibrations", "calibration", ("tokens", "block_length", "seed", "bos", "dtype")
         ),
-        shard=lambda wildcards: ["--shard", Path(wildcards.shard).name] if wildcards.shard else [],
+        shard=shard_option,
         # A parameter that takes the input makes nothing stale when it changes (Snakemake looks at
         # the input instead): a new row is checked, and leaves the statistics as they are.
         experiments=lambda wildcards, input: experiments_of(wildcards.model),
@@ -56,12 +56,12 @@ if len(KINDS) > 1:
 
     use rule collect as collect_together with:
         output:
-            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in KINDS],
-            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in KINDS],
+            rxx=[f"{RXX}{{shard_folder}}/{kind}.safetensors" for kind in KINDS],
+            timing=[f"{RXX}{{shard_folder}}/{kind}.timing.json" for kind in KINDS],
         log:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.log",
         benchmark:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.benchmark.tsv"
         wildcard_constraints:
             calibration=one_of(set(CALIBRATED) - set(OTHERS)),
 
@@ -78,12 +78,12 @@ if len(OTHER_KINDS) > 1:
 
     use rule collect as collect_others with:
         output:
-            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in OTHER_KINDS],
-            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in OTHER_KINDS],
+            rxx=[f"{RXX}{{shard_folder}}/{kind}.safetensors" for kind in OTHER_KINDS],
+            timing=[f"{RXX}{{shard_folder}}/{kind}.timing.json" for kind in OTHER_KINDS],
         log:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.log",
         benchmark:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.benchmark.tsv"
         wildcard_constraints:
             calibration=one_of(OTHERS),
 
@@ -100,12 +100,12 @@ if PAPER_CALIBRATIONS:
 
     use rule collect as collect_paper with:
         output:
-            rxx=[f"{RXX}{{shard}}/{kind}.safetensors" for kind in PAPER_KINDS],
-            timing=[f"{RXX}{{shard}}/{kind}.timing.json" for kind in PAPER_KINDS],
+            rxx=[f"{RXX}{{shard_folder}}/{kind}.safetensors" for kind in PAPER_KINDS],
+            timing=[f"{RXX}{{shard_folder}}/{kind}.timing.json" for kind in PAPER_KINDS],
         log:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.log",
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.log",
         benchmark:
-            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard}}/together.benchmark.tsv"
+            f"{LOGS}/rxx/{{model}}/{{calibration}}{{shard_folder}}/together.benchmark.tsv"
         wildcard_constraints:
             calibration=one_of(PAPER_CALIBRATIONS),
 

@@ -136,11 +136,11 @@ wildcard_constraints:
     calibration=r"[\w.-]+",
     text=r"[\w.-]+",
     kind=r"\w+",
+    shard=r"\d+of\d+",
     # Nothing, or the shard of a calibration that is collected in several jobs.
-    part=r"\d+of\d+",
-    shard=r"(/shards/\d+of\d+)?",
+    shard_folder=r"(/shards/\d+of\d+)?",
     # A mode, with `~` where its ratio is shared out, with `@` and a size where it has its own; a
-    # ratio is `-` where all parts do.
+    # ratio is `-` where all components do.
     qk=r"[\w@.~-]+",
     ov=r"[\w@.~-]+",
     mlp=r"[\w@.~-]+",
@@ -180,7 +180,7 @@ def sources(section, key):
         if "train" in source:
             return expand(TRAINED, model=wildcards[key])
         if "mix" in source:
-            return [f"{RESULTS}/texts/{part}/docs.jsonl" for part in source["mix"]]
+            return [f"{RESULTS}/texts/{member}/docs.jsonl" for member in source["mix"]]
         return list(map(str, local_inputs(section, source)))
 
     return files
@@ -247,6 +247,12 @@ def shards(ending, wildcards):
     """The files of one kind of all shards, in order."""
     folder, count = RXX.format(**wildcards), C["calibrations"][wildcards.calibration]["shards"]
     return [f"{folder}/shards/{i}of{count}/{wildcards.kind}.{ending}" for i in range(count)]
+
+
+def shard_option(wildcards):
+    """What tells `a3 collect` which shard it makes, where it is one."""
+    folder = wildcards.shard_folder
+    return ["--shard", Path(folder).name] if folder else []
 
 
 def kinds_together(calibration):
@@ -316,9 +322,9 @@ def allocation_needed(wildcards):
 
 
 def approx_output(wildcards, output):
-    """Where `a3 approx` writes: a folder, or the file of one part."""
-    if "part" in wildcards.keys():
-        return ["--part", wildcards.part, "-o", output.weights]
+    """Where `a3 approx` writes: a folder, or the file of one shard."""
+    if "shard" in wildcards.keys():
+        return ["--shard", wildcards.shard, "-o", output.weights]
     return ["-o", str(Path(output.config).parent)]
 
 
@@ -382,10 +388,10 @@ def quantise_options(wildcards):
 
 
 def scored_text(wildcards):
-    """The part of a text that a perplexity entry scores."""
+    """The split of a text that a perplexity entry scores."""
     chosen = entry("perplexity", wildcards.text)
-    part = "docs" if chosen["split"] == "all" else chosen["split"]
-    return f"{RESULTS}/texts/{chosen['text']}/{part}.jsonl"
+    split = "docs" if chosen["split"] == "all" else chosen["split"]
+    return f"{RESULTS}/texts/{chosen['text']}/{split}.jsonl"
 
 
 def scored_source(wildcards):

@@ -19,7 +19,7 @@ STAGES = {
     "collect_compressed": "collect",
     "allocate": "allocate",
     "approx": "approx",
-    "approx_part": "approx",
+    "approx_shard": "approx",
     "quantise": "quantise",
     "eval_ppl": "ppl",
     "eval_harness": "harness",

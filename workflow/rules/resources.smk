@@ -88,7 +88,7 @@ def cost_of_merge(arch, wildcards):
 
 
 def cost_of_gather(arch, wildcards):
-    """Cost of joining the parts of a checkpoint."""
+    """Cost of joining the shards of a checkpoint."""
     return gather_cost(arch)
 
 

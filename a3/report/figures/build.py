@@ -8,7 +8,7 @@ import matplotlib
 from a3.artifacts.runs import Run, read_runs
 from a3.core.files import whole_folder, write_json
 from a3.report.figures.bits import bits_drawing
-from a3.report.figures.drawing import COMPONENTS, STYLE, Drawing, save_drawing
+from a3.report.figures.drawing import STYLE, TITLES, Drawing, save_drawing
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
@@ -63,7 +63,7 @@ def _model(
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:
         drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
-    errors = {key: _error_rows(runs, key) for key in COMPONENTS}
+    errors = {key: _error_rows(runs, key) for key in TITLES}
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
     drawings += rope_drawings(dense, runs)

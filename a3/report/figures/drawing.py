@@ -33,7 +33,7 @@ GREY = "#767676"
 
 ABSENT = "#e0e0e0"
 
-COMPONENTS = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
+TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
 STYLE = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it

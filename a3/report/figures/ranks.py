@@ -6,27 +6,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from a3.artifacts.runs import Run
-from a3.report.figures.drawing import COMPONENTS, Drawing, name_model
-from a3.solutions.modes import PARTS, SHARED
+from a3.report.figures.drawing import TITLES, Drawing, name_model
+from a3.solutions.modes import COMPONENTS, SHARED
 
 # Light to dark, the more is removed.
 SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 
 def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
-    """What each layer keeps of each part, a line a run; None where no run shared out a budget."""
-    shared = [run for run in runs if any(SHARED in getattr(run.place, part) for part in PARTS)]
+    """What each layer keeps of each component, a line a run; None where no run was allocated."""
+    shared = [
+        run
+        for run in runs
+        if any(SHARED in getattr(run.place, component) for component in COMPONENTS)
+    ]
     if not shared:
         return None
     shared.sort(key=lambda run: -run.size["parameters"])
     figure = Figure(figsize=(8, 6.5), layout="constrained")
-    grid = figure.subplots(len(PARTS), 1, sharex=True, sharey=True)
+    grid = figure.subplots(len(COMPONENTS), 1, sharex=True, sharey=True)
     name_model(figure, dense)
-    for axes, part in zip(grid, PARTS, strict=True):
+    for axes, component in zip(grid, COMPONENTS, strict=True):
         for run, shade in zip(shared, _shades(len(shared)), strict=True):
-            values = kept(run, part)
+            values = kept(run, component)
             axes.step(range(len(values)), values, where="mid", color=shade, label=_label(run))
-        axes.set_title(COMPONENTS[part])
+        axes.set_title(TITLES[component])
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -37,15 +41,15 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
     caption = (
         f"{dense.place.model}: the head size of QK and OV and the intermediate size that each "
         "layer keeps where one budget of parameters and KV cache was shared out over layers and "
-        "parts."
+        "components."
     )
     return Drawing(f"ranks-{dense.place.model}", caption, figure)
 
 
-def kept(run: Run, part: str) -> list[float]:
-    """The share of a part's size that each layer keeps."""
-    full = run.weights["base"]["intermediate_size" if part == "mlp" else "head_dim"]
-    return [layer.get(part, {}).get("rank", full) / full for layer in run.layers]
+def kept(run: Run, component: str) -> list[float]:
+    """The share of a component's size that each layer keeps."""
+    full = run.weights["base"]["intermediate_size" if component == "mlp" else "head_dim"]
+    return [layer.get(component, {}).get("rank", full) / full for layer in run.layers]
 
 
 def _label(run: Run) -> str:

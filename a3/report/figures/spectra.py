@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from a3.artifacts.runs import Run
 from a3.core.errors import A3Error
 from a3.core.records import Record
-from a3.report.figures.drawing import COMPONENTS, Drawing, colour_bar, colour_map, no_frame
+from a3.report.figures.drawing import TITLES, Drawing, colour_bar, colour_map, no_frame
 
 # Less lost energy than this is drawn as this.
 LEAST = 1e-4
@@ -21,7 +21,7 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def spectra_drawing(dense: Run, path: Path) -> Drawing:
-    """Lost energy by layer and kept rank: maps above, a curve a layer below, a column a part.
+    """Lost energy by layer and kept rank: maps above, a curve a layer below, a column a component.
 
     Raises A3Error where `path` was made of other weights than the dense model's.
     """
@@ -33,13 +33,13 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
             f"{expected}. Delete it and build it again."
         )
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    maps, curves = figure.subplots(2, len(COMPONENTS), squeeze=False, height_ratios=(1.2, 1))
+    maps, curves = figure.subplots(2, len(TITLES), squeeze=False, height_ratios=(1.2, 1))
     model, calibration = dense.place.model, path.stem
     figure.suptitle(f"{model}, {calibration}", x=0.01, ha="left", fontsize=11)
-    for part, above, below in zip(COMPONENTS, maps, curves, strict=True):
+    for component, above, below in zip(TITLES, maps, curves, strict=True):
         # Without full rank, where nothing is lost.
-        ranks, full = record["ranks"][part][:-1], record["full"][part]
-        lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][part]])
+        ranks, full = record["ranks"][component][:-1], record["full"][component]
+        lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][component]])
         shares = np.array(ranks) / full
         half = shares[0] / 2
         image = above.imshow(
@@ -50,7 +50,7 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
             # Ranks are the multiples of the first but for their rounding.
             extent=(shares[0] - half, shares[-1] + half, len(lost) - 0.5, -0.5),
         )
-        above.set_title(f"{COMPONENTS[part]}, of {full}")
+        above.set_title(f"{TITLES[component]}, of {full}")
         above.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         no_frame(above)
         depth = matplotlib.colormaps["plasma"](np.linspace(0, 0.9, len(lost)))

@@ -25,7 +25,7 @@ from a3.report.figures.drawing import (
     points,
     save_drawing,
 )
-from a3.solutions.surgeries import MATRICES, SURGERIES, VARIANCE, parse_size
+from a3.solutions.surgeries import PROJECTIONS, SURGERIES, VARIANCE, parse_size
 
 # A mode keeps its sharing's colour; its line and marker say the metric and the mean.
 SHARINGS = ("", "kv", "layers")
@@ -115,11 +115,11 @@ def dimensions_drawing(dense: Run, runs: list[Run]) -> Drawing:
     """A column a matrix, a row a mode and share: how many components each layer keeps."""
     order = [run for mode in SURGERIES for run in runs if run.place.mode == mode]
     figure = Figure(figsize=(11, 1.6 + 0.2 * len(order)), layout="constrained")
-    grid = figure.subplots(1, len(MATRICES), sharey=True, squeeze=False)
+    grid = figure.subplots(1, len(PROJECTIONS), sharey=True, squeeze=False)
     name_model(figure, dense)
     counts = {
         name: np.array([[layer[name]["components"] for layer in run.layers] for run in order])
-        for name in MATRICES
+        for name in PROJECTIONS
     }
     top = max(values.max() for values in counts.values())
     for axes, (name, values) in zip(grid[0], counts.items(), strict=True):

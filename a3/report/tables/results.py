@@ -147,9 +147,11 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         if allocation := place.allocation(results):
             row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
         row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
-        for part in ("qk", "ov", "mlp"):
-            if getattr(place, part) != DENSE and not place.is_quantised:
-                row[f"approx {part}.seconds"] = sum(layer[part] for layer in spent["layers"])
+        for component in ("qk", "ov", "mlp"):
+            if getattr(place, component) != DENSE and not place.is_quantised:
+                row[f"approx {component}.seconds"] = sum(
+                    layer[component] for layer in spent["layers"]
+                )
     for text, record in run.perplexity.items():
         row |= named(f"perplexity {text}", _speed(timing(record.path)))
     for task, record in run.harness.items():

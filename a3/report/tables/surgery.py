@@ -15,7 +15,7 @@ from a3.core.records import Record
 from a3.report.tables.columns import Column, markdown_table, numbers, score, short, text_columns
 from a3.report.tables.compare import differences
 from a3.report.tables.frames import named
-from a3.solutions.surgeries import MATRICES, SEPARATE
+from a3.solutions.surgeries import PROJECTIONS, SEPARATE
 
 TITLES = ("mode", "size", "what it says")
 
@@ -77,7 +77,7 @@ def _row(results: Path, dense: Run, run: Run, other: Run | None) -> dict[str, An
     weights = run.weights
     if not place.is_dense:
         row["share"] = weights["share"]
-        for name in MATRICES:
+        for name in PROJECTIONS:
             counts = [layer[name]["components"] for layer in weights["layers"]]
             row |= {f"{name}.components_mean": fmean(counts)}
             row |= {f"{name}.components_min": min(counts), f"{name}.components_max": max(counts)}
@@ -119,7 +119,7 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     return [
         place | {"layer": number, "matrix": name, **layer[name]}
         for number, layer in enumerate(run.weights["layers"])
-        for name in MATRICES
+        for name in PROJECTIONS
     ]
 
 
@@ -130,7 +130,7 @@ def surgery_columns(frame: pd.DataFrame) -> list[Column]:
     found = [Column("model", models, models, "text"), Column("mode", modes, modes, "key")]
     found.append(Column("size", sizes, sizes, "short"))
     found.append(numbers(frame, "variance explained, at least", "share", "{:.1%}".format))
-    for name in MATRICES:
+    for name in PROJECTIONS:
         key = f"{name}.components_mean"
         found.append(numbers(frame, f"{name.upper()} components, mean", key, "{:.1f}".format))
     key = "qkv_if_stored_ratio"
@@ -175,5 +175,5 @@ def surgery_note(frame: pd.DataFrame) -> str:
 
 def markdown(frame: pd.DataFrame) -> str:
     """The table as GitHub Markdown."""
-    parts = [markdown_table(surgery_columns(frame)), surgery_note(frame)]
-    return "\n\n".join([*parts, markdown_table(generation_columns(frame))]) + "\n"
+    paragraphs = [markdown_table(surgery_columns(frame)), surgery_note(frame)]
+    return "\n\n".join([*paragraphs, markdown_table(generation_columns(frame))]) + "\n"

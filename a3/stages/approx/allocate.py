@@ -1,4 +1,4 @@
-"""Stage allocate: share out one budget over layers and parts by what the model loses in each.
+"""Stage allocate: share out one budget over layers and components by what the model loses in each.
 
 Each solution that can share says, for each rank of a layer, what the model loses to second order
 (nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
@@ -32,17 +32,19 @@ def allocate(
     *,
     uniform: tuple[str, ...] = (),
 ) -> None:
-    """Write the ranks of each layer of the parts that share out a ratio (`plan.shared`), and the
+    """Write each layer's ranks of the components that share out a ratio (`plan.shared`), and the
     seconds that it took beside them.
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of
-    `plan.multiple`, and of `uniform` parts the same in all layers. Raises A3Error where nothing is
-    shared out, a mode does not fit, or statistics are missing or damaged.
+    `plan.multiple`, and of `uniform` components the same in all layers. Raises A3Error where
+    nothing is shared out, a mode does not fit, or statistics are missing or damaged.
     """
     start = time.perf_counter()
     if not plan.shared:
-        raise A3Error("allocate: no part shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2.")
+        raise A3Error(
+            "allocate: no component shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2."
+        )
     arch = load_arch(model_folder)
     uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
     ranks = uniformly.ranks(arch)
@@ -53,7 +55,7 @@ def allocate(
         arch,
         Checkpoint(model_folder, arch.adapter.prefix),
         statistics,
-        {part: choice.mode for part, choice in plan.shared.items()},
+        {component: choice.mode for component, choice in plan.shared.items()},
         ranks,
     )
     curves = [
@@ -62,15 +64,15 @@ def allocate(
         for curve in curves_of(solver, layer, plan.multiple)
     ]
     curves = together(curves, uniform)
-    budget = cost(curves, [ranks[curve.part] for curve in curves])
+    budget = cost(curves, [ranks[curve.component] for curve in curves])
     chosen = least_loss(curves, budget)
-    found = {part: [0] * arch.layers for part in ranks}
+    found = {component: [0] * arch.layers for component in ranks}
     for curve, rank in zip(curves, chosen, strict=True):
         for layer in curve.layers:
-            found[curve.part][layer] = rank
+            found[curve.component][layer] = rank
     record = {
         "kind": "allocation",
-        "modes": {part: str(choice) for part, choice in plan.shared.items()},
+        "modes": {component: str(choice) for component, choice in plan.shared.items()},
         "ranks": found,
         "uniform_ranks": ranks,
         "multiple": plan.multiple,
@@ -78,7 +80,7 @@ def allocate(
         "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
         "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
         "predicted_nll": sum(at(c, rank) for c, rank in zip(curves, chosen, strict=True)),
-        "predicted_nll_uniform": sum(at(curve, ranks[curve.part]) for curve in curves),
+        "predicted_nll_uniform": sum(at(curve, ranks[curve.component]) for curve in curves),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -89,24 +91,24 @@ def allocate(
 
 
 def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:
-    """The statistics of the shared parts; raises A3Error as `Rxx` does."""
+    """The statistics of the shared components; raises A3Error as `Rxx` does."""
     config = sha256(model_folder / "config.json")
     model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
-    kinds = {k for part, c in plan.shared.items() for k in find_mode(part, c.mode).kinds}
+    kinds = {k for component, c in plan.shared.items() for k in find_mode(component, c.mode).kinds}
     return {kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in sorted(kinds)}
 
 
 def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
-    """The loss of each shared part of a layer by rank."""
+    """The loss of each shared component of a layer by rank."""
     arch = solver.arch
     attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
-    for part in solver.ranks:
-        rxx = [solver.rxx(kind, layer) for kind in find_mode(part, SHARING[part]).kinds]
-        full, least = arch.full_rank(part), least_rank(arch, part)
-        if part == "qk":
+    for component in solver.ranks:
+        rxx = [solver.rxx(kind, layer) for kind in find_mode(component, SHARING[component]).kinds]
+        full, least = arch.full_rank(component), least_rank(arch, component)
+        if component == "qk":
             _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
             ranks = full - 2 * torch.arange(len(loss))
-        elif part == "ov":
+        elif component == "ov":
             _, loss = ov.joint_losses(attention, *rxx, least)
             ranks = full - torch.arange(len(loss))
         else:
@@ -114,24 +116,24 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
             ranks = full - torch.arange(len(loss))
         kept = (ranks % multiple == 0) | (ranks == full)
         layers = range(layer, layer + 1)
-        yield Curve(part, layers, ranks[kept], loss[kept], *of_one_rank(arch, part))
+        yield Curve(component, layers, ranks[kept], loss[kept], *of_one_rank(arch, component))
 
 
-def of_one_rank(arch: Arch, part: str) -> tuple[int, int]:
-    """Parameters, and numbers cached a token, of one rank of a part in one layer."""
-    if part == "mlp":
+def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
+    """Parameters, and numbers cached a token, of one rank of a component in one layer."""
+    if component == "mlp":
         inputs = 2 if arch.mlp == "3-layer" else 1
         return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
     heads = arch.heads + arch.kv_heads
     # Gains of norms are one a head; biases of queries, keys and values have their dimensions.
-    own = heads * bool(arch.qk_norm) if part == "qk" else 0
-    biased = heads if part == "qk" else arch.kv_heads
+    own = heads * bool(arch.qk_norm) if component == "qk" else 0
+    biased = heads if component == "qk" else arch.kv_heads
     return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
 
 
 def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error where a part that is to be uniform shares out nothing."""
-    if others := [part for part in uniform if part not in plan.shared]:
+    """Raise A3Error where a component that is to be uniform shares out nothing."""
+    if others := [component for component in uniform if component not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
             f"its mode with ~."

@@ -10,12 +10,12 @@ from a3.solutions.plan import Plan
 
 
 def read_allocation(path: Path | None, arch: Arch, plan: Plan) -> dict[str, list[int]]:
-    """Ranks of each part that shares out a ratio, one a layer.
+    """Ranks of each component that shares out a ratio, one a layer.
 
     Raises A3Error where there is no such file, or it was made for another model, other modes or
     another ratio.
     """
-    asked = {part: str(choice) for part, choice in plan.shared.items()}
+    asked = {component: str(choice) for component, choice in plan.shared.items()}
     if path is None:
         raise A3Error(
             f"{', '.join(asked.values())}: ranks are shared out over the layers, by a file of "

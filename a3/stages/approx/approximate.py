@@ -1,7 +1,7 @@
 """Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
 
 Solutions of different layers know nothing of each other but what the statistics of all say, so that
-one checkpoint can be made in several parts, each a run of layers, by as many jobs;
+one checkpoint can be made in several shards, each a run of layers, by as many jobs;
 a3.stages.approx.assemble makes a folder of them.
 """
 
@@ -12,18 +12,18 @@ from a3.core.dtypes import WIDTHS
 from a3.core.files import sha256, whole_folder
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.core.shards import LARGEST_PART, share
+from a3.core.shards import LARGEST_SHARD, share
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint, model_source
 from a3.models.load import load_tokenizer, tensors_of_model
 from a3.models.tokenizer import has_tokenizer
 from a3.rxx.container import Rxx
-from a3.solutions.modes import ALLOCATED, DENSE, PARTS
+from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.assemble import assemble, in_products, outside, staying
 from a3.stages.approx.layers import LayerSolver
-from a3.stages.approx.parts import read_parts, write_part
+from a3.stages.approx.shards import read_shards, write_shard
 
 
 def approximate(
@@ -32,7 +32,7 @@ def approximate(
     """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
-    parts that share out a ratio from `allocation` (a3.stages.approx.allocate). Beside weights,
+    components that share out a ratio from `allocation` (a3.stages.approx.allocate). Beside weights,
     config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
     Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
     fit, the statistics are another model's or damaged, or weights are not finite.
@@ -51,21 +51,21 @@ def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
     """Solve every layer and write the folder `out`, whole or not at all."""
     arch, dense = solver.arch, solver.checkpoint.folder
     if has_tokenizer(dense):
-        load_tokenizer(dense)  # or the folder cannot be assembled: said before the long part
+        load_tokenizer(dense)  # or the folder cannot be assembled: said before the long work
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
-    count = min(arch.layers, -(-size // LARGEST_PART))
+    count = min(arch.layers, -(-size // LARGEST_SHARD))
     numbers = [f"{i}of{count}" for i in range(count)]
     with whole_folder(out, APPROXIMATED.seal, [solver.checkpoint.folder]) as folder:
-        parts = [folder / f".{number}.safetensors" for number in numbers]
-        for number, path in zip(numbers, parts, strict=True):
-            solve_run(solver, plan, number, path)
-        said = read_parts(parts)
-        for path in parts:
+        shards = [folder / f".{number}.safetensors" for number in numbers]
+        for number, path in zip(numbers, shards, strict=True):
+            solve_shard(solver, plan, number, path)
+        said = read_shards(shards)
+        for path in shards:
             path.with_suffix(".json").unlink()
-        assemble(dense, arch, said, parts, folder)
+        assemble(dense, arch, said, shards, folder)
 
 
-def approximate_part(
+def approximate_shard(
     model_folder: Path,
     rxx_folder: Path,
     plan: Plan,
@@ -78,7 +78,7 @@ def approximate_part(
     It has all tensors of its layers, also those that stay, and of "0of1" those that are in no
     layer; what is said of them lies beside it in JSON. Raises A3Error as `approximate` does.
     """
-    solve_run(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
+    solve_shard(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
 
 
 def solver_for(
@@ -95,16 +95,16 @@ def solver_for(
         kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in plan.kinds()
     }
     dense = Checkpoint(model_folder, arch.adapter.prefix)
-    modes = {part: choice.mode for part, choice in plan.choices.items()}
+    modes = {component: choice.mode for component, choice in plan.choices.items()}
     solver = LayerSolver(arch, dense, statistics, modes, ranks, plan.multiple)
-    for part in modes:
-        if modes[part] in ALLOCATED:
-            solver.allocate(part)
+    for component in modes:
+        if modes[component] in ALLOCATED:
+            solver.allocate(component)
     return solver
 
 
-def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None:
-    """Solve the layers of one part and write it."""
+def solve_shard(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None:
+    """Solve the layers of one shard and write it."""
     arch, dense = solver.arch, solver.checkpoint
     layers = share(arch.layers, number, "layers")
     known = tensors_of_model(dense.folder)
@@ -117,7 +117,7 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
         reports.append(report)
         seconds.append(took)
     said = {
-        "modes": {part: str(plan.choices.get(part, DENSE)) for part in PARTS},
+        "modes": {component: str(plan.choices.get(component, DENSE)) for component in COMPONENTS},
         "ranks": solver.ranks,
         "provenance": provenance(
             __name__,
@@ -127,4 +127,4 @@ def solve_run(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> None
             statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
         ),
     }
-    write_part(out, tensors, number=number, said=said, layers=reports, seconds=seconds)
+    write_shard(out, tensors, number=number, said=said, layers=reports, seconds=seconds)

@@ -1,4 +1,4 @@
-"""Parts of a compressed model, each a run of layers, to one Hugging Face folder."""
+"""Shards of a compressed model, each a run of layers, to one Hugging Face folder."""
 
 import json
 import os
@@ -23,50 +23,50 @@ from a3.models.folders import write_index
 from a3.models.load import count_parameters, tensors_of_model
 from a3.models.sizes import sizes
 from a3.models.travel import bring
-from a3.solutions.modes import PARTS
+from a3.solutions.modes import COMPONENTS
 from a3.stages.approx.card import base_of, write_card
-from a3.stages.approx.parts import Part, read_parts
+from a3.stages.approx.shards import Shard, read_shards
 
 
 def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
-    """Make the Hugging Face folder `out` of all parts of a model, whole or not at all.
+    """Make the Hugging Face folder `out` of all shards of a model, whole or not at all.
 
-    Raises A3Error as `read_parts` does, and for the parts of another model.
+    Raises A3Error as `read_shards` does, and for the shards of another model.
     """
-    arch, parts = load_arch(model_folder), read_parts(paths)
-    require_base(arch, paths[0], parts[0])
+    arch, shards = load_arch(model_folder), read_shards(paths)
+    require_base(arch, paths[0], shards[0])
     with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
         near = paths[0].stat().st_dev == folder.stat().st_dev
         bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
         for path, copy in zip(paths, copies, strict=True):
             bring(path, copy)
-        assemble(model_folder, arch, parts, copies, folder)
+        assemble(model_folder, arch, shards, copies, folder)
 
 
-def require_base(arch: Arch, path: Path, part: Part) -> None:
-    """Raise A3Error unless the part was made of this model."""
-    found = part.said["provenance"]["weights_sha256"]
+def require_base(arch: Arch, path: Path, shard: Shard) -> None:
+    """Raise A3Error unless the shard was made of this model."""
+    found = shard.said["provenance"]["weights_sha256"]
     if found != arch.weights_sha256:
         raise A3Error(
             f"{path}: made of a model whose weights_sha256 is {found}, this one's is "
-            f"{arch.weights_sha256}. Name that model's folder, or make the parts again."
+            f"{arch.weights_sha256}. Name that model's folder, or make the shards again."
         )
 
 
 def assemble(
-    model_folder: Path, arch: Arch, parts: list[Part], paths: list[Path], folder: Path
+    model_folder: Path, arch: Arch, shards: list[Shard], paths: list[Path], folder: Path
 ) -> None:
-    """Make a Hugging Face folder of the parts whose files lie in it already."""
-    reports = [report for part in parts for report in part.layers]
-    seconds = [took for part in parts for took in part.seconds]
+    """Make a Hugging Face folder of the shards whose files lie in it already."""
+    reports = [report for shard in shards for report in shard.layers]
+    seconds = [took for shard in shards for took in shard.seconds]
     ranks = [layer_ranks(arch, report) for report in reports]
     write_weights(model_folder, arch, paths, folder)
     write_config(model_folder, folder, arch, ranks, reports)
     names = weight_files(len(paths))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
-    record = parts[0].said | {
+    record = shards[0].said | {
         "base": arch.to_json(),
         "base_card": base_of(model_source(model_folder), model_folder / CARD),
         "layers": reports,
@@ -81,8 +81,8 @@ def assemble(
             ),
         },
     }
-    hashes = dict(zip(names, (part.content_sha256 for part in parts), strict=False))
-    # Of several parts, one file more has what is in no layer.
+    hashes = dict(zip(names, (shard.content_sha256 for shard in shards), strict=False))
+    # Of several shards, one file more has what is in no layer.
     hashes |= {name: sha256(folder / name) for name in names if name not in hashes}
     record["weights_sha256"] = combined([hashes[name] for name in names])
     write_card(folder, record)
@@ -90,7 +90,7 @@ def assemble(
 
 
 def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
-    """The parts as they are; of several, also a file of what is in no layer, and an index."""
+    """The shards as they are; of several, also a file of what is in no layer, and an index."""
     names = weight_files(len(paths))
     for path, name in zip(paths, names, strict=False):
         path.rename(folder / name)
@@ -102,12 +102,12 @@ def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Pat
 
 
 def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
-    """Sizes of a layer, the dense ones where a part is not compressed, or only factored."""
+    """Sizes of a layer, the dense ones where a component is not compressed, or only factored."""
     qk, ov, mlp = (
-        arch.full_rank(part)
-        if part not in report or "factors" in report[part]
-        else report[part]["rank"]
-        for part in PARTS
+        arch.full_rank(component)
+        if component not in report or "factors" in report[component]
+        else report[component]["rank"]
+        for component in COMPONENTS
     )
     if arch.experts:
         stay = [arch.intermediate_size] * arch.experts
@@ -182,8 +182,8 @@ def in_products(
     `q_proj.weight`, `q_proj.bias`.
     """
     linears = [
-        arch.adapter.packed_name(layer, part).removesuffix(".weight")
-        for part in layer_factors(report)
+        arch.adapter.packed_name(layer, projection).removesuffix(".weight")
+        for projection in layer_factors(report)
     ]
 
     def renamed(name: str) -> str:
@@ -201,15 +201,15 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
     """Compressed names of a layer's projections by dense ones; None for what is packed anew."""
     adapter = arch.adapter
     renamed: dict[str, str | None] = {}
-    for part in "qkvo":
+    for projection in "qkvo":
         for field in ("weight", "bias"):
             # The bias of o is in no solution, and is stored alike everywhere.
-            drop = adapter.repacked and (part, field) != ("o", "bias")
-            name = adapter.packed_name(layer, part, field)
-            renamed[adapter.name(layer, part, field)] = None if drop else name
-    for part in adapter.experts:
+            drop = adapter.repacked and (projection, field) != ("o", "bias")
+            name = adapter.packed_name(layer, projection, field)
+            renamed[adapter.name(layer, projection, field)] = None if drop else name
+    for projection in adapter.experts:
         for expert in range(arch.experts):
-            renamed[adapter.name(layer, part, "weight", expert)] = None
+            renamed[adapter.name(layer, projection, "weight", expert)] = None
     return renamed
 
 

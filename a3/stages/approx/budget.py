@@ -15,12 +15,13 @@ HALVINGS = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks that a part of some layers may have, descending, and the loss (nats a token) at each.
+    """Ranks that a component of some layers may have, descending, and the loss at each.
 
-    `parameters` and `cache` are what one rank costs: weights, and numbers cached a token.
+    Losses are in nats a token. `parameters` and `cache` are what one rank costs: weights, and
+    numbers cached a token.
     """
 
-    part: str
+    component: str
     layers: range
     ranks: Tensor
     loss: Tensor
@@ -34,14 +35,14 @@ def at(curve: Curve, rank: int) -> float:
 
 
 def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
-    """One curve in place of all layers' for each part in `uniform`."""
-    joined = [curve for curve in curves if curve.part not in uniform]
-    for part in uniform:
-        own = [curve for curve in curves if curve.part == part]
+    """One curve in place of all layers' for each component in `uniform`."""
+    joined = [curve for curve in curves if curve.component not in uniform]
+    for component in uniform:
+        own = [curve for curve in curves if curve.component == component]
         count = len(own)
         joined.append(
             Curve(
-                part,
+                component,
                 range(count),
                 own[0].ranks,
                 torch.stack([curve.loss for curve in own]).sum(0),

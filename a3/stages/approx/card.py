@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from a3.core.files import whole_file
 from a3.models.checkpoint import CARD, front_matter
 from a3.models.stock import FAMILIES, llama_cpp_cache
-from a3.solutions.modes import DENSE, PARTS
+from a3.solutions.modes import COMPONENTS, DENSE
 
 PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
 
@@ -77,7 +77,7 @@ def is_text(value: Any) -> bool:
 
 
 def base_name(source: dict[str, Any]) -> str | None:
-    """What a source calls its model; of a local one the last part of its path."""
+    """What a source calls its model; of a local one the last name of its path."""
     if "hub" in source:
         return source["hub"]
     if "wheel" in source:
@@ -103,7 +103,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, compressed",
         (MADE if known else SAVED_AGAIN).format(name=name) + SMALLER,
-        *([parts_table(record)] if known else []),
+        *([components_table(record)] if known else []),
         *([low_precision(record)] if "matrices" in record else []),
         sizes_table(record["size"]),
         calibration(record),
@@ -138,21 +138,23 @@ def base_card(record: dict[str, Any]) -> dict[str, Any]:
     return record.get("base_card") or {"name": None, "commit": None}
 
 
-def parts_table(record: dict[str, Any]) -> str:
-    """Mode, rank and relative error of each part."""
+def components_table(record: dict[str, Any]) -> str:
+    """Mode, rank and relative error of each component."""
     base = record["base"]
-    rows = ["| part | mode | rank | relative error: mean, largest |", "|---|---|---|---|"]
-    for part in PARTS:
-        full = base["intermediate_size" if part == "mlp" else "head_dim"]
-        said = [layer[part] for layer in record["layers"] if part in layer]
+    rows = ["| component | mode | rank | relative error: mean, largest |", "|---|---|---|---|"]
+    for component in COMPONENTS:
+        full = base["intermediate_size" if component == "mlp" else "head_dim"]
+        said = [layer[component] for layer in record["layers"] if component in layer]
         if not said:
-            rows.append(f"| {NAMES[part]} | {DENSE} | {full} | |")
+            rows.append(f"| {NAMES[component]} | {DENSE} | {full} | |")
             continue
         ranks = sorted({layer["rank"] for layer in said})
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         errors = [layer["relative_error"] for layer in said]
         error = f"{mean(errors):.3g}, {max(errors):.3g}"
-        rows.append(f"| {NAMES[part]} | `{record['modes'][part]}` | {span} of {full} | {error} |")
+        rows.append(
+            f"| {NAMES[component]} | `{record['modes'][component]}` | {span} of {full} | {error} |"
+        )
     return "\n".join(rows)
 
 
@@ -182,7 +184,11 @@ def llama_cpp(record: dict[str, Any]) -> list[str]:
     if "layers" not in record:
         return []
     dense = record["base"]["head_dim"]
-    sizes = {layer.get(part, {}).get("rank", dense) for layer in record["layers"] for part in HEAD}
+    sizes = {
+        layer.get(component, {}).get("rank", dense)
+        for layer in record["layers"]
+        for component in HEAD
+    }
     if record["base"]["family"] not in FAMILIES or len(sizes) != 1:
         return []
     return [f"As a file for llama.cpp (`a3 export gguf`), KV cache: {llama_cpp_cache(*sizes)}."]

@@ -18,10 +18,10 @@ from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.functions import solver_of
-from a3.solutions.modes import PARTS, find_mode
+from a3.solutions.modes import COMPONENTS, find_mode
 from a3.solutions.plan import factor_ranks
 
-# What a solution of each part replaces.
+# What a solution of each component replaces.
 REPLACED = {
     "qk": ("q", "k", "q_gain", "k_gain"),
     "ov": ("v", "o"),
@@ -41,7 +41,7 @@ class LayerSolver:
         ranks: Mapping[str, int | list[int]],
         multiple: int = 1,
     ) -> None:
-        """`ranks` has one number a part, or one a layer; those of factors are of a `multiple`."""
+        """`ranks`: one a component, or one a layer; those of factors are of a `multiple`."""
         self.arch = arch
         self.checkpoint = checkpoint
         self.statistics = statistics
@@ -53,64 +53,65 @@ class LayerSolver:
         self.kept: dict[str, list[float]] = {}
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
-        """Compressed tensors of one layer, its part of approx.json, and seconds for each part."""
+        """Compressed tensors of one layer, its report in approx.json, and seconds by component."""
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         read = cache(partial(self.weights, layer))  # QK and OV share one reading
-        for part in PARTS:
+        for component in COMPONENTS:
             start = time.perf_counter()
-            if part == "mlp" and self.arch.experts:
+            if component == "mlp" and self.arch.experts:
                 solved, said = self.solve_experts(layer)
-            elif part in self.ranks:
-                solved, said = self.solve_part(part, layer, read(part == "mlp"))
-            elif part != "mlp" and self.arch.adapter.repacked:
+            elif component in self.ranks:
+                solved, said = self.solve_component(component, layer, read(component == "mlp"))
+            elif component != "mlp" and self.arch.adapter.repacked:
                 # The compressed model has its own layout of attention, also where it is kept.
-                solved, said = self.pack(layer, read(False), REPLACED[part]), {}
+                solved, said = self.pack(layer, read(False), REPLACED[component]), {}
             else:
                 continue
             tensors |= solved
             if said:
-                report[part] = said
-                seconds[part] = time.perf_counter() - start
+                report[component] = said
+                seconds[component] = time.perf_counter() - start
         return tensors, report, seconds
 
-    def solve_part(
-        self, part: str, layer: int, weights: Any
+    def solve_component(
+        self, component: str, layer: int, weights: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compressed tensors of one part of a layer, and what approx.json says of it."""
-        name = self.layer_mode(part, layer)
-        if find_mode(part, name).factors is not None:
-            return self.solve_factors(part, layer, weights)
-        rank = self.rank(part, layer)
-        solution = solver_of(part, name)(weights, *self.read(part, name, layer), rank)
-        tensors = self.pack(layer, solution, REPLACED[part])
+        """Compressed tensors of one component of a layer, and what approx.json says of it."""
+        name = self.layer_mode(component, layer)
+        if find_mode(component, name).factors is not None:
+            return self.solve_factors(component, layer, weights)
+        rank = self.rank(component, layer)
+        solution = solver_of(component, name)(weights, *self.read(component, name, layer), rank)
+        tensors = self.pack(layer, solution, REPLACED[component])
         said = {
             "mode": name,
             "rank": rank,
             "relative_error": solution.relative_error,
         }
-        if part == "qk" and solution.pairs is not None:
+        if component == "qk" and solution.pairs is not None:
             said["rope_pairs"] = solution.pairs.tolist()
             tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
-        if part == "mlp" and solution.bias is not None:
+        if component == "mlp" and solution.bias is not None:
             tensors |= self.with_bias(layer, solution.bias)
             said["bias"] = True
         return tensors, said
 
     def solve_factors(
-        self, part: str, layer: int, weights: Any
+        self, component: str, layer: int, weights: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve_part`, each matrix on its own: a product of two, or, where all of it is kept,
-        as it was. The report has the rank of each product.
+        """As `solve_component`, each matrix on its own: a product of two, or, where all of it is
+        kept, as it was. The report has the rank of each product.
         """
-        arch, adapter, mode = self.arch, self.arch.adapter, find_mode(part, self.modes[part])
-        matrices = self.matrices(part, layer, weights)
-        ranks = factor_ranks(arch, part, mode, self.ranks[part], self.multiple)
+        arch, adapter = self.arch, self.arch.adapter
+        mode = find_mode(component, self.modes[component])
+        matrices = self.matrices(component, layer, weights)
+        ranks = factor_ranks(arch, component, mode, self.ranks[component], self.multiple)
         for name in self.kept.keys() & matrices.keys():
             ranks[name] = matrices[name].rank_for(self.kept[name][layer], self.multiple)
         solution = factorise(matrices, ranks)
-        stay = [name for name in REPLACED[part] if adapter.repacked and part != "mlp"]
+        stay = [name for name in REPLACED[component] if adapter.repacked and component != "mlp"]
         tensors = self.pack(layer, weights, tuple(stay))
         dtype = getattr(torch, arch.dtype)
         for name, (A, B) in solution.factors.items():
@@ -118,28 +119,28 @@ class LayerSolver:
             tensors[f"{where}.encoder.weight"] = A.T.to(dtype).contiguous()
             tensors[f"{where}.weight"] = B.T.to(dtype).contiguous()
         return tensors, {
-            "mode": self.modes[part],
-            "rank": self.ranks[part],
+            "mode": self.modes[component],
+            "rank": self.ranks[component],
             "factors": {name: rank for name, rank in ranks.items() if rank is not None},
             "relative_error": solution.relative_error,
         }
 
-    def matrices(self, part: str, layer: int, weights: Any) -> dict[str, Matrix]:
-        """The matrices of a part without their biases, and their metrics; float64.
+    def matrices(self, component: str, layer: int, weights: Any) -> dict[str, Matrix]:
+        """The matrices of a component without their biases, and their metrics; float64.
 
         Matrices of the MLP that lie in one are factored as one, by the name of the first.
         """
         d = self.arch.hidden_size
-        if part == "mlp":
+        if component == "mlp":
             found = {
                 together[0]: torch.cat([getattr(weights, p)[:d] for p in together], 1).double()
                 for together in self.arch.adapter.first_of_mlp
             } | {"down": weights.down.double()}
-        elif part == "ov":
+        elif component == "ov":
             found = {"v": weights.v[:, :d].movedim(0, 1).flatten(1), "o": weights.o.flatten(0, 1)}
         else:
             found = {p: getattr(weights, p)[:, :d].movedim(0, 1).flatten(1) for p in "qk"}
-        kinds = find_mode(part, self.modes[part]).factors
+        kinds = find_mode(component, self.modes[component]).factors
         return {
             name: Matrix(W, *self.metric(kinds[name], name, layer))
             for name, W in found.items()
@@ -156,15 +157,15 @@ class LayerSolver:
             R = R[firsts.index(name) if name in firsts else "qkv".index(name)]
         return R, kind == "down_output"
 
-    def allocate(self, part: str) -> None:
-        """Share out what a part keeps among the layers, matrices of one name among each other."""
-        kept = self.ranks[part] / self.arch.full_rank(part)
+    def allocate(self, component: str) -> None:
+        """Share out what a component keeps among the layers, each projection for itself."""
+        kept = self.ranks[component] / self.arch.full_rank(component)
         if kept == 1:
             return
         losses: dict[str, list[float]] = {}
-        kinds = find_mode(part, self.modes[part]).factors
-        for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {part}"):
-            found = self.matrices(part, layer, self.weights(layer, part == "mlp"))
+        kinds = find_mode(component, self.modes[component]).factors
+        for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {component}"):
+            found = self.matrices(component, layer, self.weights(layer, component == "mlp"))
             for name, matrix in found.items():
                 least = matrix.factor(0)[2]
                 rank = min(matrix.rank_for(kept, self.multiple), len(least) - 1)
@@ -180,7 +181,7 @@ class LayerSolver:
         return {name: bias.to(getattr(torch, self.arch.dtype))}
 
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve_part`, of experts: each on its own, copied where few tokens reached it.
+        """As `solve_component`, of experts: each on its own, copied where few tokens reached it.
 
         The report has each expert's tokens and rank.
         """
@@ -213,19 +214,19 @@ class LayerSolver:
             "expert_ranks": ranks,
         }
 
-    def rank(self, part: str, layer: int) -> int:
-        """The rank of a part in one layer."""
-        rank = self.ranks[part]
+    def rank(self, component: str, layer: int) -> int:
+        """The rank of a component in one layer."""
+        rank = self.ranks[component]
         return rank[layer] if isinstance(rank, list) else rank
 
-    def layer_mode(self, part: str, layer: int) -> str:
+    def layer_mode(self, component: str, layer: int) -> str:
         """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.
 
         Where matrices are factored one by one, rotations make no difference.
         """
-        nope = part == "qk" and layer in self.arch.nope_layers
-        factored = find_mode(part, self.modes[part]).factors is not None
-        return "qk" if nope and not factored else self.modes[part]
+        nope = component == "qk" and layer in self.arch.nope_layers
+        factored = find_mode(component, self.modes[component]).factors is not None
+        return "qk" if nope and not factored else self.modes[component]
 
     def weights(self, layer: int, of_mlp: bool, expert: int | None = None) -> Any:
         """Dense weights of attention or MLP, float64; A3Error where they are not finite."""
@@ -241,9 +242,9 @@ class LayerSolver:
                 )
         return weights
 
-    def read(self, part: str, name: str, layer: int) -> list[Tensor | float]:
+    def read(self, component: str, name: str, layer: int) -> list[Tensor | float]:
         """What the solution of a mode takes between weights and rank."""
-        mode = find_mode(part, name)
+        mode = find_mode(component, name)
         read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
         if mode.prior:
             read.append(mode.prior / self.statistics[mode.kinds[0]].tokens)

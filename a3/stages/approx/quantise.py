@@ -119,18 +119,18 @@ class Quantiser:
         self.recipe = recipe
         self.method = method
         self.rank = rank
-        # Entry, part and layer of each matrix by its module's name.
+        # Entry, projection and layer of each matrix by its module's name.
         self.found = self.find()
         # What is said of each matrix, by the same.
         self.report: dict[str, dict[str, Any]] = {}
 
     def find(self) -> dict[str, tuple[dict[str, Any], str, int]]:
-        """The matrices that the recipe names, each once; of fused ones by the first part."""
+        """The matrices that the recipe names, each once; of fused ones by the first."""
         found: dict[str, tuple[dict[str, Any], str, int]] = {}
-        for name, (part, layer) in matrices(self.arch).items():
+        for name, (projection, layer) in matrices(self.arch).items():
             if entry := entry_for(self.recipe, name):
-                found[name] = entry, part, layer
-                if self.config["factors"][layer].get(part) is not None:
+                found[name] = entry, projection, layer
+                if self.config["factors"][layer].get(projection) is not None:
                     raise A3Error(
                         f"{self.folder}: {name} is a product of two matrices, which are not "
                         "quantised. Take a model whose heads and MLP were made smaller."
@@ -193,10 +193,10 @@ class Quantiser:
 
     def matrix(self, module: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """Tensors of one quantised module: its weight (out, in), bias, A (in, k) and B (k, out)."""
-        entry, part, layer = self.found[module]
-        in_rows = self.arch.adapter.transposed and part not in "qkvo"
+        entry, projection, layer = self.found[module]
+        in_rows = self.arch.adapter.transposed and projection not in "qkvo"
         W = (weight if in_rows else weight.T).double()
-        R = self.metric(INPUTS[part], layer, len(W))
+        R = self.metric(INPUTS[projection], layer, len(W))
         quantised = quantise(W.T, entry["W"]).T
         E = W - quantised
         tensors = {"weight": quantised.T}
@@ -204,7 +204,7 @@ class Quantiser:
             tensors["bias"] = quantise(bias.double(), entry["bias"])
         rank = 0 if self.rank is None else entry.get("rank", self.rank)
         if rank:
-            metric = self.metric_of_method(part, layer, E)
+            metric = self.metric_of_method(projection, layer, E)
             A, B = lqer.repair(E, metric, rank)
             tensors |= {"A": quantise(A.T, entry["A"]).T, "B": quantise(B.T, entry["B"]).T}
         left = E - tensors["A"] @ tensors["B"] if rank else E
@@ -222,9 +222,11 @@ class Quantiser:
         full = KINDS[kind].form == "full"
         return self.statistics[kind].R(layer, (width, width) if full else (width,))
 
-    def metric_of_method(self, part: str, layer: int, E: Tensor) -> Tensor:
+    def metric_of_method(self, projection: str, layer: int, E: Tensor) -> Tensor:
         """The metric by which E (m, n) is repaired."""
-        kind = {"full": INPUTS[part], "peak": f"{INPUTS[part]}_peak"}.get(METHODS[self.method])
+        kind = {"full": INPUTS[projection], "peak": f"{INPUTS[projection]}_peak"}.get(
+            METHODS[self.method]
+        )
         statistic = None if kind is None else self.metric(kind, layer, len(E))
         return getattr(lqer, self.method.replace("-", "_"))(E, statistic)
 
@@ -277,12 +279,12 @@ class Quantiser:
 
 
 def matrices(arch: Arch) -> dict[str, tuple[str, int]]:
-    """Part and layer of each projection by its module's name; fused ones by the first part."""
-    parts = [*"qkvo", *(together[0] for together in arch.adapter.first_of_mlp), "down"]
+    """(projection, layer) by the name of its module; of fused ones the first projection."""
+    projections = [*"qkvo", *(together[0] for together in arch.adapter.first_of_mlp), "down"]
     return {
-        f"{arch.adapter.prefix}.{arch.module(layer, part)}": (part, layer)
+        f"{arch.adapter.prefix}.{arch.module(layer, projection)}": (projection, layer)
         for layer in range(arch.layers)
-        for part in parts
+        for projection in projections
     }
 
 

@@ -18,7 +18,7 @@ from a3.numerics.linalg import gram_factor, relative
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS, SPECTRA_KINDS
 from a3.solutions.mlp import FEWEST_TOKENS, row_power
-from a3.solutions.modes import PARTS
+from a3.solutions.modes import COMPONENTS
 from a3.solutions.qk import pair_scores, with_gains
 
 # Ranks at which curves are given: so many steps from nothing to full rank.
@@ -26,7 +26,7 @@ STEPS = 20
 
 
 def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
-    """Write the energy that is lost at each rank, by part, layer and group, to `out` (JSON).
+    """Write the energy that is lost at each rank, by component, layer and group, to `out` (JSON).
 
     Energy is the squared norm of a functional matrix, split among the directions that a solution
     keeps or drops, largest first. Of each group of query heads with its key and value head:
@@ -37,8 +37,8 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
     - mlp: scores ‖r_j‖² ‖w_j‖² of the channels (section 3.3); of experts one curve each, without
       those that too few tokens reached to be compressed.
 
-    `lost` has for each part its layers' curves, (curves, ranks): the share of the energy beyond
-    each of `ranks`. Raises A3Error where a statistic is missing, damaged or another model's.
+    `lost` has for each component its layers' curves, (curves, ranks): the share of the energy
+    beyond each of `ranks`. Raises A3Error where a statistic is missing, damaged or another model's.
     """
     arch = load_arch(model_folder)
     config = sha256(model_folder / "config.json")
@@ -47,12 +47,12 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
         kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **of_model) for kind in SPECTRA_KINDS
     }
     checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
-    full = {part: arch.full_rank(part) for part in PARTS}
-    ranks = {part: ranks_of(size) for part, size in full.items()}
-    lost: dict[str, list[list[list[float]]]] = {part: [] for part in full}
+    full = {component: arch.full_rank(component) for component in COMPONENTS}
+    ranks = {component: ranks_of(size) for component, size in full.items()}
+    lost: dict[str, list[list[list[float]]]] = {component: [] for component in full}
     for layer in Bar(range(arch.layers), unit="layer", desc="spectra"):
-        for part, energy in energies(arch, checkpoint, rxx, layer).items():
-            lost[part].append(lost_beyond(energy, ranks[part]).tolist())
+        for component, energy in energies(arch, checkpoint, rxx, layer).items():
+            lost[component].append(lost_beyond(energy, ranks[component]).tolist())
     record = {
         "kind": "spectra",
         "full": full,
@@ -87,7 +87,7 @@ def lost_beyond(energy: Tensor, ranks: list[int]) -> Tensor:
 def energies(
     arch: Arch, checkpoint: Checkpoint, rxx: dict[str, Rxx], layer: int
 ) -> dict[str, Tensor]:
-    """Energies of one layer's parts, largest first: qk and ov (G, h), mlp (1 or experts, n)."""
+    """Energies of a layer's components, largest first: qk and ov (G, h), mlp (1 or experts, n)."""
     fields = arch.to_json()
     R = {kind: each.R(layer, arch.statistic_shape(KINDS[kind])) for kind, each in rxx.items()}
     weights = arch.adapter.attention(checkpoint, layer, fields)

@@ -25,7 +25,7 @@ from a3.numerics.linalg import relative
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions.pca import Components, affordable, many_inputs, one_input
-from a3.solutions.surgeries import MATRICES, METRIC, VARIANCE, Size, find_surgery
+from a3.solutions.surgeries import METRIC, PROJECTIONS, VARIANCE, Size, find_surgery
 
 INDEX = "model.safetensors.index.json"
 
@@ -86,7 +86,7 @@ class Operation:
     def dense_parameters(self) -> int:
         """Numbers in Q, K and V of all layers, without biases."""
         d, adapter = self.arch.hidden_size, self.arch.adapter
-        return self.arch.layers * d * sum(adapter.width(name, self.fields) for name in MATRICES)
+        return self.arch.layers * d * sum(adapter.width(name, self.fields) for name in PROJECTIONS)
 
     def weight(self, layer: int, name: str) -> Tensor:
         """One matrix W (d, n), float64; raises A3Error where it is not finite."""

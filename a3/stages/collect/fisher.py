@@ -20,7 +20,9 @@ def run_backward(
     memory beside the weights, in their dtype; squares are summed in float64.
     """
     weights = {
-        (kind, layer): [own(model.base_model, arch, layer, part) for part in parts(arch, kind)]
+        (kind, layer): [
+            own(model.base_model, arch, layer, projection) for projection in projections(arch, kind)
+        ]
         for kind in accumulators
         for layer in range(arch.layers)
     }
@@ -32,27 +34,27 @@ def run_backward(
         for block in blocks:
             model(block[None], labels=block[None], use_cache=False).loss.backward()
             for (kind, layer), found in weights.items():
-                rows = [power(module, part, arch) for module, part in found]
+                rows = [power(module, projection, arch) for module, projection in found]
                 shape = arch.statistic_shape(KINDS[kind])
                 accumulators[kind].add_sum(layer, torch.stack(rows).reshape(shape))
             model.zero_grad(set_to_none=True)
             bar.update(block.numel())
 
 
-def parts(arch: Arch, kind: str) -> list[str]:
-    """The matrices of a kind, each by the first of the parts that are fused in it."""
+def projections(arch: Arch, kind: str) -> list[str]:
+    """The matrices of a kind, each by the first of the projections that are fused in it."""
     of_mlp = [together[0] for together in arch.adapter.first_of_mlp]
     return {"qkv": list("qkv"), "mlp": of_mlp}.get(KINDS[kind].site, [KINDS[kind].site])
 
 
-def own(trunk: nn.Module, arch: Arch, layer: int, part: str) -> tuple[nn.Module, str]:
-    """The module of a part."""
-    return trunk.get_submodule(arch.adapter.module(layer, part)), part
+def own(trunk: nn.Module, arch: Arch, layer: int, projection: str) -> tuple[nn.Module, str]:
+    """The module of a projection."""
+    return trunk.get_submodule(arch.adapter.module(layer, projection)), projection
 
 
-def power(module: nn.Module, part: str, arch: Arch) -> Tensor:
-    """Squared gradients summed over the outputs of a part, (in,), float64."""
+def power(module: nn.Module, projection: str, arch: Arch) -> Tensor:
+    """Squared gradients summed over the outputs of a projection, (in,), float64."""
     gradient = module.weight.grad.T if arch.adapter.transposed else module.weight.grad
-    if part in "qkv":
-        gradient = arch.adapter.unfuse(gradient, part, vars(arch))
+    if projection in "qkv":
+        gradient = arch.adapter.unfuse(gradient, projection, vars(arch))
     return gradient.double().square().sum(0)

@@ -44,20 +44,20 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     site = KINDS[accumulator.kind].site
     if site == "down_input" and arch.experts:
         return attach_experts(trunk, arch, layer, accumulator)
-    part = SITES.get(site, site)
-    module = trunk.get_submodule(arch.module(layer, part))
+    projection = SITES.get(site, site)
+    module = trunk.get_submodule(arch.module(layer, projection))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        if part == "down":
+        if projection == "down":
             bias = 0.0 if module.bias is None else module.bias.double()
             accumulator.add(layer, output.flatten(0, -2).double() - bias)
         else:
-            accumulator.add(layer, activation(output, part, arch))
+            accumulator.add(layer, activation(output, projection, arch))
 
     def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         accumulator.add(layer, inputs[0].flatten(0, -2).double())
 
-    if site == part:
+    if site == projection:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input)
 
@@ -85,13 +85,13 @@ def attach_experts(
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def activation(output: Tensor, part: str, arch: Arch) -> Tensor:
+def activation(output: Tensor, projection: str, arch: Arch) -> Tensor:
     """q, k or v (tokens, width), float64, of the output (1, L, …) of the module that makes it.
 
     Where q and k are normed, they are so here, without the norm's gains.
     """
-    x = arch.adapter.unfuse(output.flatten(0, -2).T, part, vars(arch)).T.double()
-    if part == "v" or arch.qk_norm is None:
+    x = arch.adapter.unfuse(output.flatten(0, -2).T, projection, vars(arch)).T.double()
+    if projection == "v" or arch.qk_norm is None:
         return x
     vectors = x.unflatten(1, (-1, arch.head_dim)) if arch.qk_norm == "head" else x
     tiny = torch.finfo(x.dtype).tiny

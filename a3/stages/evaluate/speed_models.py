@@ -83,13 +83,13 @@ def made_up(
         qk, ov, mlp = said.values()
         ranks: Ranks = (qk, ov, [mlp] * arch.experts if arch.experts else mlp)
         factors = plan.factors(arch)
-        whole, part = (
+        whole, cut = (
             config_of(folder, of, ranks, factors, compressed=bool(plan.choices))
             for of in (arch, few)
         )
         shapes = shapes_of(arch, whole, ranks, factors)
-        timed = shapes_of(few, part, ranks, factors)
-        build = partial(random_model, part, dtype, device)
+        timed = shapes_of(few, cut, ranks, factors)
+        build = partial(random_model, cut, dtype, device)
         made = {"ranks": said, "factors": factors}
         candidates.append(Candidate(name, shapes, timed, made, build))
     return candidates

@@ -57,8 +57,8 @@ def summary(record: dict[str, Any]) -> str:
         }
         for row in compared(record)
     )
-    part = record["layers"]
-    said = f"; extrapolated from {part['timed']} of {part['of']} layers" if part else ""
+    layers = record["layers"]
+    said = f"; extrapolated from {layers['timed']} of {layers['of']} layers" if layers else ""
     return (
         f"{frame.to_string(index=False)}\n"
         f"medians of {record['repeats']} ± distance of the quartiles{said}; "

@@ -11,7 +11,7 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.load import load_tokenizer
 from a3.models.stock import llama_cpp_cache, obstacles, stock
-from a3.solutions.modes import PARTS, SERVABLE
+from a3.solutions.modes import COMPONENTS, SERVABLE
 from a3.stages.export.gguf import require_llama
 from a3.stages.export.gguf_vocabulary import content_of, rules_of
 
@@ -45,7 +45,7 @@ def dense_lines(folder: Path) -> list[tuple[str, str]]:
     ranks = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
     return [
         *model_lines(arch.to_json(), what),
-        *((TITLES[part], f"{rank}") for part, rank in ranks.items()),
+        *((TITLES[component], f"{rank}") for component, rank in ranks.items()),
         *((name, text) for name, text, _ in size_lines(arch.size, arch.size)),
     ]
 
@@ -57,11 +57,11 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
     record = compressed_record(folder)
     base, size = record["base"], record["size"]
     lines = model_lines(base, "compressed by a3")
-    for part in PARTS:
-        full = base["intermediate_size" if part == "mlp" else "head_dim"]
-        kept = f"{runs(content['a3'][f'{part}_ranks'])} of {full}"
-        mode = f"{record['modes'][part]}: " if "modes" in record else ""
-        lines.append((TITLES[part], mode + kept))
+    for component in COMPONENTS:
+        full = base["intermediate_size" if component == "mlp" else "head_dim"]
+        kept = f"{runs(content['a3'][f'{component}_ranks'])} of {full}"
+        mode = f"{record['modes'][component]}: " if "modes" in record else ""
+        lines.append((TITLES[component], mode + kept))
     if "modes" not in record:
         lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):

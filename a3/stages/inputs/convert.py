@@ -120,9 +120,9 @@ def distinct(tensors: dict[str, Tensor], tied: dict[str, str]) -> dict[str, Tens
         other = tensors.get(tied.get(name, ""))
         if other is None or not same_memory(tensor, other):
             tensor = tensor.detach()
-            part = tensor.untyped_storage().nbytes() != tensor.nbytes
+            view = tensor.untyped_storage().nbytes() != tensor.nbytes
             shared = any(tensor.data_ptr() == twin.data_ptr() for twin in kept.values())
-            kept[name] = tensor.clone() if part or shared else tensor
+            kept[name] = tensor.clone() if view or shared else tensor
     return {name: tensor.contiguous() for name, tensor in kept.items()}
 
 

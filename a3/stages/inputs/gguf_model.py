@@ -41,8 +41,8 @@ def load_gguf(file: Gguf, config: PreTrainedConfig) -> PreTrainedModel:
     undo = UNDO.get(file.architecture, as_it_is)
     state = {}
     for name, names in sources.items():
-        parts = [undo(file.tensor(part), part, config) for part in names]
-        value = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
+        tensors = [undo(file.tensor(source), source, config) for source in names]
+        value = torch.cat(tensors, dim=1) if len(tensors) > 1 else tensors[0] if tensors else None
         state[name] = torch.zeros(shapes[name]) if value is None else fit(file, value, shapes[name])
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
@@ -58,8 +58,10 @@ def places(
     found = {}
     for name in shapes:
         if match := EXPERTS.fullmatch(name):
-            parts = ["gate", "up"] if match[2] == "gate_up" else ["down"]
-            found[name] = [f"blk.{match[1]}.ffn_{part}_exps.weight" for part in parts]
+            projections = ["gate", "up"] if match[2] == "gate_up" else ["down"]
+            found[name] = [
+                f"blk.{match[1]}.ffn_{projection}_exps.weight" for projection in projections
+            ]
             continue
         source = known.get_name(
             name.removeprefix("transformer."), try_suffixes=(".weight", ".bias")
@@ -68,7 +70,7 @@ def places(
             source = EMBEDDING
         optional = file.architecture == "llama" and OPTIONAL.search(name)
         found[name] = [] if optional and source not in file.tensors else [source or name]
-    if lost := [part for of in found.values() for part in of if part not in file.tensors]:
+    if lost := [source for of in found.values() for source in of if source not in file.tensors]:
         raise A3Error(f"{file.path}: no tensor {', '.join(lost[:4])}. Fetch or build it again.")
     return found
 
@@ -100,8 +102,8 @@ def as_it_is(value: Tensor, name: str, config: PreTrainedConfig) -> Tensor:
 
 def llama(value: Tensor, name: str, config: PreTrainedConfig) -> Tensor:
     """Rows of q and k lie in RoPE's neighbours (2j, 2j + 1), in transformers in halves."""
-    for part, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-        if f".attn_{part}." in name and len(value) % (2 * heads) == 0:
+    for projection, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+        if f".attn_{projection}." in name and len(value) % (2 * heads) == 0:
             return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return value
 

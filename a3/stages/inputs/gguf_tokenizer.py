@@ -34,7 +34,7 @@ def tokenizer_of(file: Gguf) -> PreTrainedTokenizerBase:
         # transformers reads some of them itself, and would not say which is wrong.
         if key in FILE:
             file.of_file(key)
-        if key.startswith("tokenizer.ggml.") and any(part in key for part in OTHER_KEYS):
+        if key.startswith("tokenizer.ggml.") and any(word in key for word in OTHER_KEYS):
             raise refusal(file, f"{key} is set, which a3 does not read")
     kind = file.of_file("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -84,8 +84,8 @@ def sentencepiece(file: Gguf) -> PreTrainedTokenizerBase:
         backend = tokenizer.backend_tokenizer
         backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", SPACE)])
         backend.pre_tokenizer = None
-        parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-        backend.decoder = decoders.Sequence(parts)
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        backend.decoder = decoders.Sequence(steps)
     return tokenizer
 
 

@@ -166,7 +166,10 @@ def repeat_kv(base: Path, folder: Path) -> None:
     does not have k and v in matrices of their own, and for a model that is MHA already.
     """
     arch, config = load_arch(base), read_json(base / "config.json")
-    alone = all(arch.adapter.fused(part) == [part] for part in "kv") and arch.qk_norm != "layer"
+    alone = (
+        all(arch.adapter.fused(projection) == [projection] for projection in "kv")
+        and arch.qk_norm != "layer"
+    )
     if not alone or arch.kv_heads == arch.heads or "num_key_value_heads" not in config:
         raise A3Error(
             f"{base}: {arch.family} with {arch.heads} query heads and {arch.kv_heads} key/value "
@@ -175,7 +178,12 @@ def repeat_kv(base: Path, folder: Path) -> None:
         )
     checkpoint = Checkpoint(base, arch.adapter.prefix)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names()}
-    fields = [(layer, part, f) for layer in range(arch.layers) for part in "kv" for f in FIELDS]
+    fields = [
+        (layer, projection, f)
+        for layer in range(arch.layers)
+        for projection in "kv"
+        for f in FIELDS
+    ]
     for name in tensors.keys() & {arch.adapter.name(*field) for field in fields}:
         heads = tensors[name].unflatten(0, (arch.kv_heads, arch.head_dim))
         # Query head i reads key/value head i // (H / G).

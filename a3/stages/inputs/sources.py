@@ -30,15 +30,15 @@ def source_kind(source: dict[str, Any], kinds: tuple[str, ...] = PLACES) -> str:
 
 
 def rows_of(split: str, count: int) -> slice:
-    """Which of `count` rows a `split` of `datasets` names: train is all, train[:10%] a part.
+    """Which of `count` rows a `split` of `datasets` names: train is all, train[:10%] a tenth.
 
     Raises A3Error for what is no split.
     """
     try:
         name = split.split("[")[0]
-        (part,) = ReadInstruction.from_spec(split).to_absolute({name: count})
+        (run,) = ReadInstruction.from_spec(split).to_absolute({name: count})
     except (ValueError, TypeError, AttributeError) as error:
         raise A3Error(
             f"split {split!r}: {first_line(error)} Expected train, or a part of it, train[:1000]."
         ) from error
-    return slice(part.from_, part.to)
+    return slice(run.from_, run.to)

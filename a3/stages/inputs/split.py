@@ -75,7 +75,7 @@ def check_shares(shares: dict[str, float]) -> dict[str, float]:
 
 
 def choose_split(place: float, shares: dict[str, float]) -> str:
-    """The split whose part of [0, 1) holds `place`."""
+    """The split whose interval of [0, 1) holds `place`."""
     total = 0.0
     for split, share in shares.items():
         total += share

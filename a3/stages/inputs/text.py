@@ -48,13 +48,13 @@ def make_documents(
 ) -> None:
     """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON.
 
-    A mixture is made of the docs.jsonl of its parts in the folder `texts`.
+    A mixture is made of the docs.jsonl of its members in the folder `texts`.
     """
     if out.suffix != ".jsonl":
         raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
     if source_kind(spec["source"], (*PLACES, "mix")) == "mix":
         shares = spec["source"]["mix"]
-        paths = {name: part_of(texts, name) for name in shares}
+        paths = {name: member_of(texts, name) for name in shares}
         write_documents(out, mixture(paths, shares))
         inputs = {f"{name}/docs.jsonl": sha256(path) for name, path in paths.items()}
         say(out, __name__, text=spec, inputs=inputs)
@@ -89,21 +89,23 @@ def described(source: dict[str, Any]) -> str:
     return "a local file"
 
 
-def part_of(texts: Path | None, name: str) -> Path:
-    """The documents of one part of a mixture; raises A3Error where they are not there."""
+def member_of(texts: Path | None, name: str) -> Path:
+    """The documents of one member of a mixture; raises A3Error where they are not there."""
     path = (texts or Path()) / name / "docs.jsonl"
     if texts is None or not path.is_file():
-        raise A3Error(f"{path}: no such part of the mixture. Make the text {name} first (--texts).")
+        raise A3Error(
+            f"{path}: no such member of the mixture. Make the text {name} first (--texts)."
+        )
     return path
 
 
 def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Document]:
-    """Documents of several files, each with its part's name, as `interleave` mixes them."""
-    parts = {
-        name: [replace(document, part=name) for document in load_documents(path)]
+    """Documents of several files, each with its member's name, as `interleave` mixes them."""
+    members = {
+        name: [replace(document, member=name) for document in load_documents(path)]
         for name, path in sorted(paths.items())
     }
-    return interleave(parts, shares)
+    return interleave(members, shares)
 
 
 def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document]:

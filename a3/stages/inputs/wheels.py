@@ -78,7 +78,7 @@ def wheel_members(path: Path, pattern: str) -> list[tuple[str, bytes]]:
 def extract_member(path: Path, member: str, folder: Path) -> Path:
     """Write one member of a wheel into `folder` under its last name; returns the file's path.
 
-    Only the last part of the member's name is used, so that nothing lands outside `folder`.
+    Only the last name of the member's path is used, so that nothing lands outside `folder`.
     """
     (_, content), *more = wheel_members(path, member)
     name = PurePosixPath(member).name

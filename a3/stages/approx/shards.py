@@ -14,8 +14,8 @@ from a3.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is said of a part: its plan and provenance, and each layer's report and seconds.
+class Shard:
+    """What is said of a shard: its plan and provenance, and each layer's report and seconds.
 
     `content_sha256` is the hash of the tensors' file.
     """
@@ -27,42 +27,42 @@ class Part:
     content_sha256: str
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
     """Write the tensors of some layers to `path`, and what is said of them beside it in JSON."""
     with whole_file(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
-    write_record(path.with_suffix(".json"), asdict(Part(**said, content_sha256=sha256(path))))
+    write_record(path.with_suffix(".json"), asdict(Shard(**said, content_sha256=sha256(path))))
 
 
-def read_part(path: Path) -> Part:
-    """What is said of the part in the file `path`, of which no more than the header is read.
+def read_shard(path: Path) -> Shard:
+    """What is said of the shard in the file `path`, of which no more than the header is read.
 
     Whoever reads the weights later holds them to the hash that is said here. Raises A3Error where
     the file or the JSON beside it is missing, truncated, damaged or of another kind.
     """
     beside = path.with_suffix(".json")
     said = {key: value for key, value in read_record(beside).items() if key != SEAL}
-    if said.keys() != {field.name for field in fields(Part)}:
-        raise A3Error(f"{beside}: says {sorted(said)}: not of a part. Make it with a3 approx.")
+    if said.keys() != {field.name for field in fields(Shard)}:
+        raise A3Error(f"{beside}: says {sorted(said)}: not of a shard. Make it with a3 approx.")
     if not path.is_file():
-        raise A3Error(f"{path}: no such file. Make the part again with a3 approx --part.")
+        raise A3Error(f"{path}: no such file. Make the shard again with a3 approx --shard.")
     Checkpoint.open(path)
-    return Part(**said)
+    return Shard(**said)
 
 
-def read_parts(paths: list[Path]) -> list[Part]:
-    """What is said of all parts of one model, in order.
+def read_shards(paths: list[Path]) -> list[Shard]:
+    """What is said of all shards of one model, in order.
 
-    Raises A3Error as `read_part` does, and where a part is missing, stands twice or was made
+    Raises A3Error as `read_shard` does, and where a shard is missing, stands twice or was made
     otherwise than the first.
     """
-    parts = [read_part(path) for path in paths]
-    numbers = [part.number for part in parts]
-    require_all(numbers, paths[0].parent, "Make what is missing with a3 approx --part.")
-    for path, part in zip(paths, parts, strict=True):
-        if part.said != parts[0].said:
+    shards = [read_shard(path) for path in paths]
+    numbers = [shard.number for shard in shards]
+    require_all(numbers, paths[0].parent, "Make what is missing with a3 approx --shard.")
+    for path, shard in zip(paths, shards, strict=True):
+        if shard.said != shards[0].said:
             raise A3Error(
                 f"{path}: made with other modes, statistics or versions than {paths[0]}. Make the "
                 "older one again."
             )
-    return parts
+    return shards
