@@ -61,10 +61,10 @@ def entry(name: str, section: str) -> dict[str, Any]:
     from a3.core.files import load_yaml
     from a3.experiments.config import CATALOGUE, validate_entry
 
-    kind, local = SECTIONS[section]
+    called, local = SECTIONS[section]
     if name.startswith("{"):
         found = values.read_json(name)
-        validate_entry(found, kind, f"{kind} {values.shown(name)}")
+        validate_entry(found, called, f"{called} {values.shown(name)}")
         return found
     catalogue = load_yaml(CATALOGUE)[section]
     if section == "quantisations":
