@@ -54,9 +54,9 @@ def entry(name: str, section: str) -> dict[str, Any]:
 
     if not name.startswith("{"):
         return find_entry(name, section)
-    kind, _ = SECTIONS[section]
+    called, _ = SECTIONS[section]
     found = values.read_json(name)
-    validate_entry(found, kind, f"{kind} {values.shown(name)}")
+    validate_entry(found, called, f"{called} {values.shown(name)}")
     return found
 
 

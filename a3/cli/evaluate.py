@@ -26,11 +26,11 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval", help="perplexity, harness, generation or speed", description="Evaluate."
     )
-    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
-    add_perplexity(kinds)
-    add_harness(kinds)
-    add_generation(kinds)
-    add_speed(kinds)
+    subcommands = evaluate.add_subparsers(metavar="COMMAND", required=True)
+    add_perplexity(subcommands)
+    add_harness(subcommands)
+    add_generation(subcommands)
+    add_speed(subcommands)
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -40,9 +40,9 @@ def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings:
     perplexity(folder(model), text, out, name=name or text.stem, **settings)
 
 
-def add_perplexity(kinds: Any) -> None:
+def add_perplexity(commands: Any) -> None:
     """Arguments of a3 eval ppl."""
-    one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
+    one = add(commands, "ppl", perplexity, "perplexity on a text's blocks")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     one.add_argument("--text", type=Path, required=True, help=TEXT)
     one.add_argument("--name", help="what the result calls the text (default: the file's name)")
@@ -61,9 +61,9 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     harness(folder(model), task, out, **settings)
 
 
-def add_harness(kinds: Any) -> None:
+def add_harness(commands: Any) -> None:
     """Arguments of a3 eval harness."""
-    one = add(kinds, "harness", harness, "one task of lm-eval")
+    one = add(commands, "harness", harness, "one task of lm-eval")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     one.add_argument("--task", required=True, help="lm-eval's name; of a local task any")
     one.add_argument("--items", type=Path, help="items.jsonl (query, choices, gold); offline")
@@ -90,9 +90,9 @@ def generation(model: Path, out: Path, **settings: Any) -> None:
     generation(folder(model), out, **settings)
 
 
-def add_generation(kinds: Any) -> None:
+def add_generation(commands: Any) -> None:
     """Arguments of a3 eval generation."""
-    one = add(kinds, "generation", generation, "what a model says to a prompt, greedily")
+    one = add(commands, "generation", generation, "what a model says to a prompt, greedily")
     one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
     one.add_argument(
         "--prompt",
@@ -117,9 +117,9 @@ def speed(
     speed([folder(model) for model in models], rows=rows, layers=layers, **options)
 
 
-def add_speed(kinds: Any) -> None:
+def add_speed(commands: Any) -> None:
     """Arguments of a3 eval speed."""
-    one = add(kinds, "speed", speed, "tokens/s of models, interleaved in one process")
+    one = add(commands, "speed", speed, "tokens/s of models, interleaved in one process")
     text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
     one.add_argument("models", type=Path, nargs="+", help=text_)
     text_ = "time the dense model and those of these ratios, all with random weights"

@@ -13,9 +13,9 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="compressed models for other runtimes", description="Export."
     )
-    kinds = export.add_subparsers(metavar="KIND", required=True)
-    add_export_hf(kinds)
-    add_export_gguf(kinds)
+    subcommands = export.add_subparsers(metavar="COMMAND", required=True)
+    add_export_hf(subcommands)
+    add_export_gguf(subcommands)
     add_inspect(commands)
 
 
@@ -26,9 +26,11 @@ def export_hf(model: Path, out: Path) -> None:
     export_hf(folder(model), out)
 
 
-def add_export_hf(kinds: Any) -> None:
+def add_export_hf(commands: Any) -> None:
     """Arguments of a3 export hf."""
-    one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
+    one = add(
+        commands, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3"
+    )
     one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
     add_out(one, targets.EXPORTED, "Hugging Face folder")
 
@@ -40,9 +42,9 @@ def export_gguf(model: Path, out: Path, type: str) -> None:
     export_gguf(folder(model), out, type)
 
 
-def add_export_gguf(kinds: Any) -> None:
+def add_export_gguf(commands: Any) -> None:
     """Arguments of a3 export gguf."""
-    one = add(kinds, "gguf", export_gguf, "a file for llama.cpp")
+    one = add(commands, "gguf", export_gguf, "a file for llama.cpp")
     text_ = "dense folder, or compressed one with one set of RoPE pairs"
     one.add_argument("model", type=Path, help=text_)
     text_ = "type of the matrices"

@@ -19,9 +19,9 @@ def add_commands(commands: Any) -> None:
     add_surgery_tables(commands)
     add_report(commands)
     paper = commands.add_parser("paper", help="the paper's tables", description="Paper's tables.")
-    kinds = paper.add_subparsers(metavar="KIND", required=True)
-    add_paper_rows(kinds)
-    add_paper_compare(kinds)
+    subcommands = paper.add_subparsers(metavar="COMMAND", required=True)
+    add_paper_rows(subcommands)
+    add_paper_compare(subcommands)
     add_show(commands)
 
 
@@ -144,9 +144,9 @@ def paper_rows(table: Path, **inputs: Any) -> None:
     build_rows(table, **inputs)
 
 
-def add_paper_rows(kinds: Any) -> None:
+def add_paper_rows(commands: Any) -> None:
     """Arguments of a3 paper rows."""
-    one = add(kinds, "rows", paper_rows, "one model's group of rows, from its results")
+    one = add(commands, "rows", paper_rows, "one model's group of rows, from its results")
     one.add_argument("table", type=Path, help=TABLE)
     one.add_argument("--model", required=True, help="name in config/paper.yaml")
     one.add_argument("--results", type=Path, required=True)
@@ -160,9 +160,9 @@ def paper_compare(table: Path, out: Path) -> None:
     compare(table, out)
 
 
-def add_paper_compare(kinds: Any) -> None:
+def add_paper_compare(commands: Any) -> None:
     """Arguments of a3 paper compare."""
-    one = add(kinds, "compare", paper_compare, "ours beside the published figures")
+    one = add(commands, "compare", paper_compare, "ours beside the published figures")
     one.add_argument("table", type=Path, help=TABLE)
     add_out(
         one, targets.COMPARISON, "folder of <model>.csv, for comparison.csv, .md, .svg and .png"
