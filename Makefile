@@ -39,8 +39,8 @@ lqer: $(READY)  ## low precision and its repair, alone and on compressed models
 	snakemake --configfile config/config.yaml config/lqer.yaml
 	a3 show results/tables/lqer
 
-test: $(READY) lint  ## the whole test suite, on two cores
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+test: $(READY) lint  ## the whole test suite, on two cores: a third worker while others wait
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile
 
 test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and apt
 	tests/cluster/run
