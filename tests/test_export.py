@@ -243,7 +243,7 @@ def llama(tmp_path_factory):
     [
         ({"qk": "rxx-w-rxx@12"}, "different sets of pairs"),
         ({"ov": "xkv@10"}, "a head has one size, and QK keeps 12 dimensions, OV 10"),
-        ({"mlp": "svd@0.3"}, "some of its matrices are products of two"),
+        ({"mlp": "svd@0.3"}, "some of its matrices are factored"),
         ({"mlp": "flap@0.3"}, "its down projections have a bias"),
     ],
 )
@@ -397,6 +397,6 @@ def test_heads_of_the_smallest_servable_size_cannot_be_smaller(tmp_path):
 
 def test_servable_heads_are_not_shared_out():
     row = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~", "ratio": "0.2"}
-    with pytest.raises(A3Error, match="servable: qk and ov share out a ratio"):
+    with pytest.raises(A3Error, match="servable: qk and ov are marked ~"):
         Plan(choose(row), servable=True)
     assert Plan(choose(row | {"qk": "dense", "ov": "dense"}), servable=True).servable

@@ -350,7 +350,7 @@ SHOWN = CHOICE | {"fewshot_split": "test"}
         (CHOICE | {"metric_list": 3}, [], "one of lm-eval's own"),
         (CHOICE | {"metric_list": metrics("bleu")}, [], r"none of its metrics \(bleu\)"),
         (CHOICE | {"metric_list": metrics("acc", aggregation="x")}, [], "no such aggregation"),
-        (CHOICE | {"metric_list": metrics("likelihood")}, [], "no number that has a mean"),
+        (CHOICE | {"metric_list": metrics("likelihood")}, [], "not a number, so it has no mean"),
         (CHOICE | {"output_type": "mc"}, [], "output_type 'mc'"),
         (CHOICE | {"surprise": 1}, [], "unexpected keyword argument 'surprise'"),
         (CHOICE | {"test_split": "x"}, [], "KeyError: 'x'"),

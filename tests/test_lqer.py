@@ -418,7 +418,7 @@ def test_products_of_two_and_mixtures_are_refused(tmp_path, capsys):
     rxx = collect(tmp_path / "small", tmp_path, 64)
     words = ["quantise", tmp_path / "small", "--rxx", rxx, "--rank", "4", "-o", tmp_path / "low"]
     assert main([*map(str, words)]) == 1
-    assert "q_proj is a product of two matrices" in capsys.readouterr().err
+    assert "q_proj is a factored matrix" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_a_table_may_have_the_column_and_names_recipes_that_there_are(tmp_path):
         return read_experiments(path, config)
 
     assert [r["quantise"] for r in read("w4a8+none", "w4a8+qera@8")] == ["w4a8+none", "w4a8+qera@8"]
-    with pytest.raises(A3Error, match=r"row 2: says the same as row 1"):
+    with pytest.raises(A3Error, match=r"row 2: means the same as row 1"):
         read("w4a8+none", "w4a8+none")
     with pytest.raises(A3Error, match=r"row 1: config: quantise names the recipe 'w2a8'"):
         read("w2a8+none")

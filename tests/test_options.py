@@ -122,7 +122,7 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         (["model", '{"source": 3}', "-o", "x"], "source: 3 is not of type 'object'"),
         (["model", '{"source": {"path": 3}}', "-o", "x"], "source.path: 3 is not of type 'string'"),
         (["model", '{"source": {"path": ""}}', "-o", "x"], "source.path"),
-        (["model", '{"source": {"path": "\\u0000"}}', "-o", "x"], "has characters that are none"),
+        (["model", '{"source": {"path": "\\u0000"}}', "-o", "x"], "has invalid characters"),
         (["model", '{"source": {"path": "\\ud800"}}', "-o", "x"], "characters"),
         (["model", '{"source": {"wheel": {}}}', "-o", "x"], "'name' is a required"),
         (["model", '{"source": {"path": "m"}, "licence": 3}', "-o", "x"], "licence: 3"),
@@ -206,15 +206,15 @@ def test_configs_have_no_empty_text():
 @pytest.mark.parametrize(
     ("kind", "source", "key"),
     [
-        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("text", {"path": "d", "config": "x"}, "source.config: 'x' is of no use"),
-        ("text", {"path": "d", "files": "x"}, "source.files: 'x' is of no use"),
+        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("text", {"path": "d", "config": "x"}, "source.config: 'x' has no effect"),
+        ("text", {"path": "d", "files": "x"}, "source.files: 'x' has no effect"),
         ("text", {"path": "d", "split": "test"}, "source.split: 'test' does not match"),
         ("text", {"path": "d", "split": "trains"}, "source.split: 'trains' does not match"),
         ("text", {"hub": "a/b", "revision": "x", "files": "f", "split": "test"}, "source.split"),
-        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' is of no use"),
+        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' has no effect"),
     ],
 )
 def test_a_key_that_a_source_does_not_use(kind, source, key):
@@ -231,7 +231,7 @@ def test_keys_that_a_source_uses():
         both,
     ):
         validate_entry({"source": source}, "text", "entry")
-    with pytest.raises(A3Error, match="min_chars: 3 is of no use"):
+    with pytest.raises(A3Error, match="min_chars: 3 has no effect"):
         validate_entry({"source": both, "min_chars": 3}, "text", "entry")
     for section, kind in (("models", "model"), ("texts", "text")):
         for name, each in load_yaml(CATALOGUE)[section].items():
@@ -254,7 +254,7 @@ def test_jobs_of_a_workflow(capsys):
 
 def test_configs_are_held_to_the_same():
     recipe = {"learning_rate": float("nan")}
-    with pytest.raises(A3Error, match=r"model x: learning_rate: nan is no number"):
+    with pytest.raises(A3Error, match=r"model x: learning_rate: nan is not a finite number"):
         validate_entry({"source": {"train": recipe}}, "model", "model x")
     schema = {"type": "object", "properties": {"tokens": {"type": "integer"}}}
     with pytest.raises(A3Error, match=r"config: tokens: 512\.0 is not of type 'integer'"):

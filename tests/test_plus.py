@@ -756,8 +756,8 @@ def test_what_cannot_be_shared_out_is_said(shared):
         ("a", PLUS | {"qk": "dense"}, {"ratio": "0.95"}, "leaves ov rank 1 of 16"),
         ("b", PLUS, {"multiple": 32}, "no layer gets less than 32"),
         ("c", PLUS, {"multiple": 0}, "expected 1 or more"),
-        ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: shares out nothing"),
-        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no component shares out"),
+        ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: has no mode marked ~"),
+        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no mode is marked ~"),
     ):
         with pytest.raises(A3Error, match=says):
             allocated(shared, name, row, **options)

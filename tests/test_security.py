@@ -466,7 +466,7 @@ def test_the_hubs_token_is_sent_and_written_nowhere(at_the_hub, tmp_path):
     )
     assert f"Bearer {TOKEN}" in hub.tokens
     assert "a3: error" not in fine
-    assert "the download broke off" in broken
+    assert "the download failed" in broken
     assert "no such repository" in absent
     assert "A3Error" not in escaped
     assert "hub: who/rows" in escaped

@@ -305,7 +305,7 @@ def test_one_file_by_its_path_builds_only_that(settled):
         ("config/config.yaml", "text: learn", "text: lerne", "'lerne'"),
         ("experiments.tsv", "xkv", "xvk", "'xvk'"),
         ("experiments.tsv", "0.25", "1.25", "ratio is 1.25"),
-        ("experiments.tsv", "0.25", "-", "has no size"),
+        ("experiments.tsv", "0.25", "-", "has no ratio or rank"),
         ("experiments.tsv", "tiny", "huge", "'huge'"),
         ("experiments.tsv", "ratio", "ration", "columns are"),
     ],

@@ -65,7 +65,9 @@ class File:
         """Raise A3Error where it may not be written."""
         require_file(path, self.stage, sources)
         if self.suffix not in ("", path.suffix):
-            raise A3Error(f"{path}: expected a name that ends in {self.suffix}. Choose such a one.")
+            raise A3Error(
+                f"{path}: expected a name that ends in {self.suffix}. Choose such a name."
+            )
         for ending, stage in self.beside:
             require_file(path.with_suffix(ending), stage, sources)
 
@@ -83,7 +85,7 @@ class Files:
         require_apart(path, [], whole=True)
         require_apart(path, [one for one in sources if one.is_dir()], whole=False)
         if path.exists() and not path.is_dir():
-            raise A3Error(f"{path}: a file, expected a folder or nothing. Name another place.")
+            raise A3Error(f"{path}: a file, expected a folder or nothing. Name another path.")
         known = (*self.names, *self.others)
         for one in sorted(path.iterdir()) if path.exists() else []:
             # Other stages may be writing theirs, under hidden names.
@@ -130,7 +132,7 @@ def require_outside(path: Path, folder: Path) -> None:
     """Raise A3Error where a folder to be written is a folder that is read, or holds it."""
     target, source = path.resolve(), folder.resolve()
     if target == source or target in source.parents:
-        raise A3Error(f"{path}: is or holds {folder}, which is read. Name another place.")
+        raise A3Error(f"{path}: is or holds {folder}, which is an input. Name another path.")
 
 
 def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
@@ -140,8 +142,8 @@ def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
         raise A3Error(f"{path}: a folder, expected a file or nothing. Name a file.")
     if path.exists() and (stage is None or stage_of(path) != stage):
         raise A3Error(
-            f"{path}: exists already, and nothing says that this stage wrote it as it is. Name "
-            "another file, or delete it first."
+            f"{path}: exists already, and was not written by this command, or has changed since. "
+            "Name another file, or delete it first."
         )
 
 

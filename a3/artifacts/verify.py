@@ -191,7 +191,7 @@ class Verifier:
         self.known(record, "text_sha256", self.texts)
 
     def allocation(self, path: Path) -> None:
-        """Ranks shared out, and the model and statistics that they are for."""
+        """Allocated ranks, and the model and statistics that they are for."""
         record = self.record(path)
         place = path.relative_to(self.results).parts
         base = self.results / "models" / place[1] / "arch.json"

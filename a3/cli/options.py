@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise A3Error."""
-        raise A3Error(f"{message}. `{self.prog} -h` says what it takes.")
+        raise A3Error(f"{message}. `{self.prog} -h` shows the arguments.")
 
 
 def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:

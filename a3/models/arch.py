@@ -197,7 +197,9 @@ def model_type(folder: Path) -> str:
     """`model_type` of a Hugging Face folder; raises A3Error where there is no such config."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise A3Error(f"{folder / 'config.json'}: no model_type. Is this a Hugging Face model?")
+        raise A3Error(
+            f"{folder / 'config.json'}: no model_type. Name a folder in Hugging Face's layout."
+        )
     return config["model_type"]
 
 

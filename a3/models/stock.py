@@ -247,7 +247,7 @@ def size_obstacles(a3: dict[str, Any]) -> list[str]:
     if not found and qk != ov:
         found.append(f"a head has one size, and QK keeps {qk} dimensions, OV {ov}")
     if any(a3["factors"]):
-        found.append("some of its matrices are products of two")
+        found.append("some of its matrices are factored")
     if a3["down_bias"]:
         found.append("its down projections have a bias")
     return found

@@ -202,7 +202,7 @@ def kind_of(name: str) -> str:
     suffix = inner(name)[1]
     if suffix and suffix not in KINDS:
         raise A3Error(
-            f"{name}: {suffix} is no text that is known; expected {READABLE}. Convert it, or "
+            f"{name}: {suffix} is not a known text format; expected {READABLE}. Convert it, or "
             "rename it to .txt if it is plain text."
         )
     return KINDS[suffix] if suffix else "text"

@@ -58,7 +58,7 @@ def quantise_model(
 
     Reads `<kind>.safetensors` of the folder's own model from `rxx_folder`: for the method, and the
     full autocorrelation of each input for the reported errors. Raises A3Error for formats and
-    names that are not known, matrices that are products of two, experts, statistics of another
+    names that are not known, factored matrices, experts, statistics of another
     model, and a recipe that fits no matrix.
     """
     check_method(method, rank)
@@ -132,7 +132,7 @@ class Quantiser:
                 found[name] = entry, projection, layer
                 if self.config["factors"][layer].get(projection) is not None:
                     raise A3Error(
-                        f"{self.folder}: {name} is a product of two matrices, which are not "
+                        f"{self.folder}: {name} is a factored matrix, and those are not "
                         "quantised. Take a model whose heads and MLP were made smaller."
                     )
                 self.require_smaller(name, entry)

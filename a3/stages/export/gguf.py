@@ -81,7 +81,7 @@ def require_llama(model: Stock) -> None:
         found.append(f"its attention has a window of {window} positions")
     if found:
         raise A3Error(
-            f"{model.folder}: llama.cpp's architecture {ARCH!r} cannot be it: {'; '.join(found)}. "
+            f"{model.folder}: llama.cpp's architecture {ARCH!r} does not fit: {'; '.join(found)}. "
             "a3 export hf makes a checkpoint for other runtimes."
         )
 

@@ -82,7 +82,7 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
     ]
     if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
         raise A3Error(
-            f"{path}: {bad} is no merge of two tokens in which spaces are spelled as bytes are. "
+            f"{path}: {bad} is not a merge of two byte-level tokens. "
             "Convert the folder with llama.cpp's own script."
         )
     return [" ".join(pair) for pair in pairs]
@@ -152,8 +152,8 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
             return name
     raise A3Error(
         f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
-        f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would read "
-        "text otherwise. Convert the folder of a3 export hf with llama.cpp's own script."
+        f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would tokenise "
+        "text differently. Convert the folder of a3 export hf with llama.cpp's own script."
     )
 
 

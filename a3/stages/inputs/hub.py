@@ -72,8 +72,9 @@ def whole_snapshot(folder: Path, repo: str) -> Path:
         expected = path.resolve().name
         if path.is_symlink() and expected not in (files.sha256(path), git_hash(path, expected)):
             raise A3Error(
-                f"hub: {repo}: {path} is not what the hub has: its sha256 is {files.sha256(path)}, "
-                f"expected {expected}. Delete {path.resolve()} and run it again."
+                f"hub: {repo}: {path} is not what the hub records: its sha256 is "
+                f"{files.sha256(path)}, expected {expected}. Delete {path.resolve()} and run it "
+                "again."
             )
     return folder
 
@@ -208,7 +209,7 @@ def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
         if files.is_disk_error(error):
             raise A3Error(f"{where}: the disk of HF_HOME is full. Free some space.") from error
         raise A3Error(
-            f"{where}: the download broke off ({type(error).__name__}: {first_line(error)}). "
+            f"{where}: the download failed ({type(error).__name__}: {first_line(error)}). "
             f"Run it again; files that are whole are kept."
         ) from error
 
