@@ -32,7 +32,7 @@ COUNTS = [
     *((words, option, "0") for words, options_ in (
         (PPL, ("--tokens", "--block-length", "--threads")), (COLLECT, ("--tokens", "--threads")),
         (HARNESS, ("--limit",)), (QUANTISE, ("--rank",)), (APPROX, ("--multiple",)),
-        (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiples")),
+        (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiple")),
         (GENERATION, ("--new-tokens",)), (PLAN, ("--tokens", "--cores", "--block-length")),
         (["items", "d.jsonl", "-o", "i"], ("--items",)),
     ) for option in options_),

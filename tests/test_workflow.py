@@ -159,7 +159,7 @@ def test_two_runs_give_the_same_bytes(settled):
     shutil.rmtree(settled.folder / "results")
     settled.snakemake()
     after = settled.files()
-    timed = [path for path in before if "timing" in path.name or path.name == "seconds.csv"]
+    timed = [path for path in before if "timing" in path.name or path.name == "timings.csv"]
     timed.append(settled.folder / "results" / "tables" / "default" / "report.html")
     assert before.keys() == after.keys()
     different = [path for path in before if before[path] != after[path] and path not in timed]

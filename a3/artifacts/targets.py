@@ -30,7 +30,7 @@ TIMING = "timing"
 
 # What other rules leave in the folder of a table.
 TABLE = (
-    *("results.csv", "comparisons.csv", "seeds.csv", "seconds.csv", "results.md", "figures"),
+    *("results.csv", "comparisons.csv", "seeds.csv", "timings.csv", "results.md", "figures"),
     *("speed.csv", "speed.md", "surgery.csv", "surgery_layers.csv", "surgery.md"),
     *("surgery_figures", "report.html"),
 )
