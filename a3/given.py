@@ -86,7 +86,9 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
         )
     beside = getattr(model, "beside", {})
     if tokenizer is None and not beside:
-        raise A3Error("tokenizer: a loaded model does not hold its own. Give it beside the model.")
+        raise A3Error(
+            "tokenizer: found none, and a loaded model has none in it. Pass the tokenizer as well."
+        )
     model.save_pretrained(work / "model")
     if tokenizer is not None:
         tokenizer.save_pretrained(work / "model")

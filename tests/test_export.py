@@ -219,7 +219,7 @@ def test_rows_that_do_not_divide_into_blocks_are_f16_and_said_so(made, tmp_path,
     assert kinds["blk.0.attn_output.weight"] == "F16"
     assert kinds["blk.0.attn_q.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"
-    assert "tensors are F16, since a row is no multiple of the 32" in capsys.readouterr().out
+    assert "tensors are F16, since a row is not a multiple of 32" in capsys.readouterr().out
 
 
 def refused(folder):
@@ -341,10 +341,10 @@ def test_rules_of_words_have_llama_cpps_name(name, tmp_path):
     [
         (models.WordLevel({"a": 0}, "a"), WORDS["gpt-2"], "its model is WordLevel"),
         (models.BPE(byte_fallback=True), WORDS["gpt-2"], "expected byte-level BPE"),
-        (models.BPE(), pre_tokenizers.Whitespace(), "words are cut by .*Whitespace"),
-        (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), "words are cut by"),
+        (models.BPE(), pre_tokenizers.Whitespace(), "its pre_tokenizer is .*Whitespace"),
+        (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), "its pre_tokenizer is"),
         # No name of GPT-2's words takes words of the vocabulary without merges.
-        (models.BPE(ignore_merges=True), WORDS["gpt-2"], "words are cut by"),
+        (models.BPE(ignore_merges=True), WORDS["gpt-2"], "its pre_tokenizer is"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(model, words, reason, tmp_path):

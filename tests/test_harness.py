@@ -364,7 +364,7 @@ SHOWN = CHOICE | {"fewshot_split": "test"}
         (CHOICE | {"doc_to_target": "golds"}, [], "answer of item 0 is 'golds'"),
         (CHOICE | {"doc_to_choice": [" a", " b"]}, [], "IndexError|answer of item 2 is 2"),
         (CHOICE | {"unsafe_code": True}, [], "code that the model writes"),
-        (CHOICE | {"doc_to_image": "query"}, [], "pictures or sound"),
+        (CHOICE | {"doc_to_image": "query"}, [], "images or audio"),
         (CHOICE | {"dataset_kwargs": [1]}, [], "with files \\[\\]"),
         (CHOICE | {"dataset_kwargs": {"data_files": 3}}, [], "with files \\[\\]"),
         (CHOICE, ["--fewshot-as-multiturn"], "Set apply-chat-template too"),

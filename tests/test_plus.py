@@ -550,7 +550,7 @@ def test_shards_take_the_gradients_of_the_same_blocks(tmp_path, capsys):
     with pytest.raises(AssertionError):
         collected(tmp_path, "few", GRADIENTS, "--shard", "1of5")  # blocks 2 and 3
     said = capsys.readouterr().err
-    assert "shard 1of5: gradients are taken of one block in 4, and of its 2 none" in said
+    assert "shard 1of5: gradients use one block in 4, and none of its 2 blocks" in said
 
 
 def test_gradients_are_not_streamed(tmp_path, capsys):

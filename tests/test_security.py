@@ -504,7 +504,7 @@ def test_a_download_that_is_not_what_the_hub_has(at_the_hub, tmp_path):
         ["convert", "who/old@main", "-o", "newer"],
         ["text", json.dumps(data), "-o", "docs.jsonl"],
     ):
-        assert "is not what the hub has" in said
+        assert "is not what the hub records" in said
     assert (tmp_path / "model" / "source.json").read_bytes() == before
     assert not (tmp_path / "newer").exists()
 

@@ -367,7 +367,7 @@ def test_generation_is_the_likeliest_token_each_time(llama, tmp_path):
     [
         (["--mode", "pca"], "Modes: pca-separate, "),
         (["--size", "0.9"], "expected variance@0.9"),
-        (["--size", "variance@0.90"], "without zeros at its end"),
+        (["--size", "variance@0.90"], "without trailing zeros"),
         (["--size", "variance@0"], "expected variance@0.9"),
         (["--size", "parameters@1.5"], "expected variance@0.9"),
         (["--mode", "pca-separate-rxx"], "name its folder with --rxx"),

@@ -106,7 +106,9 @@ def check(target: Target, options: dict[str, Any]) -> None:
     sources, shared = read_by(options)
     out = options["out"] if isinstance(options["out"], list) else [options["out"]]
     if len({path.stem for path in out}) < len(out):
-        raise A3Error(f"{', '.join(map(str, out))}: two of one name. Name each kind once.")
+        raise A3Error(
+            f"{', '.join(map(str, out))}: two files have the same name. Name each statistic once."
+        )
     for path in out:
         target.check(path, sources, shared)
 

@@ -121,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"a3 {version('a3')}")
     # Their list is the epilog: argparse would show it as one.
-    commands = top.add_subparsers(prog="a3", help=argparse.SUPPRESS, required=True)
+    commands = top.add_subparsers(
+        prog="a3", metavar="COMMAND", help=argparse.SUPPRESS, required=True
+    )
     for wing in (compress, evaluate, export, inputs, collect, report, jobs):
         wing.add_commands(commands)
     briefs = {one.dest: one.help for one in commands._choices_actions}

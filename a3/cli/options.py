@@ -133,8 +133,8 @@ def rows(
             )
             if not cells or not set(columns) <= row.keys():
                 raise A3Error(
-                    f"argument {shown(word)}: expected a list of rows, objects that have "
-                    f"{', '.join(columns)}, all text."
+                    f"argument {shown(word)}: expected a list of objects with the keys "
+                    f"{', '.join(columns)}, whose values are text."
                 )
             if others is not None and (unknown := sorted(row.keys() - {*columns, *others})):
                 raise A3Error(

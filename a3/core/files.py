@@ -319,7 +319,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise A3Error(f"{path}: no such file.") from None
+        raise A3Error(f"{path}: no such file. Correct the path.") from None
     # Beside what is not JSON or UTF-8: numbers of thousands of digits, and endless nesting.
     except (ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid JSON ({error}). Delete it and build it again.") from error
@@ -332,7 +332,7 @@ def load_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise A3Error(f"{path}: no such file.") from None
+        raise A3Error(f"{path}: no such file. Correct the path.") from None
     # Not UTF-8 and dates that there are not are of type ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid YAML: {error}") from error
@@ -341,7 +341,7 @@ def load_yaml(path: Path) -> Any:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record with its seal as `write_json` does; A3Error where it is no record's place."""
     if path.exists() and SEAL not in (read_json(path) if is_json(path) else {}):
-        raise A3Error(f"{path}: exists already, and is no record. Name another, or delete it.")
+        raise A3Error(f"{path}: exists already, and is not a record of a3. Name another path.")
     write_json(path, seal(record))
 
 

@@ -162,8 +162,8 @@ def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
             made = Path(config["results"], kind, entry)
             if made.resolve() in (source, *source.parents):
                 raise A3Error(
-                    f"config: {section}.{name}.source.path is {path}, and {made} is what is made "
-                    f"of {of}.{entry} and deleted before. Choose other results, or another name."
+                    f"config: {section}.{name}.source.path is {path}, in {made}, which the "
+                    f"workflow deletes before it makes {of}.{entry}. Change results or the name."
                 )
 
 
@@ -191,7 +191,7 @@ def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ())
         defined("text", member, texts, where)
         if member in (*above, name):
             raise A3Error(
-                f"config: {where} names {member!r}, which is a mixture of it. Take it out."
+                f"config: {where} names {member!r}, which is itself a mixture of it. Remove it."
             )
         check_mixture(member, texts, (*above, name))
 

@@ -187,9 +187,9 @@ def made_already(folder: Path) -> A3Error:
             "made of, dense or compressed."
         )
     return A3Error(
-        f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), and this "
-        "takes a dense model. Name the one that it was made of. Compressed models are taken by "
-        "a3 eval, export, inspect, collect, quantise and card."
+        f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), expected a "
+        "dense model. Name the one that it was made from. Compressed models are read by a3 "
+        " eval, export, inspect, collect, quantise and card."
     )
 
 

@@ -135,5 +135,5 @@ def require_runs(path: Path, model: PreTrainedModel) -> None:
     except Exception as error:
         raise A3Error(
             f"{path}: transformers' own code cannot run this model ({type(error).__name__}: "
-            f"{str(error).strip()}). Is {PARTIAL} right in it?"
+            f"{str(error).strip()}). Check {PARTIAL} in it."
         ) from error

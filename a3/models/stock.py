@@ -127,8 +127,8 @@ class Stock:
         if left := [name for name in names if name not in read and not self.ignored(name)]:
             raise A3Error(
                 f"{self.folder}: {len(left)} tensors that {self.config.model_type} does not read, "
-                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}. Without them it is another "
-                "model: a3 exports none that needs them."
+                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}. The export would be "
+                "another model without them: this one is not supported."
             )
         return [name for name in names if name in read]
 

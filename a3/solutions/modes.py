@@ -238,7 +238,7 @@ def parse_choice(component: str, cell: str, ratio: str) -> Choice:
     if ratio == NO_RATIO:
         raise A3Error(
             f"{component} mode {mode!r} has no ratio or rank. Give a ratio for all components, or "
-            f"its own: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
+            f"for this one: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
         )
     return Choice(mode, parse_ratio(ratio))
 

@@ -70,7 +70,7 @@ def quantise_model(
         raise made_already(model_folder)
     arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
     if arch.experts:
-        raise A3Error(f"{model_folder}: a mixture of experts, which are not quantised yet.")
+        raise A3Error(f"{model_folder}: a mixture of experts, which a3 cannot quantise yet.")
     model = {
         "weights_sha256": arch.weights_sha256,
         "config_sha256": sha256(model_folder / "config.json"),
@@ -151,7 +151,7 @@ class Quantiser:
         if rank > most:
             raise A3Error(
                 f"{self.folder}: rank {rank} of the repair of {name}, which is {m} × {n}: A and B "
-                f"would hold as many numbers as it does, or more. Take a rank of at most {most}."
+                f"would be as large as the matrix, or larger. Take a rank of at most {most}."
             )
 
     def write(self, folder: Path, said: dict[str, Any]) -> None:

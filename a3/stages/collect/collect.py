@@ -160,7 +160,7 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
         site, form = KINDS[kind].site, KINDS[kind].form
         if form == "factors" and not arch.rope_layout:
             raise A3Error(
-                f"statistic {kind!r} requires RoPE, which {arch.family} has not. Remove it."
+                f"statistic {kind!r} requires RoPE, which {arch.family} does not use. Remove it."
             )
         if isinstance(arch, CompressedArch) and site not in SITES:
             raise A3Error(
@@ -196,6 +196,6 @@ def warn_if_short(arch: Arch, outputs: Iterable[str], tokens: int) -> None:
     if tokens < advised:
         LOG.warning(
             f"collect: warning: the calibration is short: {tokens} tokens, {advised} or more "
-            f"advised for heads of {arch.head_dim}. Solutions follow these tokens closely and "
-            "others badly. Raise tokens, or give more text.",
+            f"advised for heads of {arch.head_dim}. Solutions would overfit them, and do "
+            "badly on other text. Raise tokens, or give more text.",
         )

@@ -80,8 +80,8 @@ def set_shots(task: Task, shots: int | None) -> None:
     own = task.get_config("num_fewshot")
     if shots and own == 0:
         raise A3Error(
-            f"harness task {task.task_name!r}: its definition says num_fewshot: 0, which lm-eval "
-            f"takes for the last word, and shots is {shots}. Set shots to 0."
+            f"harness task {task.task_name!r}: shots is {shots}, but its definition sets "
+            "num_fewshot to 0, which lm-eval does not override. Set shots to 0."
         )
     if shots is not None or own is None:
         task.set_config("num_fewshot", shots or 0)

@@ -65,9 +65,9 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
         LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         LOG.info(
-            f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
-            f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
-            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
+            f"export: {len(others)} of {len(types)} tensors are F16, since a row is not a "
+            f"multiple of {block_of(wanted)}, the block of {wanted.name}: {others[0]} has "
+            f"{model.checkpoint.shape(others[0])[-1]} columns. --multiple 32 avoids this."
         )
 
 

@@ -57,7 +57,8 @@ def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]
     than the file's. Raises A3Error for a tokenizer that has none."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise A3Error(
-            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one."
+            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast "
+            "one (tokenizer.json)."
         )
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
@@ -129,8 +130,8 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
     kind = tokenizer["model"]["type"]
     if kind != "BPE" or tokenizer["model"].get("byte_fallback"):
         raise A3Error(
-            f"{path}: its model is {kind}, expected byte-level BPE: GGUF files are written of no "
-            "other tokenizer. Convert the folder of a3 export hf with llama.cpp's own script."
+            f"{path}: its model is {kind}, expected byte-level BPE, the one kind that a3 writes "
+            "to GGUF files. Convert the folder of a3 export hf with llama.cpp's own script."
         )
     for token in tokenizer.get("added_tokens", []):
         if how := [key for key in GREEDY if token.get(key)]:
@@ -151,9 +152,9 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
         if normal in (None, NFC) and found == as_found(rules):
             return name
     raise A3Error(
-        f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
-        f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would tokenise "
-        "text differently. Convert the folder of a3 export hf with llama.cpp's own script."
+        f"{path}: its pre_tokenizer is {json.dumps(tokenizer.get('pre_tokenizer'))}, its "
+        f"normalizer {json.dumps(normal)}; expected those of {', '.join(RULES)}: llama.cpp would "
+        "tokenise text differently. Convert the folder of a3 export hf with llama.cpp's own script."
     )
 
 

@@ -173,7 +173,7 @@ def repeat_kv(base: Path, folder: Path) -> None:
     if not alone or arch.kv_heads == arch.heads or "num_key_value_heads" not in config:
         raise A3Error(
             f"{base}: {arch.family} with {arch.heads} query heads and {arch.kv_heads} key/value "
-            "heads; expected fewer of these, in projections of their own as llama has them. Name "
+            "heads; expected fewer key/value heads, in projections as in llama. Name "
             "another model in repeat_kv."
         )
     checkpoint = Checkpoint(base, arch.adapter.prefix)
