@@ -69,8 +69,8 @@ class Place:
         """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
         if self.is_dense:
             return results / "models" / self.model / "arch.json"
-        kind = "quantised" if self.is_quantised else "checkpoints"
-        return results / kind / self._tail / "approx.json"
+        folder = "quantised" if self.is_quantised else "checkpoints"
+        return results / folder / self._tail / "approx.json"
 
     def perplexity(self, results: Path, text: str) -> Path:
         """The perplexity result on one text."""
@@ -136,8 +136,8 @@ def weights_of(results: Path, evaluation: Path) -> Path:
     model, *method = evaluation.relative_to(results / "eval").parts[:-2]
     if method == [DENSE]:
         return results / "models" / model / "arch.json"
-    kind = "checkpoints" if len(method) == 3 else "quantised"
-    return results.joinpath(kind, model, *method, "approx.json")
+    folder = "checkpoints" if len(method) == 3 else "quantised"
+    return results.joinpath(folder, model, *method, "approx.json")
 
 
 # The columns that name a row.

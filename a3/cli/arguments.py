@@ -119,7 +119,7 @@ def add(
 def add_group(commands: Any, name: str, brief: str, about: str, example: str) -> Any:
     """A command that has commands of its own; returns what `add` adds them to."""
     group = add(commands, name, None, brief, about, example)
-    return group.add_subparsers(metavar="KIND", title="kinds", required=True)
+    return group.add_subparsers(metavar="COMMAND", title="commands", required=True)
 
 
 def add_model(one: argparse.ArgumentParser, text: str = MODEL, **options: Any) -> None:

@@ -27,17 +27,17 @@ from a3.solutions.modes import COMPONENTS
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
-    kinds = add_group(
+    subcommands = add_group(
         commands,
         "eval",
         "measure perplexity, benchmark scores, generated text or speed",
         "Each kind reads models and writes one JSON record of result and provenance.",
         "a3 eval ppl small --text other-text.txt -o ppl.json",
     )
-    add_perplexity(kinds)
-    add_harness(kinds)
-    add_generation(kinds)
-    add_speed(kinds)
+    add_perplexity(subcommands)
+    add_harness(subcommands)
+    add_generation(subcommands)
+    add_speed(subcommands)
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -47,10 +47,10 @@ def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings:
     perplexity(folder(model), text, out, name=name or text.stem, **settings)
 
 
-def add_perplexity(kinds: Any) -> None:
+def add_perplexity(commands: Any) -> None:
     """Arguments of a3 eval ppl."""
     one = add(
-        kinds,
+        commands,
         "ppl",
         perplexity,
         "measure perplexity on a text",
@@ -79,10 +79,10 @@ def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     harness(folder(model), task, out, **settings)
 
 
-def add_harness(kinds: Any) -> None:
+def add_harness(commands: Any) -> None:
     """Arguments of a3 eval harness."""
     one = add(
-        kinds,
+        commands,
         "harness",
         harness,
         "run one task of lm-eval",
@@ -123,10 +123,10 @@ def generation(model: Path, out: Path, **settings: Any) -> None:
     generation(folder(model), out, **settings)
 
 
-def add_generation(kinds: Any) -> None:
+def add_generation(commands: Any) -> None:
     """Arguments of a3 eval generation."""
     one = add(
-        kinds,
+        commands,
         "generation",
         generation,
         "continue a prompt, greedily",
@@ -159,10 +159,10 @@ def speed(
     speed([folder(model) for model in models], rows=rows, layers=layers, **options)
 
 
-def add_speed(kinds: Any) -> None:
+def add_speed(commands: Any) -> None:
     """Arguments of a3 eval speed."""
     one = add(
-        kinds,
+        commands,
         "speed",
         speed,
         "benchmark several models, interleaved",

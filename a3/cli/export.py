@@ -10,7 +10,7 @@ from a3.core.dtypes import GGUF_TYPES
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
-    kinds = add_group(
+    subcommands = add_group(
         commands,
         "export",
         "write a compressed model for runtimes without a3",
@@ -18,8 +18,8 @@ def add_commands(commands: Any) -> None:
         "do, and docs/export.md how to make such a model.",
         "a3 export gguf small -o small.gguf",
     )
-    add_export_hf(kinds)
-    add_export_gguf(kinds)
+    add_export_hf(subcommands)
+    add_export_gguf(subcommands)
     add_inspect(commands)
 
 
@@ -30,10 +30,10 @@ def export_hf(model: Path, out: Path) -> None:
     export_hf(folder(model), out)
 
 
-def add_export_hf(kinds: Any) -> None:
+def add_export_hf(commands: Any) -> None:
     """Arguments of a3 export hf."""
     one = add(
-        kinds,
+        commands,
         "hf",
         export_hf,
         "write a checkpoint that the family's own code loads",
@@ -52,10 +52,10 @@ def export_gguf(model: Path, out: Path, type: str) -> None:
     export_gguf(folder(model), out, type)
 
 
-def add_export_gguf(kinds: Any) -> None:
+def add_export_gguf(commands: Any) -> None:
     """Arguments of a3 export gguf."""
     one = add(
-        kinds,
+        commands,
         "gguf",
         export_gguf,
         "write a GGUF file for llama.cpp",

@@ -80,8 +80,9 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
     for name, section in entries.items():
         options[name] = entry(options[name], section)
     if writes is not None:
-        a_shard = writes == targets.APPROXIMATED and options.get("shard")
-        targets.check(targets.SHARD if a_shard else writes, options)
+        if writes == targets.APPROXIMATED and options.get("shard"):
+            writes = targets.SHARD
+        targets.check(writes, options)
 
 
 def is_utf8(name: str) -> bool:

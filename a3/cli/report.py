@@ -39,15 +39,15 @@ def add_commands(commands: Any) -> None:
     add_surgery_table(commands)
     add_surgery_figures(commands)
     add_report(commands)
-    kinds = add_group(
+    subcommands = add_group(
         commands,
         "paper",
         "build the paper's tables beside the published figures",
         "docs/paper.md says how the tables are defined and built.",
         "a3 paper compare config/paper/table1.yaml -o results/paper/table1",
     )
-    add_paper_rows(kinds)
-    add_paper_compare(kinds)
+    add_paper_rows(subcommands)
+    add_paper_compare(subcommands)
     add_show(commands)
 
 
@@ -236,10 +236,10 @@ def paper_rows(table: Path, **inputs: Any) -> None:
     build_rows(table, **inputs)
 
 
-def add_paper_rows(kinds: Any) -> None:
+def add_paper_rows(commands: Any) -> None:
     """Arguments of a3 paper rows."""
     one = add(
-        kinds,
+        commands,
         "rows",
         paper_rows,
         "build the rows of one model",
@@ -261,10 +261,10 @@ def paper_compare(table: Path, out: Path) -> None:
     compare(table, out)
 
 
-def add_paper_compare(kinds: Any) -> None:
+def add_paper_compare(commands: Any) -> None:
     """Arguments of a3 paper compare."""
     one = add(
-        kinds,
+        commands,
         "compare",
         paper_compare,
         "show our results beside the published figures",

@@ -68,10 +68,10 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
     raise A3Error(f"{what}: {where}: {error.message}. Correct this key.")
 
 
-def validate_entry(entry: Any, kind: str, what: str) -> None:
-    """Raise A3Error unless this is what the config calls a `kind`: model, text, quantisation …"""
+def validate_entry(entry: Any, name: str, what: str) -> None:
+    """Raise A3Error unless this is what the config calls a `name`: model, text, quantisation …"""
     definitions = load_yaml(SCHEMA)["$defs"]
-    validate(entry, {"$ref": f"#/$defs/{kind}", "$defs": definitions}, what)
+    validate(entry, {"$ref": f"#/$defs/{name}", "$defs": definitions}, what)
 
 
 def require_plain(value: Any, where: str, what: str) -> None:
@@ -157,9 +157,9 @@ def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
     if path is None:
         return
     source = Path(path).resolve()
-    for kind, of in MADE.items():
+    for folder, of in MADE.items():
         for entry in config.get(of, {}):
-            made = Path(config["results"], kind, entry)
+            made = Path(config["results"], folder, entry)
             if made.resolve() in (source, *source.parents):
                 raise A3Error(
                     f"config: {section}.{name}.source.path is {path}, in {made}, which the "

@@ -19,7 +19,7 @@ from a3.report.tables.paper_comparison import (
     write_csv,
 )
 
-# Decimals of each kind of figure; the rest have two.
+# Decimals of each quantity; the rest have two.
 DECIMALS = {
     "accuracy": 3,
     "average": 3,
@@ -90,27 +90,27 @@ def model_table(table: Table, group: list[Compared]) -> str:
 
 def cell_text(one: Compared) -> str:
     """`7.31 (7.22, +0.09)`, `not built (7.22)` or `7.31`, with the marks of footnotes."""
-    kind = one.cell.kind
+    quantity = one.cell.quantity
     ours = NOT_BUILT if one.ours is None else plus_minus(one)
     if one.published is None:
         return ours
-    published = short(one.published, kind) + " ".join(mark(i) for i in one.notes)
+    published = short(one.published, quantity) + " ".join(mark(i) for i in one.notes)
     if one.difference is None:
         return f"{ours} ({published})"
     sign = "+" if one.difference >= 0 else ""
-    return f"{ours} ({published}, {sign}{short(one.difference, kind)})"
+    return f"{ours} ({published}, {sign}{short(one.difference, quantity)})"
 
 
 def plus_minus(one: Compared) -> str:
     """Ours with its standard error."""
-    text = short(one.ours, one.cell.kind)
-    return text if one.stderr is None else f"{text} ± {short(one.stderr, one.cell.kind)}"
+    text = short(one.ours, one.cell.quantity)
+    return text if one.stderr is None else f"{text} ± {short(one.stderr, one.cell.quantity)}"
 
 
-def short(value: float, kind: str) -> str:
-    """A figure with the decimals of its kind."""
-    large = abs(value) >= 1000 and kind in ("perplexity", "delta")
-    return f"{value:.4g}" if large else f"{value:,.{DECIMALS.get(kind, 2)}f}"
+def short(value: float, quantity: str) -> str:
+    """A figure with the decimals of its quantity."""
+    large = abs(value) >= 1000 and quantity in ("perplexity", "delta")
+    return f"{value:.4g}" if large else f"{value:,.{DECIMALS.get(quantity, 2)}f}"
 
 
 def mark(number: int) -> str:

@@ -92,10 +92,8 @@ class Plan:
         return {
             component: ranks[component]
             if component in ranks and not self.mode(component).factors
-            else full
-            for component, full in (
-                (component, arch.full_rank(component)) for component in COMPONENTS
-            )
+            else arch.full_rank(component)
+            for component in COMPONENTS
         }
 
     def factors(self, arch: Arch) -> dict[str, int]:

@@ -69,7 +69,6 @@ def allocate(
         for layer in curve.layers:
             found[curve.component][layer] = rank
     record = {
-        "kind": "allocation",
         "modes": {component: str(choice) for component, choice in plan.shared.items()},
         "ranks": found,
         "uniform_ranks": ranks,

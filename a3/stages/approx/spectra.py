@@ -54,7 +54,6 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
         for component, energy in energies(arch, checkpoint, rxx, layer).items():
             lost[component].append(lost_beyond(energy, ranks[component]).tolist())
     record = {
-        "kind": "spectra",
         "full": full,
         "ranks": ranks,
         "lost": lost,

@@ -65,7 +65,6 @@ def perplexity(
     error = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     tokens_scored = len(losses) * (block_length - 1)
     record = {
-        "kind": "perplexity",
         "text": name,
         "split": split,
         "source": None if source is None else read_record(source)["source"],

