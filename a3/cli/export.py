@@ -6,6 +6,7 @@ from typing import Any
 from a3.artifacts import targets
 from a3.cli.arguments import add, add_out, folder
 from a3.core.dtypes import GGUF_TYPES
+from a3.core.extras import require_installed
 
 
 def add_commands(commands: Any) -> None:
@@ -35,6 +36,7 @@ def add_export_hf(kinds: Any) -> None:
 
 def export_gguf(model: Path, out: Path, type: str) -> None:
     """Write a GGUF file."""
+    require_installed("gguf", "export")
     from a3.stages.export.gguf import export_gguf
 
     export_gguf(folder(model), out, type)

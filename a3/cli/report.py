@@ -6,6 +6,7 @@ from typing import Any
 from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.arguments import EXPERIMENTS, SURGERIES, add, add_out, folder
+from a3.core.extras import require_installed
 
 # Where the paper's tables are defined.
 TABLE = "config/paper/TABLE.yaml, with config/paper.yaml beside its folder"
@@ -44,6 +45,7 @@ def add_card(commands: Any) -> None:
 
 def tables(**inputs: Any) -> None:
     """Build tables."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.results import build_tables
 
     build_tables(**inputs)
@@ -51,6 +53,7 @@ def tables(**inputs: Any) -> None:
 
 def figures(**inputs: Any) -> None:
     """Build figures."""
+    require_installed("matplotlib", "workflow")
     from a3.report.figures.build import build_figures
 
     build_figures(**inputs)
@@ -78,6 +81,7 @@ def add_tables(commands: Any) -> None:
 
 def speed_table(**inputs: Any) -> None:
     """Build the table of speeds."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.speed import build_speed_table
 
     build_speed_table(**inputs)
@@ -94,6 +98,7 @@ def add_speed_table(commands: Any) -> None:
 
 def surgery_table(**inputs: Any) -> None:
     """Build the table of surgeries."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.surgery import build_surgery_table
 
     build_surgery_table(**inputs)
@@ -101,6 +106,7 @@ def surgery_table(**inputs: Any) -> None:
 
 def surgery_figures(**inputs: Any) -> None:
     """Build the figures of surgeries."""
+    require_installed("matplotlib", "workflow")
     from a3.report.figures.surgery import build_surgery_figures
 
     build_surgery_figures(**inputs)
@@ -123,6 +129,7 @@ def add_surgery_tables(commands: Any) -> None:
 
 def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
     """Build the report."""
+    require_installed("tabulate", "workflow")
     from a3.report.page import build_report
 
     build_report(results, tables, config, out)
@@ -155,6 +162,8 @@ def add_paper_rows(kinds: Any) -> None:
 
 def paper_compare(table: Path, out: Path) -> None:
     """Compare with the paper."""
+    require_installed("matplotlib", "workflow")
+    require_installed("tabulate", "workflow")
     from a3.report.paper import compare
 
     compare(table, out)
