@@ -29,9 +29,9 @@ from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate, approximate_shard
 from a3.stages.approx.assemble import gather
 from a3.stages.export.gguf import export_gguf
-from a3.stages.export.gguf_vocabulary import rules_of
 from a3.stages.export.hf import export_hf
 from a3.stages.export.inspect import inspect, runs
+from a3.stages.export.llama import rules_of
 
 GLOBAL = {"qk": "uniform-global@12", "ov": "xkv@12", "mlp": "rxx-w@64", "ratio": "-"}
 LLAMA3 = {

@@ -22,6 +22,7 @@ from a3.cli.arguments import (
     ratio,
 )
 from a3.cli.options import count
+from a3.core.extras import require_installed
 from a3.solutions.modes import COMPONENTS
 
 
@@ -74,6 +75,7 @@ def add_perplexity(commands: Any) -> None:
 
 def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     """Run one lm-eval task."""
+    require_installed("lm_eval", "eval")
     from a3.stages.evaluate.harness import harness
 
     harness(folder(model), task, out, **settings)

@@ -6,6 +6,7 @@ from typing import Any
 from a3.artifacts import targets
 from a3.cli.arguments import ANY_MODEL, SMALL_MODEL, add, add_group, add_model, add_out, folder
 from a3.core.dtypes import GGUF_TYPES
+from a3.core.extras import require_installed
 
 
 def add_commands(commands: Any) -> None:
@@ -47,6 +48,7 @@ def add_export_hf(commands: Any) -> None:
 
 def export_gguf(model: Path, out: Path, type: str) -> None:
     """Write a GGUF file."""
+    require_installed("gguf", "export")
     from a3.stages.export.gguf import export_gguf
 
     export_gguf(folder(model), out, type)

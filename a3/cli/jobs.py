@@ -17,6 +17,7 @@ from a3.cli.arguments import (
 from a3.cli.options import count
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 
 
 def add_commands(commands: Any) -> None:
@@ -98,6 +99,8 @@ def add_verify(commands: Any) -> None:
 
 def recover() -> None:
     """Clean up after a killed Snakemake."""
+    require_installed("snakemake", "workflow")
+    require_installed("psutil", "workflow")
     from a3.jobs.recover import recover
 
     recover()

@@ -18,6 +18,7 @@ from a3.cli.arguments import (
     add_scores,
     folder,
 )
+from a3.core.extras import require_installed
 
 # Where the paper's tables are defined.
 TABLE = "config/paper/TABLE.yaml; config/paper.yaml lies beside its folder"
@@ -80,6 +81,7 @@ def add_card(commands: Any) -> None:
 
 def tables(**inputs: Any) -> None:
     """Build tables."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.results import build_tables
 
     build_tables(**inputs)
@@ -106,6 +108,7 @@ def add_tables(commands: Any) -> None:
 
 def figures(**inputs: Any) -> None:
     """Build figures."""
+    require_installed("matplotlib", "workflow")
     from a3.report.figures.build import build_figures
 
     build_figures(**inputs)
@@ -131,6 +134,7 @@ def add_figures(commands: Any) -> None:
 
 def speed_table(**inputs: Any) -> None:
     """Build the table of speeds."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.speed import build_speed_table
 
     build_speed_table(**inputs)
@@ -155,6 +159,7 @@ def add_speed_table(commands: Any) -> None:
 
 def surgery_table(**inputs: Any) -> None:
     """Build the table of surgeries."""
+    require_installed("tabulate", "workflow")
     from a3.report.tables.surgery import build_surgery_table
 
     build_surgery_table(**inputs)
@@ -177,6 +182,7 @@ def add_surgery_table(commands: Any) -> None:
 
 def surgery_figures(**inputs: Any) -> None:
     """Build the figures of surgeries."""
+    require_installed("matplotlib", "workflow")
     from a3.report.figures.surgery import build_surgery_figures
 
     build_surgery_figures(**inputs)
@@ -206,6 +212,7 @@ def add_surgeries(one: Any) -> None:
 
 def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
     """Build the report."""
+    require_installed("tabulate", "workflow")
     from a3.report.page import build_report
 
     build_report(results, tables, config, out)
@@ -256,6 +263,8 @@ def add_paper_rows(commands: Any) -> None:
 
 def paper_compare(table: Path, out: Path) -> None:
     """Compare with the paper."""
+    require_installed("matplotlib", "workflow")
+    require_installed("tabulate", "workflow")
     from a3.report.paper import compare
 
     compare(table, out)

@@ -12,8 +12,7 @@ from a3.models.compressed import compressed_record
 from a3.models.load import load_tokenizer
 from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
-from a3.stages.export.gguf import require_llama
-from a3.stages.export.gguf_vocabulary import content_of, rules_of
+from a3.stages.export.llama import content_of, require_llama, rules_of
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
