@@ -153,6 +153,11 @@ def name_of(texts: Texts) -> str:
     return Path(texts).stem if isinstance(texts, str | Path) else "texts"
 
 
+def device_of(model: Model) -> str:
+    """Where a model is: a loaded one's device, else the CPU."""
+    return str(model.device) if isinstance(model, PreTrainedModel) else "cpu"
+
+
 # --- plans ----------------------------------------------------------------------------------------
 def plan_of(
     ratio: float | str | None,

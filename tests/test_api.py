@@ -135,6 +135,8 @@ WRONG = {
     "preset": ({"preset": "best"}, "preset 'best' is not known"),
     "mode": ({"qk": "nothing"}, "qk mode 'nothing' is not known"),
     "tokens": ({"tokens": 0}, "tokens: found 0"),
+    "all tokens": ({"tokens": "all"}, "tokens: found 'all'"),
+    "bos": ({"bos": "once"}, "bos: found 'once'"),
     "block": ({"block_length": 1.5}, "block_length: found 1.5"),
     "device": ({"device": "abacus"}, "device 'abacus'"),
     "dtype": ({"dtype": "int3"}, "int3"),
@@ -151,7 +153,7 @@ WRONG = {
 def test_what_is_wrong_is_said(loaded, name):
     options, said = WRONG[name]
     given = {"texts": TEXTS, "ratio": 0.25, **SMALL, "progress": False}
-    with pytest.raises(a3.A3Error, match="") as error:
+    with pytest.raises(a3.A3Error) as error:
         a3.compress(*loaded, **(given | options))
     assert said in str(error.value)
     assert "/tmp" not in str(error.value)
