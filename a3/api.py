@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3.artifacts import targets
 from a3.core.devices import require_device
+from a3.core.dtypes import GGUF_TYPES, RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import read_record
@@ -52,6 +53,7 @@ from a3.given import (
     name_of,
     plan_of,
     require_count,
+    require_one_of,
     silent,
     text_entry,
     workplace,
@@ -222,6 +224,9 @@ def evaluate(
         raise A3Error("evaluate: expected either texts (perplexity) or task (lm-eval's).")
     if task is not None:
         require_installed("lm_eval", "eval")
+    for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
+        if value is not None:
+            require_count(name, value, least)
     sizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
     run = run_of(sizes, dtype, device, model, scored=True)
     with workplace(progress) as work:
@@ -257,6 +262,7 @@ def export(
     out = Path(out)
     if out.suffix == ".gguf":
         require_installed("gguf", "export")
+        require_one_of("type", type, GGUF_TYPES)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         if out.suffix == ".gguf":
@@ -278,6 +284,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises A3Error for a folder that transformers would read only in part.
     """
     path = Path(folder)
+    if not path.is_dir():
+        raise A3Error(f"{path}: no such folder. Name that of a dense or compressed model.")
     require_readable(path)
     with workplace(progress=False):
         return loaded_as(path, path), load_tokenizer(path)
@@ -298,6 +306,7 @@ def run_of(
         raise A3Error(
             f"bos: found {sizes['bos']!r}, expected True or False{', or once' if scored else ''}."
         )
+    require_one_of("dtype", dtype, RUN_DTYPES)
     device = device or device_of(model)
     require_device(device, dtype)
     return {"dtype": dtype, "device": device}
