@@ -127,7 +127,7 @@ class SurgeryPlace(Place):
         return Path(self.model, *own)
 
     def generation(self, results: Path) -> Path:
-        """What the model says to the prompt."""
+        """The path of the generated text."""
         return results / "eval" / self._tail / "generation" / "prompt.json"
 
 
