@@ -166,8 +166,8 @@ def low_precision(record: dict[str, Any]) -> str:
     return (
         f"Low precision, simulated (values are rounded, nothing runs faster): {len(errors)} "
         f"matrices, repaired by `{said['method']}`{rank}; {bits:.2f} bits for each weight of the "
-        f"dense model's matrices. Relative error of their outputs: mean {mean(errors):.3g}, largest "
-        f"{max(errors):.3g}."
+        f"dense model's matrices. Relative error of their outputs: mean {mean(errors):.3g}, "
+        f"largest {max(errors):.3g}."
     )
 
 
