@@ -245,7 +245,7 @@ def _root(results: Path) -> Path:
 
 def _rebuild_table(results: Path, tables: Path, frame: pd.DataFrame) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
-    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "seconds")]
+    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "timings")]
     targets = [_root(results) / "tables" / tables.name / path.name for path in files]
     drawn = {figure["name"] for figure in read_json(tables / "figures" / "captions.json")}
     pairs = zip(frame["model"], frame["calibration"], strict=True)
