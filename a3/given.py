@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from decimal import Decimal, InvalidOperation
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +75,10 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
 
     Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no tokenizer.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise A3Error(
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers."
+        )
     if isinstance(model, str | Path):
         folder = named_folder(str(model), work)
         return folder if tokenizer is None else with_tokenizer(folder, tokenizer, work / "model")
@@ -86,7 +89,9 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
         )
     beside = getattr(model, "beside", {})
     if tokenizer is None and not beside:
-        raise A3Error("tokenizer: a loaded model does not hold its own. Give it beside the model.")
+        raise A3Error(
+            "tokenizer: found none, and a loaded model has none in it. Pass the tokenizer as well."
+        )
     model.save_pretrained(work / "model")
     if tokenizer is not None:
         tokenizer.save_pretrained(work / "model")
@@ -152,6 +157,11 @@ def name_of(texts: Texts) -> str:
     return Path(texts).stem if isinstance(texts, str | Path) else "texts"
 
 
+def device_of(model: Model) -> str:
+    """Where a model is: a loaded one's device, else the CPU."""
+    return str(model.device) if isinstance(model, PreTrainedModel) else "cpu"
+
+
 # --- plans ----------------------------------------------------------------------------------------
 def plan_of(
     ratio: float | str | None,
@@ -178,8 +188,12 @@ def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
 
 def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
     """The mode of each component; raises A3Error for a preset that is not known."""
-    if preset not in PRESETS:
-        raise A3Error(f"preset {preset!r} is not known. Presets: {', '.join(PRESETS)}.")
+    require_one_of("preset", preset, tuple(PRESETS))
+    for one, mode in modes.items():
+        if not isinstance(mode, str | None):
+            raise A3Error(
+                f"{one}: found {mode!r}, expected a mode, such as {PRESETS['a3'][one]!r}."
+            )
     return {one: modes.get(one) or PRESETS[preset][one] for one in COMPONENTS}
 
 
@@ -193,16 +207,16 @@ def spelled(ratio: float | str) -> str:
     return text
 
 
+def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise A3Error unless an argument is one of `choices`."""
+    if value not in choices:
+        raise A3Error(f"{name}: found {value!r}, expected one of {', '.join(choices)}.")
+
+
 def require_count(name: str, value: Any, least: int = 1) -> None:
     """Raise A3Error unless an argument is an integer from `least` on."""
     if type(value) is not int or value < least:
         raise A3Error(f"{name}: found {value!r}, expected an integer from {least} on.")
-
-
-def require_installed(module: str, extra: str) -> None:
-    """Raise A3Error where a library is missing that one of a3's extras has."""
-    if find_spec(module) is None:
-        raise A3Error(f"{module} is not installed. Install a3[{extra}] with pip.")
 
 
 # --- results --------------------------------------------------------------------------------------

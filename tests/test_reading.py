@@ -207,8 +207,8 @@ def test_items_never_ask_for_null(tmp_path):
         ("a.txt.gz", b"text", r"a\.txt\.gz: cannot be unpacked"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], "cannot be unpacked"),
         ("a.xz", b"text", "cannot be unpacked"),
-        ("a.pdf", b"%PDF", r"\.pdf is no text that is known; expected \.txt, \.md, \.jsonl"),
-        ("a.txt.zst", b"x", r"\.zst is no text that is known"),
+        ("a.pdf", b"%PDF", r"\.pdf is not a known text format; expected \.txt, \.md, \.jsonl"),
+        ("a.txt.zst", b"x", r"\.zst is not a known text format"),
     ],
 )
 def test_what_is_no_text_is_refused_alike(tmp_path, name, content, message):

@@ -367,7 +367,7 @@ def test_generation_is_the_likeliest_token_each_time(llama, tmp_path):
     [
         (["--mode", "pca"], "Modes: pca-separate, "),
         (["--size", "0.9"], "expected variance@0.9"),
-        (["--size", "variance@0.90"], "without zeros at its end"),
+        (["--size", "variance@0.90"], "without trailing zeros"),
         (["--size", "variance@0"], "expected variance@0.9"),
         (["--size", "parameters@1.5"], "expected variance@0.9"),
         (["--mode", "pca-separate-rxx"], "name its folder with --rxx"),
@@ -544,7 +544,7 @@ def test_the_rules(tmp_path):
         ("tiny\tshort\tpca\tvariance@0.9\n", "row 1: surgery mode 'pca' is not known"),
         ("tiny\tshort\tpca-separate\t0.9\n", "row 1: surgery size is '0.9'"),
         ("tiny\tlong\tpca-separate\tvariance@0.9\n", "names the calibration 'long'"),
-        ("tiny\tshort\tpca-separate\tvariance@0.9\n" * 2, "row 2: says the same as row 1"),
+        ("tiny\tshort\tpca-separate\tvariance@0.9\n" * 2, "row 2: means the same as row 1"),
         ("tiny\tshort\n", "expected 4 cells"),
         ("", "no experiments"),
     ],

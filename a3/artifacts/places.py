@@ -25,7 +25,7 @@ class Place:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it came."""
+        """Whether this is the unmodified dense model."""
         return self.is_whole and not self.is_quantised
 
     @property
@@ -51,7 +51,7 @@ class Place:
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed components; None where one has a size of its own."""
+        """The one ratio of all compressed components; None where one has its own ratio or rank."""
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
@@ -95,7 +95,7 @@ class Place:
         return folder / f"{kind}.safetensors"
 
     def allocation(self, results: Path) -> Path | None:
-        """The ranks of each layer, where some mode shares out a ratio."""
+        """The ranks of each layer, where some mode has an allocated ratio."""
         shared = SHARED in self.modes and not self.is_quantised
         return results / "allocations" / f"{self._tail}.json" if shared else None
 
@@ -113,7 +113,7 @@ class SurgeryPlace(Place):
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it came."""
+        """Whether this is the unmodified dense model."""
         return self.mode == DENSE
 
     @property
@@ -127,7 +127,7 @@ class SurgeryPlace(Place):
         return Path(self.model, *own)
 
     def generation(self, results: Path) -> Path:
-        """What the model says to the prompt."""
+        """The path of the generated text."""
         return results / "eval" / self._tail / "generation" / "prompt.json"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
 
 # More is no number of tokens, blocks, threads … that a machine could have, and less than what
@@ -18,8 +19,6 @@ MOST_THREADS = 1024
 
 # Of numpy's generator, to which lm-eval gives it.
 LARGEST_SEED = 2**32 - 1
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise A3Error."""
-        raise A3Error(f"{message}. `{self.prog} -h` says what it takes.")
+        raise A3Error(f"{message}. `{self.prog} -h` shows the arguments.")
 
 
 def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
@@ -133,8 +132,8 @@ def rows(
             )
             if not cells or not set(columns) <= row.keys():
                 raise A3Error(
-                    f"argument {shown(word)}: expected a list of rows, objects that have "
-                    f"{', '.join(columns)}, all text."
+                    f"argument {shown(word)}: expected a list of objects with the keys "
+                    f"{', '.join(columns)}, whose values are text."
                 )
             if others is not None and (unknown := sorted(row.keys() - {*columns, *others})):
                 raise A3Error(
@@ -198,6 +197,8 @@ def wrong_job(job: Any) -> str | None:
     row = settings.get("row", {})
     if not isinstance(row, dict) or (row and {"qk", "ov", "mlp", "ratio"} - row.keys()):
         return "row has qk, ov, mlp and ratio, or nothing"
-    if settings.get("dtype", "float32") not in DTYPES or not isinstance(settings["device"], str):
-        return f"dtype is one of {', '.join(DTYPES)}, and device a name"
+    if settings.get("dtype", "float32") not in RUN_DTYPES or not isinstance(
+        settings["device"], str
+    ):
+        return f"dtype is one of {', '.join(RUN_DTYPES)}, and device a name"
     return None

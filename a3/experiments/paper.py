@@ -122,7 +122,7 @@ class Table:
         if found is None:
             known = ", ".join(self.spec["measures"])
             raise A3Error(
-                f"{self.source}: {column!r} is no measure of the table {self.name}: {known}."
+                f"{self.source}: {column!r} is not a measure of the table {self.name}: {known}."
             )
         own = {"measure": found} if isinstance(found, str) else dict(found)
         return own.pop("measure"), own
@@ -145,7 +145,7 @@ class Table:
                     row = keys | own
                     cell = Cell(row.pop("model"), Row(**row), measure)
                     if cell in seen:
-                        raise A3Error(f"{self.source}: {cell} stands there twice.")
+                        raise A3Error(f"{self.source}: {cell} is there twice.")
                     if value:
                         seen.add(cell)
                         yield cell, number(value)

@@ -137,7 +137,7 @@ def template_name(path: Path, name: str) -> str:
     """The name of a chat template; raises A3Error for one that could not be a file's name."""
     if not NAME.fullmatch(name):
         raise A3Error(
-            f"{path}: the chat template {name!r} would be a file of that name; expected letters, "
+            f"{path}: the chat template {name!r} cannot be the name of a file; expected letters, "
             "digits, '_', '-' and '.', no '.' first. Give it another name."
         )
     return name

@@ -47,7 +47,7 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
 
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
-        tables: folder with results.csv, comparisons.csv, seeds.csv, seconds.csv and figures/ of
+        tables: folder with results.csv, comparisons.csv, seeds.csv, timings.csv and figures/ of
             this table; speed.csv, and surgery.csv with surgery_figures/, are shown where they are
             there.
         config: the configuration that was run; shown as it is.
@@ -64,7 +64,7 @@ def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path)
         comparisons=_optional(tables / "comparisons.csv", comparison_columns, comparison_note),
         seeds=_optional(tables / "seeds.csv", seed_columns, seed_note),
         speed=free_columns(tables / "speed.csv"),
-        seconds=seconds_columns(read_table(tables / "seconds.csv")),
+        seconds=seconds_columns(read_table(tables / "timings.csv")),
         surgery=_surgery(tables),
         figures=list(_figures(tables / "figures")),
         protocol=protocol(frame),
@@ -245,7 +245,7 @@ def _root(results: Path) -> Path:
 
 def _rebuild_table(results: Path, tables: Path, frame: pd.DataFrame) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
-    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "seconds")]
+    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "timings")]
     targets = [_root(results) / "tables" / tables.name / path.name for path in files]
     drawn = {figure["name"] for figure in read_json(tables / "figures" / "captions.json")}
     pairs = zip(frame["model"], frame["calibration"], strict=True)

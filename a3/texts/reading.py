@@ -202,7 +202,7 @@ def type_of(name: str) -> str:
     suffix = inner(name)[1]
     if suffix and suffix not in FILE_TYPES:
         raise A3Error(
-            f"{name}: {suffix} is no text that is known; expected {READABLE}. Convert it, or "
+            f"{name}: {suffix} is not a known text format; expected {READABLE}. Convert it, or "
             "rename it to .txt if it is plain text."
         )
     return FILE_TYPES[suffix] if suffix else "text"
@@ -235,13 +235,13 @@ def refuse_records(text: str, name: str) -> None:
     start = text.lstrip()
     found, first = None, start.split("\n", 1)[0]
     if start[0] in "{[" and (is_json(start) or (start[0] == "{" and is_json(first))):
-        found = "JSON: a name that ends in .json or .jsonl"
+        found = "for JSON a name that ends in .json or .jsonl"
     for delimiter in DELIMITERS:
         cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
         if "text" in cells[:-1] + cells[1:] and all(re.fullmatch(r"\w+", cell) for cell in cells):
-            found = "a table: a name that ends in .csv or .tsv"
+            found = "for a table a name that ends in .csv or .tsv"
     if found:
-        raise A3Error(f"{name}: holds records, not prose. Give it the name of {found}.")
+        raise A3Error(f"{name}: holds records, not prose. Rename it: expected {found}.")
 
 
 def is_json(text: str) -> bool:
@@ -261,7 +261,7 @@ def as_document(fields: Any, column: str, where: str) -> Document:
         found = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise A3Error(
             f"{where}: found {found}, expected an object whose {column} is a string. Where a text "
-            'has another name, say it as column of its source: a3 text \'{"source": {"path": …, '
+            'has another name, name it as column: a3 text \'{"source": {"path": …, '
             '"column": …}}\' -o docs.jsonl makes documents that every command reads.'
         )
     text = fields[column]
@@ -269,8 +269,8 @@ def as_document(fields: Any, column: str, where: str) -> Document:
         text = ""
     elif not isinstance(text, str):
         raise A3Error(
-            f"{where}: {column} is {shown(text)}, expected a string or null. Where the text is in "
-            "it, take it out: one string a record."
+            f"{where}: {column} is {shown(text)}, expected a string or null. Write the text "
+            "of each record as one string."
         )
     title, member = (word(fields.get(key), key, where) for key in ("title", "member"))
     try:

@@ -67,12 +67,12 @@ def _is_logarithmic(record: Record) -> bool:
 
 
 def _against(runs: list[Run]) -> str:
-    """What stands along x."""
+    """What the x axis shows, for a caption."""
     kept = "against the share of the dense model's parameters that is left"
     uniform = [run for run in runs if run.place.nominal is not None]
     if not uniform:
         return kept
-    alone = "; rows with sizes of their own stand there only" if uniform != runs else ""
+    alone = "; rows with a per-component ratio or rank are there only" if uniform != runs else ""
     return f"against the nominal compression ratio, left, and {kept}, right{alone}"
 
 

@@ -38,7 +38,7 @@ def build_tables(
     """Write the tables, as .csv in full precision, and results.md (rounded) into `out`.
 
     results.csv has what was measured; comparisons.csv every row against the `reference`;
-    seeds.csv the rows that stand there with several calibration seeds; seconds.csv what it took.
+    seeds.csv the rows that stand there with several calibration seeds; timings.csv what it took.
 
     Args:
         results: the folder that all runs write to.
@@ -63,7 +63,7 @@ def build_tables(
     _write_csv(out / "results.csv", rows)
     _write_csv(out / "comparisons.csv", comparisons(groups, reference))
     _write_csv(out / "seeds.csv", seeds(groups, reference))
-    _write_csv(out / "seconds.csv", seconds)
+    _write_csv(out / "timings.csv", seconds)
     with whole_file(out / "results.md") as temporary:
         temporary.write_text(markdown(out), encoding="utf-8")
 
@@ -137,7 +137,7 @@ def _harness(dense: Record, record: Record) -> dict[str, Any]:
 
 
 def _seconds(results: Path, run: Run) -> dict[str, Any]:
-    """One row of seconds.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
+    """One row of timings.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
     place = run.place
     row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
     if not place.is_dense:

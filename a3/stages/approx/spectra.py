@@ -1,4 +1,4 @@
-"""Stage spectra: how fast the energy of each layer's functional matrices falls with the rank.
+"""Stage spectra: how quickly the energy of each layer's functional matrices falls with the rank.
 
 What the solutions would lose at every rank, from the statistics alone; no model runs.
 """

@@ -109,16 +109,16 @@ def check_counts(
     """Raise A3Error for numbers below one, and for what random weights alone can do."""
     for name, value in settings.items():
         if value < 1:
-            raise A3Error(f"speed: {name} is {value}; expected 1 at least.")
+            raise A3Error(f"speed: {name} is {value}; expected 1 or more.")
     if rows and len(folders) > 1:
         raise A3Error(
-            f"speed: {len(folders)} folders and a ratio: models of a ratio have the shapes of one "
-            "folder, and random weights. Name one folder, or leave the ratio out."
+            f"speed: {len(folders)} folders and a ratio: with a ratio, models with random weights "
+            "get the shapes of one folder. Name one folder, or remove the ratio."
         )
     if layers is not None and not rows:
         raise A3Error(
             "speed: layers without a ratio: only models with random weights can be run in part. "
-            "Name a ratio, or leave layers out."
+            "Name a ratio, or remove layers."
         )
 
 
@@ -248,7 +248,7 @@ class Subject:
         return sum(w.nbytes for w in (*self.model.parameters(), *self.model.buffers()))
 
     def record(self, batch: int, prompt: int, new_tokens: int, dtype: str) -> dict[str, Any]:
-        """What the record says of this model."""
+        """The entry of this model in the record."""
         shapes, timed = self.candidate.shapes, self.candidate.timed
         size = shapes["size"]
         tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}
@@ -303,7 +303,7 @@ def set_attention(model: PreTrainedModel, name: str, said: str) -> None:
     found = model.config._attn_implementation
     if found != name:
         raise A3Error(
-            f"{said}: {type(model).__name__} of transformers does not take {name} attention here, "
+            f"{said}: {type(model).__name__} of transformers does not support {name} attention, "
             f"only {found}. Time it with --attention {found}."
         )
 

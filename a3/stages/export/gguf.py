@@ -24,8 +24,7 @@ from a3.models.checkpoint import model_source
 from a3.models.gguf_rope import FACTORS
 from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
 from a3.stages.export.gguf_vocabulary import add_vocabulary
-
-ARCH = "llama"
+from a3.stages.export.llama import ARCH, require_llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -65,24 +64,9 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
         LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         LOG.info(
-            f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
-            f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
-            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
-        )
-
-
-def require_llama(model: Stock) -> None:
-    """Raise A3Error for what llama.cpp's `llama` does otherwise than the family."""
-    config, found = model.config, []
-    if config.hidden_act != "silu":
-        found.append(f"its activation is {config.hidden_act}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        found.append(f"its attention has a window of {window} positions")
-    if found:
-        raise A3Error(
-            f"{model.folder}: llama.cpp's architecture {ARCH!r} cannot be it: {'; '.join(found)}. "
-            "a3 export hf makes a checkpoint for other runtimes."
+            f"export: {len(others)} of {len(types)} tensors are F16, since a row is not a "
+            f"multiple of {block_of(wanted)}, the block of {wanted.name}: {others[0]} has "
+            f"{model.checkpoint.shape(others[0])[-1]} columns. --multiple 32 avoids this."
         )
 
 
@@ -164,6 +148,6 @@ def in_neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def file_type(dtype: GGMLQuantizationType) -> LlamaFileType:
-    """What the whole file is called."""
+    """The name that GGUF has for the type of the whole file."""
     name = "ALL_F32" if dtype == GGMLQuantizationType.F32 else f"MOSTLY_{dtype.name}"
     return LlamaFileType[name]

@@ -46,12 +46,12 @@ DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MUL
 def make_documents(
     spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
 ) -> None:
-    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON.
+    """Write a text's `documents` to `out`, a .jsonl file, and its provenance beside it in JSON.
 
     A mixture is made of the docs.jsonl of its members in the folder `texts`.
     """
     if out.suffix != ".jsonl":
-        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
+        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a name.")
     if origin_of(spec["source"], (*PLACES, "mix")) == "mix":
         shares = spec["source"]["mix"]
         paths = {name: member_of(texts, name) for name in shares}
@@ -64,7 +64,7 @@ def make_documents(
 
 
 def say(path: Path, stage: str, **settings: Any) -> None:
-    """Write the content hash of a file and what made it, a module, beside it in JSON."""
+    """Write the content hash of a file and its provenance, by a module, beside it in JSON."""
     made = {"files": {path.name: sha256(path)}, "provenance": provenance(stage, **settings)}
     if "text" in settings:
         source = settings["text"]["source"]
