@@ -70,7 +70,8 @@ def commands():
     figures = ["surgery-figures", *shown, *surgeries, "-o", "tables/surgery_figures"]
     yield "surgery_figures", figures
     config = ["--config", json.dumps({"texts": {}})]
-    yield "report", ["report", "--results", ".", "--tables", "tables", *config, "-o", "r.html"]
+    page = ["--tables", "tables", *config, "-o", "r.html"]
+    yield "report", ["report", *shown, *experiments, *page]
     yield (
         "paper_comparison",
         ["paper", "compare", ROOT / "config/paper/hqq.yaml", "-o", "paper/hqq"],

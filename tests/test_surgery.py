@@ -484,8 +484,8 @@ def test_the_report_has_a_section(results, capsys):
     inputs = ["--results", results, "--experiments", rows, "--perplexity", "score"]
     run("tables", *inputs, "-o", table)
     run("figures", *inputs, "-o", table / "figures")
-    page = ["--results", results, "--tables", table, "--config", "{}", "-o", table / "report.html"]
-    run("report", *page)
+    page = ["--tables", table, "--config", "{}", "-o", table / "report.html"]
+    run("report", *inputs, *page)
     text = (table / "report.html").read_text()
     assert text.count('<h2 id="surgery">') == text.count('href="#surgery"') == 1
     assert "pca-shared-layers-rxx" in text

@@ -27,7 +27,7 @@ from a3.experiments.paper import Paper
 from a3.core.shards import weight_files
 from a3.core.provenance import fingerprint
 from a3.solutions.recipes import parse_quantisation
-from a3.artifacts.places import Place, SurgeryPlace
+from a3.artifacts.places import PLACE, Place, SurgeryPlace
 from a3.rxx.kinds import SPECTRA_KINDS
 from a3.solutions.modes import DENSE, SHARED, choose, kinds_needed
 from a3.solutions.surgeries import SURGERIES, find_surgery
@@ -57,7 +57,8 @@ RESULTS = C["results"]
 TABLE = f"{RESULTS}/tables/{C['table']}"
 LOGS = f"{RESULTS}/logs"
 RXX = f"{RESULTS}/rxx/{{model}}/{{calibration}}"
-RUN = "{model}/{calibration}/{qk}+{ov}+{mlp}/{ratio}"
+# A row as paths spell it, of wildcards.
+RUN = Place("{model}", "{calibration}", "{qk}", "{ov}", "{mlp}", "{ratio}").format()
 CHECKPOINT = f"{RESULTS}/checkpoints/{RUN}"
 QUANTISED = f"{RESULTS}/quantised/{RUN}/{{quantise}}"
 TRAINED = [
@@ -330,23 +331,23 @@ def approx_output(wildcards, output):
 
 def model_files(wildcards):
     """The files that say a model folder is there; the first lies in the folder itself."""
-    if wildcards.run == DENSE:
-        return [
-            f"{RESULTS}/models/{wildcards.model}/{name}" for name in ("arch.json", "config.json")
-        ]
-    if wildcards.run.count("/") == 3:
-        folder = f"{RESULTS}/quantised/{wildcards.model}/{wildcards.run}"
-        return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
-    folder = f"{RESULTS}/checkpoints/{wildcards.model}/{wildcards.run}"
+    return folder_files(place_of(wildcards))
+
+
+def base_files(wildcards):
+    """The same of the model that is quantised."""
+    return folder_files(place_of(wildcards).base)
+
+
+def folder_files(place):
+    """The files that say a row's model folder is there; the first lies in the folder itself."""
+    folder = place.weights(Path(RESULTS)).parent
+    if place.is_dense:
+        return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
     # A surgery keeps the dense model's files of weights, whatever they are.
-    if is_surgery(wildcards.run):
+    if place.is_quantised or isinstance(place, SurgeryPlace):
         return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
     return checkpoint_files(folder)
-
-
-def is_surgery(run):
-    """Whether a run's path, calibration/mode/size, is that of a surgery."""
-    return run != DENSE and run.split("/")[1] in SURGERIES
 
 
 def checkpoint_files(folder):
@@ -355,18 +356,13 @@ def checkpoint_files(folder):
 
 
 def place_of(wildcards):
-    """The row that a quantised checkpoint is of."""
-    keys = ("model", "calibration", "qk", "ov", "mlp", "ratio", "quantise")
-    return Place(*(wildcards[key] for key in keys))
-
-
-def base_files(wildcards):
-    """The model that is quantised; the first file lies in the folder itself."""
-    base = place_of(wildcards).base
-    folder = base.weights(Path(RESULTS)).parent
-    if base.is_dense:
-        return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
-    return checkpoint_files(folder)
+    """The row of a job, by its run or by names of its own."""
+    if "run" not in wildcards.keys():
+        return Place(*(wildcards[key] for key in PLACE))
+    try:
+        return Place.parse(f"{wildcards.model}/{wildcards.run}")
+    except A3Error as error:
+        raise WorkflowError(str(error)) from None
 
 
 def rxx_to_quantise(wildcards):

@@ -4,7 +4,7 @@ Checkpoints lie beside those of approx and are evaluated by the same rules: cali
 place of calibration/modes/ratio.
 """
 
-OPERATED = "{model}/{calibration}/{mode}/{size}"
+OPERATED = SurgeryPlace("{model}", "{calibration}", mode="{mode}", size="{size}").format()
 SURGERY_CHECKPOINT = f"{RESULTS}/checkpoints/{OPERATED}"
 SURGERY_INPUTS = (
     " --results {params.results:q} --surgeries {params.rows:q} --perplexity {params.perplexity:q}"

@@ -71,6 +71,7 @@ rule figures:
 
 rule report:
     input:
+        EVALUATED,
         multiext(f"{TABLE}/", *CSV, "figures"),
         SURGERY_TABLES,
     output:
@@ -81,9 +82,13 @@ rule report:
         "../../environment.yaml"
     params:
         results=lambda wildcards: RESULTS,
-        tables=subpath(input[0], parent=True),
+        rows=json.dumps(ROWS),
+        perplexity=C["evaluate"]["perplexity"],
+        harness=C["evaluate"]["harness"],
+        reference=["--reference", C["reference"]] if "reference" in C else [],
+        tables=TABLE,
         config=CONFIGURED,
         code=fingerprint("a3.report.page"),
     shell:
-        "a3 report --results {params.results:q} --tables {params.tables:q}"
+        f"a3 report {EVERYTHING} {{params.reference:q}} --tables {{params.tables:q}}"
         " --config {params.config:q} -o {output:q} &> {log:q}"

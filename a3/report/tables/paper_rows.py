@@ -11,7 +11,8 @@ from a3.artifacts.runs import Run, check_speed, read_runs
 from a3.core.errors import A3Error
 from a3.core.records import Record, timing
 from a3.experiments.paper import KEYS, SPEED, Wanted
-from a3.report.tables.paper_comparison import read_table, write_csv
+from a3.report.tables.frames import frame_of, write_csv
+from a3.report.tables.paper_comparison import read_definition
 
 PROTOCOL = {
     "perplexity": PERPLEXITY_PROTOCOL,
@@ -27,7 +28,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
     With what they were read from and by what protocol. Raises A3Error as `read_runs` does, and
     where the model has no rows in this table.
     """
-    paper, table = read_table(path)
+    paper, table = read_definition(path)
     wanted = paper.wanted(table, model)
     if not wanted:
         raise A3Error(f"{path}: has no rows that can be built of {model!r}. Name another model.")
@@ -40,7 +41,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
             for average in (x for x in lines if x["measure"] == one.cell.measure):
                 same = [x["ours"] for x in own if all(x[key] == average[key] for key in KEYS)]
                 average["ours"] = None if None in same else sum(same) / len(same)
-    write_csv(out, lines)
+    write_csv(out, frame_of(lines))
 
 
 def runs_of(wanted: list[Wanted], results: Path) -> dict[Place, Run]:
