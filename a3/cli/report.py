@@ -10,11 +10,6 @@ from a3.cli.arguments import EXPERIMENTS, SURGERIES, add, add_out, folder
 # Where the paper's tables are defined.
 TABLE = "config/paper/TABLE.yaml, with config/paper.yaml beside its folder"
 
-REFERENCE = "method that the others are compared to"
-
-# What tells the rows of a table apart, by the option that takes them.
-ROWS = {"experiments": EXPERIMENTS, "surgeries": SURGERIES}
-
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
@@ -61,26 +56,24 @@ def figures(**inputs: Any) -> None:
     build_figures(**inputs)
 
 
-def add_rows(commands: Any, name: str, command: Any, text_: str, rows: str = "experiments") -> Any:
-    """A command on the results of a table: its rows, texts and tasks."""
-    one = add(commands, name, command, text_)
-    one.add_argument("--results", type=Path, required=True)
-    one.add_argument(f"--{rows}", type=ROWS[rows], required=True, help="JSON: rows")
-    one.add_argument("--perplexity", nargs="*", default=[])
-    one.add_argument("--harness", nargs="*", default=[])
-    return one
-
-
 def add_tables(commands: Any) -> None:
     """Arguments of a3 tables and a3 figures."""
     said = "results, comparisons, seeds and seconds as .csv, and results.md"
-    one = add_rows(commands, "tables", tables, said)
-    one.add_argument("--reference", help=REFERENCE)
-    add_out(one, targets.TABLES, "folder")
-    one = add_rows(commands, "figures", figures, "SVG and PNG figures")
-    text_ = "spectra.json, each in a folder of the model, named by the calibration"
-    one.add_argument("--spectra", type=Path, nargs="*", default=[], help=text_)
-    add_out(one, targets.NEW, "folder")
+    for name, command, writes, text_ in (
+        ("tables", tables, targets.TABLES, said),
+        ("figures", figures, targets.NEW, "SVG and PNG figures"),
+    ):
+        one = add(commands, name, command, text_)
+        one.add_argument("--results", type=Path, required=True)
+        one.add_argument("--experiments", type=EXPERIMENTS, required=True, help="JSON: rows")
+        one.add_argument("--perplexity", nargs="*", default=[])
+        one.add_argument("--harness", nargs="*", default=[])
+        if command is tables:
+            one.add_argument("--reference", help="method that the others are compared to")
+        else:
+            text_ = "spectra.json, each in a folder of the model, named by the calibration"
+            one.add_argument("--spectra", type=Path, nargs="*", default=[], help=text_)
+        add_out(one, writes, "folder")
 
 
 def speed_table(**inputs: Any) -> None:
@@ -116,24 +109,29 @@ def surgery_figures(**inputs: Any) -> None:
 def add_surgery_tables(commands: Any) -> None:
     """Arguments of a3 surgery-table and a3 surgery-figures."""
     said = "surgery.csv, surgery_layers.csv, surgery.md"
-    one = add_rows(commands, "surgery-table", surgery_table, said, "surgeries")
-    add_out(one, targets.SURGERY_TABLE, "folder")
-    said = "SVG and PNG figures of surgeries"
-    one = add_rows(commands, "surgery-figures", surgery_figures, said, "surgeries")
-    add_out(one, targets.NEW, "folder")
+    for name, command, writes, text_ in (
+        ("surgery-table", surgery_table, targets.SURGERY_TABLE, said),
+        ("surgery-figures", surgery_figures, targets.NEW, "SVG and PNG figures of surgeries"),
+    ):
+        one = add(commands, name, command, text_)
+        one.add_argument("--results", type=Path, required=True)
+        one.add_argument("--surgeries", type=SURGERIES, required=True, help="JSON: rows")
+        one.add_argument("--perplexity", nargs="*", default=[])
+        one.add_argument("--harness", nargs="*", default=[])
+        add_out(one, writes, "folder")
 
 
-def report(**inputs: Any) -> None:
+def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
     """Build the report."""
     from a3.report.page import build_report
 
-    build_report(**inputs)
+    build_report(results, tables, config, out)
 
 
 def add_report(commands: Any) -> None:
     """Arguments of a3 report."""
-    one = add_rows(commands, "report", report, "self-contained HTML report")
-    one.add_argument("--reference", help=REFERENCE)
+    one = add(commands, "report", report, "self-contained HTML report")
+    one.add_argument("--results", type=Path, required=True)
     one.add_argument("--tables", type=Path, required=True)
     one.add_argument("--config", type=values.mapping, required=True, help="JSON")
     add_out(one, targets.PLAIN, "report.html")
