@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from a3.artifacts import targets
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 from a3.core.files import read_record
 from a3.given import (
     Model,
@@ -33,7 +34,6 @@ from a3.given import (
     name_of,
     plan_of,
     require_count,
-    require_installed,
     silent,
     text_entry,
     workplace,
@@ -201,6 +201,8 @@ def evaluate(
     """
     if (texts is None) == (task is None):
         raise A3Error("evaluate: expected either texts (perplexity) or task (lm-eval's).")
+    if task is not None:
+        require_installed("lm_eval", "eval")
     sizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
     require_run(sizes, dtype, device)
     with workplace(progress) as work:
@@ -212,7 +214,6 @@ def evaluate(
             docs = documents(texts, work)
             perplexity(folder, docs, out, **scored, **sizes, dtype=dtype, device=device)
         else:
-            require_installed("lm_eval", "eval")
             from a3.stages.evaluate.harness import harness
 
             asked = {"shots": shots, "limit": limit, "seed": seed}
@@ -235,10 +236,11 @@ def export(
     `type` is that of a GGUF file's matrices: f32, f16, bf16, q8_0 … Returns `out`.
     """
     out = Path(out)
+    if out.suffix == ".gguf":
+        require_installed("gguf", "export")
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         if out.suffix == ".gguf":
-            require_installed("gguf", "export")
             from a3.stages.export.gguf import export_gguf
 
             targets.check(targets.PLAIN, {"model": folder, "out": out})

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from decimal import Decimal, InvalidOperation
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,9 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
         )
     beside = getattr(model, "beside", {})
     if tokenizer is None and not beside:
-        raise A3Error("tokenizer: a loaded model does not hold its own. Give it beside the model.")
+        raise A3Error(
+            "tokenizer: found none, and a loaded model has none in it. Pass the tokenizer as well."
+        )
     model.save_pretrained(work / "model")
     if tokenizer is not None:
         tokenizer.save_pretrained(work / "model")
@@ -197,12 +198,6 @@ def require_count(name: str, value: Any, least: int = 1) -> None:
     """Raise A3Error unless an argument is an integer from `least` on."""
     if type(value) is not int or value < least:
         raise A3Error(f"{name}: found {value!r}, expected an integer from {least} on.")
-
-
-def require_installed(module: str, extra: str) -> None:
-    """Raise A3Error where a library is missing that one of a3's extras has."""
-    if find_spec(module) is None:
-        raise A3Error(f"{module} is not installed. Install a3[{extra}] with pip.")
 
 
 # --- results --------------------------------------------------------------------------------------

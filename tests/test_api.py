@@ -130,7 +130,7 @@ def test_nothing_is_printed(loaded, capfd, caplog):
 
 WRONG = {
     "ratio": ({"ratio": 1.5}, "ratio is 1.5; expected 0"),
-    "no ratio": ({"ratio": None}, "has no size"),
+    "no ratio": ({"ratio": None}, "has no ratio or rank"),
     "no number": ({"ratio": "a fifth"}, "not a number"),
     "preset": ({"preset": "best"}, "preset 'best' is not known"),
     "mode": ({"qk": "nothing"}, "qk mode 'nothing' is not known"),
@@ -141,7 +141,7 @@ WRONG = {
     "rows": ({"texts": Dataset.from_dict({"words": ["a"]})}, "texts[0]: found ['words']"),
     "numbers": ({"texts": [1, 2]}, "texts[0]: found int"),
     "splits": ({"texts": DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})}, "one split"),
-    "few": ({"texts": ["a"]}, "texts"),
+    "few": ({"texts": ["a"]}, "text too short"),
     "empty": ({"texts": []}, "texts"),
     "text": ({"texts": "no such file"}, "'no such file'"),
 }
@@ -169,7 +169,7 @@ def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
     rxx = a3.collect(dense, texts=TEXTS, out=tmp_path / "rxx", preset="a3-plus", **SMALL)
     with pytest.raises(a3.A3Error, match="exists already"):
         a3.allocate(dense, rxx=rxx, out=tmp_path / "ranks.json", ratio=0.25)
-    with pytest.raises(a3.A3Error, match="folder"):
+    with pytest.raises(a3.A3Error, match="is an input"):
         a3.export(dense, dense)
     with pytest.raises(a3.A3Error, match="either texts"):
         a3.evaluate(*loaded)

@@ -142,7 +142,7 @@ def test_a_classifier_trains_and_is_loaded_again(case, tmp_path):
 
 
 def products(folder, case):
-    """A model whose matrices (of a mixture, those of attention) are products of two."""
+    """A model whose matrices (of a mixture, those of attention) are factored."""
     modes = dict.fromkeys(("qk", "ov", "mlp"), "svd") | {"ratio": "0.25"}
     pair(folder, case, **modes | ({"mlp": "dense"} if "moe" in case else {}))
     return AutoModelForCausalLM.from_pretrained(folder / "small").eval()

@@ -190,7 +190,7 @@ def test_recover_needs_slurms_commands(tmp_path, monkeypatch, capsys):
     Path(".snakemake/log").mkdir(parents=True)
     Path(".snakemake/log/today.snakemake.log").write_text("SLURM run ID: 1f3c-aa\n")
     assert main(["recover"]) == 1
-    assert "no scancel here" in capsys.readouterr().err
+    assert "scancel not found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("required", "status", "says"), [("", 0, "SKIPPED"), ("1", 1, "FAILED")])

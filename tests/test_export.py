@@ -29,9 +29,9 @@ from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate, approximate_shard
 from a3.stages.approx.assemble import gather
 from a3.stages.export.gguf import export_gguf
-from a3.stages.export.gguf_vocabulary import rules_of
 from a3.stages.export.hf import export_hf
 from a3.stages.export.inspect import inspect, runs
+from a3.stages.export.llama import rules_of
 
 GLOBAL = {"qk": "uniform-global@12", "ov": "xkv@12", "mlp": "rxx-w@64", "ratio": "-"}
 LLAMA3 = {
@@ -219,7 +219,7 @@ def test_rows_that_do_not_divide_into_blocks_are_f16_and_said_so(made, tmp_path,
     assert kinds["blk.0.attn_output.weight"] == "F16"
     assert kinds["blk.0.attn_q.weight"] == "Q8_0"
     assert kinds["output_norm.weight"] == "F32"
-    assert "tensors are F16, since a row is no multiple of the 32" in capsys.readouterr().out
+    assert "tensors are F16, since a row is not a multiple of 32" in capsys.readouterr().out
 
 
 def refused(folder):
@@ -243,7 +243,7 @@ def llama(tmp_path_factory):
     [
         ({"qk": "rxx-w-rxx@12"}, "different sets of pairs"),
         ({"ov": "xkv@10"}, "a head has one size, and QK keeps 12 dimensions, OV 10"),
-        ({"mlp": "svd@0.3"}, "some of its matrices are products of two"),
+        ({"mlp": "svd@0.3"}, "some of its matrices are factored"),
         ({"mlp": "flap@0.3"}, "its down projections have a bias"),
     ],
 )
@@ -341,10 +341,10 @@ def test_rules_of_words_have_llama_cpps_name(name, tmp_path):
     [
         (models.WordLevel({"a": 0}, "a"), WORDS["gpt-2"], "its model is WordLevel"),
         (models.BPE(byte_fallback=True), WORDS["gpt-2"], "expected byte-level BPE"),
-        (models.BPE(), pre_tokenizers.Whitespace(), "words are cut by .*Whitespace"),
-        (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), "words are cut by"),
+        (models.BPE(), pre_tokenizers.Whitespace(), "its pre_tokenizer is .*Whitespace"),
+        (models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=True), "its pre_tokenizer is"),
         # No name of GPT-2's words takes words of the vocabulary without merges.
-        (models.BPE(ignore_merges=True), WORDS["gpt-2"], "words are cut by"),
+        (models.BPE(ignore_merges=True), WORDS["gpt-2"], "its pre_tokenizer is"),
     ],
 )
 def test_other_tokenizers_are_refused_by_name(model, words, reason, tmp_path):
@@ -397,6 +397,6 @@ def test_heads_of_the_smallest_servable_size_cannot_be_smaller(tmp_path):
 
 def test_servable_heads_are_not_shared_out():
     row = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~", "ratio": "0.2"}
-    with pytest.raises(A3Error, match="servable: qk and ov share out a ratio"):
+    with pytest.raises(A3Error, match="servable: qk and ov are marked ~"):
         Plan(choose(row), servable=True)
     assert Plan(choose(row | {"qk": "dense", "ov": "dense"}), servable=True).servable

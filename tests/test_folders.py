@@ -126,7 +126,7 @@ def test_a_wrong_config_is_refused_by_every_command(
     work, model, tmp_path, capsys, name, content, says
 ):
     put(model, {name: content})
-    refused_by_all(model, work, tmp_path, capsys, f"{says}|Nothing to convert")
+    refused_by_all(model, work, tmp_path, capsys, f"{says}|nothing to convert")
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -338,7 +338,7 @@ def test_shards_and_links_that_are_not_there_are_named(work, model, tmp_path):
     require_readable(model)
     last = max(model.glob("*.safetensors"))
     last.rename(tmp_path / "aside")
-    with pytest.raises(A3Error, match=rf"index\.json: names {last.name}, not there"):
+    with pytest.raises(A3Error, match=rf"index\.json: names {last.name}, which are missing"):
         require_readable(model)
     (tmp_path / "aside").rename(last)
     (model / "model.safetensors.index.json").unlink()

@@ -146,7 +146,7 @@ def test_a_download_that_breaks_off_leaves_nothing(hub, run, model, tmp_path):
     hub.add("models", "who/tiny", broken)
     source = {"hub": "who/tiny", "revision": "main"}
     (said,) = run(("model", source))
-    assert said.startswith("A3Error: hub: who/tiny, revision: main: the download broke off")
+    assert said.startswith("A3Error: hub: who/tiny, revision: main: the download failed")
     assert list((tmp_path / "models").iterdir()) == []
     # Run again, as the message says, once the hub is well.
     broken.truncated.clear()

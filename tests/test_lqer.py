@@ -183,7 +183,7 @@ def test_a_compressed_model_has_statistics_of_its_own_inputs(tmp_path, capsys):
         torch.testing.assert_close(R, sums[kind] / count, rtol=1e-5, atol=1e-8)
     out = tmp_path / "q_blocks.safetensors"
     assert main([*map(str, ["collect", tmp_path / "small", *text, "-o", out])]) == 1
-    assert "'q_blocks': of a compressed model there are those of inputs" in capsys.readouterr().err
+    assert "'q_blocks': a compressed model has only statistics of inputs" in capsys.readouterr().err
     assert main(
         [
             *map(
@@ -409,7 +409,7 @@ def test_products_of_two_and_mixtures_are_refused(tmp_path, capsys):
     tiny_model(tmp_path / "mixture", *MODELS["mixtral"][:1], **MODELS["mixtral"][1])
     words = ["quantise", str(tmp_path / "mixture"), "--rxx", "x", "--rank", "4", "-o", "low"]
     assert main(words) == 1
-    assert "a mixture of experts, which are not quantised yet" in capsys.readouterr().err
+    assert "a mixture of experts, which a3 cannot quantise yet" in capsys.readouterr().err
     tiny_llama(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT * 99)
     text = ["--text", tmp_path / "text.txt", "--tokens", "512", *BLOCK]
@@ -418,7 +418,7 @@ def test_products_of_two_and_mixtures_are_refused(tmp_path, capsys):
     rxx = collect(tmp_path / "small", tmp_path, 64)
     words = ["quantise", tmp_path / "small", "--rxx", rxx, "--rank", "4", "-o", tmp_path / "low"]
     assert main([*map(str, words)]) == 1
-    assert "q_proj is a product of two matrices" in capsys.readouterr().err
+    assert "q_proj is a factored matrix" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_a_table_may_have_the_column_and_names_recipes_that_there_are(tmp_path):
         return read_experiments(path, config)
 
     assert [r["quantise"] for r in read("w4a8+none", "w4a8+qera@8")] == ["w4a8+none", "w4a8+qera@8"]
-    with pytest.raises(A3Error, match=r"row 2: says the same as row 1"):
+    with pytest.raises(A3Error, match=r"row 2: means the same as row 1"):
         read("w4a8+none", "w4a8+none")
     with pytest.raises(A3Error, match=r"row 1: config: quantise names the recipe 'w2a8'"):
         read("w2a8+none")

@@ -32,7 +32,7 @@ COUNTS = [
     *((words, option, "0") for words, options_ in (
         (PPL, ("--tokens", "--block-length", "--threads")), (COLLECT, ("--tokens", "--threads")),
         (HARNESS, ("--limit",)), (QUANTISE, ("--rank",)), (APPROX, ("--multiple",)),
-        (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiples")),
+        (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiple")),
         (GENERATION, ("--new-tokens",)), (PLAN, ("--tokens", "--cores", "--block-length")),
         (["items", "d.jsonl", "-o", "i"], ("--items",)),
     ) for option in options_),
@@ -122,13 +122,13 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         (["model", '{"source": 3}', "-o", "x"], "source: 3 is not of type 'object'"),
         (["model", '{"source": {"path": 3}}', "-o", "x"], "source.path: 3 is not of type 'string'"),
         (["model", '{"source": {"path": ""}}', "-o", "x"], "source.path"),
-        (["model", '{"source": {"path": "\\u0000"}}', "-o", "x"], "has characters that are none"),
+        (["model", '{"source": {"path": "\\u0000"}}', "-o", "x"], "has invalid characters"),
         (["model", '{"source": {"path": "\\ud800"}}', "-o", "x"], "characters"),
         (["model", '{"source": {"wheel": {}}}', "-o", "x"], "'name' is a required"),
         (["model", '{"source": {"path": "m"}, "licence": 3}', "-o", "x"], "licence: 3"),
         (["model", '{"source": ', "-o", "x"], "not valid JSON"),
         (["model", "[1]", "-o", "x"], "'[1]': expected a folder"),
-        (["model", "", "-o", "x"], "argument model: expected text, found ''"),
+        (["model", "", "-o", "x"], "argument MODEL: expected text, found ''"),
         (["model", "n" * 5000, "-o", "x"], "expected a folder"),
         (["model", '{"source": {"path": "m"}}', "-o", "n" * 250], "too long"),
         (["convert", "{}", "-o", "x"], "'source' is a required"),
@@ -155,11 +155,11 @@ def test_a_ratio_that_is_none(empty, capsys, words, ratio):
         (["split", "d", "-o", "x", "--shares", '{"test": NaN}'], "NaN"),
         ([*COLLECT, "--shard", "x"], "expected 0of4"),
         ([*COLLECT, "--shard", "9" * 5000 + "of3"], "expected 0of4"),
-        ([*COLLECT, "--experiments", "[3]"], "expected a list of rows"),
-        ([*COLLECT, "--experiments", '[{"qk": "x"}]'], "expected a list of rows"),
+        ([*COLLECT, "--experiments", "[3]"], "expected a list of objects"),
+        ([*COLLECT, "--experiments", '[{"qk": "x"}]'], "expected a list of objects"),
         ([*APPROX, "--ratio", "0.2", "--shard", "x"], "expected 0of4"),
-        ([*TABLES, "--experiments", "[]"], "expected a list of rows"),
-        ([*TABLES, "--experiments", '[{"model": {}}]'], "expected a list of rows"),
+        ([*TABLES, "--experiments", "[]"], "expected a list of objects"),
+        ([*TABLES, "--experiments", '[{"model": {}}]'], "expected a list of objects"),
         ([*TABLES, "--experiments", '[{"model": "m", "x": "y"}]'], "unknown key 'x'"),
         (["report", "--results", ".", "--tables", ".", "--config", "[1]", "-o", "x.html"], "obj"),
         ([*PLAN, "--jobs", "3"], "list of jobs"),
@@ -206,15 +206,15 @@ def test_configs_have_no_empty_text():
 @pytest.mark.parametrize(
     ("kind", "source", "key"),
     [
-        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' is of no use"),
-        ("text", {"path": "d", "config": "x"}, "source.config: 'x' is of no use"),
-        ("text", {"path": "d", "files": "x"}, "source.files: 'x' is of no use"),
+        ("model", {"path": "m", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("model", {"repeat_kv": "m", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("text", {"path": "d", "revision": "x"}, "source.revision: 'x' has no effect"),
+        ("text", {"path": "d", "config": "x"}, "source.config: 'x' has no effect"),
+        ("text", {"path": "d", "files": "x"}, "source.files: 'x' has no effect"),
         ("text", {"path": "d", "split": "test"}, "source.split: 'test' does not match"),
         ("text", {"path": "d", "split": "trains"}, "source.split: 'trains' does not match"),
         ("text", {"hub": "a/b", "revision": "x", "files": "f", "split": "test"}, "source.split"),
-        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' is of no use"),
+        ("text", {"mix": {"a": 0.5, "b": 0.5}, "column": "x"}, "source.column: 'x' has no effect"),
     ],
 )
 def test_a_key_that_a_source_does_not_use(kind, source, key):
@@ -231,7 +231,7 @@ def test_keys_that_a_source_uses():
         both,
     ):
         validate_entry({"source": source}, "text", "entry")
-    with pytest.raises(A3Error, match="min_chars: 3 is of no use"):
+    with pytest.raises(A3Error, match="min_chars: 3 has no effect"):
         validate_entry({"source": both, "min_chars": 3}, "text", "entry")
     for section, kind in (("models", "model"), ("texts", "text")):
         for name, each in load_yaml(CATALOGUE)[section].items():
@@ -254,7 +254,7 @@ def test_jobs_of_a_workflow(capsys):
 
 def test_configs_are_held_to_the_same():
     recipe = {"learning_rate": float("nan")}
-    with pytest.raises(A3Error, match=r"model x: learning_rate: nan is no number"):
+    with pytest.raises(A3Error, match=r"model x: learning_rate: nan is not a finite number"):
         validate_entry({"source": {"train": recipe}}, "model", "model x")
     schema = {"type": "object", "properties": {"tokens": {"type": "integer"}}}
     with pytest.raises(A3Error, match=r"config: tokens: 512\.0 is not of type 'integer'"):

@@ -86,8 +86,8 @@ def test_dense_components_take_no_size():
         ({"ratio": " 0.2"}, r"spell it 0\.2\."),
         ({"ratio": "0.0"}, r"spell it 0\."),
         ({"ratio": "-0"}, r"spell it 0\."),
-        ({"ratio": "-"}, r"qk mode 'rxx-w-rxx' has no size.*rxx-w-rxx@48"),
-        (OWN | {"ratio": "0.2"}, r"ratio 0\.2 is of no use"),
+        ({"ratio": "-"}, r"qk mode 'rxx-w-rxx' has no ratio or rank.*rxx-w-rxx@48"),
+        (OWN | {"ratio": "0.2"}, r"ratio 0\.2 has no effect"),
     ],
 )
 def test_one_size_has_one_spelling(change, says):
@@ -107,7 +107,7 @@ def test_rows_that_say_the_same_are_refused(tmp_path):
     table.write_text(header + row + "m\tc\trxx-w-rxx\txkv@0.3\tdense\t0.2\n")
     assert [each["ov"] for each in read_experiments(table, config)] == ["xkv", "xkv@0.3"]
     table.write_text(header + row + "m\tc\trxx-w-rxx@0.2\txkv@0.2\tdense\t-\n")
-    with pytest.raises(A3Error, match="row 2: says the same as row 1"):
+    with pytest.raises(A3Error, match="row 2: means the same as row 1"):
         read_experiments(table, config)
 
 
@@ -218,7 +218,7 @@ def test_each_component_has_a_size_of_its_own(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "qk mode 'rxx-w-rxx' has no size"),
+        ([], "qk mode 'rxx-w-rxx' has no ratio or rank"),
         (["--qk", "rxx-w-rxx@7", "--ratio", "0.2"], "Take 6."),
         (["--mlp", "rxx-w@0.20", "--ratio", "0.2"], "spell it 0.2."),
     ],

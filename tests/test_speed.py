@@ -191,7 +191,7 @@ def test_a_config_is_enough(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("speed: 3 models in float32, about ")
     assert "decode ratio" in said
-    more = ["--ratio", "0.3", "--beside", "svd", "--multiples", "1", "8"]
+    more = ["--ratio", "0.3", "--beside", "svd", "--multiple", "1", "8"]
     run("eval", "speed", folder, *more, *SHORT, "-o", tmp_path / "more.json")
     _, plain, by_8, _, svd_by_8 = read_record(tmp_path / "more.json")["models"]
     assert plain["name"] == "rxx-w-rxx+xkv+rxx-w/0.3 by 1"

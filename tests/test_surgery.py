@@ -261,7 +261,7 @@ def test_plain_modes_are_the_reference(llama, tmp_path, mode):
             found = heads(tmp_path / "out", layer, name).numpy()
             assert found == pytest.approx(expected, abs=1e-6), (layer, name)
             said = record["layers"][layer][name]
-            assert said["components"] == count
+            assert said["principal_components"] == count
             W = read[layer, name]
             error = np.sum((W - expected) ** 2) / np.sum(W**2)
             assert said["relative_error"] == pytest.approx(error, rel=1e-9)
@@ -315,7 +315,7 @@ def test_every_layout_keeps_its_shapes_and_all_that_is_not_operated_on(tmp_path,
             expected = rebuilt if X is W else rebuilt.T
             found = now.weight(layer, projection).numpy().T
             assert found == pytest.approx(expected, abs=1e-5)
-            assert record["layers"][layer][projection]["components"] == count
+            assert record["layers"][layer][projection]["principal_components"] == count
     # As many numbers differ as Q, K and V have: nothing else was touched.
     tensors = [load_file(folder / "model.safetensors") for folder in (dense, out)]
     changed = sum((tensors[0][key] != tensors[1][key]).sum().item() for key in tensors[0])
@@ -367,7 +367,7 @@ def test_generation_is_the_likeliest_token_each_time(llama, tmp_path):
     [
         (["--mode", "pca"], "Modes: pca-separate, "),
         (["--size", "0.9"], "expected variance@0.9"),
-        (["--size", "variance@0.90"], "without zeros at its end"),
+        (["--size", "variance@0.90"], "without trailing zeros"),
         (["--size", "variance@0"], "expected variance@0.9"),
         (["--size", "parameters@1.5"], "expected variance@0.9"),
         (["--mode", "pca-separate-rxx"], "name its folder with --rxx"),
@@ -445,7 +445,7 @@ def test_the_table_pairs_blocks_and_counts_factors(results):
         stored = record["if_stored"]
         assert row["qkv_if_stored_ratio"] == stored["qkv"] / stored["qkv_dense"]
         assert row["parameters_in_file"] == record["base"]["size"]["parameters"]
-        counts = [layer["k"]["components"] for layer in record["layers"]]
+        counts = [layer["k"]["principal_components"] for layer in record["layers"]]
         assert row["k.components_mean"] == np.mean(counts)
     for row in frame.to_dict("records")[1:]:
         own, dense = losses[row["mode"], row["size"]], losses["dense", np.nan]
@@ -544,7 +544,7 @@ def test_the_rules(tmp_path):
         ("tiny\tshort\tpca\tvariance@0.9\n", "row 1: surgery mode 'pca' is not known"),
         ("tiny\tshort\tpca-separate\t0.9\n", "row 1: surgery size is '0.9'"),
         ("tiny\tlong\tpca-separate\tvariance@0.9\n", "names the calibration 'long'"),
-        ("tiny\tshort\tpca-separate\tvariance@0.9\n" * 2, "row 2: says the same as row 1"),
+        ("tiny\tshort\tpca-separate\tvariance@0.9\n" * 2, "row 2: means the same as row 1"),
         ("tiny\tshort\n", "expected 4 cells"),
         ("", "no experiments"),
     ],

@@ -218,8 +218,8 @@ def test_gradients_are_of_a_share_of_the_tokens(tmp_path):
     write(tmp_path / "rxx" / "small" / "wiki" / "pair_gradient.timing.json", speed)
     out = table(tmp_path, experiments)
     assert rows(out / "results.csv")[1]["calibration_tokens"] == "32768"
-    assert float(rows(out / "seconds.csv")[1]["rxx pair_gradient.seconds"]) == 5.0
-    assert float(rows(out / "seconds.csv")[1]["allocate.seconds"]) == 3.0
+    assert float(rows(out / "timings.csv")[1]["rxx pair_gradient.seconds"]) == 5.0
+    assert float(rows(out / "timings.csv")[1]["allocate.seconds"]) == 3.0
 
 
 def test_gradients_of_weights_are_of_all_tokens(tmp_path):
@@ -248,7 +248,7 @@ def test_a_row_may_leave_components_dense(tmp_path):
     out = table(tmp_path, [alone])
     dense, row = rows(out / "results.csv")
     assert (dense["mlp"], row["mlp"]) == ("dense", "rxx-w")
-    seconds = rows(out / "seconds.csv")[1]
+    seconds = rows(out / "timings.csv")[1]
     assert "approx qk.seconds" not in seconds
     assert seconds["approx mlp.seconds"] == "1.5"
     assert "rxx v_blocks.seconds" not in seconds
@@ -257,7 +257,7 @@ def test_a_row_may_leave_components_dense(tmp_path):
 def test_seconds_live_apart(results):
     out = table(results, [experiment("small")])
     before = (out / "results.csv").read_bytes()
-    dense, row = rows(out / "seconds.csv")
+    dense, row = rows(out / "timings.csv")
     assert row["approx.seconds"] == "4.5"
     assert row["rxx v_blocks.tokens_per_second"] == "100.0"
     assert dense["rxx v_blocks.seconds"] == ""
@@ -265,7 +265,7 @@ def test_seconds_live_apart(results):
     change(results / EVALUATED / "ppl" / "encyclopedia.timing.json", seconds=5.0)
     table(results, [experiment("small")])
     assert (out / "results.csv").read_bytes() == before
-    assert rows(out / "seconds.csv")[1]["perplexity encyclopedia.seconds"] == "5.0"
+    assert rows(out / "timings.csv")[1]["perplexity encyclopedia.seconds"] == "5.0"
 
 
 def test_markdown_is_rounded_and_keeps_its_columns(tmp_path):
@@ -438,7 +438,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
     assert len(figure_names(tmp_path, experiments)) == 5
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
-    assert "rows with sizes of their own stand there only" in captions[0]["caption"]
+    assert "rows with a per-component ratio or rank are there only" in captions[0]["caption"]
     svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
     for label in ("rxx-w-rxx  20%", "rxx-w-rxx  rank 6", "xkv  30%", "xkv  rank 4"):
         assert f"<!-- {label} -->" in svg

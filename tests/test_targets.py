@@ -382,7 +382,7 @@ def test_callers_in_python_are_refused_too(made, tmp_path):
     dense, mine = made / "dense", tmp_path / "mine"
     before = state(made)
     for out in (dense, made):
-        with pytest.raises(A3Error, match=r"is read|holds"):
+        with pytest.raises(A3Error, match=r"is an input|holds"):
             resolve_model({"path": str(dense)}, out)
     mine.mkdir()
     (mine / "thesis.tex").write_text("mine")
@@ -419,18 +419,18 @@ def test_a_made_folder_is_made_again_when_its_source_changed(made, tmp_path):
 
 def test_the_workflow_deletes_no_source():
     config = {"results": "results", "models": {"m": {"source": {"path": "results/models/m"}}}}
-    with pytest.raises(A3Error, match="deleted before"):
+    with pytest.raises(A3Error, match="deletes before"):
         check_outside("models", "m", config)
     config["models"]["m"]["source"]["path"] = "models/m"
     check_outside("models", "m", config)
     config["results"] = "."
-    with pytest.raises(A3Error, match="deleted before"):
+    with pytest.raises(A3Error, match="deletes before"):
         check_outside("models", "m", config)
     # Another's own, or of another section.
     config["models"]["n"] = {"source": {"path": "models/m/"}}
     config["texts"] = {"t": {"source": {"path": "models/m/README.md"}}}
     for section, name in (("models", "n"), ("texts", "t")):
-        with pytest.raises(A3Error, match=r"made of models\.m and deleted before"):
+        with pytest.raises(A3Error, match=r"made of models\.m and deletes before"):
             check_outside(section, name, config)
     config["texts"]["t"]["source"]["path"] = "models/k/README.md"
     check_outside("texts", "t", config)

@@ -116,7 +116,7 @@ def test_formats_of_local_files(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', None, r"line 2: found \['txt'\], expected"),
         ("a.jsonl", b"{\n", None, r"line 1: not JSON"),
         ("a.json", b'{"a": {"title": "A"}}', "summaries", r"KeyError\('extract'\)"),
-        ("a.bin", b"x", None, r"\.bin is no text that is known; expected \.txt"),
+        ("a.bin", b"x", None, r"\.bin is not a known text format; expected \.txt"),
         ("a.parquet", b"x", None, r"a\.parquet: cannot be read"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_folder_that_would_be_read_otherwise_is_refused(tmp_path, monkeypatch)
     dense, small = folders(tmp_path, "olmo2", tokenizer_class="GPT2Tokenizer")
     kinds_of_tokenizer.save("llama3", dense)
     monkeypatch.setattr(reading, "naming", lambda given, _: given)
-    with pytest.raises(A3Error, match=r"otherwise in .*small: other class"):
+    with pytest.raises(A3Error, match=r"differently in .*small: other class"):
         bring(dense, small, "config.json")
 
 

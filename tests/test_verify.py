@@ -29,7 +29,7 @@ def wrong(results, capsys):
     """What `a3 verify` finds wrong, one line each."""
     assert main(["verify", str(results)]) == 1
     first, *lines = capsys.readouterr().err.split("a3: error: ")[1].strip().split("\n")
-    assert first == f"{results}: {len(lines)} wrong:"
+    assert first == f"{results}: {len(lines)} problems:"
     return lines
 
 
@@ -40,7 +40,7 @@ def test_nothing_is_wrong_with_a_fresh_folder(results, capsys):
         "checked 2 texts, 1 splits, 1 items, 1 models, 4 statistics, 1 checkpoints, 1 spectra, "
         "2 perplexities, 7 seconds"
     ) in said
-    assert "nothing is wrong" in said
+    assert "no problems found" in said
     assert "note" not in said
     assert "not checked" not in said
 
@@ -99,10 +99,9 @@ def test_what_is_gone_is_said_and_not_wrong(results, capsys):
     assert main(["verify", str(results)]) == 0
     said = capsys.readouterr().out
     assert (
-        "not checked, since it is not there: statistics of a checkpoint or spectra of 8 artifacts"
-        in said
+        "not checked, since missing: statistics of a checkpoint or spectra of 8 artifacts" in said
     )
-    assert "not checked, since it is not there: text or items of 3 artifacts" in said
+    assert "not checked, since missing: text or items of 3 artifacts" in said
 
 
 def test_other_code_and_libraries_are_a_note(results, capsys):

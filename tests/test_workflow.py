@@ -159,7 +159,7 @@ def test_two_runs_give_the_same_bytes(settled):
     shutil.rmtree(settled.folder / "results")
     settled.snakemake()
     after = settled.files()
-    timed = [path for path in before if "timing" in path.name or path.name == "seconds.csv"]
+    timed = [path for path in before if "timing" in path.name or path.name == "timings.csv"]
     timed.append(settled.folder / "results" / "tables" / "default" / "report.html")
     assert before.keys() == after.keys()
     different = [path for path in before if before[path] != after[path] and path not in timed]
@@ -305,7 +305,7 @@ def test_one_file_by_its_path_builds_only_that(settled):
         ("config/config.yaml", "text: learn", "text: lerne", "'lerne'"),
         ("experiments.tsv", "xkv", "xvk", "'xvk'"),
         ("experiments.tsv", "0.25", "1.25", "ratio is 1.25"),
-        ("experiments.tsv", "0.25", "-", "has no size"),
+        ("experiments.tsv", "0.25", "-", "has no ratio or rank"),
         ("experiments.tsv", "tiny", "huge", "'huge'"),
         ("experiments.tsv", "ratio", "ration", "columns are"),
     ],

@@ -65,7 +65,7 @@ class Place:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it came."""
+        """Whether this is the unmodified dense model."""
         return self.is_whole and not self.is_quantised
 
     @property
@@ -91,7 +91,7 @@ class Place:
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed components; None where one has a size of its own."""
+        """The one ratio of all compressed components; None where one has its own ratio or rank."""
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
@@ -109,8 +109,8 @@ class Place:
         """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
         if self.is_dense:
             return results / "models" / self.model / "arch.json"
-        kind = "quantised" if self.is_quantised else "checkpoints"
-        return results / kind / self.format() / "approx.json"
+        folder = "quantised" if self.is_quantised else "checkpoints"
+        return results / folder / self.format() / "approx.json"
 
     def perplexity(self, results: Path, text: str) -> Path:
         """The perplexity result on one text."""
@@ -134,7 +134,7 @@ class Place:
         return results / "rxx" / folder / f"{kind}.safetensors"
 
     def allocation(self, results: Path) -> Path | None:
-        """The ranks of each layer, where some mode shares out a ratio."""
+        """The ranks of each layer, where some mode has an allocated ratio."""
         shared = SHARED in self.modes and not self.is_quantised
         return results / "allocations" / f"{self.format()}.json" if shared else None
 
@@ -156,7 +156,7 @@ class SurgeryPlace(Place):
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it came."""
+        """Whether this is the unmodified dense model."""
         return self.mode == DENSE
 
     @property

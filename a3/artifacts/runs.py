@@ -122,8 +122,8 @@ def read_speeds(
     if all(place.is_dense for place in places):
         raise A3Error(
             f"{results}: no compressed row among the experiments ("
-            f"{', '.join(dict.fromkeys(place.model for place in places)) or 'none'}), and a speed "
-            "is of a compressed model beside its dense one. Add one, or build no table of speeds."
+            f"{', '.join(dict.fromkeys(place.model for place in places)) or 'none'}), but "
+            "a speed table compares compressed models with their dense one. Add such a row."
         )
     found: list[tuple[Place, str, Record]] = []
     first: dict[tuple[str, str], Record] = {}

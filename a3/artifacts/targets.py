@@ -30,7 +30,7 @@ TIMING = "timing"
 
 # What other rules leave in the folder of a table.
 TABLE = (
-    *("results.csv", "comparisons.csv", "seeds.csv", "seconds.csv", "results.md", "figures"),
+    *("results.csv", "comparisons.csv", "seeds.csv", "timings.csv", "results.md", "figures"),
     *("speed.csv", "speed.md", "surgery.csv", "surgery_layers.csv", "surgery.md"),
     *("surgery_figures", "report.html"),
 )
@@ -65,7 +65,9 @@ class File:
         """Raise A3Error where it may not be written."""
         require_file(path, self.stage, sources)
         if self.suffix not in ("", path.suffix):
-            raise A3Error(f"{path}: expected a name that ends in {self.suffix}. Choose such a one.")
+            raise A3Error(
+                f"{path}: expected a name that ends in {self.suffix}. Choose such a name."
+            )
         for ending, stage in self.beside:
             require_file(path.with_suffix(ending), stage, sources)
 
@@ -83,7 +85,7 @@ class Files:
         require_apart(path, [], whole=True)
         require_apart(path, [one for one in sources if one.is_dir()], whole=False)
         if path.exists() and not path.is_dir():
-            raise A3Error(f"{path}: a file, expected a folder or nothing. Name another place.")
+            raise A3Error(f"{path}: a file, expected a folder or nothing. Name another path.")
         known = (*self.names, *self.others)
         for one in sorted(path.iterdir()) if path.exists() else []:
             # Other stages may be writing theirs, under hidden names.
@@ -104,7 +106,9 @@ def check(target: Target, options: dict[str, Any]) -> None:
     sources, shared = read_by(options)
     out = options["out"] if isinstance(options["out"], list) else [options["out"]]
     if len({path.stem for path in out}) < len(out):
-        raise A3Error(f"{', '.join(map(str, out))}: two of one name. Name each kind once.")
+        raise A3Error(
+            f"{', '.join(map(str, out))}: two files have the same name. Name each statistic once."
+        )
     for path in out:
         target.check(path, sources, shared)
 
@@ -130,7 +134,7 @@ def require_outside(path: Path, folder: Path) -> None:
     """Raise A3Error where a folder to be written is a folder that is read, or holds it."""
     target, source = path.resolve(), folder.resolve()
     if target == source or target in source.parents:
-        raise A3Error(f"{path}: is or holds {folder}, which is read. Name another place.")
+        raise A3Error(f"{path}: is or holds {folder}, which is an input. Name another path.")
 
 
 def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
@@ -140,8 +144,8 @@ def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
         raise A3Error(f"{path}: a folder, expected a file or nothing. Name a file.")
     if path.exists() and (stage is None or stage_of(path) != stage):
         raise A3Error(
-            f"{path}: exists already, and nothing says that this stage wrote it as it is. Name "
-            "another file, or delete it first."
+            f"{path}: exists already, and was not written by this command, or has changed since. "
+            "Name another file, or delete it first."
         )
 
 

@@ -187,7 +187,7 @@ class Verifier:
         self.known(record, "text_sha256", self.texts)
 
     def allocation(self, path: Path) -> None:
-        """Ranks shared out, and the model and statistics that they are for."""
+        """Allocated ranks, and the model and statistics that they are for."""
         record, place = self.record(path), place_of(self.results, path)
         self.made_of(record, "weights_sha256", place.base)
         self.statistics(record, place)
@@ -328,10 +328,10 @@ def verify(results: Path) -> None:
     counts = ", ".join(f"{count} {sort}" for sort, count in verifier.checked.items())
     LOG.info(f"verify: {results}: checked {counts}")
     for what, count in (+verifier.missing).items():
-        LOG.info(f"verify: not checked, since it is not there: {what} of {count} artifacts")
+        LOG.info(f"verify: not checked, since missing: {what} of {count} artifacts")
     for what, count in verifier.old.items():
         LOG.info(f"verify: note: {count} artifacts were made by other {what}")
     if verifier.problems:
         lines = "\n".join(verifier.problems)
-        raise A3Error(f"{results}: {len(verifier.problems)} wrong:\n{lines}")
-    LOG.info("verify: nothing is wrong")
+        raise A3Error(f"{results}: {len(verifier.problems)} problems:\n{lines}")
+    LOG.info("verify: no problems found")

@@ -27,8 +27,18 @@ SURGERIES = values.rows("model", "calibration", "mode", "size", others=())
 JOINS = ("empty-line", "space", "nothing")
 
 
-# What every command reads as a text.
-TEXT = ".txt, .md, .jsonl, .json, .csv, .tsv or .parquet (text, title), plain or .gz, or a folder"
+# Help of arguments that several commands have; the same words everywhere.
+MODEL = "Hugging Face folder of a dense model"
+
+ANY_MODEL = "Hugging Face folder of a dense or compressed model"
+
+SMALL_MODEL = "Hugging Face folder of a compressed model"
+
+NAMED_MODEL = "folder, .gguf file, catalogue name or owner/name@revision of the hub"
+
+TEXT = "file (.txt, .md, .jsonl, .json, .csv, .tsv or .parquet, also .gz) or folder of text"
+
+NAMED_TEXT = f"catalogue name, or {TEXT}"
 
 
 def folder(path: Path) -> Path:
@@ -77,71 +87,135 @@ def shares(word: str) -> dict[str, float]:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default where there is one, and the help does not say it already."""
+    """Shows the default where there is one and the help does not mention it; keeps examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False, [], {}) or "default" in (action.help or "")
+        none = action.default is False or action.default in (None, [], {}, NO_RATIO)
+        said = none or "default" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap each line but the indented ones, which a user copies."""
+        fill = super()._fill_text
+        lines = text.split("\n")
+        return "\n".join(x if x.startswith(" ") else fill(x, width, indent) for x in lines)
 
-def add(commands: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    """One command."""
+
+def add(
+    commands: Any, name: str, command: Any, brief: str, about: str, example: str
+) -> argparse.ArgumentParser:
+    """One command: its line in the list of commands, what it reads and writes, one call of it."""
     one = commands.add_parser(
         name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
+        help=brief,
+        description=f"{brief[0].upper()}{brief[1:]}. {about}",
+        epilog=f"example:\n  {example}",
         formatter_class=Help,
     )
     one.set_defaults(command=command)
     return one
 
 
+def add_group(commands: Any, name: str, brief: str, about: str, example: str) -> Any:
+    """A command that has commands of its own; returns what `add` adds them to."""
+    group = add(commands, name, None, brief, about, example)
+    return group.add_subparsers(metavar="COMMAND", title="commands", required=True)
+
+
+def add_model(one: argparse.ArgumentParser, text: str = MODEL, **options: Any) -> None:
+    """The model, which is the first word of most commands."""
+    one.add_argument("model", type=Path, metavar="MODEL", help=text, **options)
+
+
+def add_named_model(one: argparse.ArgumentParser, text: str = NAMED_MODEL) -> None:
+    """A model that may be an entry of the catalogue; `check` reads it."""
+    one.add_argument("model", metavar="MODEL", help=text)
+    one.set_defaults(entries={"model": "models"})
+
+
+def add_text(one: argparse.ArgumentParser) -> None:
+    """The text that a stage reads."""
+    one.add_argument("--text", type=Path, required=True, metavar="TEXT", help=TEXT)
+
+
+def add_rxx(one: argparse.ArgumentParser, required: bool = True) -> None:
+    """Where the statistics are."""
+    text = "folder of the statistics (<kind>.safetensors) that a3 collect wrote"
+    one.add_argument("--rxx", type=Path, required=required, metavar="FOLDER", help=text)
+
+
+def add_shard(one: argparse.ArgumentParser) -> None:
+    """One of several jobs of a stage."""
+    text = "make one shard of several: 0of4, 1of4 …; a3 merge or a3 gather joins them"
+    one.add_argument("--shard", type=values.shard, metavar="KofN", help=text)
+
+
+def add_results(one: argparse.ArgumentParser, **options: Any) -> None:
+    """The folder of results."""
+    text = "folder of results, in which the workflow writes models, statistics, scores …"
+    one.add_argument("--results", type=Path, metavar="FOLDER", help=text, **options)
+
+
+def add_rows(one: argparse.ArgumentParser, **options: Any) -> None:
+    """Rows of the table of experiments."""
+    text = "rows of the table of experiments, a JSON list of objects"
+    one.add_argument("--experiments", metavar="JSON", help=text, **options)
+
+
+def add_scores(one: argparse.ArgumentParser) -> None:
+    """The evaluations that a table shows."""
+    text = "names of perplexity evaluations to show"
+    one.add_argument("--perplexity", nargs="*", default=[], metavar="NAME", help=text)
+    text = "names of harness evaluations to show"
+    one.add_argument("--harness", nargs="*", default=[], metavar="NAME", help=text)
+
+
 def add_out(
-    one: argparse.ArgumentParser, writes: targets.Target, text: str, **several: str
+    one: argparse.ArgumentParser, writes: targets.Target, metavar: str, text: str, **several: str
 ) -> None:
-    """Where the result goes, and what it is; `check` holds each command's to what is there."""
-    one.add_argument("-o", "--out", type=Path, required=True, help=text, **several)
+    """Where the result goes, and what it is; `check` compares each with what is there."""
+    one.add_argument("-o", "--out", type=Path, required=True, metavar=metavar, help=text, **several)
     one.set_defaults(writes=writes)
 
 
 def add_modes(one: argparse.ArgumentParser) -> None:
     """Modes and ratio."""
-    text = (
-        "share of each dimension to remove, [0, 1); without one, each component needs its own size"
-    )
-    one.add_argument("--ratio", type=ratio, default=NO_RATIO, help=text)
+    text = "share of each dimension to remove, in [0, 1); not needed where each mode has its own"
+    one.add_argument("--ratio", type=ratio, default=NO_RATIO, metavar="RATIO", help=text)
     add_components(one)
 
 
 def add_servable(one: argparse.ArgumentParser) -> None:
     """Sizes of heads."""
-    text = f"heads of the nearest size that serving runtimes have: {', '.join(map(str, SERVABLE))}"
+    sizes = ", ".join(map(str, SERVABLE))
+    text = f"round head sizes to those that serving runtimes support: {sizes}"
     one.add_argument("--servable", action="store_true", help=text)
     add_multiple(one)
 
 
-def add_multiple(one: argparse.ArgumentParser) -> None:
+def add_multiple(one: argparse.ArgumentParser, **several: Any) -> None:
     """Sizes that hardware likes."""
-    text = "ranks that a ratio leaves are rounded to multiples of it (8, 16, 64 …)"
-    one.add_argument("--multiple", type=count(), default=1, help=text)
+    text = "round ranks to a multiple of N (8, 16, 64 …)"
+    options = {"type": count(), "default": 1, "metavar": "N", "help": text}
+    one.add_argument("--multiple", **options | several)
 
 
 def add_components(one: argparse.ArgumentParser) -> None:
     """The mode of each component, or a preset for all."""
-    text = "mode; with a ratio (@0.3) or rank (@48) of its own; or dense to leave it"
+    text = "MODE[@RATIO or @RANK], or dense to skip"
     for component, mode in PRESETS["a3"].items():
-        one.add_argument(f"--{component}", default=mode, help=text)
+        one.add_argument(f"--{component}", default=mode, metavar="MODE", help=text)
     one.add_argument(
         "--preset",
         choices=PRESETS,
         action=Preset,
         default=argparse.SUPPRESS,
-        help="modes of all components: the paper's (default), or those that keep most of the model",
+        help="modes of all components: a3 (the paper's, the default) or a3-plus (most accurate)",
     )
 
 
 class Preset(argparse.Action):
-    """Sets the modes of all components; those named behind it have their own."""
+    """Sets the modes of all components; a component's option after it overrides it."""
 
     def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
         """Called where the option stands."""
@@ -153,32 +227,39 @@ def add_blocks(
     one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
-    text = "tokens to use, or all" if scored else "tokens to use"
+    text = f"number of tokens to use{', or all' if scored else ''}"
     number = values.count_or_all if scored else count()
-    one.add_argument("--tokens", type=number, default=tokens, help=text)
-    one.add_argument("--block-length", type=count(2), default=1024, help="tokens a block")
+    one.add_argument("--tokens", type=number, default=tokens, metavar="N", help=text)
+    text = "tokens of a block, which the model sees at once"
+    one.add_argument("--block-length", type=count(2), default=1024, metavar="N", help=text)
     bos = argparse.BooleanOptionalAction
-    one.add_argument("--bos", action=bos, default=True, help="each block starts with BOS")
+    one.add_argument("--bos", action=bos, default=True, help="start each block with BOS")
     if scored:
         text = "BOS before the whole text only, where the tokenizer adds one"
         one.add_argument("--bos-once", action="store_const", const="once", dest="bos", help=text)
     if seed:
-        one.add_argument("--seed", type=SEED, default=0, help="order of the documents")
+        add_seed(one)
     return one
+
+
+def add_seed(one: argparse.ArgumentParser) -> None:
+    """What is drawn at random."""
+    text = "random seed (order of documents, choice of examples and items)"
+    one.add_argument("--seed", type=SEED, default=0, metavar="N", help=text)
 
 
 def add_run(one: argparse.ArgumentParser) -> None:
     """Where and how the model runs."""
     one.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the forward pass")
-    one.add_argument("--device", type=values.device, default="cpu", help="cpu, cuda …")
+    text = "device of the forward pass: cpu, cuda, cuda:1 …"
+    one.add_argument("--device", type=values.device, default="cpu", metavar="DEVICE", help=text)
     add_threads(one)
 
 
 def add_threads(one: argparse.ArgumentParser) -> None:
     """Threads."""
-    one.add_argument(
-        "--threads", type=count(most=MOST_THREADS), help="CPU threads (default: torch's choice)"
-    )
+    text = "CPU threads (default: torch's choice)"
+    one.add_argument("--threads", type=count(most=MOST_THREADS), metavar="N", help=text)
 
 
 def with_settings(options: dict[str, Any]) -> dict[str, Any]:

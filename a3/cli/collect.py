@@ -7,12 +7,16 @@ from typing import Any
 from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.arguments import (
+    ANY_MODEL,
     ROW,
-    TEXT,
     add,
     add_blocks,
+    add_model,
     add_out,
+    add_rows,
     add_run,
+    add_shard,
+    add_text,
     folder,
 )
 
@@ -37,20 +41,24 @@ def collect(
 
 def add_collect(commands: Any) -> None:
     """Arguments of a3 collect."""
-    one = add(commands, "collect", collect, "model and text to Rxx files")
-    one.add_argument("model", type=Path, help="Hugging Face folder")
-    one.add_argument("--text", type=Path, required=True, help=TEXT)
-    text_ = "<kind>.safetensors for each statistic wanted: q_blocks, down_diagonal …"
-    add_out(one, targets.STATISTICS, text_, nargs="+")
-    text_ = "JSON: rows of the table of experiments, refused first where they do not fit the model"
-    one.add_argument("--experiments", type=values.rows(*ROW, least=0), default=[], help=text_)
-    text_ = "one layer at a time in memory (default: where all weights do not fit)"
-    one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
-    one.add_argument(
-        "--shard",
-        type=values.shard,
-        help="only a shard of the blocks: 0of4, 1of4 …; a3 merge adds them",
+    one = add(
+        commands,
+        "collect",
+        collect,
+        "collect statistics of activations (Rxx)",
+        "Reads a model and a text, runs the model over blocks of the text, and writes one file for "
+        "each kind of statistic (with --shard, of a shard of the blocks). docs/modes.md says which "
+        "kinds a mode needs.",
+        "a3 collect dense --text docs.jsonl -o rxx/q_blocks.safetensors rxx/k_blocks.safetensors",
     )
+    add_model(one, ANY_MODEL)
+    add_text(one)
+    text_ = "<kind>.safetensors of each statistic: q_blocks, down_diagonal …"
+    add_out(one, targets.STATISTICS, "FILE", text_, nargs="+")
+    add_rows(one, type=values.rows(*ROW, least=0), default=[])
+    text_ = "keep one layer at a time in memory (default: where all weights do not fit)"
+    one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
+    add_shard(one)
     add_run(add_blocks(one, tokens=32768, seed=True))
 
 
@@ -63,6 +71,15 @@ def merge(shards: list[Path], out: Path) -> None:
 
 def add_merge(commands: Any) -> None:
     """Arguments of a3 merge."""
-    one = add(commands, "merge", merge, "add the statistics of all shards")
-    one.add_argument("shards", type=Path, nargs="+", help="one kind's files, in order")
-    add_out(one, targets.STATISTICS, "<kind>.safetensors")
+    one = add(
+        commands,
+        "merge",
+        merge,
+        "add the statistics of all shards",
+        "Reads what a3 collect --shard wrote of one kind of statistic, and writes the sum.",
+        "a3 merge shards/0of2/q_blocks.safetensors shards/1of2/q_blocks.safetensors "
+        "-o rxx/q_blocks.safetensors",
+    )
+    text_ = "files of one kind of statistic, in order"
+    one.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help=text_)
+    add_out(one, targets.STATISTICS, "FILE", "<kind>.safetensors")

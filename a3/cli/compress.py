@@ -4,16 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts import targets
-from a3.cli import options as values
 from a3.cli.arguments import (
-    TEXT,
+    ANY_MODEL,
+    NAMED_TEXT,
     add,
     add_blocks,
+    add_model,
     add_modes,
     add_multiple,
+    add_named_model,
     add_out,
     add_run,
+    add_rxx,
     add_servable,
+    add_shard,
     add_threads,
     folder,
     with_settings,
@@ -53,22 +57,31 @@ def compress(
 
 def add_compress(commands: Any) -> None:
     """Arguments of a3 compress."""
-    one = add(commands, "compress", compress, "collect and approx in one go")
-    one.set_defaults(entries={"model": "models", "text": "texts"})
-    one.add_argument("model", help="folder, .gguf file, catalogue name or owner/name@revision")
-    text_ = "calibration: catalogue name or " + TEXT
-    one.add_argument("--text", default="wiki-articles", help=text_)
+    one = add(
+        commands,
+        "compress",
+        compress,
+        "make a model smaller, in one command",
+        "Reads a model and a calibration text, runs the stages collect, allocate and approx, and "
+        "writes a smaller model that transformers loads.",
+        "a3 compress my-llama --preset a3-plus --ratio 0.2 --text my-text.txt -o small",
+    )
+    add_named_model(one)
+    one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
     add_modes(one)
     add_servable(one)
-    add_out(one, targets.NEW, "compressed Hugging Face folder, new")
+    add_out(one, targets.NEW, "FOLDER", "new Hugging Face folder")
     add_run(add_blocks(one, tokens=32768, seed=True))
-    one.set_defaults(command=lambda **options: compress(**with_settings(options)))
+    one.set_defaults(
+        command=lambda **options: compress(**with_settings(options)),
+        entries={"model": "models", "text": "texts"},
+    )
 
 
 def allocate(
     model: Path, rxx: Path, out: Path, multiple: int, uniform: list[str], **row: str
 ) -> None:
-    """Share out ranks over layers and components."""
+    """Allocate ranks across layers and components."""
     from a3.solutions.plan import Plan
     from a3.stages.approx.allocate import allocate
 
@@ -78,14 +91,22 @@ def allocate(
 
 def add_allocate(commands: Any) -> None:
     """Arguments of a3 allocate."""
-    one = add(commands, "allocate", allocate, "share out the ranks of modes with ~")
-    one.add_argument("model", type=Path, help="Hugging Face folder")
-    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
+    one = add(
+        commands,
+        "allocate",
+        allocate,
+        "allocate ranks across layers for modes marked ~",
+        "Reads a model and its statistics, and writes the rank of each component in each layer, "
+        "which a3 approx --allocation reads. The ratio is that of all of them together.",
+        "a3 allocate dense --rxx rxx --preset a3-plus --ratio 0.2 -o ranks.json",
+    )
+    add_model(one)
+    add_rxx(one)
     add_modes(one)
     add_multiple(one)
-    text_ = "components whose rank is the same in all layers"
+    text_ = "components that get the same rank in all layers"
     one.add_argument("--uniform", nargs="+", choices=COMPONENTS, default=[], help=text_)
-    add_out(one, targets.ALLOCATION, "the ranks, JSON")
+    add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")
     add_threads(one)
 
 
@@ -112,15 +133,24 @@ def approx(
 
 def add_approx(commands: Any) -> None:
     """Arguments of a3 approx."""
-    one = add(commands, "approx", approx, "weights and Rxx to a compressed checkpoint")
-    one.add_argument("model", type=Path, help="Hugging Face folder")
-    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
+    one = add(
+        commands,
+        "approx",
+        approx,
+        "solve for the smaller weights",
+        "Reads a model and its statistics, solves layer by layer, and writes the smaller model "
+        "with a card and a record of ranks and errors (approx.json); with --shard, one "
+        ".safetensors file of a shard of the layers.",
+        "a3 approx dense --rxx rxx --ratio 0.2 -o small",
+    )
+    add_model(one)
+    add_rxx(one)
     add_modes(one)
-    one.add_argument("--allocation", type=Path, help="a3 allocate's file, for modes with ~")
+    text_ = "ranks that a3 allocate wrote, for modes marked ~"
+    one.add_argument("--allocation", type=Path, metavar="FILE", help=text_)
     add_servable(one)
-    text_ = "only a run of layers, to a .safetensors file: 0of4, 1of4 …; a3 gather joins them"
-    one.add_argument("--shard", type=values.shard, help=text_)
-    add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
+    add_shard(one)
+    add_out(one, targets.APPROXIMATED, "FOLDER", "Hugging Face folder to write")
     add_threads(one)
 
 
@@ -133,10 +163,19 @@ def gather(model: Path, shards: list[Path], out: Path) -> None:
 
 def add_gather(commands: Any) -> None:
     """Arguments of a3 gather."""
-    one = add(commands, "gather", gather, "shards of a compressed model to one folder")
-    one.add_argument("model", type=Path, help="Hugging Face folder of the dense model")
-    one.add_argument("shards", type=Path, nargs="+", help="what a3 approx --shard made, in order")
-    add_out(one, targets.APPROXIMATED, "compressed Hugging Face folder")
+    one = add(
+        commands,
+        "gather",
+        gather,
+        "join the shards of a compressed model",
+        "Reads the dense model and what a3 approx --shard wrote of it, and writes the same folder "
+        "as a3 approx without shards.",
+        "a3 gather dense 0of2.safetensors 1of2.safetensors -o small",
+    )
+    add_model(one)
+    text_ = "files that a3 approx --shard wrote, in order"
+    one.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help=text_)
+    add_out(one, targets.APPROXIMATED, "FOLDER", "Hugging Face folder to write")
 
 
 def quantise(
@@ -152,18 +191,24 @@ def quantise(
 def add_quantise(commands: Any) -> None:
     """Arguments of a3 quantise."""
     one = add(
-        commands, "quantise", quantise, "to low precision, repaired by a low rank (LQER, QERA)"
+        commands,
+        "quantise",
+        quantise,
+        "simulate low precision, repaired by a low-rank term (LQER, QERA)",
+        "Reads a model and the statistics of its inputs (attention_input, o_proj_input …), and "
+        "writes a model whose values are rounded to the recipe's formats; nothing runs faster.",
+        "a3 quantise small --rxx small-rxx --recipe w4a8 --method qera --rank 32 -o quantised",
     )
-    one.set_defaults(entries={"recipe": "quantisations"})
-    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    text_ = "folder of <kind>.safetensors of that model: attention_input, o_proj_input …"
-    one.add_argument("--rxx", type=Path, required=True, help=text_)
-    text_ = "number formats: catalogue name, or JSON as in the config's quantisations"
-    one.add_argument("--recipe", default="w4a8", help=text_)
-    text_ = "none (no repair), or by which metric: lqer-svd, lqer-act, qera"
+    add_model(one, ANY_MODEL)
+    add_rxx(one)
+    text_ = "number formats: catalogue name, or JSON as under quantisations in the configuration"
+    one.add_argument("--recipe", default="w4a8", metavar="RECIPE", help=text_)
+    text_ = "metric of the low-rank repair, or none for no repair"
     one.add_argument("--method", choices=METHODS, default="qera", help=text_)
-    one.add_argument("--rank", type=count(), help="of the repair; no rank with --method none")
-    add_out(one, targets.QUANTISED, "compressed Hugging Face folder")
+    text_ = "rank of the repair; not with --method none"
+    one.add_argument("--rank", type=count(), metavar="N", help=text_)
+    add_out(one, targets.QUANTISED, "FOLDER", "Hugging Face folder to write")
+    one.set_defaults(entries={"recipe": "quantisations"})
     add_threads(one)
 
 
@@ -177,14 +222,22 @@ def surgery(model: Path, rxx: Path | None, mode: str, size: str, out: Path) -> N
 
 def add_surgery(commands: Any) -> None:
     """Arguments of a3 surgery."""
-    one = add(commands, "surgery", surgery, "Q, K, V from principal components, in dense shapes")
-    one.add_argument("model", type=Path, help="Hugging Face folder")
-    text_ = "folder of attention_input.safetensors, for modes with -rxx"
-    one.add_argument("--rxx", type=Path, help=text_)
-    one.add_argument("--mode", default="pca-shared-kv", help="which matrices share components")
+    one = add(
+        commands,
+        "surgery",
+        surgery,
+        "rebuild Q, K and V from their leading principal components",
+        "Reads a model and, for modes that end in -rxx, the statistic attention_input, and writes "
+        "a model of the same shapes: an ablation that shows how low-dimensional Q, K and V are.",
+        "a3 surgery dense --mode pca-shared-kv --size variance@0.9 -o operated",
+    )
+    add_model(one)
+    add_rxx(one, required=False)
+    text_ = "which matrices share principal components"
+    one.add_argument("--mode", default="pca-shared-kv", metavar="MODE", help=text_)
     text_ = "variance@0.9: components that explain that share; parameters@0.5: as many as fit"
-    one.add_argument("--size", required=True, help=text_)
-    add_out(one, targets.OPERATED, "Hugging Face folder of the same family")
+    one.add_argument("--size", required=True, metavar="SIZE", help=text_)
+    add_out(one, targets.OPERATED, "FOLDER", "Hugging Face folder to write")
     add_threads(one)
 
 
@@ -197,8 +250,15 @@ def spectra(model: Path, rxx: Path, out: Path) -> None:
 
 def add_spectra(commands: Any) -> None:
     """Arguments of a3 spectra."""
-    one = add(commands, "spectra", spectra, "energy that each rank keeps, by layer and group")
-    one.add_argument("model", type=Path, help="Hugging Face folder")
-    one.add_argument("--rxx", type=Path, required=True, help="folder of <kind>.safetensors")
-    add_out(one, targets.SPECTRA, "spectra, JSON")
+    one = add(
+        commands,
+        "spectra",
+        spectra,
+        "compute the energy that each rank keeps, by layer and group",
+        "Reads a model and its statistics, and writes the spectra, which a3 figures draws.",
+        "a3 spectra dense --rxx rxx -o spectra.json",
+    )
+    add_model(one)
+    add_rxx(one)
+    add_out(one, targets.SPECTRA, "FILE", "JSON file to write")
     add_threads(one)

@@ -6,31 +6,39 @@ from typing import Any
 from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.arguments import (
+    ANY_MODEL,
     JOINS,
-    SEED,
-    TEXT,
     add,
     add_blocks,
     add_components,
+    add_group,
+    add_model,
+    add_multiple,
     add_out,
     add_run,
+    add_seed,
+    add_text,
     folder,
     ratio,
 )
 from a3.cli.options import count
+from a3.core.extras import require_installed
 from a3.solutions.modes import COMPONENTS
 
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
-    evaluate = commands.add_parser(
-        "eval", help="perplexity, harness, generation or speed", description="Evaluate."
+    subcommands = add_group(
+        commands,
+        "eval",
+        "measure perplexity, benchmark scores, generated text or speed",
+        "Each kind reads models and writes one JSON record of result and provenance.",
+        "a3 eval ppl small --text other-text.txt -o ppl.json",
     )
-    kinds = evaluate.add_subparsers(metavar="KIND", required=True)
-    add_perplexity(kinds)
-    add_harness(kinds)
-    add_generation(kinds)
-    add_speed(kinds)
+    add_perplexity(subcommands)
+    add_harness(subcommands)
+    add_generation(subcommands)
+    add_speed(subcommands)
 
 
 def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
@@ -40,46 +48,73 @@ def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings:
     perplexity(folder(model), text, out, name=name or text.stem, **settings)
 
 
-def add_perplexity(kinds: Any) -> None:
+def add_perplexity(commands: Any) -> None:
     """Arguments of a3 eval ppl."""
-    one = add(kinds, "ppl", perplexity, "perplexity on a text's blocks")
-    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument("--text", type=Path, required=True, help=TEXT)
-    one.add_argument("--name", help="what the result calls the text (default: the file's name)")
-    one.add_argument("--split", default="test", help="name of the split to record")
-    one.add_argument("--source", type=Path, help="docs.json: where the text is from")
-    text_ = "between two documents"
+    one = add(
+        commands,
+        "ppl",
+        perplexity,
+        "measure perplexity on a text",
+        "Reads a model and a text, scores blocks of the text, and writes perplexity, its standard "
+        "error and the loss of each block. Use a text that the model was not calibrated on.",
+        "a3 eval ppl small --text other-text.txt --tokens all -o ppl.json",
+    )
+    add_model(one, ANY_MODEL)
+    add_text(one)
+    text_ = "name of the text to record (default: the file's name)"
+    one.add_argument("--name", metavar="NAME", help=text_)
+    text_ = "name of the split to record"
+    one.add_argument("--split", default="test", metavar="NAME", help=text_)
+    text_ = "record of a3 text (docs.json) that says where the text is from"
+    one.add_argument("--source", type=Path, metavar="FILE", help=text_)
+    text_ = "what to put between two documents"
     one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
-    add_out(one, targets.PERPLEXITY, "result, JSON")
+    add_out(one, targets.PERPLEXITY, "FILE", "JSON file to write")
     add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
 
 
 def harness(model: Path, task: str, out: Path, **settings: Any) -> None:
     """Run one lm-eval task."""
+    require_installed("lm_eval", "eval")
     from a3.stages.evaluate.harness import harness
 
     harness(folder(model), task, out, **settings)
 
 
-def add_harness(kinds: Any) -> None:
+def add_harness(commands: Any) -> None:
     """Arguments of a3 eval harness."""
-    one = add(kinds, "harness", harness, "one task of lm-eval")
-    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument("--task", required=True, help="lm-eval's name; of a local task any")
-    one.add_argument("--items", type=Path, help="items.jsonl (query, choices, gold); offline")
-    one.add_argument("--yaml", type=Path, help="a local task, with its data files; offline")
-    one.add_argument("--metric", help="score reported (default: the task's first)")
-    one.add_argument("--shots", type=count(0), help="examples shown (default: the task's)")
-    one.add_argument("--limit", type=count(), help="only the first items")
-    one.add_argument("--seed", type=SEED, default=0, help="chooses the examples shown")
-    text_ = "put the prompt into the tokenizer's chat template, or into that of this name"
+    one = add(
+        commands,
+        "harness",
+        harness,
+        "run one task of lm-eval",
+        "Reads a model and a task (of lm-eval, a YAML file, or items that a3 items made), and "
+        "writes the task's scores, with one score for each item.",
+        "a3 eval harness small --task arc_challenge --shots 25 -o arc.json",
+    )
+    add_model(one, ANY_MODEL)
+    text_ = "name of the task in lm-eval; any name for a local task"
+    one.add_argument("--task", required=True, metavar="NAME", help=text_)
+    text_ = "local task: items.jsonl (query, choices, gold)"
+    one.add_argument("--items", type=Path, metavar="FILE", help=text_)
+    text_ = "local task: a YAML file as lm-eval reads it, with its data files"
+    one.add_argument("--yaml", type=Path, metavar="FILE", help=text_)
+    text_ = "score to report (default: the first of the task)"
+    one.add_argument("--metric", metavar="NAME", help=text_)
+    text_ = "number of examples to show (default: as the task says)"
+    one.add_argument("--shots", type=count(0), metavar="N", help=text_)
+    text_ = "ask only the first N items"
+    one.add_argument("--limit", type=count(), metavar="N", help=text_)
+    add_seed(one)
+    text_ = "put the prompt into the tokenizer's chat template, or into the one of this name"
     one.add_argument(
         "--apply-chat-template", nargs="?", const=True, default=False, metavar="NAME", help=text_
     )
-    text_ = "with a chat template: examples as turns of the chat, not in one turn of the user"
+    text_ = "with a chat template: show each example as a turn of the chat"
     one.add_argument("--fewshot-as-multiturn", action="store_true", help=text_)
-    one.add_argument("--system-instruction", metavar="TEXT", help="put before the prompt")
-    add_out(one, targets.HARNESS, "result, JSON")
+    text_ = "instruction to put before the prompt"
+    one.add_argument("--system-instruction", metavar="TEXT", help=text_)
+    add_out(one, targets.HARNESS, "FILE", "JSON file to write")
     add_run(one)
 
 
@@ -90,25 +125,34 @@ def generation(model: Path, out: Path, **settings: Any) -> None:
     generation(folder(model), out, **settings)
 
 
-def add_generation(kinds: Any) -> None:
+def add_generation(commands: Any) -> None:
     """Arguments of a3 eval generation."""
-    one = add(kinds, "generation", generation, "what a model says to a prompt, greedily")
-    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
-    one.add_argument(
-        "--prompt",
-        type=values.unicode,
-        required=True,
-        help="taken as it is, without a chat template",
+    one = add(
+        commands,
+        "generation",
+        generation,
+        "continue a prompt, greedily",
+        "Reads a model and a prompt, and writes the text that the model generates.",
+        'a3 eval generation small --prompt "A river is" -o text.json',
     )
-    one.add_argument("--new-tokens", type=count(), default=40, help="at most")
-    add_out(one, targets.GENERATION, "result, JSON")
+    add_model(one, ANY_MODEL)
+    text_ = "raw prompt, no chat template"
+    one.add_argument("--prompt", type=values.unicode, required=True, metavar="TEXT", help=text_)
+    add_new_tokens(one, 40)
+    add_out(one, targets.GENERATION, "FILE", "JSON file to write")
     add_run(one)
+
+
+def add_new_tokens(one: Any, default: int) -> None:
+    """How long generation goes on."""
+    text_ = "number of tokens to generate"
+    one.add_argument("--new-tokens", type=count(), default=default, metavar="N", help=text_)
 
 
 def speed(
     models: list[Path], ratio: list[str], beside: list[str], layers: int | None, **options: Any
 ) -> None:
-    """Time models beside each other."""
+    """Benchmark several models, interleaved."""
     from a3.stages.evaluate.speed import speed
 
     modes = {component: options.pop(component) for component in COMPONENTS}
@@ -117,26 +161,37 @@ def speed(
     speed([folder(model) for model in models], rows=rows, layers=layers, **options)
 
 
-def add_speed(kinds: Any) -> None:
+def add_speed(commands: Any) -> None:
     """Arguments of a3 eval speed."""
-    one = add(kinds, "speed", speed, "tokens/s of models, interleaved in one process")
-    text_ = "Hugging Face folders, the dense one first; with --ratio one, config.json is enough"
-    one.add_argument("models", type=Path, nargs="+", help=text_)
+    one = add(
+        commands,
+        "speed",
+        speed,
+        "benchmark several models, interleaved",
+        "Reads a dense model and smaller ones, and times prefill and decoding in turns in one "
+        "process. With --ratio it needs config.json only: it builds the models of these ratios "
+        "with random weights. Writes tokens/s, memory and KV-cache sizes.",
+        "a3 eval speed dense small --batch 1 --prompt 256 -o speed.json",
+    )
+    text_ = "Hugging Face folders, the dense one first; with --ratio one folder"
+    one.add_argument("models", type=Path, nargs="+", metavar="MODEL", help=text_)
     text_ = "time the dense model and those of these ratios, all with random weights"
-    one.add_argument("--ratio", type=ratio, nargs="+", default=[], help=text_)
+    one.add_argument("--ratio", type=ratio, nargs="+", default=[], metavar="RATIO", help=text_)
     add_components(one)
-    text_ = "with --ratio: also a mode that factors the matrices of all components: svd-llm …"
+    text_ = "with --ratio: also time these two-factor modes on all components: svd-llm …"
     one.add_argument("--beside", nargs="+", default=[], metavar="MODE", help=text_)
-    text_ = "with --ratio: each of them with ranks that are multiples of 1, of 64 …"
-    one.add_argument("--multiples", type=count(), nargs="+", default=[1], help=text_)
-    text_ = "with --ratio: run only so many layers, and extrapolate (default: all)"
-    one.add_argument("--layers", type=count(), help=text_)
-    one.add_argument("--batch", type=count(), default=1, help="sequences")
-    one.add_argument("--prompt", type=count(), default=256, help="tokens of each, put in at once")
-    one.add_argument("--new-tokens", type=count(), default=32, help="tokens of each, one by one")
-    one.add_argument("--repeats", type=count(), default=5, help="rounds over all models")
+    add_multiple(one, nargs="+", default=[1], dest="multiples")
+    text_ = "with --ratio: run only N layers, and extrapolate (default: all)"
+    one.add_argument("--layers", type=count(), metavar="N", help=text_)
+    text_ = "number of sequences at once"
+    one.add_argument("--batch", type=count(), default=1, metavar="N", help=text_)
+    text_ = "number of tokens of each prompt"
+    one.add_argument("--prompt", type=count(), default=256, metavar="N", help=text_)
+    add_new_tokens(one, 32)
+    text_ = "number of rounds over all models"
+    one.add_argument("--repeats", type=count(), default=5, metavar="N", help=text_)
     attention = ["eager", "sdpa"]
-    text_ = "transformers' implementations"
+    text_ = "implementations of attention in transformers to time"
     one.add_argument("--attention", nargs="+", choices=attention, default=attention, help=text_)
-    add_out(one, targets.SPEED, "result, JSON")
+    add_out(one, targets.SPEED, "FILE", "JSON file to write")
     add_run(one)

@@ -4,18 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts import targets
-from a3.cli.arguments import add, add_out, folder
+from a3.cli.arguments import ANY_MODEL, SMALL_MODEL, add, add_group, add_model, add_out, folder
 from a3.core.dtypes import GGUF_TYPES
+from a3.core.extras import require_installed
 
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
-    export = commands.add_parser(
-        "export", help="compressed models for other runtimes", description="Export."
+    subcommands = add_group(
+        commands,
+        "export",
+        "write a compressed model for runtimes without a3",
+        "The heads of all layers have to keep the same RoPE pairs; a3 inspect says whether they "
+        "do, and docs/export.md how to make such a model.",
+        "a3 export gguf small -o small.gguf",
     )
-    kinds = export.add_subparsers(metavar="KIND", required=True)
-    add_export_hf(kinds)
-    add_export_gguf(kinds)
+    add_export_hf(subcommands)
+    add_export_gguf(subcommands)
     add_inspect(commands)
 
 
@@ -26,28 +31,43 @@ def export_hf(model: Path, out: Path) -> None:
     export_hf(folder(model), out)
 
 
-def add_export_hf(kinds: Any) -> None:
+def add_export_hf(commands: Any) -> None:
     """Arguments of a3 export hf."""
-    one = add(kinds, "hf", export_hf, "an ordinary checkpoint, which transformers loads without a3")
-    one.add_argument("model", type=Path, help="compressed folder with one set of RoPE pairs")
-    add_out(one, targets.EXPORTED, "Hugging Face folder")
+    one = add(
+        commands,
+        "hf",
+        export_hf,
+        "write a checkpoint that the family's own code loads",
+        "Reads a compressed model and writes a folder that transformers and other runtimes load "
+        "without a3.",
+        "a3 export hf small -o stock",
+    )
+    add_model(one, f"{SMALL_MODEL}, with one set of RoPE pairs")
+    add_out(one, targets.EXPORTED, "FOLDER", "Hugging Face folder to write")
 
 
 def export_gguf(model: Path, out: Path, type: str) -> None:
     """Write a GGUF file."""
+    require_installed("gguf", "export")
     from a3.stages.export.gguf import export_gguf
 
     export_gguf(folder(model), out, type)
 
 
-def add_export_gguf(kinds: Any) -> None:
+def add_export_gguf(commands: Any) -> None:
     """Arguments of a3 export gguf."""
-    one = add(kinds, "gguf", export_gguf, "a file for llama.cpp")
-    text_ = "dense folder, or compressed one with one set of RoPE pairs"
-    one.add_argument("model", type=Path, help=text_)
+    one = add(
+        commands,
+        "gguf",
+        export_gguf,
+        "write a GGUF file for llama.cpp",
+        "Reads a dense or compressed model and writes one file with weights and tokenizer.",
+        "a3 export gguf small --type q8_0 -o small.gguf",
+    )
+    add_model(one, f"{ANY_MODEL}, with one set of RoPE pairs")
     text_ = "type of the matrices"
     one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
-    add_out(one, targets.PLAIN, "the .gguf file")
+    add_out(one, targets.PLAIN, "FILE", ".gguf file to write")
 
 
 def inspect(model: Path) -> None:
@@ -59,5 +79,12 @@ def inspect(model: Path) -> None:
 
 def add_inspect(commands: Any) -> None:
     """Arguments of a3 inspect."""
-    one = add(commands, "inspect", inspect, "what a checkpoint is, and which runtimes load it")
-    one.add_argument("model", type=Path, help="dense or compressed Hugging Face folder")
+    one = add(
+        commands,
+        "inspect",
+        inspect,
+        "show ranks, sizes, and which runtimes load a model",
+        "Reads the config and the records of a model, and prints what they say. Writes nothing.",
+        "a3 inspect small",
+    )
+    add_model(one, ANY_MODEL)

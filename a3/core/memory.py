@@ -19,8 +19,8 @@ def require_memory(needed: int, what: str, advice: str) -> None:
     at_hand = memory_at_hand()
     if needed > at_hand:
         raise A3Error(
-            f"{what} needs at least {needed / GIB:.1f} GiB of memory, and {at_hand / GIB:.1f} GiB "
-            f"are at hand. {advice}, or run it on a larger machine (docs/cluster.md)."
+            f"{what} needs at least {needed / GIB:.1f} GiB of memory, but {at_hand / GIB:.1f} GiB "
+            f"are available. {advice}, or run it on a larger machine (docs/cluster.md)."
         )
 
 

@@ -47,9 +47,16 @@ class Terminal(logging.Handler):
         stream.flush()
 
 
-def say_on_terminal() -> None:
-    """Show what stages say, as the command line does."""
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """Show what stages say inside the block, as the command line does."""
+    handler, level, propagate = Terminal(), LOG.level, LOG.propagate
+    LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    if not any(isinstance(handler, Terminal) for handler in LOG.handlers):
-        LOG.addHandler(Terminal())
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        LOG.propagate = propagate

@@ -62,16 +62,16 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
         )
     if error.validator == "not":
         raise A3Error(
-            f"{what}: {where}: {error.instance!r} is of no use with this kind of source. Take the "
-            "key out."
+            f"{what}: {where}: {error.instance!r} has no effect with this kind of source. Remove "
+            "the key."
         )
     raise A3Error(f"{what}: {where}: {error.message}. Correct this key.")
 
 
-def validate_entry(entry: Any, kind: str, what: str) -> None:
-    """Raise A3Error unless this is what the config calls a `kind`: model, text, quantisation …"""
+def validate_entry(entry: Any, name: str, what: str) -> None:
+    """Raise A3Error unless this is what the config calls a `name`: model, text, quantisation …"""
     definitions = load_yaml(SCHEMA)["$defs"]
-    validate(entry, {"$ref": f"#/$defs/{kind}", "$defs": definitions}, what)
+    validate(entry, {"$ref": f"#/$defs/{name}", "$defs": definitions}, what)
 
 
 def require_plain(value: Any, where: str, what: str) -> None:
@@ -88,9 +88,9 @@ def require_plain(value: Any, where: str, what: str) -> None:
         for item in value:
             require_plain(item, where, what)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise A3Error(f"{what}: {where}: {value} is no number. Correct this key.")
+        raise A3Error(f"{what}: {where}: {value} is not a finite number. Correct this key.")
     elif isinstance(value, str) and not re.fullmatch("[^\\0\ud800-\udfff]*", value):
-        raise A3Error(f"{what}: {where}: {value!r} has characters that are none. Correct this key.")
+        raise A3Error(f"{what}: {where}: {value!r} has invalid characters. Correct this key.")
 
 
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     for name, entry in whole["harness"].items():
         if entry["fewshot_as_multiturn"] and not entry["apply_chat_template"]:
             raise A3Error(
-                f"config: harness.{name}.fewshot_as_multiturn makes examples turns of a chat, and "
-                "there is none. Set apply_chat_template too."
+                f"config: harness.{name}.fewshot_as_multiturn requires a "
+                "chat template. Set apply_chat_template too."
             )
     for section in ("perplexity", "harness", "speed"):
         for name in whole["evaluate"][section]:
@@ -157,13 +157,13 @@ def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
     if path is None:
         return
     source = Path(path).resolve()
-    for kind, of in MADE.items():
+    for folder, of in MADE.items():
         for entry in config.get(of, {}):
-            made = Path(config["results"], kind, entry)
+            made = Path(config["results"], folder, entry)
             if made.resolve() in (source, *source.parents):
                 raise A3Error(
-                    f"config: {section}.{name}.source.path is {path}, and {made} is what is made "
-                    f"of {of}.{entry} and deleted before. Choose other results, or another name."
+                    f"config: {section}.{name}.source.path is {path}, in {made}, which the "
+                    f"workflow deletes before it makes {of}.{entry}. Change results or the name."
                 )
 
 
@@ -191,7 +191,7 @@ def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ())
         defined("text", member, texts, where)
         if member in (*above, name):
             raise A3Error(
-                f"config: {where} names {member!r}, which is a mixture of it. Take it out."
+                f"config: {where} names {member!r}, which is itself a mixture of it. Remove it."
             )
         check_mixture(member, texts, (*above, name))
 

@@ -51,7 +51,7 @@ KEYS = tuple(field.name for field in fields(Row))
 class Cell:
     """One figure of a table: of a model (the paper's name, or ours), a row and a measure.
 
-    A measure is a kind and a name: `perplexity wikitext2`, `seconds qk`.
+    A measure is a quantity and a name: `perplexity wikitext2`, `seconds qk`.
     """
 
     model: str
@@ -59,7 +59,7 @@ class Cell:
     measure: str
 
     @property
-    def kind(self) -> str:
+    def quantity(self) -> str:
         """What is measured: perplexity, delta, accuracy, average, error, seconds, flops …"""
         return self.measure.partition(" ")[0]
 
@@ -89,14 +89,14 @@ class Wanted:
 
     def files(self, results: Path) -> list[Path]:
         """The results that it is read from; each model's dense ones are needed as well."""
-        kind, place = self.cell.kind, self.place
-        if kind in ("perplexity", "delta"):
+        quantity, place = self.cell.quantity, self.place
+        if quantity in ("perplexity", "delta"):
             return [place.perplexity(results, self.entry)]
-        if kind == "accuracy":
+        if quantity == "accuracy":
             return [place.harness(results, self.entry)]
-        if kind == "seconds":
+        if quantity == "seconds":
             return [timing(place.weights(results))]
-        if kind in SPEED:
+        if quantity in SPEED:
             return [self.timed.speed(results, self.entry)]
         return [place.weights(results)]
 
@@ -122,7 +122,7 @@ class Table:
         if found is None:
             known = ", ".join(self.spec["measures"])
             raise A3Error(
-                f"{self.source}: {column!r} is no measure of the table {self.name}: {known}."
+                f"{self.source}: {column!r} is not a measure of the table {self.name}: {known}."
             )
         own = {"measure": found} if isinstance(found, str) else dict(found)
         return own.pop("measure"), own
@@ -145,7 +145,7 @@ class Table:
                     row = keys | own
                     cell = Cell(row.pop("model"), Row(**row), measure)
                     if cell in seen:
-                        raise A3Error(f"{self.source}: {cell} stands there twice.")
+                        raise A3Error(f"{self.source}: {cell} is there twice.")
                     if value:
                         seen.add(cell)
                         yield cell, number(value)
@@ -157,12 +157,12 @@ class Table:
         is not 0 or 1 by definition.
         """
         found: dict[Row, dict[str, None]] = {}
-        kinds = {measure.partition(" ")[0] for measure, _ in self.measures}
+        quantities = {measure.partition(" ")[0] for measure, _ in self.measures}
         cells = [cell for cell in self.published if name in (None, cell.model)]
         if not cells:
             return []
         rows = [cell.row if name else replace(cell.row, baseline="") for cell in cells]
-        if kinds & {"perplexity", "accuracy"} and "0" not in {row.ratio for row in rows}:
+        if quantities & {"perplexity", "accuracy"} and "0" not in {row.ratio for row in rows}:
             calibration = rows[0].calibration
             rows.insert(0, Row("original", "original", calibration))
         for values in product(*self.more.values()) if self.more else ():
@@ -242,12 +242,12 @@ class Paper:
             place = self.place(model, row)
             for measure in own_measures(measures, protocol):
                 cell = Cell(entry.get("paper", model), row, measure)
-                if cell.kind == "error" and getattr(place, cell.name) == DENSE:
+                if cell.quantity == "error" and getattr(place, cell.name) == DENSE:
                     continue
-                if cell.kind in ("delta", "seconds") and place.is_dense:
+                if cell.quantity in ("delta", "seconds") and place.is_dense:
                     continue
-                section = protocol.get(SECTION_OF.get(cell.kind, ""), {})
-                speed = protocol["speed"].get(row.setting, "") if cell.kind in SPEED else ""
+                section = protocol.get(SECTION_OF.get(cell.quantity, ""), {})
+                speed = protocol["speed"].get(row.setting, "") if cell.quantity in SPEED else ""
                 if "paper" not in entry:
                     own = replace(row, calibration=protocol["calibrations"][row.calibration])
                     cell = replace(cell, row=own)
@@ -256,7 +256,7 @@ class Paper:
         timed = {one.entry: one.place for one in reversed(compressed)}
         return [
             replace(one, timed=timed[one.entry] if one.place.is_dense else one.place)
-            if one.cell.kind in SPEED
+            if one.cell.quantity in SPEED
             else one
             for one in found
         ]
@@ -265,7 +265,7 @@ class Paper:
         """The results that a model's group of rows is made of, the dense ones included."""
         found = {Place(model).weights(results): None}
         for one in self.wanted(table, model):
-            if one.cell.kind in SECTION_OF:
+            if one.cell.quantity in SECTION_OF:
                 found |= dict.fromkeys(replace(one, place=Place(model)).files(results))
             found |= dict.fromkeys((one.place.weights(results), *one.files(results)))
         return list(found)
@@ -287,14 +287,14 @@ class Paper:
 
 
 def own_measures(measures: list[str], protocol: dict[str, dict[str, str]]) -> list[str]:
-    """The measures that a protocol knows; where it knows none of a kind, its own in their place."""
+    """The measures that a protocol knows; where it knows none of a quantity, its own instead."""
     found: dict[str, None] = {}
     for measure in measures:
-        kind, _, name = measure.partition(" ")
-        section = protocol.get(SECTION_OF.get(kind, ""), {name: ""})
+        quantity, _, name = measure.partition(" ")
+        section = protocol.get(SECTION_OF.get(quantity, ""), {name: ""})
         if name in section:
             found[measure] = None
-        elif not any(f"{kind} {other}" in measures for other in section):
-            found |= dict.fromkeys(f"{kind} {other}" for other in section)
+        elif not any(f"{quantity} {other}" in measures for other in section):
+            found |= dict.fromkeys(f"{quantity} {other}" for other in section)
     tasks = [measure for measure in found if measure.startswith("accuracy ")]
     return [m for m in found if not (m.startswith("average ") and len(tasks) < 2)]

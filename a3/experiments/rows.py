@@ -47,7 +47,7 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
         # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
         meaning = row["model"], row["calibration"], choose(row), row.get(QUANTISE, PLAIN)
         if meaning in seen:
-            raise A3Error(f"{where}: says the same as row {seen.index(meaning) + 1}. Delete one.")
+            raise A3Error(f"{where}: means the same as row {seen.index(meaning) + 1}. Delete one.")
         seen.append(meaning)
     check_reference(rows, config.get("reference"))
     return rows
@@ -69,7 +69,7 @@ def read_surgeries(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
             raise A3Error(f"{where}: {error}") from error
         check_place(row, config, where)
         if row in rows[: number - 1]:
-            raise A3Error(f"{where}: says the same as row {rows.index(row) + 1}. Delete one.")
+            raise A3Error(f"{where}: means the same as row {rows.index(row) + 1}. Delete one.")
     return rows
 
 

@@ -65,7 +65,7 @@ class Estimate:
 
 
 def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
-    """Collect, allocate where ranks are shared out, approx, and perplexity before and after, of one
+    """Collect, allocate where ranks are allocated, approx, and perplexity before and after, of one
     model by one row."""
     plan = Plan(choose(row))
     known = settings | {"threads": torch.get_num_threads(), "kinds": plan.kinds(), "jobs": 1}

@@ -54,7 +54,7 @@ def holder(logs: list[Path]) -> int | None:
 def cancel(runs: list[str]) -> None:
     """Cancel the jobs of these runs and wait until none is left; A3Error where they stay."""
     if shutil.which("scancel") is None:
-        raise A3Error("no scancel here; run this where snakemake ran, on the cluster's login node.")
+        raise A3Error("scancel not found. Run a3 recover where snakemake ran, on the login node.")
     end = time.monotonic() + PATIENCE
     while jobs := queued(runs):
         if time.monotonic() > end:

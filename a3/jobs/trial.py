@@ -93,12 +93,10 @@ class Trial:
         """One of `jobs` that share the layers of one checkpoint."""
         plan = Plan(choose(row))
         ranks = plan.ranks(self.arch)
-        components = [
-            (component, plan.choices[component].mode, rank) for component, rank in ranks.items()
-        ]
         written = self.compressed(row)["parameters"]
         seconds = self.arch.layers * sum(
-            self.component_seconds(*component) for component in components
+            self.component_seconds(component, plan.choices[component].mode, rank)
+            for component, rank in ranks.items()
         )
         seconds += (self.arch.size["parameters"] + written) * self.copy_seconds()
         disk = written * WIDTHS[self.arch.dtype] // jobs
@@ -117,11 +115,9 @@ class Trial:
         """As if the error of each matrix were decomposed by its input's statistic."""
         parameters = self.compressed(row)["parameters"]
         kinds = [kind for component in COMPONENTS for kind in find_mode(component, "svd-llm").kinds]
-        components = [
-            (component, "svd-llm", self.arch.full_rank(component)) for component in COMPONENTS
-        ]
         seconds = self.arch.layers * sum(
-            self.component_seconds(*component) for component in components
+            self.component_seconds(component, "svd-llm", self.arch.full_rank(component))
+            for component in COMPONENTS
         )
         seconds += 2 * parameters * self.copy_seconds()
         disk = parameters * WIDTHS[self.arch.dtype]

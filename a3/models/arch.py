@@ -187,9 +187,9 @@ def made_already(folder: Path) -> A3Error:
             "made of, dense or compressed."
         )
     return A3Error(
-        f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), and this "
-        "takes a dense model. Name the one that it was made of. Compressed models are taken by "
-        "a3 eval, export, inspect, collect, quantise and card."
+        f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), expected a "
+        "dense model. Name the one that it was made from. Compressed models are read by a3 "
+        " eval, export, inspect, collect, quantise and card."
     )
 
 
@@ -197,7 +197,9 @@ def model_type(folder: Path) -> str:
     """`model_type` of a Hugging Face folder; raises A3Error where there is no such config."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise A3Error(f"{folder / 'config.json'}: no model_type. Is this a Hugging Face model?")
+        raise A3Error(
+            f"{folder / 'config.json'}: no model_type. Name a folder in Hugging Face's layout."
+        )
     return config["model_type"]
 
 

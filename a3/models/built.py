@@ -57,7 +57,7 @@ def rotated_width(body: nn.Module) -> int:
             widths.add(table.shape[-1])
     if len(widths) != 1:
         raise A3Error(
-            f"config.json: RoPE's tables are {sorted(widths)} numbers wide; a3 knows models whose "
+            f"config.json: RoPE tables have the widths {sorted(widths)}; a3 supports models whose "
             "layers have one width. This model is not supported."
         )
     return widths.pop()
@@ -78,7 +78,7 @@ def require_agreement(
         for name, (said, found) in compared(family, fields, expected, model, layer).items():
             if said != found and not (isinstance(said, float) and isclose(said, found)):
                 raise A3Error(
-                    f"{path}: by it, a3 expects {name} to be {said}, and transformers' own code "
+                    f"{path}: a3 expects {name} to be {said}, and transformers' own code "
                     f"makes it {found}. This model is not supported."
                 )
     if fields["rope_layout"] is not None and rotated_in_part(fields, model.config):
@@ -135,5 +135,5 @@ def require_runs(path: Path, model: PreTrainedModel) -> None:
     except Exception as error:
         raise A3Error(
             f"{path}: transformers' own code cannot run this model ({type(error).__name__}: "
-            f"{str(error).strip()}). Is {PARTIAL} right in it?"
+            f"{str(error).strip()}). Check {PARTIAL} in it."
         ) from error

@@ -68,8 +68,8 @@ class Checkpoint:
         if index.exists():
             return shards(index)
         raise A3Error(
-            f"{self.folder}: no model.safetensors and no index of shards; a3 reads no others. "
-            "Name a Hugging Face folder that has them."
+            f"{self.folder}: no model.safetensors and no index of shards; a3 reads no other "
+            "weights. Name a Hugging Face folder that has them."
         )
 
     @staticmethod

@@ -37,7 +37,7 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     require_lengths(folder, a3, config.num_hidden_layers)
     family = FAMILIES[a3["family"]]
     fields, dense_model = arch.described(folder, family, dense)
-    # Any matrix of attention: which of them are products of two, the modes have decided.
+    # Any matrix of attention: which of them are factored, the modes have decided.
     attention = f"{family.attention_module(0)}."
     dtype = checkpoint.dtype(
         next(n for n in checkpoint.names() if n.startswith(attention) and n.endswith(".weight"))
@@ -97,7 +97,7 @@ def compressed_config(
     """The content of a compressed model's config.json, from the dense one's.
 
     `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
-    matrices that are products of two) have one item a layer. `down_bias`: the MLP's output gets a
+    factored matrices) have one item a layer. `down_bias`: the MLP's output gets a
     bias, whether the family has one or not. `same_pairs`: all rotated layers kept the same.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))

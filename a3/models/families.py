@@ -59,8 +59,8 @@ class Qwen3Moe(Qwen3):
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
             raise A3Error(
                 f"config.json: mlp_only_layers is {config.mlp_only_layers}, decoder_sparse_step "
-                f"{config.decoder_sparse_step}; a3 knows this family with experts in every layer. "
-                "This model is not supported."
+                f"{config.decoder_sparse_step}; a3 supports this family with experts in every "
+                "layer only. This model is not supported."
             )
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
@@ -437,7 +437,7 @@ class Cohere(AttentionBiased):
         super().check(config)
         if getattr(config, "use_qk_norm", False):
             raise A3Error(
-                "config.json: use_qk_norm is true; a3 does not know this family with normed "
+                "config.json: use_qk_norm is true; a3 does not support this family with normed "
                 "queries and keys. This model is not supported."
             )
 

@@ -122,7 +122,7 @@ class Family:
         """Raise A3Error for a variant that this adapter would get wrong."""
         if getattr(config, "qk_layernorm", False):
             raise A3Error(
-                "config.json: qk_layernorm is true; a3 does not know this family with normed "
+                "config.json: qk_layernorm is true; a3 does not support this family with normed "
                 "queries and keys. This model is not supported."
             )
 

@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from a3.core.errors import A3Error
-from a3.models.gguf_kinds import FILE, OWN, TEMPLATE, TEXT, checked
+from a3.models.gguf_keys import FILE, OWN, TEMPLATE, TEXT, checked
 
 # Each scalar type of the header as struct has it.
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -63,12 +63,12 @@ class Header:
         except UnicodeDecodeError as error:
             raise self.fail(f"the text at {start} is not UTF-8") from error
 
-    def value(self, kind: int) -> Any:
+    def value(self, code: int) -> Any:
         """A value."""
-        if kind == STRING:
+        if code == STRING:
             return self.string()
-        if kind != ARRAY:
-            return self.number(self.form(kind))
+        if code != ARRAY:
+            return self.number(self.form(code))
         inner, count = self.number("I"), self.number("Q")
         if inner == STRING:
             return [self.string() for _ in range(count)]
@@ -76,11 +76,11 @@ class Header:
         start = self.skip(count * struct.calcsize(f"<{form}"))
         return list(struct.unpack_from(f"<{count}{form}", self.data, start))
 
-    def form(self, kind: int) -> str:
+    def form(self, code: int) -> str:
         """A scalar type as struct has it."""
-        if kind not in FORMS:
-            raise self.fail(f"type {kind} of a value at {self.place}")
-        return FORMS[kind]
+        if code not in FORMS:
+            raise self.fail(f"type {code} of a value at {self.place}")
+        return FORMS[code]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Place:
     """Where a tensor lies: `shape` as torch has it, `start` and `end` in bytes of the file."""
 
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    dtype: GGMLQuantizationType
     start: int
     end: int
 
@@ -107,14 +107,18 @@ class Gguf:
         return self.needed("general.architecture")
 
     def of_file(self, key: str, default: Any = None) -> Any:
-        """A value of the file or its tokenizer; raises A3Error for one that is not of its kind."""
-        kind = TEXT if key.startswith(f"{TEMPLATE}.") else FILE[key]
-        return checked(self.path, key, self.values[key], kind) if key in self.values else default
+        """A value of the file or its tokenizer; raises A3Error for one that is not as expected."""
+        expected = TEXT if key.startswith(f"{TEMPLATE}.") else FILE[key]
+        if key not in self.values:
+            return default
+        return checked(self.path, key, self.values[key], expected)
 
     def own(self, key: str, default: Any = None) -> Any:
         """A value of the architecture, by its name without it; raises A3Error as `of_file` does."""
-        kind, key = OWN[key], f"{self.architecture}.{key}"
-        return checked(self.path, key, self.values[key], kind) if key in self.values else default
+        expected, key = OWN[key], f"{self.architecture}.{key}"
+        if key not in self.values:
+            return default
+        return checked(self.path, key, self.values[key], expected)
 
     def needed(self, key: str) -> Any:
         """A value that has to be there, of the architecture or the file."""
@@ -130,7 +134,7 @@ class Gguf:
         place = self.tensors[name]
         data = np.memmap(self.path, np.uint8, "r", place.start, (place.end - place.start,))
         rows = data.reshape(*place.shape[:-1], -1)
-        value = torch.from_numpy(np.array(dequantize(rows, place.kind), np.float32))
+        value = torch.from_numpy(np.array(dequantize(rows, place.dtype), np.float32))
         if not torch.isfinite(value).all():
             raise A3Error(
                 f"{self.path}: {name} holds NaN or Inf, expected numbers. Fetch it again."
@@ -199,21 +203,21 @@ def tensor_places(header: Header, count: int, alignment: int) -> dict[str, Place
         if not 1 <= dimensions <= 4 or name in places:
             raise header.fail(f"tensor {name!r} has {dimensions} dimensions, or stands twice")
         shape = tuple(reversed([header.number("Q") for _ in range(dimensions)]))
-        kind, offset = header.number("I"), header.number("Q")
-        if kind not in iter(GGMLQuantizationType) or offset != end:
-            raise header.fail(f"tensor {name!r} is of type {kind} at {offset}, expected at {end}")
-        kind = GGMLQuantizationType(kind)
-        block, width = GGML_QUANT_SIZES[kind]
-        if kind in INTEGERS or shape[-1] % block:
-            raise header.fail(f"tensor {name!r}, {shape}, is of type {kind.name}")
+        code, offset = header.number("I"), header.number("Q")
+        if code not in iter(GGMLQuantizationType) or offset != end:
+            raise header.fail(f"tensor {name!r} is of type {code} at {offset}, expected at {end}")
+        dtype = GGMLQuantizationType(code)
+        block, width = GGML_QUANT_SIZES[dtype]
+        if dtype in INTEGERS or shape[-1] % block:
+            raise header.fail(f"tensor {name!r}, {shape}, is of type {dtype.name}")
         last = end + prod(shape) // block * width
-        places[name] = Place(shape, kind, end, last)
+        places[name] = Place(shape, dtype, end, last)
         end = rounded(last, alignment)
     start = rounded(header.place, alignment)
     if start + last > len(header.data):
         raise header.fail(f"it ends after {len(header.data)} bytes, before its last tensor does")
     return {
-        name: Place(one.shape, one.kind, start + one.start, start + one.end)
+        name: Place(one.shape, one.dtype, start + one.start, start + one.end)
         for name, one in places.items()
     }
 

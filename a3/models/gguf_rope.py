@@ -56,7 +56,7 @@ def rope_parameters(file: Gguf, rotated: int) -> dict[str, Any]:
     if kind not in TYPES or (found and found != wanted) or (kind == "yarn" and found):
         raise A3Error(
             f"{file.path}: rope.scaling.type is {kind!r}, with {', '.join(found) or 'no factors'}: "
-            "a3 knows no such RoPE. Name the folder in Hugging Face's layout instead."
+            "a3 does not support such RoPE. Name the folder in Hugging Face's layout instead."
         )
     lists = [factors(file, name, rotated) for name in found]
     base = {"rope_theta": float(theta)}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from a3.core.files import HIDDEN_SEAL, RECORDS, sha256
-from a3.texts.reading import KINDS, inner, walk
+from a3.texts.reading import FILE_TYPES, inner, walk
 
 # Mistral has names such as tokenizer.model.v3.
 MODEL_FILES = [
@@ -53,10 +53,10 @@ def model_inputs(path: Path) -> list[Path]:
 
 
 def text_inputs(path: Path) -> list[Path]:
-    """The files of a local text: those in a folder of kinds that are read, or the one."""
+    """The files of a local text: those in a folder of types that are read, or the one."""
     if not path.is_dir():
         return [path]
-    return [file for file in sorted(walk(path)) if inner(file.name)[1] in KINDS]
+    return [file for file in sorted(walk(path)) if inner(file.name)[1] in FILE_TYPES]
 
 
 INPUTS = {"models": model_inputs, "texts": text_inputs}

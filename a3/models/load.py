@@ -1,4 +1,4 @@
-"""What transformers loads: nothing that it forgives goes unseen, and no code of a model is run."""
+"""Strict loading: missing tensors are errors, and no code of a model is run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,7 +144,7 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
     if key is not None and tokens > getattr(config, key):
         raise A3Error(
             f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and {said} is {tokens}: "
-            f"the model has no positions for so many tokens. Lower {said} to "
+            f"the model has too few positions. Lower {said} to "
             f"{getattr(config, key)}."
         )
 

@@ -68,7 +68,7 @@ def widen(x: Tensor, width: int) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """The product of two matrices in the place of a linear layer: the encoder's, then another.
+    """Two factors in the place of a linear layer: the encoder's, then another.
 
     The other has the linear layer's own name, so that adapters by name (LoRA of "q_proj") are on
     it, and both are plain linear layers, on which adapters and quantisers know how to work.
@@ -86,13 +86,13 @@ class LowRank(nn.Module):
 
 
 def product_name(linear: str) -> str:
-    """The name of the product of two in the place of a linear layer of this name."""
+    """The name of the factors in the place of a linear layer of this name."""
     return f"{linear}_factors"
 
 
 @cache
 def holder(dense: type[nn.Module], linears: tuple[str, ...]) -> type[nn.Module]:
-    """A kind of the module `dense` whose code finds products of two where it has `linears`.
+    """A kind of the module `dense` whose code finds factored layers where it has `linears`.
 
     Libraries that go through a model's modules by name find the two factors of each, no product:
     of a name that an adapter is for they take linear layers only.
@@ -116,7 +116,7 @@ def blank(dense: type[nn.Module], linears: tuple[str, ...]) -> nn.Module:
 
 
 def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
-    """Put products of two in the place of linear layers, whose names and ranks are given."""
+    """Put factors in the place of linear layers, whose names and ranks are given."""
     found: dict[nn.Module, list[str]] = {}
     for name, rank in ranks.items():
         where, _, last = name.rpartition(".")
@@ -480,7 +480,7 @@ def record_attentions(body: PreTrainedModel) -> None:
 
 
 class Compressed:
-    """Mixed into a family's classes of models: layers have sizes of their own."""
+    """Mixed into a family's classes of models: layers differ in size."""
 
     # Flash attention's kernels want one head size for q, k and v.
     _supports_flash_attn = False
@@ -524,7 +524,7 @@ def classes(family: str) -> dict[str, type]:
     qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
     `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
     `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
-    dictionary a layer, the rank of each matrix that is a product of two; `quantised`, where the
+    dictionary a layer, the rank of each factored matrix; `quantised`, where the
     model is (a3.models.quantised). head_dim stays the dense
     one, because RoPE's frequencies derive from it.
     """

@@ -214,7 +214,7 @@ def shards(index: Path) -> list[str]:
     names = weight_map_files(index)
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-        raise A3Error(f"{index}: names {listed}, not there. Add them.")
+        raise A3Error(f"{index}: names {listed}, which are missing. Add them.")
     return names
 
 

@@ -20,7 +20,7 @@ def sizes(
     """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
 
     `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
-    went to all alike. `factors` has the rank of each matrix that is a product of two, per layer;
+    went to all alike. `factors` has the rank of each factored matrix, per layer;
     keys that are so alone are cached as the product's middle (Palu). A multiply-add counts as two
     FLOPs; attention products are counted against FLOPS_CONTEXT keys; router and LM head are
     included.

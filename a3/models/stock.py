@@ -127,8 +127,8 @@ class Stock:
         if left := [name for name in names if name not in read and not self.ignored(name)]:
             raise A3Error(
                 f"{self.folder}: {len(left)} tensors that {self.config.model_type} does not read, "
-                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}. Without them it is another "
-                "model: a3 exports none that needs them."
+                f"{', '.join(left[:3])}{' …' if len(left) > 3 else ''}. The export would be "
+                "another model without them: this one is not supported."
             )
         return [name for name in names if name in read]
 
@@ -247,7 +247,7 @@ def size_obstacles(a3: dict[str, Any]) -> list[str]:
     if not found and qk != ov:
         found.append(f"a head has one size, and QK keeps {qk} dimensions, OV {ov}")
     if any(a3["factors"]):
-        found.append("some of its matrices are products of two")
+        found.append("some of its matrices are factored")
     if a3["down_bias"]:
         found.append("its down projections have a bias")
     return found

@@ -98,8 +98,8 @@ def keep_reading(source: Path, folder: Path) -> None:
         found = differences(tokenizer, load_tokenizer(folder))
     if found:
         raise A3Error(
-            f"{source}: AutoTokenizer would read its tokenizer otherwise in {folder}: other "
-            f"{', '.join(found)}. Save the tokenizer anew there "
+            f"{source}: AutoTokenizer would read its tokenizer differently in {folder}: other "
+            f"{', '.join(found)}. Save the tokenizer again there "
             "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), and run it again."
         )
 

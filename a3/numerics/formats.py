@@ -32,15 +32,15 @@ EXPONENT_BITS = 8
 SCALE_BITS = 16
 
 SPELLED = (
-    r"(?P<kind>bfp|int|uint)(?P<width>[2-8])/(?P<block>[1-9]\d*|row)|e(?P<e>[2-5])m(?P<m>[1-7])"
+    r"(?P<encoding>bfp|int|uint)(?P<width>[2-8])/(?P<block>[1-9]\d*|row)|e(?P<e>[2-5])m(?P<m>[1-7])"
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """kind: bfp, int, uint, float or none; bits a number; numbers a block, None for the row."""
+    """encoding: bfp, int, uint, float or none; bits a number; numbers a block, None for the row."""
 
-    kind: str
+    encoding: str
     width: int = 0
     block: int | None = None
     exponent: int = 0
@@ -50,11 +50,11 @@ class Format:
 
         `plain` is the width of a number that stays as it is.
         """
-        if self.kind == "none":
+        if self.encoding == "none":
             return rows * columns * plain
         shared = {"bfp": EXPONENT_BITS, "int": SCALE_BITS, "uint": SCALE_BITS + self.width}
         blocks = -(-columns // (self.block or columns))
-        return rows * (columns * self.width + blocks * shared.get(self.kind, 0))
+        return rows * (columns * self.width + blocks * shared.get(self.encoding, 0))
 
 
 @cache
@@ -68,26 +68,26 @@ def parse_format(spelled: str) -> Format:
             f"number format {spelled!r} is not known. Expected none, bfp4/16, int4/128, uint4/128 "
             "(2 to 8 bits; a block's length or row), or e4m3 (bits of exponent and mantissa)."
         )
-    if found["kind"] is None:
+    if found["encoding"] is None:
         exponent, mantissa = int(found["e"]), int(found["m"])
         return Format("float", 1 + exponent + mantissa, exponent=exponent)
     block = None if found["block"] == "row" else int(found["block"])
-    return Format(found["kind"], int(found["width"]), block)
+    return Format(found["encoding"], int(found["width"]), block)
 
 
 def quantise(x: Tensor, spelled: str) -> Tensor:
     """The values of x (..., n) in a format, in x's dtype; computed in float32 at least."""
     to = parse_format(spelled)
-    if to.kind == "none":
+    if to.encoding == "none":
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if to.kind == "float":
+    if to.encoding == "float":
         return minifloat(wide, to.exponent, to.width - 1 - to.exponent).to(x.dtype)
     n = x.shape[-1]
     block = min(to.block or n, n)
     short = -n % block
     padded = torch.nn.functional.pad(wide, (0, short)) if short else wide
-    blocks = {"bfp": block_floating_point, "int": symmetric, "uint": affine}[to.kind](
+    blocks = {"bfp": block_floating_point, "int": symmetric, "uint": affine}[to.encoding](
         padded.unflatten(-1, (-1, block)), to.width
     )
     return blocks.flatten(-2)[..., :n].to(x.dtype)

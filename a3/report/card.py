@@ -30,7 +30,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
     if not is_compressed(folder):
         raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
     if recorded := recorded_files(folder) if (folder / CARD).exists() else {}:
-        instead = "It would be written over: move it elsewhere first."
+        instead = "It would be overwritten: move it elsewhere first."
         check_file(folder / CARD, recorded.get(CARD, ""), instead)
     Checkpoint(folder).verify_all()
     record = compressed_record(folder)
@@ -59,7 +59,7 @@ def require_own_card(folder: Path) -> None:
     """Raise A3Error where README.md is not as a3 wrote it, of a folder that has no record of it."""
     if (folder / CARD).exists() and not is_own_card(folder / CARD):
         raise A3Error(
-            f"{folder / CARD}: a card that a3 did not write, or that was changed since. Move it, "
+            f"{folder / CARD}: a3 did not write this card, or it was changed since. Move it, "
             "and add it later."
         )
 

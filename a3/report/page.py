@@ -80,7 +80,7 @@ def build_report(
         if repeated.empty
         else {"columns": seed_columns(repeated, perplexity), "note": seed_note(repeated)},
         speed=_speed(tables),
-        seconds=seconds_columns(frames["seconds"]),
+        seconds=seconds_columns(frames["timings"]),
         surgery=_surgery(tables),
         figures=list(_figures(tables / "figures")),
         protocol=protocol_columns(frames["results"], perplexity, harness),
@@ -244,7 +244,7 @@ def _root(results: Path) -> Path:
 
 def _rebuild_table(results: Path, tables: Path, runs: Sequence[Run]) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
-    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "seconds")]
+    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "timings")]
     if missing := [path for path in files if not path.is_file()]:
         raise A3Error(f"{missing[0]}: no such file. Build the table first.")
     targets = [_root(results) / "tables" / tables.name / path.name for path in files]
@@ -254,7 +254,7 @@ def _rebuild_table(results: Path, tables: Path, runs: Sequence[Run]) -> dict[str
             files.append(place.spectra(results))
             targets.append(place.spectra(_root(results)))
     return {
-        "title": f"Table {tables.name}, its comparisons, seeds and seconds, and spectra",
+        "title": f"Table {tables.name}, its comparisons, seeds and timings, and spectra",
         "targets": [(t.as_posix(), sha256(f)) for t, f in zip(targets, files, strict=True)],
     }
 

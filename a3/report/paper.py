@@ -18,7 +18,7 @@ from a3.report.tables.paper_comparison import (
 )
 from a3.report.tables.rounding import plus_minus, rounded
 
-# Decimals of each kind of figure; the rest have two.
+# Decimals of each quantity; the rest have two.
 DECIMALS = {
     "accuracy": 3,
     "average": 3,
@@ -86,21 +86,21 @@ def model_table(table: Table, group: list[Compared]) -> str:
 
 def cell_text(one: Compared) -> str:
     """`7.31 (7.22, +0.09)`, `not built (7.22)` or `7.31`, with the marks of footnotes."""
-    kind = one.cell.kind
-    ours = NOT_BUILT if one.ours is None else plus_minus(shown(one.ours, kind), one.stderr)
+    quantity = one.cell.quantity
+    ours = NOT_BUILT if one.ours is None else plus_minus(shown(one.ours, quantity), one.stderr)
     if one.published is None:
         return ours
-    published = shown(one.published, kind) + " ".join(mark(i) for i in one.notes)
+    published = shown(one.published, quantity) + " ".join(mark(i) for i in one.notes)
     if one.difference is None:
         return f"{ours} ({published})"
-    return f"{ours} ({published}, {shown(one.difference, kind, '+')})"
+    return f"{ours} ({published}, {shown(one.difference, quantity, '+')})"
 
 
-def shown(value: float, kind: str, sign: str = "") -> str:
-    """A figure with the decimals of its kind."""
-    if kind in ("perplexity", "delta"):
+def shown(value: float, quantity: str, sign: str = "") -> str:
+    """A figure with the decimals of its quantity."""
+    if quantity in ("perplexity", "delta"):
         return rounded(value, sign=sign)
-    return f"{value:{sign},.{DECIMALS.get(kind, 2)}f}"
+    return f"{value:{sign},.{DECIMALS.get(quantity, 2)}f}"
 
 
 def mark(number: int) -> str:

@@ -180,8 +180,8 @@ class Rxx:
         named = sorted(self.record.get("sums", {}))
         if self.names() != named:
             raise A3Error(
-                f"{self.path}: it has the sums {self.names()}, its record names {named}: damaged. "
-                "Collect again."
+                f"{self.path}: it holds the sums {self.names()}, but its record names {named}: "
+                "damaged. Collect again."
             )
 
     @property

@@ -10,7 +10,7 @@ the nearest to W (m, n): min ‖R^½ (W - A B)‖. Which statistic that is stand
   (Yuan et al. 2023, arXiv 2312.05821, section 3.2), at the same ratio everywhere.
 - `svd-llm`: the autocorrelation E[xᵀx] (Wang et al. 2024, arXiv 2403.07378, section 3.1: whitening;
   its Cholesky factor S is one of many R^½, and the solution is the same with all of them).
-- `svd-llm-v2`: the same optimum, which its two SVDs in a row reach too, with a ratio of its own for
+- `svd-llm-v2`: the same optimum, which its two SVDs in a row reach too, with its own ratio for
   each matrix (Wang et al. 2025, arXiv 2503.12340, algorithm 1).
 
 Palu's K without fusion (`palu-rope`; Chang et al. 2024, arXiv 2407.21118, section 3: joint heads)
@@ -89,8 +89,8 @@ def shares(losses: list[float], kept: float) -> list[float]:
     """
     if min(losses) <= 1:
         raise A3Error(
-            f"svd-llm-v2: a matrix loses {min(losses):.3g} (norm over all calibration tokens), "
-            "and its formula needs more than 1. Calibrate on more tokens, or take svd-llm."
+            f"svd-llm-v2: the error of a matrix is {min(losses):.3g} (norm over all calibration "
+            "tokens), but the formula requires more than 1. Use more tokens, or the mode svd-llm."
         )
     weights = 1 / torch.tensor(losses, dtype=torch.float64).log()
     removed = len(losses) * (1 - kept) * weights / weights.sum()

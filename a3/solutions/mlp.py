@@ -21,7 +21,7 @@ from a3.numerics.linalg import (
 FEWEST_TOKENS = 256
 
 # Damping of elimination, and so of what it says is lost, as a share of a channel's mean square. It
-# weighs the MLP against attention where ranks are shared out, whatever the calibration's size.
+# weighs the MLP against attention where ranks are allocated, whatever the calibration's size.
 ELIMINATION = 0.03
 
 # MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.

@@ -34,14 +34,14 @@ DENSE = "dense"
 # Characters; paths hold it.
 LONGEST_RATIO = 20
 
-# Stands for the ratio where every compressed component has a size of its own.
+# Stands for the ratio where every compressed component has its own ratio or rank.
 NO_RATIO = "-"
 
-# Least squares overfits a short calibration: it is damped as if so many more tokens had been seen,
-# of inputs of the same mean square that have nothing in common (docs/log.md).
+# Least squares overfits a short calibration. It is ridge-regularised, equivalent to so many
+# pseudo-tokens of uncorrelated inputs of the same mean square (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
-# Behind a mode: its size is an average, shared out over layers and components (`a3 allocate`).
+# After a mode: its size is an average, allocated across layers and components (`a3 allocate`).
 SHARED = "~"
 
 # The modes that can be: they say what the model loses at each rank, in the same unit.
@@ -58,11 +58,12 @@ PRESETS = {
 class Mode:
     """The statistics that a solution reads, in its order, and the types it fits.
 
-    Where a mode makes `factors`, every projection becomes a product of two, and `kinds` are the
+    Where a mode makes `factors`, every projection becomes two factors, and `kinds` are the
     metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
     stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
     the product between the factors is what is cached (`latent`), it has the heads' smaller size.
-    Where it is damped, the solution also reads `prior` over the number of tokens of the first kind.
+    Where it is ridge-regularised, the solution also reads `prior` over the number of tokens of the
+    first kind.
     """
 
     kinds: tuple[str, ...]
@@ -173,7 +174,7 @@ def find_mode(component: str, name: str) -> Mode:
     if name not in MODES[component]:
         raise A3Error(
             f"{component} mode {name!r} is not known. Modes of {component}: "
-            f"{', '.join(MODES[component])}, or {DENSE} to leave it as it is."
+            f"{', '.join(MODES[component])}, or {DENSE} to skip it."
         )
     return MODES[component][name]
 
@@ -197,7 +198,7 @@ def kinds_needed(choices: dict[str, Choice]) -> list[str]:
 def choose(row: Mapping[str, str]) -> dict[str, Choice]:
     """The choice for each component that a row (qk, ov, mlp, ratio) compresses.
 
-    A component is `dense`, a mode, which takes the row's ratio, or a mode with a size of its own:
+    A component is `dense`, a mode, which takes the row's ratio, or a mode with its own size:
     `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` shares the row's ratio out over its layers, and
     with the other components that have a `~`. The ratio is `-` where no component takes it. Raises
     A3Error for a mode that is not known, and a size that is missing, without use or not spelled as
@@ -212,8 +213,8 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
         parse_ratio(ratio)
         if cells and all("@" in cell for cell in cells.values()):
             raise A3Error(
-                f"ratio {ratio} is of no use: every compressed component has a size of its own. "
-                f"Leave it out (in a table: {NO_RATIO})."
+                f"ratio {ratio} has no effect: every compressed component has its own ratio or "
+                f"rank. Remove it (in a table: {NO_RATIO})."
             )
     return choices
 
@@ -224,21 +225,20 @@ def parse_choice(component: str, cell: str, ratio: str) -> Choice:
     if mode.endswith(SHARED):
         if at or ratio == NO_RATIO or mode[:-1] != SHARING[component]:
             raise A3Error(
-                f"{component} is {cell!r}: {SHARED} shares out the ratio of all components, by "
-                f"what the model loses in each, which {SHARING[component]} tells. Write "
-                f"{SHARING[component]}{SHARED}, and a ratio."
+                f"{component} is {cell!r}; expected {SHARING[component]}{SHARED} and a ratio of "
+                f"the row: {SHARED} allocates it by the loss that this mode estimates at each rank."
             )
         return Choice(mode[:-1], parse_ratio(ratio), shared=True)
     if mode == DENSE:
         raise A3Error(
-            f"{component} is {cell!r}: a component that stays has no size. Write {DENSE}."
+            f"{component} is {cell!r}: a skipped component has no ratio or rank. Write {DENSE}."
         )
     if at:
         return Choice(mode, parse_size(size, f"{component} mode {cell!r}"))
     if ratio == NO_RATIO:
         raise A3Error(
-            f"{component} mode {mode!r} has no size. Give a ratio for all components, or one of "
-            f"its own: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
+            f"{component} mode {mode!r} has no ratio or rank. Give a ratio for all components, or "
+            f"for this one: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
         )
     return Choice(mode, parse_ratio(ratio))
 
@@ -293,5 +293,5 @@ def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -
     return size
 
 
-# Modes that share out a ratio among the layers.
+# Modes whose ratio is allocated across layers.
 ALLOCATED = ("svd-llm-v2",)

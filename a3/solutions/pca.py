@@ -20,8 +20,8 @@ from a3.numerics.linalg import gram_factor, relative
 
 
 @dataclass(frozen=True)
-class Components:
-    """Components of some matrices, and what so many of them make of each.
+class PrincipalComponents:
+    """Principal components of some matrices, and what so many of them make of each.
 
     energy (c,) is the variance that each explains; `parameters_each` is what one stores in all
     matrices, and `parameters_mean` what the mean does.
@@ -59,7 +59,7 @@ class Components:
 
 
 @dataclass(frozen=True)
-class OneInput(Components):
+class OneInput(PrincipalComponents):
     """Of matrices that read one input: widths n of each, centred (d, Σn), basis (Σn, Σn)."""
 
     widths: list[int]
@@ -74,7 +74,7 @@ class OneInput(Components):
 
 
 @dataclass(frozen=True)
-class ManyInputs(Components):
+class ManyInputs(PrincipalComponents):
     """Of matrices that read inputs of their own, by one encoder E (d, c).
 
     The decoder of matrix l is a least-squares fit in its own metric: with S_l E = Q_l U_l it is
@@ -94,7 +94,7 @@ class ManyInputs(Components):
 
 
 def one_input(matrices: Sequence[Tensor], R: Tensor | None = None) -> OneInput:
-    """Components of matrices W (d, n) side by side that read one input, of metric R (d, d).
+    """Principal components of matrices W (d, n) that read one input, side by side; metric R (d, d).
 
     R^½ W̃ = U Σ Vᵀ gives the components, and W̃ V_r V_rᵀ is what they make: V is had from
     W̃ᵀ R W̃ (n, n), so that no root or inverse of R is needed, and R may be singular.
@@ -117,7 +117,7 @@ def one_input(matrices: Sequence[Tensor], R: Tensor | None = None) -> OneInput:
 
 
 def many_inputs(matrices: Sequence[Tensor], R: Sequence[Tensor] | None = None) -> ManyInputs:
-    """Components that matrices W_l (d, n) share which read inputs of their own, of metrics R_l.
+    """Principal components shared by W_l (d, n) that read inputs of their own, of metrics R_l.
 
     Without metrics it is the PCA of all columns together. With them no closed form is known that is
     best for all inputs at once: the components are those in the mean metric, E = F⁻¹ U of
@@ -141,7 +141,7 @@ def many_inputs(matrices: Sequence[Tensor], R: Sequence[Tensor] | None = None) -
     return ManyInputs(energy, mean, d + n, encoder, fits)
 
 
-def affordable(found: Sequence[Components], budget: float, mean: bool) -> float | None:
+def affordable(found: Sequence[PrincipalComponents], budget: float, mean: bool) -> float | None:
     """The least share of the variance that all can leave alike with `budget` numbers stored.
 
     None where one component of each does not fit beside the means.

@@ -50,9 +50,9 @@ class Plan:
         ]
         if self.servable and shared:
             raise A3Error(
-                f"servable: {' and '.join(shared)} share out a ratio ({SHARED}), which makes heads "
-                "differ by layer; serving runtimes want one size. Give them a ratio or rank each, "
-                "or leave out --servable."
+                f"servable: {' and '.join(shared)} are marked {SHARED}, so heads would differ by "
+                "layer; serving runtimes need one size. Give each its own ratio or rank, or "
+                "remove --servable."
             )
 
     def kinds(self) -> list[str]:
@@ -69,7 +69,7 @@ class Plan:
         self.check_sharing(arch)
 
     def check_sharing(self, arch: Arch) -> None:
-        """Raise A3Error where a component that shares out a ratio cannot do so in this model."""
+        """Raise A3Error where a component with an allocated ratio cannot do so in this model."""
         for component, choice in self.shared.items():
             if component == "qk":
                 require_whole_rope(arch)
@@ -92,14 +92,12 @@ class Plan:
         return {
             component: ranks[component]
             if component in ranks and not self.mode(component).factors
-            else full
-            for component, full in (
-                (component, arch.full_rank(component)) for component in COMPONENTS
-            )
+            else arch.full_rank(component)
+            for component in COMPONENTS
         }
 
     def factors(self, arch: Arch) -> dict[str, int]:
-        """Rank of each matrix that becomes a product of two, where all layers have the same."""
+        """Rank of each matrix that becomes two factors, where all layers have the same."""
         found: dict[str, int | None] = {}
         for component, rank in (self.ranks(arch) if self.choices else {}).items():
             if self.mode(component).factors:
@@ -108,7 +106,7 @@ class Plan:
 
     @property
     def shared(self) -> dict[str, Choice]:
-        """The components that share out a ratio."""
+        """The components with an allocated ratio."""
         return {component: choice for component, choice in self.choices.items() if choice.shared}
 
     def mode(self, component: str) -> Mode:
@@ -119,7 +117,7 @@ class Plan:
 def factor_ranks(
     arch: Arch, component: str, mode: Mode, rank: int, multiple: int
 ) -> dict[str, int | None]:
-    """Ranks of a component's projections as products of two, at its `rank`; None: it stays."""
+    """Ranks of a component's projections as factors, at its `rank`; None: it stays."""
     kept = rank / arch.full_rank(component)
     if mode.latent:
         return {"k": arch.kv_heads * rank if kept < 1 else None}
@@ -155,13 +153,13 @@ def require_whole_rope(arch: Arch) -> None:
         why = f"layer {arch.nope_layers[0]} has no RoPE"
     if why:
         raise A3Error(
-            f"qk: {why}, and ranks are shared out for whole RoPE only. Give qk a ratio of its own: "
+            f"qk: {why}, and ranks are allocated for whole RoPE only. Give qk its own ratio: "
             "--qk fisher@0.2."
         )
 
 
 def least_rank(arch: Arch, component: str) -> int:
-    """The least rank that a layer may get of a component that shares out a ratio."""
+    """The least rank that a layer may get of a component with an allocated ratio."""
     least = max(1, int(LEAST * arch.full_rank(component)))
     return 2 * max(1, least // 2) if component == "qk" else least
 

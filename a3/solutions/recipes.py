@@ -68,8 +68,8 @@ def check_method(method: str, rank: int | None) -> None:
         raise A3Error(f"rank of the repair is {rank}; expected 1 or more.")
     if (rank is None) != (method == "none"):
         raise A3Error(
-            f"method {method!r} has {'no rank' if rank is None else f'rank {rank}'}. Methods but "
-            "none take one, such as qera@32."
+            f"method {method!r} has {'no rank' if rank is None else f'rank {rank}'}. All methods "
+            "but none need a rank, such as qera@32."
         )
 
 

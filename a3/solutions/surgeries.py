@@ -95,7 +95,7 @@ def parse_size(text: str) -> Size:
     if found is None:
         raise A3Error(
             f"surgery size is {text!r}; expected {VARIANCE}@0.9, which keeps the components that "
-            f"explain that share, or {PARAMETERS}@0.5, which keeps as many as so large a share of "
-            "the parameters holds. The share is above 0 and at most 1, without zeros at its end."
+            f"explain that share, or {PARAMETERS}@0.5, which keeps as many as that share of the "
+            "parameters can hold. The share is above 0 and at most 1, without trailing zeros."
         )
     return Size(found[1], Decimal(found[2]))

@@ -101,7 +101,9 @@ def scored_blocks(
     """
     check_blocks(tokenizer, block_length, None if tokens == ALL else int(tokens), bos)
     if not tokenizer.is_fast:
-        raise A3Error("the tokenizer does not say where tokens end. Add its tokenizer.json.")
+        raise A3Error(
+            "the tokenizer is slow and gives no offsets of tokens. Add its tokenizer.json."
+        )
     needed = None
     if tokens != ALL:
         needed = int(tokens) // block_length * (block_length - (bos is True))

@@ -26,7 +26,7 @@ from a3.core.files import sha256, whole_file
 from a3.core.progress import LOG
 
 # By suffix, letter case aside. A file without one is prose.
-KINDS = {
+FILE_TYPES = {
     **{".txt": "text", ".md": "text"},
     **{".jsonl": "json", ".ndjson": "json", ".json": "json"},
     **{".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"},
@@ -38,7 +38,7 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
 }
 
-READABLE = f"{', '.join(KINDS)}, plain or packed ({', '.join(UNPACK)})"
+READABLE = f"{', '.join(FILE_TYPES)}, plain or packed ({', '.join(UNPACK)})"
 
 # How files that are no text begin.
 MAGIC = {
@@ -89,16 +89,16 @@ def load_documents(path: Path) -> list[Document]:
 
 
 # --- files ----------------------------------------------------------------------------------------
-def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
-    """The files that a text is read from: itself, or those in a folder of these `kinds`, sorted.
+def text_files(path: Path, types: Iterable[str] = FILE_TYPES.values()) -> list[Path]:
+    """The files that a text is read from: itself, or those in a folder of these `types`, sorted.
 
-    Folders in it too; links are followed. Hidden files and other kinds are left out; of the latter
+    Folders in it too; links are followed. Hidden files and other types are left out; of the latter
     it is said. Raises A3Error where there is none, and for a name that is not UTF-8.
     """
     if not path.is_dir():
         return [require_name(path)]
     files = sorted(walk(path))
-    kept = [file for file in files if KINDS.get(inner(file.name)[1]) in tuple(kinds)]
+    kept = [file for file in files if FILE_TYPES.get(inner(file.name)[1]) in tuple(types)]
     other = [file.relative_to(path).as_posix() for file in files if file not in set(kept)]
     names = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
     if not kept:
@@ -107,7 +107,7 @@ def text_files(path: Path, kinds: Iterable[str] = KINDS.values()) -> list[Path]:
             f"end in {READABLE}."
         )
     if other:
-        LOG.warning(f"{path}: left out {len(other)} files of other kinds: {names}")
+        LOG.warning(f"{path}: left out {len(other)} files of other types: {names}")
     return [require_name(file) for file in kept]
 
 
@@ -178,9 +178,9 @@ def unpack(name: str, content: bytes) -> bytes:
 
 def decode(content: bytes, name: str) -> str:
     """The text of a file called `name`; raises A3Error when it is empty or not text in UTF-8."""
-    kind = next((kind for start, kind in MAGIC.items() if content.startswith(start)), None)
-    if kind is not None:
-        raise A3Error(f"{name}: is {kind}, expected text in UTF-8. Convert or rename it.")
+    found = next((what for start, what in MAGIC.items() if content.startswith(start)), None)
+    if found is not None:
+        raise A3Error(f"{name}: is {found}, expected text in UTF-8. Convert or rename it.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -197,31 +197,31 @@ def decode(content: bytes, name: str) -> str:
 
 
 # --- documents ------------------------------------------------------------------------------------
-def kind_of(name: str) -> str:
-    """The kind of a file, as its name says; raises A3Error where it says none."""
+def type_of(name: str) -> str:
+    """The type of a file, as its name says; raises A3Error where it says none."""
     suffix = inner(name)[1]
-    if suffix and suffix not in KINDS:
+    if suffix and suffix not in FILE_TYPES:
         raise A3Error(
-            f"{name}: {suffix} is no text that is known; expected {READABLE}. Convert it, or "
+            f"{name}: {suffix} is not a known text format; expected {READABLE}. Convert it, or "
             "rename it to .txt if it is plain text."
         )
-    return KINDS[suffix] if suffix else "text"
+    return FILE_TYPES[suffix] if suffix else "text"
 
 
 def parse(
-    name: str, content: bytes, column: str | None = None, kind: str | None = None
+    name: str, content: bytes, column: str | None = None, as_type: str | None = None
 ) -> list[Document]:
     """Documents of a file's content; of records `column` (default text) is the text.
 
-    Without a `kind` it is the name's. Raises A3Error where the content is of another, or the name
+    Without `as_type` it is the name's. Raises A3Error where the content is of another, or the name
     says none.
     """
-    kind = kind or kind_of(name)
+    file_type = as_type or type_of(name)
     content = unpack(name, content)
-    if kind != "text":
+    if file_type != "text":
         return [
             as_document(fields, column or "text", where)
-            for where, fields in RECORDS[kind](name, content, column or "text")
+            for where, fields in RECORDS[file_type](name, content, column or "text")
         ]
     text = decode(content, name)
     if column is not None:
@@ -235,13 +235,13 @@ def refuse_records(text: str, name: str) -> None:
     start = text.lstrip()
     found, first = None, start.split("\n", 1)[0]
     if start[0] in "{[" and (is_json(start) or (start[0] == "{" and is_json(first))):
-        found = "JSON: a name that ends in .json or .jsonl"
+        found = "for JSON a name that ends in .json or .jsonl"
     for delimiter in DELIMITERS:
         cells = [cell.strip().strip('"') for cell in first.split(delimiter)]
         if "text" in cells[:-1] + cells[1:] and all(re.fullmatch(r"\w+", cell) for cell in cells):
-            found = "a table: a name that ends in .csv or .tsv"
+            found = "for a table a name that ends in .csv or .tsv"
     if found:
-        raise A3Error(f"{name}: holds records, not prose. Give it the name of {found}.")
+        raise A3Error(f"{name}: holds records, not prose. Rename it: expected {found}.")
 
 
 def is_json(text: str) -> bool:
@@ -261,7 +261,7 @@ def as_document(fields: Any, column: str, where: str) -> Document:
         found = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise A3Error(
             f"{where}: found {found}, expected an object whose {column} is a string. Where a text "
-            'has another name, say it as column of its source: a3 text \'{"source": {"path": …, '
+            'has another name, name it as column: a3 text \'{"source": {"path": …, '
             '"column": …}}\' -o docs.jsonl makes documents that every command reads.'
         )
     text = fields[column]
@@ -269,8 +269,8 @@ def as_document(fields: Any, column: str, where: str) -> Document:
         text = ""
     elif not isinstance(text, str):
         raise A3Error(
-            f"{where}: {column} is {shown(text)}, expected a string or null. Where the text is in "
-            "it, take it out: one string a record."
+            f"{where}: {column} is {shown(text)}, expected a string or null. Write the text "
+            "of each record as one string."
         )
     title, member = (word(fields.get(key), key, where) for key in ("title", "member"))
     try:

@@ -38,7 +38,7 @@ def until(what, condition, seconds=600):
 
 def unlike(path):
     """Whether a file differs between equal runs: seconds do."""
-    return "timing" in path.name or path.name in ("seconds.csv", "report.html")
+    return "timing" in path.name or path.name in ("timings.csv", "report.html")
 
 
 class Run:

@@ -126,7 +126,7 @@ def test_nothing_is_wrong_and_nothing_is_fetched(page, report):
 def test_tables_and_figures_are_there(page):
     headings = page.evaluate("[...document.querySelectorAll('h2')].map(h => h.id)")
     assert headings == [
-        *("results", "comparisons", "seeds", "figures", "speed", "seconds"),
+        *("results", "comparisons", "seeds", "figures", "speed", "timings"),
         *("protocol", "rebuild", "provenance"),
     ]
     rows = page.evaluate(

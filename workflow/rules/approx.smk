@@ -9,7 +9,7 @@ SHARDS_OF_CHECKPOINT = f"{RESULTS}/shards/{RUN}"
 
 
 rule allocate:
-    """Ranks of each layer, for modes that share out a ratio (`obs~`)."""
+    """Ranks of each layer, for modes with an allocated ratio (`obs~`)."""
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,

@@ -82,7 +82,7 @@ rule eval_speed:
         run="[^/]+/[^/]+/[^/]+(/[^/]+)?",
     conda:
         "../../environment.yaml"
-    # On one machine all cores, so that no other job disturbs it; it runs on those of the config. On
+    # On one machine all cores, so that no other job slows it down; it runs on those of the config. On
     # a cluster Snakemake has no number of cores.
     threads: workflow.resource_settings.cores or C["threads"]["eval"]
     resources:

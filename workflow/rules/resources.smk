@@ -98,7 +98,7 @@ def cost_of_approx(arch, wildcards):
 
 
 def cost_of_allocate(arch, wildcards):
-    """Cost of sharing out the ranks of one checkpoint."""
+    """Cost of allocating the ranks of one checkpoint."""
     return approx_cost(arch, 1, kinds_needed(choose(wildcards)))
 
 

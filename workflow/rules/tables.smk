@@ -4,7 +4,7 @@ EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
 )
-CSV = ("results.csv", "comparisons.csv", "seeds.csv", "seconds.csv")
+CSV = ("results.csv", "comparisons.csv", "seeds.csv", "timings.csv")
 
 
 rule tables:

@@ -59,7 +59,7 @@ def dots(axes: Axes, cells: list[Compared], rows: list[Row]) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="both", color="#e4e4e4", linewidth=0.7)
     axes.tick_params(labelsize=8, length=0)
-    perplexity = cells[0].cell.kind in ("perplexity", "delta")
+    perplexity = cells[0].cell.quantity in ("perplexity", "delta")
     if perplexity and values and min(values) > 0 and max(values) > LOG * min(values):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())

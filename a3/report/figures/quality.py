@@ -72,7 +72,7 @@ def _against(runs: list[Run]) -> str:
     uniform = [run for run in runs if run.place.nominal is not None]
     if not uniform:
         return kept
-    alone = "; rows with sizes of their own stand there only" if uniform != runs else ""
+    alone = "; rows with a per-component ratio or rank are there only" if uniform != runs else ""
     return f"against the nominal compression ratio, left, and {kept}, right{alone}"
 
 

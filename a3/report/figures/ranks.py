@@ -1,4 +1,4 @@
-"""Figure of the ranks that layers got where one budget was shared out over them."""
+"""Figure of the ranks that layers got where one budget was allocated across them."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
     grid[0].legend(loc="upper left", bbox_to_anchor=(1, 1), title="removed in all")
     caption = (
         f"{dense.place.model}: the head size of QK and OV and the intermediate size that each "
-        "layer keeps where one budget of parameters and KV cache was shared out over layers and "
+        "layer keeps where one budget of parameters and KV cache was allocated across layers and "
         "components."
     )
     return Drawing(f"ranks-{dense.place.model}", caption, figure)

@@ -112,7 +112,9 @@ def dimensions_drawing(dense: Run, runs: list[Run]) -> Drawing:
     grid = figure.subplots(1, len(PROJECTIONS), sharey=True, squeeze=False)
     name_model(figure, dense)
     counts = {
-        name: np.array([[layer[name]["components"] for layer in run.layers] for run in order])
+        name: np.array(
+            [[layer[name]["principal_components"] for layer in run.layers] for run in order]
+        )
         for name in PROJECTIONS
     }
     top = max(values.max() for values in counts.values())

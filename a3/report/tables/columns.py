@@ -85,7 +85,7 @@ def result_columns(
 
 
 def seconds_columns(frame: pd.DataFrame) -> list[Column]:
-    """The columns of seconds.csv, rounded."""
+    """The columns of timings.csv, rounded."""
     units = {"seconds": "s", "tokens_per_second": "tokens/s"}
     found = _names_of_rows(places_of(frame))
     for key in frame.columns.drop(list(PLACE)):

@@ -19,8 +19,8 @@ def read_definition(path: Path) -> tuple[Paper, Table]:
     shared = path.resolve().parent / f"../{path.resolve().parent.name}.yaml"
     if not path.is_file() or not shared.is_file():
         raise A3Error(
-            f"{path}: no such file, or none with what all tables share beside its folder. Name one "
-            "such as config/paper/table1.yaml, beside whose folder is config/paper.yaml."
+            f"{path}: no such file, or no {shared.name} beside its folder, which defines what all "
+            "tables share. Name a file such as config/paper/table1.yaml."
         )
     paper = Paper(shared.resolve())
     if path.stem not in paper.tables:

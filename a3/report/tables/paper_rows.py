@@ -36,7 +36,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
     dense = runs[Place(model)]
     lines = [line(dense, runs[one.place], one, results) for one in wanted]
     for one in wanted:
-        if one.cell.kind == "average":
+        if one.cell.quantity == "average":
             own = [x for x in lines if x["measure"].startswith("accuracy ")]
             for average in (x for x in lines if x["measure"] == one.cell.measure):
                 same = [x["ours"] for x in own if all(x[key] == average[key] for key in KEYS)]
@@ -46,8 +46,8 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
 
 def runs_of(wanted: list[Wanted], results: Path) -> dict[Place, Run]:
     """The results of every row, held to their weights and to one protocol, the dense ones too."""
-    texts = {one.entry: None for one in wanted if one.cell.kind in ("perplexity", "delta")}
-    tasks = {one.entry: None for one in wanted if one.cell.kind == "accuracy"}
+    texts = {one.entry: None for one in wanted if one.cell.quantity in ("perplexity", "delta")}
+    tasks = {one.entry: None for one in wanted if one.cell.quantity == "accuracy"}
     rows = [vars(one.place) for one in wanted]
     groups = read_runs(results, rows, list(texts), list(tasks))
     return {run.place: run for dense, runs in groups for run in (dense, *runs)}
@@ -57,7 +57,7 @@ def line(dense: Run, run: Run, one: Wanted, results: Path) -> dict[str, Any]:
     """One figure of ours: names, value, standard error, source and protocol."""
     value, error = measured(dense, run, one, results)
     source = one.files(results)[0]
-    protocol = [f"{k} {Record.read(source)[k]}" for k in PROTOCOL.get(one.cell.kind, ())]
+    protocol = [f"{k} {Record.read(source)[k]}" for k in PROTOCOL.get(one.cell.quantity, ())]
     return {
         "model": one.cell.model,
         **vars(one.cell.row),
@@ -76,21 +76,21 @@ def measured(dense: Run, run: Run, one: Wanted, results: Path) -> tuple[float | 
 
     The average of accuracies is None here.
     """
-    kind, name = one.cell.kind, one.cell.name
-    if kind == "perplexity":
+    quantity, name = one.cell.quantity, one.cell.name
+    if quantity == "perplexity":
         record = run.perplexity[one.entry]
         return record["perplexity"], record["perplexity_stderr"]
-    if kind == "delta":
+    if quantity == "delta":
         return delta(dense.perplexity[one.entry], run.perplexity[one.entry])
-    if kind == "accuracy":
+    if quantity == "accuracy":
         return run.harness[one.entry]["value"], run.harness[one.entry]["stderr"]
-    if kind == "error":
+    if quantity == "error":
         errors = [layer[name]["relative_error"] for layer in run.layers]
         return sum(errors) / len(errors), None
-    if kind == "seconds":
+    if quantity == "seconds":
         spent = Record.read(timing(run.weights.path))["layers"]
         return sum(layer[name] for layer in spent), None
-    if kind in SPEED:
+    if quantity in SPEED:
         return speed(run, one, results), None
     return None, None
 
@@ -117,10 +117,10 @@ def speed(run: Run, one: Wanted, results: Path) -> float | None:
     setting = one.cell.row.setting
     attention = setting if setting in record["attention"] else record["attention"][-1]
     rates, dense_rates = own["attention"][attention], dense["attention"][attention]
-    if one.cell.kind == "flops":
+    if one.cell.quantity == "flops":
         return own["flops_per_token_paper"] / dense["flops_per_token_paper"]
-    if one.cell.kind == "prefill":
+    if one.cell.quantity == "prefill":
         return rates["prefill"]["median"]
-    if one.cell.kind == "memory":
+    if one.cell.quantity == "memory":
         return rates["peak_memory_bytes"] and rates["peak_memory_bytes"] / 1e6
     return rates["decode"]["median"] - dense_rates["decode"]["median"]

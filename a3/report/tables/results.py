@@ -39,7 +39,7 @@ def build_tables(
     """Write the tables, as .csv in full precision, and results.md (rounded) into `out`.
 
     results.csv has what was measured; comparisons.csv every row against the `reference`;
-    seeds.csv the rows that stand there with several calibration seeds; seconds.csv what it took.
+    seeds.csv the rows that stand there with several calibration seeds; timings.csv what it took.
 
     Args:
         results: the folder that all runs write to.
@@ -62,7 +62,7 @@ def build_tables(
 
 
 def frames_of(results: Path, groups: Groups, reference: str | None) -> dict[str, pd.DataFrame]:
-    """The tables of all runs in full precision: results, comparisons, seeds and seconds."""
+    """The tables of all runs in full precision: results, comparisons, seeds and timings."""
     pairs = [(dense, run) for dense, runs in groups for run in (dense, *runs)]
     rows = [_row(dense, run) for dense, run in pairs]
     if any(run.place.is_quantised for _, run in pairs):
@@ -72,7 +72,7 @@ def frames_of(results: Path, groups: Groups, reference: str | None) -> dict[str,
         "results": frame_of(rows),
         "comparisons": frame_of(comparisons(groups, reference)),
         "seeds": frame_of(seeds(groups, reference)),
-        "seconds": frame_of([_seconds(results, run) for _, run in pairs]),
+        "timings": frame_of([_seconds(results, run) for _, run in pairs]),
     }
 
 
@@ -145,7 +145,7 @@ def _harness(dense: Record, record: Record) -> dict[str, Any]:
 
 
 def _seconds(results: Path, run: Run) -> dict[str, Any]:
-    """One row of seconds.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
+    """One row of timings.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
     place = run.place
     row: dict[str, Any] = dict(place.names)
     if not place.is_dense:

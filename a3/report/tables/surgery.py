@@ -83,7 +83,7 @@ def _row(results: Path, dense: Run, run: Run, other: Run | None) -> dict[str, An
     if not place.is_dense:
         row["share"] = weights["share"]
         for name in PROJECTIONS:
-            counts = [layer[name]["components"] for layer in weights["layers"]]
+            counts = [layer[name]["principal_components"] for layer in weights["layers"]]
             row |= {f"{name}.components_mean": fmean(counts)}
             row |= {f"{name}.components_min": min(counts), f"{name}.components_max": max(counts)}
         stored = weights["if_stored"]

@@ -1,4 +1,4 @@
-"""Stage allocate: share out one budget over layers and components by what the model loses in each.
+"""Stage allocate: allocate one budget across layers and components by what the model loses in each.
 
 Each solution that can share says, for each rank of a layer, what the model loses to second order
 (nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
@@ -32,19 +32,17 @@ def allocate(
     *,
     uniform: tuple[str, ...] = (),
 ) -> None:
-    """Write each layer's ranks of the components that share out a ratio (`plan.shared`), and the
+    """Write each layer's ranks of the components with an allocated ratio (`plan.shared`), and the
     seconds that it took beside them.
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of
     `plan.multiple`, and of `uniform` components the same in all layers. Raises A3Error where
-    nothing is shared out, a mode does not fit, or statistics are missing or damaged.
+    no mode is marked ~, a mode does not fit, or statistics are missing or damaged.
     """
     start = time.perf_counter()
     if not plan.shared:
-        raise A3Error(
-            "allocate: no component shares out its ratio. Write e.g. --mlp obs~ --ratio 0.2."
-        )
+        raise A3Error("allocate: no mode is marked ~. Write e.g. --mlp obs~ --ratio 0.2.")
     arch = load_arch(model_folder)
     uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
     ranks = uniformly.ranks(arch)
@@ -71,7 +69,6 @@ def allocate(
         for layer in curve.layers:
             found[curve.component][layer] = rank
     record = {
-        "kind": "allocation",
         "modes": {component: str(choice) for component, choice in plan.shared.items()},
         "ranks": found,
         "uniform_ranks": ranks,
@@ -132,9 +129,9 @@ def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
 
 
 def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error where a component that is to be uniform shares out nothing."""
+    """Raise A3Error where a component that is to be uniform has no mode marked ~."""
     if others := [component for component in uniform if component not in plan.shared]:
         raise A3Error(
-            f"allocate: uniform {', '.join(others)}: shares out nothing. Leave it out, or write "
+            f"allocate: uniform {', '.join(others)}: has no mode marked ~. Remove it, or write "
             f"its mode with ~."
         )

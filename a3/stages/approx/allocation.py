@@ -1,4 +1,4 @@
-"""The ranks of every layer, shared out under a budget: the file that approx reads."""
+"""The ranks of every layer, allocated under a budget: the file that approx reads."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from a3.solutions.plan import Plan
 
 
 def read_allocation(path: Path | None, arch: Arch, plan: Plan) -> dict[str, list[int]]:
-    """Ranks of each component that shares out a ratio, one a layer.
+    """Ranks of each component with an allocated ratio, one a layer.
 
     Raises A3Error where there is no such file, or it was made for another model, other modes or
     another ratio.
@@ -18,8 +18,8 @@ def read_allocation(path: Path | None, arch: Arch, plan: Plan) -> dict[str, list
     asked = {component: str(choice) for component, choice in plan.shared.items()}
     if path is None:
         raise A3Error(
-            f"{', '.join(asked.values())}: ranks are shared out over the layers, by a file of "
-            "them. Make it with a3 allocate, and name it with --allocation."
+            f"{', '.join(asked.values())}: modes marked ~ need a file of allocated "
+            "ranks. Make it with a3 allocate, and name it with --allocation."
         )
     record: dict[str, Any] = read_record(path)
     expected = {"modes": asked, "weights_sha256": arch.weights_sha256}

@@ -32,10 +32,10 @@ def approximate(
     """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
-    components that share out a ratio from `allocation` (a3.stages.approx.allocate). Beside weights,
-    config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and timing.json.
-    Weights of more than 1 GiB are written in several files. Raises A3Error where a mode does not
-    fit, the statistics are another model's or damaged, or weights are not finite.
+    components with an allocated ratio from `allocation` (a3.stages.approx.allocate). Beside
+    weights, config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and
+    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error where a
+    mode does not fit, the statistics are another model's or damaged, or weights are not finite.
     """
     write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)
 

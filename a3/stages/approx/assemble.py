@@ -116,7 +116,7 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
 
 
 def layer_factors(report: dict[str, Any]) -> dict[str, int]:
-    """Ranks of the matrices of a layer that became a product of two, by name."""
+    """Ranks of the factored matrices of a layer, by name."""
     return {
         name: rank for said in report.values() for name, rank in said.get("factors", {}).items()
     }
@@ -176,7 +176,7 @@ def staying(
 def in_products(
     tensors: dict[str, Tensor], arch: Arch, layer: int, report: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A layer's tensors as the model has them: of products of two, each below its product's name.
+    """A layer's tensors as the model has them: factors lie below the name of their matrix.
 
     They come as if a product were a linear layer with an encoder: `q_proj.encoder.weight`,
     `q_proj.weight`, `q_proj.bias`.

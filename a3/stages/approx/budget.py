@@ -98,7 +98,7 @@ def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int
     ranks = choose(2.0**high)
     if cost(curves, ranks)[which] > limit:
         raise A3Error(
-            f"allocate: even with the least ranks, {LEAST:.1%} of each size, the budget is "
+            f"allocate: even with the smallest ranks, {LEAST:.1%} of each size, the budget is "
             "exceeded. Take a smaller ratio."
         )
     return ranks

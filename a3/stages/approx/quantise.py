@@ -58,7 +58,7 @@ def quantise_model(
 
     Reads `<kind>.safetensors` of the folder's own model from `rxx_folder`: for the method, and the
     full autocorrelation of each input for the reported errors. Raises A3Error for formats and
-    names that are not known, matrices that are products of two, experts, statistics of another
+    names that are not known, factored matrices, experts, statistics of another
     model, and a recipe that fits no matrix.
     """
     check_method(method, rank)
@@ -70,7 +70,7 @@ def quantise_model(
         raise made_already(model_folder)
     arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
     if arch.experts:
-        raise A3Error(f"{model_folder}: a mixture of experts, which are not quantised yet.")
+        raise A3Error(f"{model_folder}: a mixture of experts, which a3 cannot quantise yet.")
     model = {
         "weights_sha256": arch.weights_sha256,
         "config_sha256": sha256(model_folder / "config.json"),
@@ -132,7 +132,7 @@ class Quantiser:
                 found[name] = entry, projection, layer
                 if self.config["factors"][layer].get(projection) is not None:
                     raise A3Error(
-                        f"{self.folder}: {name} is a product of two matrices, which are not "
+                        f"{self.folder}: {name} is a factored matrix, and those are not "
                         "quantised. Take a model whose heads and MLP were made smaller."
                     )
                 self.require_smaller(name, entry)
@@ -151,7 +151,7 @@ class Quantiser:
         if rank > most:
             raise A3Error(
                 f"{self.folder}: rank {rank} of the repair of {name}, which is {m} × {n}: A and B "
-                f"would hold as many numbers as it does, or more. Take a rank of at most {most}."
+                f"would be as large as the matrix, or larger. Take a rank of at most {most}."
             )
 
     def write(self, folder: Path, said: dict[str, Any]) -> None:

@@ -43,7 +43,10 @@ def read_shard(path: Path) -> Shard:
     beside = path.with_suffix(".json")
     said = {key: value for key, value in read_record(beside).items() if key != SEAL}
     if said.keys() != {field.name for field in fields(Shard)}:
-        raise A3Error(f"{beside}: says {sorted(said)}: not of a shard. Make it with a3 approx.")
+        raise A3Error(
+            f"{beside}: holds the keys {sorted(said)}, which are not those of a shard. Make it "
+            "with a3 approx --shard."
+        )
     if not path.is_file():
         raise A3Error(f"{path}: no such file. Make the shard again with a3 approx --shard.")
     Checkpoint.open(path)

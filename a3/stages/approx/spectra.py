@@ -1,4 +1,4 @@
-"""Stage spectra: how fast the energy of each layer's functional matrices falls with the rank.
+"""Stage spectra: how quickly the energy of each layer's functional matrices falls with the rank.
 
 What the solutions would lose at every rank, from the statistics alone; no model runs.
 """
@@ -54,7 +54,6 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
         for component, energy in energies(arch, checkpoint, rxx, layer).items():
             lost[component].append(lost_beyond(energy, ranks[component]).tolist())
     record = {
-        "kind": "spectra",
         "full": full,
         "ranks": ranks,
         "lost": lost,

@@ -24,7 +24,7 @@ from a3.models.travel import bring
 from a3.numerics.linalg import relative
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
-from a3.solutions.pca import Components, affordable, many_inputs, one_input
+from a3.solutions.pca import PrincipalComponents, affordable, many_inputs, one_input
 from a3.solutions.surgeries import METRIC, PROJECTIONS, VARIANCE, Size, find_surgery
 
 INDEX = "model.safetensors.index.json"
@@ -111,8 +111,8 @@ class Operation:
         shape = self.arch.statistic_shape(KINDS[METRIC])
         return None if self.rxx is None else self.rxx.R(layer, shape)
 
-    def components(self, stack: list[Matrix]) -> Components:
-        """The components of the matrices of a stack, in its order."""
+    def principal_components(self, stack: list[Matrix]) -> PrincipalComponents:
+        """Those of the matrices of a stack, in its order."""
         layers = list(dict.fromkeys(layer for layer, _ in stack))
         if len(layers) == 1:
             return one_input([self.weight(*each) for each in stack], self.metric(layers[0]))
@@ -125,7 +125,7 @@ class Operation:
 
     def left_by(self, size: Size) -> float:
         """The least share of the variance that is left by a share of the parameters."""
-        found = [forget(self.components(s)) for s in Bar(self.stacks, desc="variance")]
+        found = [forget(self.principal_components(s)) for s in Bar(self.stacks, desc="variance")]
         budget = float(size.share) * self.dense_parameters
         left = affordable(found, budget, self.surgery.mean)
         if left is None:
@@ -140,7 +140,7 @@ class Operation:
         rebuilt: dict[Matrix, Tensor] = {}
         sets = []
         for stack in Bar(self.stacks, desc="surgery"):
-            found = self.components(stack)
+            found = self.principal_components(stack)
             count = found.count(left)
             whole = torch.cat(found.rebuild(count), 1)
             whole = whole if self.surgery.mean else whole - found.mean
@@ -152,7 +152,7 @@ class Operation:
             sets.append(
                 {
                     "matrices": [list(each) for each in stack],
-                    "components": count,
+                    "principal_components": count,
                     "explained": 1 - found.left[count].item(),
                     "parameters": found.parameters(count, self.surgery.mean),
                     "relative_errors": list(errors.values()),
@@ -173,7 +173,8 @@ class Operation:
         layers: list[dict[str, Any]] = [{} for _ in range(self.arch.layers)]
         for each in sets:
             for (layer, name), error in zip(each["matrices"], each["relative_errors"], strict=True):
-                said = {"components": each["components"], "explained": each["explained"]}
+                keys = ("principal_components", "explained")
+                said = {key: each[key] for key in keys}
                 layers[layer][name] = said | {"relative_error": error}
         stored, dense = sum(each["parameters"] for each in sets), self.dense_parameters
         statistics = {} if self.rxx is None else {METRIC: self.rxx.summary}
@@ -201,9 +202,9 @@ class Operation:
         }
 
 
-def forget(found: Components) -> Components:
+def forget(found: PrincipalComponents) -> PrincipalComponents:
     """What is needed to count: all but the matrices."""
-    return Components(found.energy, found.mean, found.parameters_each)
+    return PrincipalComponents(found.energy, found.mean, found.parameters_each)
 
 
 def write_weights(table: Operation, rebuilt: dict[Matrix, Tensor], folder: Path) -> None:

@@ -96,15 +96,15 @@ def collect(
     few = blocks[-run_of.start % GRADIENT_BLOCKS :: GRADIENT_BLOCKS]
     if gradients and not len(few):
         raise A3Error(
-            f"shard {shard}: gradients are taken of one block in {GRADIENT_BLOCKS}, and of its "
-            f"{len(blocks)} none is one of them. Collect in fewer shards."
+            f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "
+            f"of its {len(blocks)} blocks is one of them. Collect in fewer shards."
         )
     start = time.perf_counter()
     if streamed:
         if compressed:
             raise A3Error(
                 f"{model_folder}: a compressed model is not read layer by layer yet. "
-                "Leave --stream out."
+                "Remove --stream."
             )
         if fisher | gradients:
             raise A3Error(
@@ -159,17 +159,19 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
     for kind in kinds:
         site, form = KINDS[kind].site, KINDS[kind].form
         if form == "factors" and not arch.rope_layout:
-            raise A3Error(f"statistic {kind!r}: {arch.family} has no RoPE, so no pairs. Leave it.")
+            raise A3Error(
+                f"statistic {kind!r} requires RoPE, which {arch.family} does not use. Remove it."
+            )
         if isinstance(arch, CompressedArch) and site not in SITES:
             raise A3Error(
-                f"statistic {kind!r}: of a compressed model there are those of inputs only, by "
+                f"statistic {kind!r}: a compressed model has only statistics of inputs, with "
                 "which it is quantised. Collect it on the dense model."
             )
         of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
         if arch.experts and of_mlp and (site, form) != ("down_input", "diagonal"):
             raise A3Error(
-                f"statistic {kind!r}: not there for a mixture of experts, of which each has an "
-                "MLP. Take down_diagonal."
+                f"statistic {kind!r}: not available for a mixture of experts, each of which has "
+                "its own MLP. Use down_diagonal."
             )
 
 
@@ -194,6 +196,6 @@ def warn_if_short(arch: Arch, outputs: Iterable[str], tokens: int) -> None:
     if tokens < advised:
         LOG.warning(
             f"collect: warning: the calibration is short: {tokens} tokens, {advised} or more "
-            f"advised for heads of {arch.head_dim}. Solutions follow these tokens closely and "
-            "others badly. Raise tokens, or give more text.",
+            f"advised for heads of {arch.head_dim}. Solutions would overfit them, and do "
+            "badly on other text. Raise tokens, or give more text.",
         )

@@ -38,7 +38,6 @@ def generation(
         )[0, ids.shape[1] :]
     seconds = time.perf_counter() - start
     record = {
-        "kind": "generation",
         "prompt": prompt,
         "new_tokens": new_tokens,
         "token_ids": made.tolist(),

@@ -181,7 +181,7 @@ def require_end(tokenizer: PreTrainedTokenizerBase, folder: Path, needed: bool) 
     elif needed:
         raise A3Error(
             f"{folder}: neither its tokenizer nor its configs name the token that ends a text, "
-            "where lm-eval stops. Set eos_token in tokenizer_config.json."
+            "which lm-eval needs to stop. Set eos_token in tokenizer_config.json."
         )
 
 

@@ -32,7 +32,7 @@ def item(line: str, where: str) -> dict[str, Any]:
             return {"choices": choices, "gold": range(len(choices))[gold], "query": query}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise A3Error(f"{where}: not an item ({error!r}). Build the items again.") from error
-    raise A3Error(f"{where}: expected texts and the place of one of them. Build the items again.")
+    raise A3Error(f"{where}: expected query, choices and gold. Build the items again.")
 
 
 def task_config(items_path: Path, name: str) -> dict[str, Any]:

@@ -53,7 +53,6 @@ def perplexity(
     seconds = time.perf_counter() - start
     require_finite(losses, model_folder, text)
     record = {
-        "kind": "perplexity",
         "text": name,
         "split": split,
         "source": None if source is None else read_record(source)["source"],

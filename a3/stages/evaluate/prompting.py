@@ -33,8 +33,7 @@ class Prompting:
                 raise A3Error(f"{key.replace('_', '-')} is '', expected text. Leave it out.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise A3Error(
-                "fewshot-as-multiturn makes the examples turns of a chat, and there is none. Set "
-                "apply-chat-template too."
+                "fewshot-as-multiturn requires a chat template. Set apply-chat-template too."
             )
 
     @property

@@ -58,15 +58,17 @@ def check_kind(task: Task, options: dict[str, Any]) -> None:
     """Raise A3Error for a task that a3 does not run, or that has no prompt to change."""
     where = f"harness task {task.task_name!r}"
     if getattr(task, "UNSAFE_CODE", False):
-        raise A3Error(f"{where} runs code that the model writes. a3 does not; take another task.")
+        raise A3Error(
+            f"{where} runs code that the model writes, which a3 does not do. Choose another task."
+        )
     if getattr(task, "MULTIMODAL", False):
-        raise A3Error(f"{where} has pictures or sound. a3 reads text; take another task.")
+        raise A3Error(f"{where} has images or audio; a3 evaluates text only. Choose another task.")
     if task.OUTPUT_TYPE == ROLLING and (
         options["apply_chat_template"] or options["system_instruction"]
     ):
         raise A3Error(
-            f"{where} scores documents, without a prompt. Leave apply-chat-template and "
-            "system-instruction out."
+            f"{where} scores documents, without a prompt. Remove apply-chat-template and "
+            "system-instruction."
         )
 
 
@@ -78,8 +80,8 @@ def set_shots(task: Task, shots: int | None) -> None:
     own = task.get_config("num_fewshot")
     if shots and own == 0:
         raise A3Error(
-            f"harness task {task.task_name!r}: its definition says num_fewshot: 0, which lm-eval "
-            f"takes for the last word, and shots is {shots}. Set shots to 0."
+            f"harness task {task.task_name!r}: shots is {shots}, but its definition sets "
+            "num_fewshot to 0, which lm-eval does not override. Set shots to 0."
         )
     if shots is not None or own is None:
         task.set_config("num_fewshot", shots or 0)
@@ -123,8 +125,8 @@ def check_metric(task: Task, metric: str | None) -> None:
     for name, value in found.items():
         if task.aggregation().get(name) is mean and number(value) is None:
             raise A3Error(
-                f"{where}: an item's {name} is no number that has a mean. Leave it out, or set its "
-                "aggregation."
+                f"{where}: {name} of an item is not a number, so it has no mean. Remove it, or "
+                "set its aggregation."
             )
     filters = [each.name for each in task._filters]
     known = [name if kind == "none" else f"{name},{kind}" for kind in filters for name in found]

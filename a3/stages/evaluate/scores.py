@@ -58,7 +58,6 @@ def scores(
     shots = sorted({found["n-shot"][leaf] for leaf in samples})
     measure, values = items_of(main, metrics[main], samples, aggregates)
     return {
-        "kind": "harness",
         "task": task,
         "metric": main,
         "value": metrics[main],

@@ -78,7 +78,6 @@ def speed(
     ids = some_ids(candidates, batch, prompt).to(device)
     measure(subjects, ids, new_tokens, repeats, attention)
     record = {
-        "kind": "speed",
         **settings,
         "attention": attention,
         "dtype": dtype,
@@ -103,16 +102,16 @@ def check(
     """Raise A3Error for numbers below one, too few positions, and what random weights alone can."""
     for name, value in settings.items():
         if value < 1:
-            raise A3Error(f"speed: {name} is {value}; expected 1 at least.")
+            raise A3Error(f"speed: {name} is {value}; expected 1 or more.")
     if rows and len(folders) > 1:
         raise A3Error(
-            f"speed: {len(folders)} folders and a ratio: models of a ratio have the shapes of one "
-            "folder, and random weights. Name one folder, or leave the ratio out."
+            f"speed: {len(folders)} folders and a ratio: with a ratio, models with random weights "
+            "get the shapes of one folder. Name one folder, or remove the ratio."
         )
     if layers is not None and not rows:
         raise A3Error(
             "speed: layers without a ratio: only models with random weights can be run in part. "
-            "Name a ratio, or leave layers out."
+            "Name a ratio, or remove layers."
         )
     for folder in folders:
         length = settings["prompt"] + settings["new_tokens"]
@@ -307,7 +306,7 @@ def set_attention(model: PreTrainedModel, name: str, said: str) -> None:
     found = model.config._attn_implementation
     if found != name:
         raise A3Error(
-            f"{said}: {type(model).__name__} of transformers does not take {name} attention here, "
+            f"{said}: {type(model).__name__} of transformers does not support {name} attention, "
             f"only {found}. Time it with --attention {found}."
         )
 

@@ -37,8 +37,8 @@ def read_task(path: Path) -> dict[str, Any]:
             entry.get("hf_evaluate") or "/" in str(entry.get("metric"))
         ):
             raise A3Error(
-                f"{path}: the metric {entry.get('metric')!r} is a script, and a3 runs none. Take "
-                "one of lm-eval's own."
+                f"{path}: the metric {entry.get('metric')!r} is a script, which a3 does not run. "
+                "Choose one of lm-eval's own."
             )
     if task.get("dataset_path") not in READERS or not data_files(task):
         raise A3Error(
@@ -47,7 +47,7 @@ def read_task(path: Path) -> dict[str, Any]:
         )
     choice = ["doc_to_choice"] if task.get("output_type") == "multiple_choice" else []
     if missing := [key for key in (*NEEDED, *choice) if task.get(key) is None]:
-        raise A3Error(f"{path}: no {', '.join(missing)}. Say what is asked.")
+        raise A3Error(f"{path}: no {', '.join(missing)}. Add it.")
     return task
 
 

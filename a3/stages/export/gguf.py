@@ -24,8 +24,7 @@ from a3.models.checkpoint import model_source
 from a3.models.gguf_rope import FACTORS
 from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
 from a3.stages.export.gguf_vocabulary import add_vocabulary
-
-ARCH = "llama"
+from a3.stages.export.llama import ARCH, require_llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -33,16 +32,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INSTEAD = GGMLQuantizationType.F16
 
 
-def export_gguf(folder: Path, out: Path, kind: str) -> None:
+def export_gguf(folder: Path, out: Path, dtype: str) -> None:
     """Write the model of `folder`, dense or compressed, to the file `out`, whole or not at all.
 
-    Matrices are of the type `kind` (f32, f16, q8_0 …), or float16 where a row is no multiple of
+    Matrices are of the type `dtype` (f32, f16, q8_0 …), or float16 where a row is no multiple of
     its blocks; all else is float32. One tensor at a time is in memory. Raises A3Error, with all
     reasons, for a model that llama.cpp's `llama` would not run as it is, and for its tokenizer.
     """
     model = stock(folder)
     require_llama(model)
-    wanted = GGMLQuantizationType[kind.upper()]
+    wanted = GGMLQuantizationType[dtype.upper()]
     with whole_file(out) as temporary:
         writer = GGUFWriter(temporary, ARCH)
         add_sizes(writer, model)
@@ -65,24 +64,9 @@ def export_gguf(folder: Path, out: Path, kind: str) -> None:
         LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
         LOG.info(
-            f"export: {len(others)} of {len(types)} tensors are F16, since a row is no multiple of "
-            f"the {block_of(wanted)} numbers of a block of {wanted.name}: {others[0]} has "
-            f"{model.checkpoint.shape(others[0])[-1]}. Ranks of --multiple 32 have none."
-        )
-
-
-def require_llama(model: Stock) -> None:
-    """Raise A3Error for what llama.cpp's `llama` does otherwise than the family."""
-    config, found = model.config, []
-    if config.hidden_act != "silu":
-        found.append(f"its activation is {config.hidden_act}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        found.append(f"its attention has a window of {window} positions")
-    if found:
-        raise A3Error(
-            f"{model.folder}: llama.cpp's architecture {ARCH!r} cannot be it: {'; '.join(found)}. "
-            "a3 export hf makes a checkpoint for other runtimes."
+            f"export: {len(others)} of {len(types)} tensors are F16, since a row is not a "
+            f"multiple of {block_of(wanted)}, the block of {wanted.name}: {others[0]} has "
+            f"{model.checkpoint.shape(others[0])[-1]} columns. --multiple 32 avoids this."
         )
 
 
@@ -133,18 +117,18 @@ def stored_type(model: Stock, name: str, wanted: GGMLQuantizationType) -> GGMLQu
     return wanted if shape[-1] % block_of(wanted) == 0 else INSTEAD
 
 
-def block_of(kind: GGMLQuantizationType) -> int:
+def block_of(dtype: GGMLQuantizationType) -> int:
     """How many numbers of a row a type stores together."""
-    return GGML_QUANT_SIZES[kind][0]
+    return GGML_QUANT_SIZES[dtype][0]
 
 
 def add_info(
-    writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+    writer: GGUFWriter, name: str, shape: tuple[int, ...], dtype: GGMLQuantizationType
 ) -> None:
     """Say what a tensor will be."""
-    block, width = GGML_QUANT_SIZES[kind]
+    block, width = GGML_QUANT_SIZES[dtype]
     writer.add_tensor_info(
-        name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=kind
+        name, shape, np.dtype(np.float32), prod(shape) // block * width, raw_dtype=dtype
     )
 
 
@@ -163,7 +147,7 @@ def in_neighbours(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+def file_type(dtype: GGMLQuantizationType) -> LlamaFileType:
     """What the whole file is called."""
-    name = "ALL_F32" if kind == GGMLQuantizationType.F32 else f"MOSTLY_{kind.name}"
+    name = "ALL_F32" if dtype == GGMLQuantizationType.F32 else f"MOSTLY_{dtype.name}"
     return LlamaFileType[name]

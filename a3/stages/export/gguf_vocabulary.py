@@ -1,11 +1,5 @@
-"""A byte-level BPE tokenizer of Hugging Face as the metadata of a GGUF file.
+"""A byte-level BPE tokenizer of Hugging Face as the metadata of a GGUF file."""
 
-llama.cpp knows a tokenizer's way of cutting text into words by a name, and has it built in; a file
-whose name is wrong loads and reads text otherwise. So the name is found by the rules in
-tokenizer.json, and rules that have none are refused.
-"""
-
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,14 +8,9 @@ from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
-from a3.models.gguf_kinds import template_name
-from a3.models.gguf_rules import RULES, Rules, steps_in
+from a3.models.gguf_keys import template_name
 from a3.models.load import load_tokenizer
-
-NFC = {"type": "NFC"}
-
-# What a token of the vocabulary takes of the text beside it; llama.cpp takes the token alone.
-GREEDY = ("lstrip", "rstrip", "single_word")
+from a3.stages.export.llama import content_of, rules_of
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -52,16 +41,6 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     add_templates(writer, tokenizer.chat_template, folder)
 
 
-def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
-    """What a tokenizer does, as a tokenizer.json says it; of some families that is another one
-    than the file's. Raises A3Error for a tokenizer that has none."""
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise A3Error(
-            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one."
-        )
-    return json.loads(tokenizer.backend_tokenizer.to_str())
-
-
 def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
     """Whether BOS goes before, and EOS after each text; A3Error where other tokens do."""
     inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
@@ -82,7 +61,7 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
     ]
     if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
         raise A3Error(
-            f"{path}: {bad} is no merge of two tokens in which spaces are spelled as bytes are. "
+            f"{path}: {bad} is not a merge of two byte-level tokens. "
             "Convert the folder with llama.cpp's own script."
         )
     return [" ".join(pair) for pair in pairs]
@@ -122,41 +101,3 @@ def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
             unused = f"[{unused}]"
         tokens.append(by_number.get(number, unused))
     return tokens, types
-
-
-def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error where there is none."""
-    kind = tokenizer["model"]["type"]
-    if kind != "BPE" or tokenizer["model"].get("byte_fallback"):
-        raise A3Error(
-            f"{path}: its model is {kind}, expected byte-level BPE: GGUF files are written of no "
-            "other tokenizer. Convert the folder of a3 export hf with llama.cpp's own script."
-        )
-    for token in tokenizer.get("added_tokens", []):
-        if how := [key for key in GREEDY if token.get(key)]:
-            raise A3Error(
-                f"{path}: its token {token['content']!r} is read with {' and '.join(how)}, which "
-                "llama.cpp would not do. Use a runtime that reads tokenizer.json."
-            )
-    normal = tokenizer.get("normalizer")
-    if normal == {"type": "Sequence", "normalizers": []}:
-        normal = None
-    # llama.cpp leaves characters as they are, of which most text has the composed ones.
-    found = (
-        steps_in(tokenizer.get("pre_tokenizer")),
-        bool(tokenizer["model"].get("ignore_merges")),
-        normal == NFC,
-    )
-    for name, rules in RULES.items():
-        if normal in (None, NFC) and found == as_found(rules):
-            return name
-    raise A3Error(
-        f"{path}: its words are cut by {json.dumps(tokenizer.get('pre_tokenizer'))} after "
-        f"{json.dumps(normal)}; expected the rules of {', '.join(RULES)}: llama.cpp would read "
-        "text otherwise. Convert the folder of a3 export hf with llama.cpp's own script."
-    )
-
-
-def as_found(rules: Rules) -> tuple[tuple[Any, ...], bool, bool]:
-    """Rules as a tokenizer.json has them."""
-    return rules.steps, rules.whole, rules.composed

@@ -12,8 +12,7 @@ from a3.models.compressed import compressed_record
 from a3.models.load import load_tokenizer
 from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
-from a3.stages.export.gguf import require_llama
-from a3.stages.export.gguf_vocabulary import content_of, rules_of
+from a3.stages.export.llama import content_of, require_llama, rules_of
 
 TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
 
@@ -39,7 +38,7 @@ def inspect(folder: Path) -> str:
 def dense_lines(folder: Path) -> list[tuple[str, str]]:
     """What a folder is that its family's own code runs."""
     arch = load_arch(folder)
-    what = "as it came"
+    what = "unmodified"
     if (folder / "export.json").exists():
         what = "compressed, exported by a3 export hf"
     ranks = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
@@ -66,7 +65,7 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):
         names = sorted({name for layer in content["a3"]["factors"] for name in layer})
-        lines.append(("", f"products of two matrices in place of {', '.join(names)}"))
+        lines.append(("", f"factored matrices (two each) in place of {', '.join(names)}"))
     if "quantised" in content["a3"]:
         lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
     both = size_lines(size["compressed"], size["dense"])

@@ -23,7 +23,7 @@ from a3.models.load import load_config
 from a3.models.readable import refuse_adapter, refuse_quantised
 from a3.models.travel import copy
 from a3.stages.inputs.hub import hub_model
-from a3.stages.inputs.sources import source_kind
+from a3.stages.inputs.sources import origin_of
 
 WHOLE = "pytorch_model.bin"
 
@@ -52,7 +52,7 @@ def convert(source: dict[str, Any], out: Path) -> None:
 
 def source_folder(source: dict[str, Any]) -> Path:
     """The folder of a local or hub source; raises A3Error for another source, or no folder."""
-    hub = source_kind(source) == "hub"
+    hub = origin_of(source) == "hub"
     if hub:
         small = [pattern for pattern in MODEL_FILES if pattern != "*.safetensors"]
         folder = hub_model(source["hub"], source["revision"], [*small, "pytorch_model*.bin"])
@@ -63,7 +63,7 @@ def source_folder(source: dict[str, Any]) -> Path:
     refuse_adapter(folder)
     refuse_quantised(folder)
     if not hub and any(folder.glob("*.safetensors")):
-        raise A3Error(f"{folder}: has safetensors already. Nothing to convert: use it as it is.")
+        raise A3Error(f"{folder}: has safetensors already, nothing to convert. Use this folder.")
     return folder
 
 
@@ -92,8 +92,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it asks for {wanted[1]}" if wanted else f"{type(error).__name__}: damaged?"
         raise A3Error(
-            f"{path}: not read, and nothing of it was run: {found}; expected tensors alone. Do not "
-            "use this file; get the model with safetensors, or from somebody you trust."
+            f"{path}: not read, and none of its code was run: {found}; expected only tensors. Do "
+            "not use this file; get the model with safetensors, or from a source you trust."
         ) from error
     tensors = content if isinstance(content, dict) else {"": content}
     for name, value in tensors.items():

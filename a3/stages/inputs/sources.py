@@ -9,17 +9,17 @@ from a3.stages.inputs.hub import first_line
 
 PLACES = ("wheel", "hub", "path")
 
-# Kinds of models that are made here, from another folder.
+# Models that are made here, from another folder.
 MADE = ("repeat_kv", "train")
 
 
-def source_kind(source: dict[str, Any], kinds: tuple[str, ...] = PLACES) -> str:
-    """Which of `kinds` the source is; raises A3Error unless exactly one, with all that it needs."""
-    found = [kind for kind in kinds if kind in source]
+def origin_of(source: dict[str, Any], origins: tuple[str, ...] = PLACES) -> str:
+    """Which of `origins` a source has; A3Error unless exactly one, with all that it needs."""
+    found = [origin for origin in origins if origin in source]
     if len(found) != 1:
         raise A3Error(
-            f"source {source}: found {' and '.join(found) or 'no kind'}, expected exactly one of "
-            f"{', '.join(kinds)}. Keep one."
+            f"source {source}: found {' and '.join(found) or 'none'}, expected exactly one of "
+            f"{', '.join(origins)}. Keep one."
         )
     needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",)}
     fields = source.get("wheel", source)

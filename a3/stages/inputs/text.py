@@ -15,22 +15,22 @@ from a3.core.files import sha256, write_record
 from a3.core.provenance import provenance
 from a3.models.inputs import hash_inputs
 from a3.stages.inputs.hub import hub_commit, hub_rows
-from a3.stages.inputs.sources import PLACES, rows_of, source_kind
+from a3.stages.inputs.sources import PLACES, origin_of, rows_of
 from a3.stages.inputs.wheels import wheel_file, wheel_members
 from a3.texts.blocks import interleave
 from a3.texts.overlap import same
 from a3.texts.reading import (
-    KINDS,
+    FILE_TYPES,
     RECORDS,
     Document,
     as_document,
     decode,
     inner,
-    kind_of,
     load_documents,
     parse,
     read_bytes,
     text_files,
+    type_of,
     unpack,
     write_documents,
 )
@@ -46,13 +46,13 @@ DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MUL
 def make_documents(
     spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
 ) -> None:
-    """Write a text's `documents` to `out`, a .jsonl file, and what made it beside it in JSON.
+    """Write a text's `documents` to `out`, a .jsonl file, and its provenance beside it in JSON.
 
     A mixture is made of the docs.jsonl of its members in the folder `texts`.
     """
     if out.suffix != ".jsonl":
-        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a one.")
-    if source_kind(spec["source"], (*PLACES, "mix")) == "mix":
+        raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a name.")
+    if origin_of(spec["source"], (*PLACES, "mix")) == "mix":
         shares = spec["source"]["mix"]
         paths = {name: member_of(texts, name) for name in shares}
         write_documents(out, mixture(paths, shares))
@@ -64,7 +64,7 @@ def make_documents(
 
 
 def say(path: Path, stage: str, **settings: Any) -> None:
-    """Write the content hash of a file and what made it, a module, beside it in JSON."""
+    """Write the content hash of a file and its provenance, by a module, beside it in JSON."""
     made = {"files": {path.name: sha256(path)}, "provenance": provenance(stage, **settings)}
     if "text" in settings:
         source = settings["text"]["source"]
@@ -119,7 +119,7 @@ def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document
     Raises A3Error when the source cannot be read as that format or nothing is left of it.
     """
     source, form = spec["source"], spec.get("format")
-    hub = source_kind(source) == "hub"
+    hub = origin_of(source) == "hub"
     allowed = ("dataset",) if hub else FORMATS
     if form is not None and form not in allowed:
         raise A3Error(
@@ -160,15 +160,15 @@ def contents(
         members = wheel_members(path, source["wheel"]["member"])
         yield from ((f"{path}: {name}", content) for name, content in members)
     else:
-        kinds = {None: set(KINDS.values()), "summaries": {"json"}, "jsonl": {"json"}}
-        kinds |= {"dataset": set(RECORDS)} | {each: {"text"} for each in PROSE}
-        files = text_files(Path(source["path"]), kinds[form])
+        types = {None: set(FILE_TYPES.values()), "summaries": {"json"}, "jsonl": {"json"}}
+        types |= {"dataset": set(RECORDS)} | {each: {"text"} for each in PROSE}
+        files = text_files(Path(source["path"]), types[form])
         yield from ((str(file), read_bytes(file)) for file in files)
 
 
 def parse_as(form: str | None, name: str, content: bytes, column: str | None) -> list[Document]:
     """Documents of one file, in one of the formats; A3Error where it is not of that format."""
-    if form == "dataset" and kind_of(name) not in RECORDS:
+    if form == "dataset" and type_of(name) not in RECORDS:
         raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
     if form in (None, "dataset", "jsonl"):
         return parse(name, content, column, "json" if form == "jsonl" else None)

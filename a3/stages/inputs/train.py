@@ -160,7 +160,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     if positions < recipe.block_length:
         raise A3Error(
             f"train: block_length is {recipe.block_length}, and the config has {positions} "
-            "positions. Lower the one or raise the other."
+            "positions. Lower block_length, or raise the positions."
         )
     return model
 

@@ -1,4 +1,4 @@
-"""What kind of value each key of a GGUF file's header has; no key is read without its kind."""
+"""What the value of each key of a GGUF file's header has to be; no key is read without."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Kind:
+class Expected:
     """What a value has to be, in words and as a test."""
 
     words: str
@@ -39,26 +39,26 @@ def text(value: Any) -> bool:
 
 
 def list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A test of a list by that of each member."""
+    """A test of a list by that of each item."""
     return lambda value: isinstance(value, list) and all(map(holds, value))
 
 
 # llama.cpp reads them in 32 bits.
 MOST = 2**32 - 1
 
-COUNT = Kind(
+COUNT = Expected(
     "a whole number above 0, of 32 bits", lambda value: integer(value) and 0 < value <= MOST
 )
-WHOLE = Kind(
+WHOLE = Expected(
     "a whole number, 0 or above, of 32 bits", lambda value: integer(value) and 0 <= value <= MOST
 )
-POSITIVE = Kind("a finite number above 0", lambda value: finite(value) and value > 0)
-NOT_NEGATIVE = Kind("a finite number, 0 or above", lambda value: finite(value) and value >= 0)
-BOOL = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("text", text)
-TEXTS = Kind("a list of text", list_of(text))
-INTEGERS = Kind("a list of whole numbers", list_of(integer))
-NUMBERS = Kind("a list of finite numbers", list_of(finite))
+POSITIVE = Expected("a finite number above 0", lambda value: finite(value) and value > 0)
+NOT_NEGATIVE = Expected("a finite number, 0 or above", lambda value: finite(value) and value >= 0)
+BOOL = Expected("true or false", lambda value: isinstance(value, bool))
+TEXT = Expected("text", text)
+TEXTS = Expected("a list of text", list_of(text))
+INTEGERS = Expected("a list of whole numbers", list_of(integer))
+NUMBERS = Expected("a list of finite numbers", list_of(finite))
 
 # Of the file and its tokenizer.
 FILE = {
@@ -123,12 +123,12 @@ OWN = {
 }
 
 
-def checked(path: Path, key: str, value: Any, kind: Kind) -> Any:
-    """A value of a key; raises A3Error where it is not of its kind."""
-    if not kind.holds(value):
+def checked(path: Path, key: str, value: Any, expected: Expected) -> Any:
+    """A value of a key; raises A3Error where it is not as expected."""
+    if not expected.holds(value):
         raise A3Error(
-            f"{path}: {key} is {repr(value)[:60]}, expected {kind.words}. Fetch the file again, or "
-            "name the folder in Hugging Face's layout instead."
+            f"{path}: {key} is {repr(value)[:60]}, expected {expected.words}. Fetch the file "
+            "again, or name the folder in Hugging Face's layout instead."
         )
     return value
 
@@ -137,7 +137,7 @@ def template_name(path: Path, name: str) -> str:
     """The name of a chat template; raises A3Error for one that could not be a file's name."""
     if not NAME.fullmatch(name):
         raise A3Error(
-            f"{path}: the chat template {name!r} would be a file of that name; expected letters, "
+            f"{path}: the chat template {name!r} cannot be the name of a file; expected letters, "
             "digits, '_', '-' and '.', no '.' first. Give it another name."
         )
     return name
