@@ -4,6 +4,21 @@ Checkpoints lie beside those of approx and are evaluated by the same rules: cali
 place of calibration/modes/ratio.
 """
 
+from a3.artifacts.places import SurgeryPlace
+from a3.experiments.needed import evaluations
+from a3.solutions.surgeries import find_surgery
+
+# Every file that the table of surgeries is made of, each model's dense row included.
+OPERATIONS_EVALUATED = evaluations(
+    dict.fromkeys(
+        [
+            *(SurgeryPlace(row["model"]) for row in OPERATIONS),
+            *(SurgeryPlace(**row) for row in OPERATIONS),
+        ]
+    ),
+    Path(RESULTS),
+    C["evaluate"],
+)
 OPERATED = "{model}/{calibration}/{mode}/{size}"
 SURGERY_CHECKPOINT = f"{RESULTS}/checkpoints/{OPERATED}"
 SURGERY_INPUTS = (

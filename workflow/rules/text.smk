@@ -1,5 +1,13 @@
 """Stage text: documents; what calibration has seen taken out; splits; harness items."""
 
+from a3.experiments.config import excluded
+
+
+def excluded_by(text):
+    """The texts whose documents are taken out of a text."""
+    entry("texts", text)
+    return excluded(text, C["texts"])
+
 
 rule text:
     input:
