@@ -1,4 +1,4 @@
-"""What the workflow needs for the rows of a table: statistics, files of results, command options."""
+"""What the workflow needs for the rows of a table: statistics, results, command options."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +55,7 @@ def evaluations(
 
 
 def option_words(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Options of the command line from a configuration entry: {"block_length": 8} to --block-length 8.
+    """Options of the command line from an entry: {"block_length": 8} gives --block-length 8.
 
     Keys that the entry lacks and flags that are false give none.
     """

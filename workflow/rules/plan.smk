@@ -8,8 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 
-from snakemake_interface_executor_plugins.settings import ExecMode
-
 # Rules of the heavy stages.
 STAGES = {
     "collect": "collect",

@@ -1,12 +1,7 @@
 """Stage text: documents; what calibration has seen taken out; splits; harness items."""
 
-from a3.experiments.config import excluded
 
-
-def excluded_by(text):
-    """The texts whose documents are taken out of a text."""
-    entry("texts", text)
-    return excluded(text, C["texts"])
+include: "../helpers/text.smk"
 
 
 rule text:

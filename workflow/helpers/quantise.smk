@@ -1,0 +1,34 @@
+"""Helpers of rules/quantise.smk: what its jobs read and are told."""
+
+from a3.solutions.recipes import parse_quantisation
+
+
+def place_of(wildcards):
+    """The row that a quantised checkpoint is of."""
+    keys = ("model", "calibration", "qk", "ov", "mlp", "ratio", "quantise")
+    return Place(*(wildcards[key] for key in keys))
+
+
+def base_files(wildcards):
+    """The model that is quantised; the first file lies in the folder itself."""
+    base = place_of(wildcards).base
+    folder = base.weights(Path(RESULTS)).parent
+    if base.is_dense:
+        return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
+    return checkpoint_files(folder)
+
+
+def rxx_to_quantise(wildcards):
+    """The statistics that a quantised checkpoint reads, those of its base."""
+    place = place_of(wildcards)
+    with correctable():
+        return [str(place.rxx(Path(RESULTS), kind)) for kind in kinds_to_quantise(place)]
+
+
+def quantise_options(wildcards):
+    """Recipe, method and rank."""
+    said = parse_quantisation(wildcards.quantise)
+    recipe = json.dumps(entry("quantisations", said.recipe))
+    return ["--recipe", recipe, "--method", said.method] + (
+        ["--rank", str(said.rank)] if said.rank else []
+    )
