@@ -1,6 +1,6 @@
 """What `a3 plan` expects against what jobs took: time and memory, from a results folder.
 
-    make attention
+    make study-attention
     python benchmarks/plan.py results
 
 Each job of collect, approx and eval ppl has left its seconds and its peak memory beside its log, as

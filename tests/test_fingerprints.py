@@ -14,10 +14,10 @@ from tiny import BLOCK, document, tiny_llama
 from a3.core.provenance import PACKAGE, sources
 
 ROOT = Path(__file__).parent.parent
-RULE = re.compile(r"^ *rule (\w+):.*?(?=^ *(?:use )?rule \w+:|\Z)", re.MULTILINE | re.DOTALL)
-# The modules that each rule names, by the rule.
+RULE = re.compile(r"^ *rule ?(\w*):.*?(?=^ *(?:use )?rule ?\w*:|\Z)", re.MULTILINE | re.DOTALL)
+# The modules that each rule names, by the rule; one whose name is computed by its file's.
 RULES = {
-    found[1]: tuple(re.findall(r'"(a3[\w.]+)"', code[1]))
+    found[1] or path.stem: tuple(re.findall(r'"(a3[\w.]+)"', code[1]))
     for path in sorted((ROOT / "workflow/rules").glob("*.smk"))
     for found in RULE.finditer(path.read_text())
     if (code := re.search(r"code=fingerprint\((.*?)\)", found[0]))

@@ -488,7 +488,12 @@ def test_a_table_may_have_the_column_and_names_recipes_that_there_are(tmp_path):
 
 def test_the_table_of_lqer_is_planned_from_the_files_of_the_repository():
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--configfile"]
-    command += ["config/config.yaml", "config/lqer.yaml", "--config", "results=none-yet"]
+    command += [
+        "config/config.yaml",
+        "config/studies/lqer/config.yaml",
+        "--config",
+        "results=none-yet",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Four compressed models, and 31 rows that are quantised, 8 of them of these.

@@ -557,8 +557,9 @@ def test_a_wrong_row_is_named(tmp_path, rows, said):
 
 
 def test_the_projects_own_table_of_surgeries():
-    """config/surgery.yaml, as `make surgery` reads it."""
-    config = load_yaml(ROOT / "config/config.yaml") | load_yaml(ROOT / "config/surgery.yaml")
+    """The study of surgeries, as `make study-surgery` reads it."""
+    study = load_yaml(ROOT / "config/studies/surgery/config.yaml")
+    config = load_yaml(ROOT / "config/config.yaml") | study
     config["calibrations"] = load_yaml(ROOT / "config/config.yaml")["calibrations"]
     whole = complete(config, load_yaml(SCHEMA))
     rows = read_surgeries(ROOT / whole["surgery"]["rows"], whole)

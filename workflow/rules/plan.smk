@@ -8,16 +8,12 @@ import subprocess
 import sys
 from collections import Counter
 
-from snakemake_interface_executor_plugins.settings import ExecMode
-
 from a3.jobs.settings import settings_of
 
 # Rules of the heavy stages.
 STAGES = {
     "collect": "collect",
-    "collect_together": "collect",
-    "collect_others": "collect",
-    "collect_paper": "collect",
+    **dict.fromkeys(ONE_PASS, "collect"),
     "collect_compressed": "collect",
     "allocate": "allocate",
     "approx": "approx",
@@ -74,7 +70,7 @@ def planned(job):
         if job.rule.name == "collect_compressed":  # in one job, whatever the shards
             settings |= {"kinds": QUANTISED_KINDS}
         else:
-            settings |= {"kinds": [kind] if kind else kinds_together(wildcards.calibration)}
+            settings |= {"kinds": [kind] if kind else TOGETHER[wildcards.calibration]}
             settings["tokens"] //= settings["shards"]
     elif solves:
         row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}

@@ -1,5 +1,15 @@
 """Stage tables: pandas tables, figures and the report."""
 
+from a3.experiments.needed import evaluations, spectra_are_free
+
+# Every file that the table is made of.
+EVALUATED = evaluations(PLACES, Path(RESULTS), C["evaluate"])
+# Of each model and calibration, where the table needs those statistics anyway.
+SPECTRA = sorted(
+    {str(Place(row["model"], row["calibration"]).spectra(Path(RESULTS))) for row in ROWS}
+    if spectra_are_free(ROWS)
+    else []
+)
 EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
