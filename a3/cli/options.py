@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -71,11 +72,13 @@ def shard(word: str) -> str:
 
 
 def unicode(word: str) -> str:
-    """Text; the shell may give bytes that are none."""
+    """Text in UTF-8: the shell may give other bytes, which records cannot hold."""
     try:
         word.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"not UTF-8 ({error.reason})") from None
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"{os.fsencode(word)!r} is not UTF-8. Rename the file or correct the text"
+        ) from None
     return word
 
 
