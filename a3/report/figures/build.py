@@ -5,12 +5,13 @@ from pathlib import Path
 
 from a3.artifacts.runs import Run, read_runs
 from a3.report.figures.bits import bits_drawing
-from a3.report.figures.drawing import TITLES, Drawing, save_drawings, styled
+from a3.report.figures.drawing import Drawing, save_drawings, styled
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
 from a3.report.figures.spectra import spectra_drawing
+from a3.solutions.modes import COMPONENTS
 
 
 def build_figures(
@@ -56,7 +57,7 @@ def _model(
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:
         drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
-    errors = {key: _error_rows(runs, key) for key in TITLES}
+    errors = {key: _error_rows(runs, key) for key in COMPONENTS}
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
     drawings += rope_drawings(dense, runs)

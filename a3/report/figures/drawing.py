@@ -36,8 +36,6 @@ GREY = "#767676"
 
 ABSENT = "#e0e0e0"
 
-TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
-
 STYLE = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
     "font.size": 10,

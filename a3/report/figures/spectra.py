@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from a3.artifacts.runs import Run
 from a3.core.errors import A3Error
 from a3.core.records import Record
-from a3.report.figures.drawing import TITLES, Drawing, colour_bar, colour_map, no_frame
+from a3.report.figures.drawing import Drawing, colour_bar, colour_map, no_frame
+from a3.solutions.modes import COMPONENTS
 
 # Less lost energy than this is drawn as this.
 LEAST = 1e-4
@@ -29,17 +30,17 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
     """
     record = _record(dense, path)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
-    maps, curves = figure.subplots(2, len(TITLES), squeeze=False, height_ratios=(1.2, 1))
+    maps, curves = figure.subplots(2, len(COMPONENTS), squeeze=False, height_ratios=(1.2, 1))
     model, calibration = dense.place.model, path.stem
     figure.suptitle(f"{model}, {calibration}", x=0.01, ha="left", fontsize=11)
-    for component, above, below in zip(TITLES, maps, curves, strict=True):
+    for component, above, below in zip(COMPONENTS, maps, curves, strict=True):
         # Without full rank, where nothing is lost.
         ranks, full = record["ranks"][component][:-1], record["full"][component]
         lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][component]])
         shares = np.array(ranks) / full
         image = _map(above, shares, lost)
         depth = _curves(below, shares, lost)
-        above.set_title(f"{TITLES[component]}, of {full}")
+        above.set_title(f"{component.upper()}, of {full}")
         for axes in (above, below):
             axes.set_xlim(0, 1)
             axes.set_xticks((0, 0.25, 0.5, 0.75, 1))

@@ -12,6 +12,7 @@ import pandas as pd
 
 from a3.core.errors import A3Error
 from a3.experiments.paper import KEYS, Cell, Paper, Row, Table
+from a3.report.tables.frames import read_csv
 
 
 def read_definition(path: Path) -> tuple[Paper, Table]:
@@ -88,7 +89,7 @@ def read_groups(paper: Paper, folder: Path) -> dict[Cell, tuple[float | None, fl
     for path in (folder / f"{name}.csv" for name in paper.models):
         if not path.exists():
             continue
-        lines = pd.read_csv(path, dtype=dict.fromkeys(("model", "measure", *KEYS), str))
+        lines = read_csv(path, ("model", "measure", *KEYS))
         if missing := {"model", "measure", "ours", "stderr", *KEYS} - set(lines):
             raise A3Error(f"{path}: no column {min(missing)}. Delete it and build it again.")
         lines[["model", "measure", *KEYS]] = lines[["model", "measure", *KEYS]].fillna("")
