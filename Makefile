@@ -5,39 +5,20 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready
 LINT := .venv-lint/.ready
 
-.PHONY: run full attention baselines plus stock surgery lqer docs test test-cluster test-report test-runtimes lint clean
+STUDIES := $(notdir $(wildcard config/studies/*))
+
+.PHONY: run $(STUDIES:%=study-%) docs test test-cluster test-report test-runtimes lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
 	a3 show results/tables/default
 
-full: $(READY)  ## the same with the large sizes
-	snakemake --configfile config/config.yaml config/full.yaml
-	a3 show results/tables/full
+$(STUDIES:%=study-%): study-%: $(READY)  ## a study of config/studies/
+	snakemake --configfile config/config.yaml config/studies/$*/config.yaml
+	a3 show results/tables/$*
 
-attention: $(READY)  ## every attention type on real weights, one component at a time
-	snakemake --configfile config/config.yaml config/attention.yaml
-	a3 show results/tables/attention
-
-baselines: $(READY)  ## all methods at equal sizes, three seeds of the headline rows
-	snakemake --configfile config/config.yaml config/baselines.yaml
-	a3 show results/tables/baselines
-
-plus: $(READY)  ## past the paper: a3-plus beside it, its rivals, and each improvement alone
-	snakemake --configfile config/config.yaml config/plus.yaml
-	a3 show results/tables/plus
-
-stock: $(READY)  ## what it costs that stock runtimes can load the model
-	snakemake --configfile config/config.yaml config/stock.yaml
-	a3 show results/tables/stock
-
-surgery: $(READY)  ## how low-dimensional Q, K and V are: PCA surgery, at equal variance and parameters
-	snakemake --configfile config/config.yaml config/surgery.yaml
-	a3 show results/tables/surgery
-
-lqer: $(READY)  ## low precision and its repair, alone and on compressed models
-	snakemake --configfile config/config.yaml config/lqer.yaml
-	a3 show results/tables/lqer
+study-%:
+	@echo "there is no study $*; config/studies/ has $(STUDIES)" >&2; exit 1
 
 test: $(READY) lint  ## the whole test suite, on two cores: a third worker while others wait
 	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile

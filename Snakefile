@@ -1,6 +1,7 @@
 """a3: from a model's name to a checked table. Plain `snakemake` builds the report."""
 
 from snakemake.utils import min_version
+from snakemake_interface_executor_plugins.settings import ExecMode
 
 min_version("9.0")
 
@@ -43,6 +44,15 @@ localrules:
     speed_table,
     figures,
     report,
+
+
+# Snakemake records a failed job like a finished one. Where results that depend on it are there from
+# an earlier run, the next run would find nothing to do; so they are marked as unfinished.
+onerror:
+    if workflow.exec_mode == ExecMode.DEFAULT:
+        for job in workflow.scheduler.failed:
+            for dependent in workflow.dag.bfs(workflow.dag.depending, job):
+                workflow.persistence.started(dependent)
 
 
 rule all:

@@ -1,6 +1,6 @@
 """What `a3 plan` expects against what jobs took: time and memory, from a results folder.
 
-    make attention
+    make study-attention
     python benchmarks/plan.py results
 
 Each job of collect, approx and eval ppl has left its seconds and its peak memory beside its log, as
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from a3.artifacts.places import Place
 from a3.core.files import read_record
 from a3.jobs.forecast import Job, forecast
 from a3.rxx.container import Rxx
+from a3.solutions.modes import COMPONENTS
 
 ONE = {"threads": 1, "device": "cpu"}
-MODES = ("qk", "ov", "mlp")
 
 
 def jobs(results: Path) -> Iterator[tuple[Job, pd.Series]]:
@@ -34,19 +35,23 @@ def jobs(results: Path) -> Iterator[tuple[Job, pd.Series]]:
             yield Job(folder, "collect", ONE | settings | {"kinds": [f.stem for f in files]}), took
         elif sort == "checkpoints":
             ratio = rest[-1].removesuffix(".benchmark.tsv")
-            yield Job(folder, "approx", ONE | {"row": row(rest[1], ratio)}), took
+            yield (
+                Job(folder, "approx", ONE | {"row": row(model, *rest[:2], ratio), "jobs": 1}),
+                took,
+            )
         elif sort == "eval" and rest[-2] == "ppl":
             name = rest[-1].replace(".benchmark.tsv", ".json")
             record = read_record(results / "eval" / model / Path(*rest[:-1]) / name)
             tokens = record["blocks"] * record["block_length"]
             settings = {key: record[key] for key in ("block_length", "dtype")} | {"tokens": tokens}
-            modes = {} if rest[0] == "dense" else row(rest[1], rest[2])
+            modes = {} if rest[0] == "dense" else row(model, *rest[:3])
             yield Job(folder, "ppl", ONE | settings | {"row": modes}), took
 
 
-def row(modes: str, ratio: str) -> dict[str, str]:
-    """A row of the table from its path."""
-    return dict(zip(MODES, modes.split("+"), strict=True)) | {"ratio": ratio}
+def row(*names: str) -> dict[str, str]:
+    """Modes and ratio of a compressed row by the names of its path."""
+    place = Place.parse("/".join(names))
+    return {key: getattr(place, key) for key in (*COMPONENTS, "ratio")}
 
 
 def main() -> None:

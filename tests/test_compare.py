@@ -224,7 +224,7 @@ def test_bits_per_byte_are_a_column(results):
 def report(results, experiments):
     out = compared(results, experiments)
     build_figures(results, experiments, TEXTS, TASKS, out / "figures")
-    build_report(results, out, {}, out / "report.html")
+    build_report(results, experiments, TEXTS, TASKS, out, {}, out / "report.html", OURS)
     return Page((out / "report.html").read_text())
 
 

@@ -86,6 +86,7 @@ def with_few_tokens(words):
 def test_what_a_page_shows_exists(page):
     """Lines that need a network or minutes: the command, the make target and the keys exist."""
     targets = re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets += [f"study-{path.name}" for path in (ROOT / "config/studies").iterdir()]
     for kind, text in blocks(page):
         if kind == "console":
             for line in text.splitlines():

@@ -605,7 +605,8 @@ def test_wrong_mixtures_are_named(mix, says):
 
 
 def test_the_calibration_study_is_whole():
-    config = load_yaml(ROOT / "config/config.yaml") | load_yaml(ROOT / "config/calibration.yaml")
+    study = load_yaml(ROOT / "config/studies/calibration/config.yaml")
+    config = load_yaml(ROOT / "config/config.yaml") | study
     rows = read_experiments(ROOT / config["experiments"], complete(config, SCHEMA))
     assert [row["calibration"] for row in rows] == list(config["calibrations"])
 

@@ -14,10 +14,10 @@ from tiny import BLOCK, document, tiny_llama
 from a3.core.provenance import PACKAGE, sources
 
 ROOT = Path(__file__).parent.parent
-RULE = re.compile(r"^ *rule (\w+):.*?(?=^ *(?:use )?rule \w+:|\Z)", re.MULTILINE | re.DOTALL)
-# The modules that each rule names, by the rule.
+RULE = re.compile(r"^ *rule ?(\w*):.*?(?=^ *(?:use )?rule ?\w*:|\Z)", re.MULTILINE | re.DOTALL)
+# The modules that each rule names, by the rule; one whose name is computed by its file's.
 RULES = {
-    found[1]: tuple(re.findall(r'"(a3[\w.]+)"', code[1]))
+    found[1] or path.stem: tuple(re.findall(r'"(a3[\w.]+)"', code[1]))
     for path in sorted((ROOT / "workflow/rules").glob("*.smk"))
     for found in RULE.finditer(path.read_text())
     if (code := re.search(r"code=fingerprint\((.*?)\)", found[0]))
@@ -70,7 +70,8 @@ def commands():
     figures = ["surgery-figures", *shown, *surgeries, "-o", "tables/surgery_figures"]
     yield "surgery_figures", figures
     config = ["--config", json.dumps({"texts": {}})]
-    yield "report", ["report", "--results", ".", "--tables", "tables", *config, "-o", "r.html"]
+    page = ["--tables", "tables", *config, "-o", "r.html"]
+    yield "report", ["report", *shown, *experiments, *page]
     yield (
         "paper_comparison",
         ["paper", "compare", ROOT / "config/paper/hqq.yaml", "-o", "paper/hqq"],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from a3.core import memory
 from a3.core.errors import A3Error
 from a3.jobs import forecast, trial
 from a3.jobs.forecast import Job, stages_of
+from a3.jobs.settings import SETTINGS as SETTINGS_OF
 from a3.jobs.trial import START, Trial
 from a3.models.arch import describe, sketch
 
@@ -37,6 +39,12 @@ def test_config_json_is_enough_for_every_family(tmp_path, variant):
         assert START < estimate.seconds < START + 60
 
 
+def test_every_stage_takes_its_settings_and_no_others():
+    assert forecast.STAGES.keys() == SETTINGS_OF.keys()
+    for stage, estimate in forecast.STAGES.items():
+        assert tuple(signature(estimate).parameters) == ("self", *SETTINGS_OF[stage])
+
+
 def test_sizes_are_those_of_the_files(tmp_path):
     dense, rxx, small = (tmp_path / name for name in ("dense", "rxx", "small"))
     tiny_llama(dense)
@@ -53,7 +61,7 @@ def test_sizes_are_those_of_the_files(tmp_path):
     assert trial.compressed(ROW) == record["size"]["compressed"]
     _, disk, _ = trial.collect(kinds, tokens=256, block_length=64, dtype="float32")
     assert 0 < sum((rxx / f"{k}.safetensors").stat().st_size for k in kinds) - disk < 4096
-    _, disk, _ = trial.approx(ROW)
+    _, disk, _ = trial.approx(ROW, jobs=1)
     assert 0 < (small / "model.safetensors").stat().st_size - disk < 4096
     half = [trial.approx(ROW, jobs=jobs)[1] for jobs in (1, 2)]
     assert half == [disk, disk // 2]

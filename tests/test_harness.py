@@ -23,8 +23,8 @@ from a3.core.files import load_yaml, read_record
 from a3.experiments.config import complete
 from a3.report.figures.build import build_figures
 from a3.report.page import build_report
-from a3.report.tables.columns import columns
-from a3.report.tables.frames import print_table, read_table
+from a3.report.tables.columns import result_columns
+from a3.report.tables.frames import print_table, read_csv
 from a3.report.tables.results import build_tables
 from a3.stages.evaluate.prompting import Prompting, choose_template
 from a3.stages.evaluate.scores import scores
@@ -226,7 +226,8 @@ def test_tables_figures_and_report_take_every_kind(kinds, reference):
     out = built(kinds, list(KINDS), reference)
     shutil.rmtree(out / "figures", ignore_errors=True)
     build_figures(results, methods, [], ["words"], out / "figures")
-    build_report(results, out, {}, out / "report.html")
+    page = out / "report.html"
+    build_report(results, methods, TEXTS, list(KINDS), out, {}, page, reference)
     text = print_table(out)
     assert "words word_perplexity" in text
     assert ("lambada Δ log_perplexity" in text) == (reference is not None)
@@ -250,7 +251,8 @@ def test_a_score_that_is_no_number_is_a_dash(kinds):
         (row,) = rows(out / "comparisons.csv")
         assert not any(key.startswith("titles") for key in row)
         assert rows(out / "results.csv")[2]["titles.value_delta"] == ""
-        columns_ = {each.title: each.texts for each in columns(read_table(out / "results.csv"))}
+        found = read_csv(out / "results.csv")
+        columns_ = {each.title: each.texts for each in result_columns(found, TEXTS, ["titles"])}
         assert columns_["titles acc"][2] == columns_["titles Δ acc"][2] == "–"
     shutil.rmtree(out / "figures", ignore_errors=True)
     build_figures(results, methods, [], ["titles"], out / "figures")

@@ -21,7 +21,7 @@ from a3.experiments.rows import read_experiments
 from a3.models.load import load_tokenizer
 from a3.models.quantised import QuantisedLinear, QuantisedProducts
 from a3.numerics.formats import parse_format, quantise
-from a3.report.tables.frames import read_table
+from a3.report.tables.frames import read_csv
 from a3.rxx.container import Rxx
 from a3.solutions import lqer
 from a3.solutions.recipes import complete_recipe, entry_for, parse_quantisation
@@ -488,7 +488,12 @@ def test_a_table_may_have_the_column_and_names_recipes_that_there_are(tmp_path):
 
 def test_the_table_of_lqer_is_planned_from_the_files_of_the_repository():
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--configfile"]
-    command += ["config/config.yaml", "config/lqer.yaml", "--config", "results=none-yet"]
+    command += [
+        "config/config.yaml",
+        "config/studies/lqer/config.yaml",
+        "--config",
+        "results=none-yet",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     # Four compressed models, and 31 rows that are quantised, 8 of them of these.
@@ -519,7 +524,7 @@ def test_tables_figures_and_verification_know_quantised_rows(tmp_path, capsys):
         run("eval", "ppl", out, *scoring, "-o", place.perplexity(made, "score"))
     inputs = ["--results", made, "--experiments", json.dumps(rows), "--perplexity", "score"]
     run("tables", *inputs, "--reference", "low+qera@8", "-o", tmp_path / "table")
-    frame = read_table(tmp_path / "table/results.csv")
+    frame = read_csv(tmp_path / "table/results.csv")
     assert frame["quantise"].tolist() == ["-", "-", *[row["quantise"] for row in rows[1:]]]
     # A quarter of the weights is gone; what is left has some 3.5 bits, some more with a repair.
     bits = frame["bits_per_weight"]

@@ -248,6 +248,9 @@ def test_jobs_of_a_workflow(capsys):
         wrong = right | {"settings": right["settings"] | {key: value}}
         with pytest.raises(A3Error, match="expected a list of jobs"):
             options.jobs(json.dumps([wrong]))
+    typing_error = right | {"settings": right["settings"] | {"tokns": 9}}
+    with pytest.raises(A3Error, match="settings of ppl are threads, device, row, tokens"):
+        options.jobs(json.dumps([typing_error]))
     elsewhere = right | {"settings": right["settings"] | {"device": "cuda:99"}}
     assert "cuda:99" in refused(capsys, "plan", "--jobs", json.dumps([elsewhere]))
 

@@ -484,8 +484,8 @@ def test_the_report_has_a_section(results, capsys):
     inputs = ["--results", results, "--experiments", rows, "--perplexity", "score"]
     run("tables", *inputs, "-o", table)
     run("figures", *inputs, "-o", table / "figures")
-    page = ["--results", results, "--tables", table, "--config", "{}", "-o", table / "report.html"]
-    run("report", *page)
+    page = ["--tables", table, "--config", "{}", "-o", table / "report.html"]
+    run("report", *inputs, *page)
     text = (table / "report.html").read_text()
     assert text.count('<h2 id="surgery">') == text.count('href="#surgery"') == 1
     assert "pca-shared-layers-rxx" in text
@@ -557,8 +557,9 @@ def test_a_wrong_row_is_named(tmp_path, rows, said):
 
 
 def test_the_projects_own_table_of_surgeries():
-    """config/surgery.yaml, as `make surgery` reads it."""
-    config = load_yaml(ROOT / "config/config.yaml") | load_yaml(ROOT / "config/surgery.yaml")
+    """The study of surgeries, as `make study-surgery` reads it."""
+    study = load_yaml(ROOT / "config/studies/surgery/config.yaml")
+    config = load_yaml(ROOT / "config/config.yaml") | study
     config["calibrations"] = load_yaml(ROOT / "config/config.yaml")["calibrations"]
     whole = complete(config, load_yaml(SCHEMA))
     rows = read_surgeries(ROOT / whole["surgery"]["rows"], whole)

@@ -478,7 +478,7 @@ def report(results, experiments, name="out"):
     shutil.rmtree(out / "figures", ignore_errors=True)  # as Snakemake does
     build_figures(results, experiments, TEXTS, TASKS, out / "figures")
     config = {"models": {experiments[0]["model"]: {"source": "</pre><script>alert(2)</script>"}}}
-    build_report(results, out, config, out / "report.html")
+    build_report(results, experiments, TEXTS, TASKS, out, config, out / "report.html")
     return (out / "report.html").read_text()
 
 
@@ -555,11 +555,12 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_report_names_the_missing_figure(results):
-    report(results, [experiment("small")])
+    rows_ = [experiment("small")]
+    report(results, rows_)
     out = results / "tables" / "out"
     (out / "figures" / "perplexity-small.svg").unlink()
     with pytest.raises(A3Error, match=r"perplexity-small\.svg"):
-        build_report(results, out, {}, out / "report.html")
+        build_report(results, rows_, TEXTS, TASKS, out, {}, out / "report.html")
 
 
 def test_print_table_asks_for_a_build(tmp_path):

@@ -55,7 +55,7 @@ COMMANDS = {
     "speed-table": ([*TABLE, "--speed", "x"], "results", ""),
     "surgery-table": (["--results", "results", "--surgeries", OPERATIONS], "results", ""),
     "surgery-figures": (["--results", "results", "--surgeries", OPERATIONS], "results", ""),
-    "report": (["--results", "results", "--tables", "results/t", "--config", "{}"], None, ".html"),
+    "report": ([*TABLE, "--tables", "results/t", "--config", "{}"], None, ".html"),
     "paper rows": (["p.yaml", "--model", "m", "--results", "results"], "p.yaml", ".csv"),
     "paper compare": (["p.yaml"], "p.yaml", ""),
 }

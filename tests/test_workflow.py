@@ -19,6 +19,7 @@ import a3  # noqa: F401
 from a3.cli.main import main
 
 ROOT = Path(__file__).parent.parent
+PLUGIN = "snakemake_logger_plugin_a3"
 CONFIG = """
 experiments: experiments.tsv
 models:
@@ -63,9 +64,11 @@ class Project:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("a3", "workflow", "Snakefile", "environment.yaml"):
+        for name in ("a3", PLUGIN, "workflow", "Snakefile", "environment.yaml"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, folder / name)
+        # Tests read Snakemake's own text; test_progress.py asks for ours.
+        self.edit("workflow/profiles/default/profile.yaml", "logger: a3\n", "")
         (folder / "config").mkdir()
         (folder / "config" / "config.yaml").write_text(CONFIG)
         (folder / "experiments.tsv").write_text(HEADER + ROW.format("0.25"))

@@ -1,13 +1,19 @@
-"""Where runs leave their results, and reading them back: one `Run` is one row of a table."""
+"""Names of rows and where their files lie: the one grammar of paths below a results folder.
+
+A row is spelled MODEL/dense, MODEL/CALIBRATION/QK+OV+MLP/RATIO, that and /QUANTISATION where it is
+quantised, or MODEL/CALIBRATION/MODE/SIZE of a surgery. `Place.format` writes it, `Place.parse`
+reads it back.
+"""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from a3.solutions.modes import DENSE, NO_RATIO, SHARED
+from a3.core.errors import A3Error
+from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED
 from a3.solutions.recipes import PLAIN
 
-# Before the name of a metric: the items' values of a result are the mean of its logarithm.
-LOG = "log_"
+# Below the statistics of a calibration: those of its shards.
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,40 @@ class Place:
     ratio: str = "0"
     # What it was quantised by then (a3.solutions.recipes).
     quantise: str = PLAIN
+
+    @staticmethod
+    def parse(text: str) -> "Place":
+        """The row that `format` spells so; raises A3Error for any other text."""
+        match text.split("/"):
+            case [model, how] if how == DENSE:
+                return Place(model)
+            case [model, calibration, modes, ratio, *quantise] if "+" in modes:
+                three = modes.split("+")
+                if len(three) == len(COMPONENTS) and len(quantise) < 2:
+                    return Place(model, calibration, *three, ratio, *quantise)
+            case [model, calibration, mode, size]:
+                return SurgeryPlace(model, calibration, mode=mode, size=size)
+        raise A3Error(
+            f"{text}: expected MODEL/{DENSE}, MODEL/CALIBRATION/QK+OV+MLP/RATIO, the same and "
+            "/QUANTISATION, or MODEL/CALIBRATION/MODE/SIZE of a surgery."
+        )
+
+    def format(self) -> str:
+        """The row as paths spell it."""
+        return "/".join((self.model, *self._how))
+
+    @property
+    def _how(self) -> tuple[str, ...]:
+        """What stands after the model."""
+        if self.is_dense:
+            return (DENSE,)
+        own = (self.calibration, self.modes, self.ratio)
+        return (*own, self.quantise) if self.is_quantised else own
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The columns that name this row in a table."""
+        return {key: getattr(self, key) for key in PLACE}
 
     @property
     def is_dense(self) -> bool:
@@ -55,53 +95,56 @@ class Place:
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
-    def base(self) -> "Place":
-        """The row that a quantised one was made of."""
-        return Place(self.model) if self.is_whole else replace(self, quantise=PLAIN)
+    def dense(self) -> "Place":
+        """The row of the unmodified model."""
+        return type(self)(self.model)
 
     @property
-    def _tail(self) -> Path:
-        own = [self.calibration, self.modes, self.ratio]
-        own += [self.quantise] if self.is_quantised else []
-        return Path(self.model, *([DENSE] if self.is_dense else own))
+    def base(self) -> "Place":
+        """The row whose weights this one was made from."""
+        compressed = self.is_quantised and not self.is_whole
+        return replace(self, quantise=PLAIN) if compressed else self.dense
 
     def weights(self, results: Path) -> Path:
         """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
         if self.is_dense:
             return results / "models" / self.model / "arch.json"
         folder = "quantised" if self.is_quantised else "checkpoints"
-        return results / folder / self._tail / "approx.json"
+        return results / folder / self.format() / "approx.json"
 
     def perplexity(self, results: Path, text: str) -> Path:
         """The perplexity result on one text."""
-        return results / "eval" / self._tail / "ppl" / f"{text}.json"
+        return results / "eval" / self.format() / "ppl" / f"{text}.json"
 
     def harness(self, results: Path, task: str) -> Path:
         """The harness result on one task."""
-        return results / "eval" / self._tail / "harness" / f"{task}.json"
+        return results / "eval" / self.format() / "harness" / f"{task}.json"
 
     def speed(self, results: Path, speed: str) -> Path:
         """The speed of a compressed run, and of the dense model beside it."""
-        return results / "eval" / self._tail / "speed" / f"{speed}.json"
+        return results / "eval" / self.format() / "speed" / f"{speed}.json"
 
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read.
 
         A compressed model is quantised by its own.
         """
-        folder = results / "rxx" / self.model / self.calibration
-        if self.is_quantised and not self.is_whole:
-            folder = folder / self.modes / self.ratio
-        return folder / f"{kind}.safetensors"
+        own = not self.base.is_dense
+        folder = self.base.format() if own else f"{self.model}/{self.calibration}"
+        return results / "rxx" / folder / f"{kind}.safetensors"
 
     def allocation(self, results: Path) -> Path | None:
         """The ranks of each layer, where some mode has an allocated ratio."""
         shared = SHARED in self.modes and not self.is_quantised
-        return results / "allocations" / f"{self._tail}.json" if shared else None
+        return results / "allocations" / f"{self.format()}.json" if shared else None
 
     def spectra(self, results: Path) -> Path:
         """The spectra of the model's functional matrices on the calibration."""
         return results / "spectra" / self.model / f"{self.calibration}.json"
+
+
+# The columns that name a row.
+PLACE = tuple(field.name for field in fields(Place))
 
 
 @dataclass(frozen=True)
@@ -122,23 +165,43 @@ class SurgeryPlace(Place):
         return self.mode
 
     @property
-    def _tail(self) -> Path:
-        own = (DENSE,) if self.is_dense else (self.calibration, self.mode, self.size)
-        return Path(self.model, *own)
+    def names(self) -> dict[str, str]:
+        """The columns that name this row in a table."""
+        return {key: getattr(self, key) for key in SURGERY_PLACE}
+
+    @property
+    def _how(self) -> tuple[str, ...]:
+        return (DENSE,) if self.is_dense else (self.calibration, self.mode, self.size)
 
     def generation(self, results: Path) -> Path:
         """The path of the generated text."""
-        return results / "eval" / self._tail / "generation" / "prompt.json"
+        return results / "eval" / self.format() / "generation" / "prompt.json"
 
 
-def weights_of(results: Path, evaluation: Path) -> Path:
-    """The JSON file that describes the weights of a result, by the result's path."""
-    model, *method = evaluation.relative_to(results / "eval").parts[:-2]
-    if method == [DENSE]:
-        return results / "models" / model / "arch.json"
-    folder = "checkpoints" if len(method) == 3 else "quantised"
-    return results.joinpath(folder, model, *method, "approx.json")
+# The columns that name a row of the surgeries.
+SURGERY_PLACE = ("model", "calibration", "mode", "size")
+
+# How many names stand after those of the row, by the folder that a path begins with.
+AFTER_ROW = {"checkpoints": 1, "quantised": 1, "exports": 2, "eval": 2}
 
 
-# The columns that name a row.
-PLACE = tuple(field.name for field in fields(Place))
+def place_of(results: Path, path: Path) -> Place:
+    """The row of an allocation, checkpoint, export or result, by its path in a results folder.
+
+    Raises A3Error where the path names none.
+    """
+    top, *names = path.relative_to(results).parts
+    if top == "allocations":
+        return Place.parse("/".join(names).removesuffix(".json"))
+    return Place.parse("/".join(names[: -AFTER_ROW[top]]))
+
+
+def collected_on(results: Path, statistics: Path) -> Place:
+    """The row of the model that statistics were collected on, by their path.
+
+    Raises A3Error where the path names none.
+    """
+    model, calibration, *own = statistics.relative_to(results / "rxx").parts[:-1]
+    if not own or own[0] == SHARDS:
+        return Place(model)
+    return Place.parse("/".join((model, calibration, *own)))

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from a3.core.errors import A3Error
 from a3.core.records import Record
 
+# Before the name of a metric: the items' values of a result are the mean of its logarithm.
+LOG = "log_"
+
 # Two results of one model stand in one table only when they agree on all of these.
 PERPLEXITY_PROTOCOL = (
     "source",

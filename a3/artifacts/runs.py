@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a3.artifacts.places import Place, SurgeryPlace
+from a3.artifacts.places import SURGERY_PLACE, Place, SurgeryPlace
 from a3.artifacts.protocols import (
     HARNESS_PROTOCOL,
     PERPLEXITY_PROTOCOL,
@@ -54,34 +54,49 @@ class Run:
         return [] if self.place.is_dense else self.weights["layers"]
 
 
+# Each model's dense run and its compressed ones.
+Groups = list[tuple[Run, list[Run]]]
+
+
 def read_runs(
     results: Path,
     experiments: Iterable[Mapping[str, str]],
     perplexity: Sequence[str],
     harness: Sequence[str],
-) -> list[tuple[Run, list[Run]]]:
+) -> Groups:
     """Read each model's dense run and its compressed runs, in the order of `experiments`.
 
     Raises A3Error that names both files when a result was taken from other weights than the ones
     that now lie beside it, or when two results of one model were taken by different protocols.
     """
     places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
-    return read_places(results, places, perplexity, harness)
+    return _read_places(results, places, perplexity, harness)
 
 
-def read_places(
+def read_surgeries(
+    results: Path,
+    surgeries: Iterable[Mapping[str, str]],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+) -> Groups:
+    """Each model's dense run and its surgeries, as `read_runs` reads experiments."""
+    places = [SurgeryPlace(**{key: row[key] for key in SURGERY_PLACE}) for row in surgeries]
+    return _read_places(results, places, perplexity, harness)
+
+
+def _read_places(
     results: Path, all_places: Iterable[Place], perplexity: Sequence[str], harness: Sequence[str]
-) -> list[tuple[Run, list[Run]]]:
+) -> Groups:
     """As `read_runs`, of places."""
-    models: dict[str, dict[Place, None]] = {}
+    models: dict[Place, dict[Place, None]] = {}
     for place in all_places:
-        models.setdefault(place.model, {})
+        rows = models.setdefault(place.dense, {})
         if not place.is_dense:
-            models[place.model][place] = None
+            rows[place] = None
     groups = []
-    for model, places in models.items():
-        dense = _read_run(results, Place(model), perplexity, harness)
-        runs = [_read_run(results, place, perplexity, harness) for place in places]
+    for model, rows in models.items():
+        dense = _read_run(results, model, perplexity, harness)
+        runs = [_read_run(results, place, perplexity, harness) for place in rows]
         for run in runs:
             _same_base(dense, run)
             for text in perplexity:
@@ -162,17 +177,3 @@ def _same_base(dense: Run, run: Run) -> None:
             f"weights_sha256 is {expected}: the checkpoint was made from another model. "
             "Delete the checkpoint's folder and build it again."
         )
-
-
-PLACE = ("model", "calibration", "mode", "size")
-
-
-def read_surgeries(
-    results: Path,
-    surgeries: Sequence[Mapping[str, str]],
-    perplexity: Sequence[str],
-    harness: Sequence[str],
-) -> list[tuple[Run, list[Run]]]:
-    """Each model's dense run and its surgeries, as `read_runs` reads experiments."""
-    places = [SurgeryPlace(**{key: row[key] for key in PLACE}) for row in surgeries]
-    return read_places(results, places, perplexity, harness)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from a3.artifacts.places import Place, weights_of
+from a3.artifacts.places import Place, collected_on, place_of
 from a3.artifacts.runs import check_speed
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, SEAL, sha256
@@ -183,20 +183,14 @@ class Verifier:
             rxx.sums(key)
         record = Record(path, rxx.record)
         self.age(rxx.record)
-        model, calibration, *of = path.relative_to(self.results).parts[1:-1]
-        base = self.results / "models" / model / "arch.json"
-        if of and "+" in of[0]:
-            base = self.results.joinpath("checkpoints", model, calibration, *of, "approx.json")
-        self.made_of(record, "weights_sha256", base)
+        self.made_of(record, "weights_sha256", collected_on(self.results, path))
         self.known(record, "text_sha256", self.texts)
 
     def allocation(self, path: Path) -> None:
         """Allocated ranks, and the model and statistics that they are for."""
-        record = self.record(path)
-        place = path.relative_to(self.results).parts
-        base = self.results / "models" / place[1] / "arch.json"
-        self.made_of(record, "weights_sha256", base)
-        self.statistics(record, self.results / "rxx" / place[1] / place[2])
+        record, place = self.record(path), place_of(self.results, path)
+        self.made_of(record, "weights_sha256", place.base)
+        self.statistics(record, place)
 
     def shard(self, path: Path) -> None:
         """A shard of a checkpoint that a job left."""
@@ -205,13 +199,11 @@ class Verifier:
 
     def checkpoint(self, path: Path) -> None:
         """A compressed model, and the model, statistics and ranks that it was made of."""
-        record = self.files(path)
-        place = path.relative_to(self.results).parts
-        base = self.results / "models" / place[1] / "arch.json"
-        self.made_of(record, "base.weights_sha256", base)
-        self.statistics(record, self.results / "rxx" / place[1] / place[2])
-        allocation = self.results / "allocations" / "/".join(place[1:-2]) / f"{place[-2]}.json"
-        if allocation.exists():
+        record, place = self.files(path), place_of(self.results, path)
+        self.made_of(record, "base.weights_sha256", place.base)
+        self.statistics(record, place)
+        allocation = place.allocation(self.results)
+        if allocation and allocation.exists():
             for component, ranks in Record.read(allocation)["ranks"].items():
                 if record["ranks"][component] != ranks:
                     raise A3Error(
@@ -221,26 +213,21 @@ class Verifier:
 
     def quantised(self, path: Path) -> None:
         """A quantised model, and the model and statistics that it was made of."""
-        record = self.files(path)
-        model, calibration, modes, ratio, cell = path.relative_to(self.results).parts[1:-1]
-        place = Place(model, calibration, *modes.split("+"), ratio, cell)
-        self.made_of(record, "provenance.weights_sha256", place.base.weights(self.results))
-        self.statistics(record, place.rxx(self.results, "any").parent)
+        record, place = self.files(path), place_of(self.results, path)
+        self.made_of(record, "provenance.weights_sha256", place.base)
+        self.statistics(record, place)
 
     def export(self, path: Path) -> None:
         """An ordinary checkpoint, and the compressed one that it was made of."""
         record = self.files(path)
-        place = path.parent.parent.relative_to(self.results / "exports")
-        base = self.results / "checkpoints" / place / "approx.json"
-        self.made_of(record, "provenance.checkpoint_sha256", base)
+        self.made_of(record, "provenance.checkpoint_sha256", place_of(self.results, path))
 
     def spectra(self, path: Path) -> None:
         """Spectra, and the model and statistics that they were made of."""
         record = self.record(path)
-        model = path.parent.name
-        arch = self.results / "models" / model / "arch.json"
-        self.made_of(record, "provenance.weights_sha256", arch)
-        self.statistics(record, self.results / "rxx" / model / path.stem)
+        place = Place(path.parent.name, path.stem)
+        self.made_of(record, "provenance.weights_sha256", place)
+        self.statistics(record, place)
 
     def perplexity(self, path: Path) -> None:
         """A perplexity, and the weights and text that it is of."""
@@ -256,7 +243,7 @@ class Verifier:
 
     def speed(self, path: Path) -> None:
         """A speed, and the weights, compressed and dense, that it is of."""
-        record, weights = self.record(path), weights_of(self.results, path)
+        record, weights = self.record(path), place_of(self.results, path).weights(self.results)
         if not weights.exists():
             self.missing["model or checkpoint"] += 1
             return
@@ -265,13 +252,14 @@ class Verifier:
     def result(self, path: Path) -> Record:
         """A result of evaluation, and the weights that it is of."""
         record = self.record(path)
-        self.made_of(record, "checkpoint_sha256", weights_of(self.results, path))
+        self.made_of(record, "checkpoint_sha256", place_of(self.results, path))
         return record
 
     # --- counterparts ---
 
-    def made_of(self, record: Record, key: str, base: Path) -> None:
-        """Raise A3Error where an artifact was made of other weights than those of `base`."""
+    def made_of(self, record: Record, key: str, place: Place) -> None:
+        """Raise A3Error where an artifact was made of other weights than those of a row."""
+        base = place.weights(self.results)
         if not base.exists():
             self.missing["model or checkpoint"] += 1
             return
@@ -282,10 +270,10 @@ class Verifier:
                 f"{expected}. {AGAIN}"
             )
 
-    def statistics(self, record: Record, folder: Path) -> None:
-        """Raise A3Error where an artifact was made of other statistics than those of `folder`."""
+    def statistics(self, record: Record, place: Place) -> None:
+        """Raise A3Error where an artifact was made of other statistics than those of its row."""
         for kind, said in record["provenance.statistics"].items():
-            found = folder / f"{kind}.safetensors"
+            found = place.rxx(self.results, kind)
             if not found.exists():
                 self.missing["statistics of a checkpoint or spectra"] += 1
             elif (seal := Rxx(found, kind).record[SEAL]) != said[SEAL]:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,26 +67,14 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
     """Read what options name of the catalogue, and look where a command is to write.
 
     `entries` says of which section an option names an entry. Raises A3Error for a wrong entry, and
-    where a file or folder of somebody else, or one that is read, would be written over; and for
-    names that are not UTF-8, which neither records nor libraries can hold.
+    where a file or folder of somebody else, or one that is read, would be written over.
     """
-    for value in options.values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, str | Path) and not is_utf8(str(one)):
-                raise A3Error(
-                    f"{os.fsencode(one)}: not UTF-8. Rename the file or correct the text."
-                )
     for name, section in entries.items():
         options[name] = entry(options[name], section)
     if writes is not None:
         if writes == targets.APPROXIMATED and options.get("shard"):
             writes = targets.SHARD
         targets.check(writes, options)
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name has only characters of Unicode: others, Python reads as half of one."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:

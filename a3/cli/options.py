@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 
 from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
+from a3.jobs.settings import SETTINGS, settings_of
 
 # More is no number of tokens, blocks, threads … that a machine could have, and less than what
 # libraries in C can count.
@@ -69,11 +71,13 @@ def shard(word: str) -> str:
 
 
 def unicode(word: str) -> str:
-    """Text; the shell may give bytes that are none."""
+    """Text in UTF-8: the shell may give other bytes, which records cannot hold."""
     try:
         word.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(f"not UTF-8 ({error.reason})") from None
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"{os.fsencode(word)!r} is not UTF-8. Rename the file or correct the text"
+        ) from None
     return word
 
 
@@ -153,17 +157,6 @@ def mapping(word: str) -> dict[str, Any]:
     return found
 
 
-# What the workflow says of each job that it plans (a3.jobs.forecast.Job).
-JOBS = {
-    "collect": ("kinds", "tokens", "block_length", "dtype"),
-    "allocate": ("row",),
-    "approx": ("row",),
-    "quantise": ("row",),
-    "ppl": ("row", "tokens", "block_length", "dtype"),
-    "harness": ("row", "items", "shots", "dtype"),
-    "speed": ("row", "attention", "batch", "prompt", "new_tokens", "repeats", "dtype"),
-}
-
 # Of a job's settings: what they have to be.
 NUMBERS = ("tokens", "block_length", "items", "shots", "batch", "prompt", "new_tokens", "repeats")
 
@@ -184,14 +177,14 @@ def wrong_job(job: Any) -> str | None:
     if job.keys() - {"model", "stage", "settings", "count"} or not isinstance(job["model"], str):
         return "each has model (text), stage, settings, and count"
     settings = job["settings"]
-    if job["stage"] not in JOBS or not isinstance(settings, dict):
-        return f"stage is one of {', '.join(JOBS)}, and settings an object"
-    needed = ("threads", "device", *JOBS[job["stage"]])
-    if missing := [key for key in needed if key not in settings]:
-        return f"settings of {job['stage']} have {', '.join(missing)}"
-    numbers = [settings["threads"], job.get("count", 1)]
+    if job["stage"] not in SETTINGS or not isinstance(settings, dict):
+        return f"stage is one of {', '.join(SETTINGS)}, and settings an object"
+    needed = settings_of(job["stage"])
+    if settings.keys() != set(needed):
+        return f"settings of {job['stage']} are {', '.join(needed)}"
+    numbers = [settings["threads"], settings.get("jobs", 1), job.get("count", 1)]
     if any(type(number) is not int or not 1 <= number <= MOST for number in numbers):
-        return "threads and count are integers from 1 on"
+        return "threads, jobs and count are integers from 1 on"
     if any(type(settings[key]) is not int or settings[key] < 0 for key in NUMBERS if key in needed):
         return f"{', '.join(NUMBERS)} are integers"
     row = settings.get("row", {})

@@ -98,11 +98,8 @@ def add_tables(commands: Any) -> None:
         "writes results.csv, comparisons.csv, seeds.csv, timings.csv and results.md.",
         f"a3 tables --results results --experiments {ROW} --perplexity wiki -o tables",
     )
-    add_results(one, required=True)
-    add_rows(one, type=EXPERIMENTS, required=True)
-    add_scores(one)
-    text_ = "method that the others are compared to: its modes, joined by +"
-    one.add_argument("--reference", metavar="METHOD", help=text_)
+    add_experiments(one)
+    add_reference(one)
     add_out(one, targets.TABLES, "FOLDER", "folder to write the tables to")
 
 
@@ -124,12 +121,23 @@ def add_figures(commands: Any) -> None:
         "Reads the same results as a3 tables, and spectra, and writes each figure as SVG and PNG.",
         f"a3 figures --results results --experiments {ROW} --perplexity wiki -o figures",
     )
-    add_results(one, required=True)
-    add_rows(one, type=EXPERIMENTS, required=True)
-    add_scores(one)
+    add_experiments(one)
     text_ = "files of a3 spectra, MODEL/CALIBRATION.json"
     one.add_argument("--spectra", type=Path, nargs="*", default=[], metavar="FILE", help=text_)
     add_out(one, targets.NEW, "FOLDER", "new folder")
+
+
+def add_experiments(one: Any) -> None:
+    """Which experiments, and which of their scores."""
+    add_results(one, required=True)
+    add_rows(one, type=EXPERIMENTS, required=True)
+    add_scores(one)
+
+
+def add_reference(one: Any) -> None:
+    """The method that differences are to."""
+    text_ = "method that the others are compared to: its modes, joined by +"
+    one.add_argument("--reference", metavar="METHOD", help=text_)
 
 
 def speed_table(**inputs: Any) -> None:
@@ -210,12 +218,12 @@ def add_surgeries(one: Any) -> None:
     add_scores(one)
 
 
-def report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
+def report(**inputs: Any) -> None:
     """Build the report."""
     require_installed("tabulate", "workflow")
     from a3.report.page import build_report
 
-    build_report(results, tables, config, out)
+    build_report(**inputs)
 
 
 def add_report(commands: Any) -> None:
@@ -225,10 +233,13 @@ def add_report(commands: Any) -> None:
         "report",
         report,
         "build the HTML report of a table",
-        "Reads tables, figures and records, and writes one self-contained page.",
-        "a3 report --results results --tables results/tables/default --config '{}' -o report.html",
+        "Reads the same results as a3 tables, with what a3 tables and a3 figures wrote, and writes "
+        "one self-contained page.",
+        f"a3 report --results results --experiments {ROW} --perplexity wiki --tables tables "
+        "--config '{}' -o report.html",
     )
-    add_results(one, required=True)
+    add_experiments(one)
+    add_reference(one)
     text_ = "folder that a3 tables and a3 figures wrote"
     one.add_argument("--tables", type=Path, required=True, metavar="FOLDER", help=text_)
     text_ = "configuration of the workflow, a JSON object"

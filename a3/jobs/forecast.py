@@ -15,12 +15,24 @@ import torch
 
 from a3.core.errors import A3Error
 from a3.core.memory import GIB, require_memory
+from a3.jobs.settings import settings_of
 from a3.jobs.trial import Trial
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
 SCORED = 16384
+
+# What tries each stage.
+STAGES = {
+    "collect": Trial.collect,
+    "allocate": Trial.allocate,
+    "approx": Trial.approx,
+    "quantise": Trial.quantise,
+    "ppl": Trial.ppl,
+    "harness": Trial.harness,
+    "speed": Trial.speed,
+}
 
 # Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
 CERTAIN = 1 / 1.5
@@ -30,11 +42,7 @@ CERTAIN = 1 / 1.5
 class Job:
     """`count` equal jobs on the model of a folder.
 
-    `stage` is collect, allocate, approx, quantise, ppl, harness or speed. `settings`: threads,
-    device, and of collect kinds, tokens, block_length, dtype; of allocate, approx and quantise
-    `row` (qk, ov, mlp, ratio), and of approx `jobs` that share one checkpoint; of ppl `row` ({} for
-    the dense model), tokens, block_length, dtype; of harness row, items, shots, dtype; of speed
-    row, attention, batch, prompt, new_tokens, repeats, dtype.
+    `stage` is a name in STAGES; `settings` are those of `settings_of`.
     """
 
     model: str
@@ -59,26 +67,35 @@ class Estimate:
 def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
     """Collect, allocate where ranks are allocated, approx, and perplexity before and after, of one
     model by one row."""
-    common = settings | {"threads": torch.get_num_threads()}
-    scored = common | {"tokens": SCORED}
-    model, plan = str(folder), Plan(choose(row))
+    plan = Plan(choose(row))
+    known = settings | {"threads": torch.get_num_threads(), "kinds": plan.kinds(), "jobs": 1}
+
+    def job(stage: str, **own: Any) -> Job:
+        said = known | own
+        return Job(str(folder), stage, {key: said[key] for key in settings_of(stage)})
+
     return [
-        Job(model, "collect", common | {"kinds": plan.kinds()}),
-        *([Job(model, "allocate", common | {"row": row})] if plan.shared else []),
-        Job(model, "approx", common | {"row": row}),
-        Job(model, "ppl", scored | {"row": {}}),
-        Job(model, "ppl", scored | {"row": row}),
+        job("collect"),
+        *([job("allocate", row=row)] if plan.shared else []),
+        job("approx", row=row),
+        job("ppl", row={}, tokens=SCORED),
+        job("ppl", row=row, tokens=SCORED),
     ]
 
 
 def forecast(jobs: list[Job]) -> list[Estimate]:
-    """One estimate a job; raises A3Error for a model or mode that a3 would refuse."""
+    """One estimate a job; raises A3Error for a model or mode that a3 would refuse.
+
+    Raises TypeError for settings that the stage does not have.
+    """
     trial_of = cache(Trial)
     estimates = []
     for job in jobs:
-        torch.set_num_threads(job.settings["threads"])
-        trial = trial_of(Path(job.model), job.settings["device"], job.settings["threads"])
-        cost, disk, seconds = getattr(trial, job.stage)(**job.settings)
+        own = dict(job.settings)
+        threads, device = own.pop("threads"), own.pop("device")
+        torch.set_num_threads(threads)
+        trial = trial_of(Path(job.model), device, threads)
+        cost, disk, seconds = STAGES[job.stage](trial, **own)
         name = Path(job.model).name
         estimates.append(
             Estimate(name, job.stage, job.count, cost.memory, disk, cost.flops, seconds)

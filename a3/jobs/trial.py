@@ -72,7 +72,7 @@ class Trial:
     # --- stages: (cost, bytes on disk, seconds) ---
 
     def collect(
-        self, kinds: list[str], tokens: int, block_length: int, dtype: str, **_: Any
+        self, kinds: list[str], tokens: int, block_length: int, dtype: str
     ) -> tuple[Cost, int, float]:
         """One pass over `tokens` tokens; layer by layer where the weights do not fit."""
         arch = self.arch
@@ -89,7 +89,7 @@ class Trial:
         each += passes * BACKWARD * self.layer_seconds(block_length, dtype, ())
         return cost, disk, START + tokens * arch.layers * each
 
-    def approx(self, row: dict[str, str], jobs: int = 1, **_: Any) -> tuple[Cost, int, float]:
+    def approx(self, row: dict[str, str], jobs: int) -> tuple[Cost, int, float]:
         """One of `jobs` that share the layers of one checkpoint."""
         plan = Plan(choose(row))
         ranks = plan.ranks(self.arch)
@@ -102,7 +102,7 @@ class Trial:
         disk = written * WIDTHS[self.arch.dtype] // jobs
         return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
 
-    def allocate(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+    def allocate(self, row: dict[str, str]) -> tuple[Cost, int, float]:
         """The losses of all ranks, which cost what the least one's solution does."""
         plan = Plan(choose(row))
         seconds = 0.0
@@ -111,7 +111,7 @@ class Trial:
             seconds += self.arch.layers * self.component_seconds(component, choice.mode, least)
         return approx_cost(self.shapes, 1, plan.kinds()), 0, START + seconds
 
-    def quantise(self, row: dict[str, str], **_: Any) -> tuple[Cost, int, float]:
+    def quantise(self, row: dict[str, str]) -> tuple[Cost, int, float]:
         """As if the error of each matrix were decomposed by its input's statistic."""
         parameters = self.compressed(row)["parameters"]
         kinds = [kind for component in COMPONENTS for kind in find_mode(component, "svd-llm").kinds]
@@ -124,14 +124,14 @@ class Trial:
         return approx_cost(self.shapes, 1, kinds), disk, START + seconds
 
     def ppl(
-        self, row: dict[str, str], tokens: int, block_length: int, dtype: str, **_: Any
+        self, row: dict[str, str], tokens: int, block_length: int, dtype: str
     ) -> tuple[Cost, int, float]:
         """Scoring `tokens` tokens with the dense or a compressed model."""
         cost = perplexity_cost(self.shapes, tokens, block_length, dtype)
         return cost, 0, START + tokens * self.token_seconds(row, block_length, dtype)
 
     def harness(
-        self, row: dict[str, str], items: int, shots: int, dtype: str, **_: Any
+        self, row: dict[str, str], items: int, shots: int, dtype: str
     ) -> tuple[Cost, int, float]:
         """One lm-eval task of items with four answers."""
         length = ITEM_TOKENS * (1 + shots)
@@ -148,7 +148,6 @@ class Trial:
         new_tokens: int,
         repeats: int,
         dtype: str,
-        **_: Any,
     ) -> tuple[Cost, int, float]:
         """Timing a compressed model beside the dense one; the cache's growth is left out."""
         models = [self.shapes | {"size": size} for size in (self.arch.size, self.compressed(row))]

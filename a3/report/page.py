@@ -5,34 +5,33 @@ import json
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from a3.artifacts.places import Place
+from a3.artifacts.runs import Run, read_runs
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, read_json, sha256, whole_file
+from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
 from a3.core.records import Record
 from a3.report.tables.columns import (
     Column,
-    columns,
     comparison_columns,
     comparison_note,
     free_columns,
-    names,
-    place_of,
-    protocol,
+    protocol_columns,
+    result_columns,
     seconds_columns,
     seed_columns,
     seed_note,
     text_columns,
 )
 from a3.report.tables.compare import WORSE, differences, settings, verdict
-from a3.report.tables.frames import read_table
+from a3.report.tables.frames import read_csv, write_text
+from a3.report.tables.results import frames_of
 from a3.report.tables.surgery import (
     generation_columns,
     read_surgery_table,
@@ -42,48 +41,62 @@ from a3.report.tables.surgery import (
 from a3.solutions.modes import NO_RATIO
 
 
-def build_report(results: Path, tables: Path, config: dict[str, Any], out: Path) -> None:
+def build_report(
+    results: Path,
+    experiments: list[dict[str, str]],
+    perplexity: list[str],
+    harness: list[str],
+    tables: Path,
+    config: dict[str, Any],
+    out: Path,
+    reference: str | None = None,
+) -> None:
     """Write the report of one table.
 
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
-        tables: folder with results.csv, comparisons.csv, seeds.csv, timings.csv and figures/ of
-            this table; speed.csv, and surgery.csv with surgery_figures/, are shown where they are
-            there.
+        experiments: as `build_tables` takes them, and `perplexity`, `harness` and `reference` too.
+        tables: folder of this table: its .csv files are listed, with their hashes, among what can
+            be rebuilt, and its figures/ are shown; speed.csv, and surgery.csv with
+            surgery_figures/, where they are there.
         config: the configuration that was run; shown as it is.
         out: the HTML file.
 
     Raises:
-        A3Error: a file of the table, or a result that it was made from, is missing.
+        A3Error: a file of the table is missing, and as `build_tables` does.
     """
-    frame = read_table(tables / "results.csv")
+    groups = read_runs(results, experiments, perplexity, harness)
+    frames = frames_of(results, groups, reference)
+    compared, repeated = frames["comparisons"], frames["seeds"]
+    runs = [run for dense, others in groups for run in (dense, *others)]
     page = _template().render(
         title=tables.name,
-        summary=_summary(results, frame),
-        results=columns(frame),
-        comparisons=_optional(tables / "comparisons.csv", comparison_columns, comparison_note),
-        seeds=_optional(tables / "seeds.csv", seed_columns, seed_note),
-        speed=free_columns(tables / "speed.csv"),
-        seconds=seconds_columns(read_table(tables / "timings.csv")),
+        summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
+        results=result_columns(frames["results"], perplexity, harness),
+        comparisons=None
+        if compared.empty
+        else {"columns": comparison_columns(compared), "note": comparison_note(compared)},
+        seeds=None
+        if repeated.empty
+        else {"columns": seed_columns(repeated, perplexity), "note": seed_note(repeated)},
+        speed=_speed(tables),
+        seconds=seconds_columns(frames["timings"]),
         surgery=_surgery(tables),
         figures=list(_figures(tables / "figures")),
-        protocol=protocol(frame),
-        calibration=_calibration(results, frame),
-        provenance=_provenance(results, frame),
+        protocol=protocol_columns(frames["results"], perplexity, harness),
+        calibration=_calibration(runs),
+        provenance=_provenance(runs),
         checkout=checkout(),
-        rebuild=[_rebuild_table(results, tables, frame), *_rebuild(results, frame)],
+        rebuild=[_rebuild_table(results, tables, runs), *(_rebuild(results, run) for run in runs)],
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
-    with whole_file(out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(out, page)
 
 
-def _optional(
-    path: Path, shown: Callable[[pd.DataFrame], list[Column]], note: Callable[[pd.DataFrame], str]
-) -> dict[str, Any] | None:
-    """A table and its note; None where it has no rows."""
-    frame = read_table(path)
-    return {"columns": shown(frame), "note": note(frame)} if len(frame) else None
+def _speed(tables: Path) -> list[Column]:
+    """The table of speeds; none where it has not been built."""
+    path = tables / "speed.csv"
+    return free_columns(read_csv(path, ())) if path.is_file() else []
 
 
 def _surgery(tables: Path) -> dict[str, Any] | None:
@@ -111,57 +124,53 @@ def _template() -> Any:
     return environment.get_template("page.html.jinja")
 
 
-def _summary(results: Path, frame: pd.DataFrame) -> str:
-    """What the table says, in a few sentences: dense figures, and the best row at each ratio."""
-    said = []
-    for model, group in frame.groupby("model", sort=False):
-        rows = [row for _, row in group.iterrows()]
-        dense = next(row for row in rows if place_of(row).is_dense)
-        compressed = [row for row in rows if not place_of(row).is_dense]
-        said.append(f"{model}: {len(compressed)} compressed rows beside the dense model.")
-        for text in names(frame, "perplexity")[:1]:
-            said.append(_dense_sentence(dense, text))
-            uniform = [row for row in compressed if place_of(row).nominal is not None]
-            ratios = sorted({row["ratio"] for row in uniform}, key=float)
-            if ratios:
-                best = "; ".join(_best(results, uniform, ratio, text) for ratio in ratios)
-                said.append(f"Best of the smallest models at each ratio: {best}.")
+# --- the summary ---
+def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
+    """What the table says of a model: dense figures, and the best row at each ratio."""
+    said = [f"{dense.place.model}: {len(runs)} compressed rows beside the dense model."]
+    for text in perplexity[:1]:
+        record = dense.perplexity[text]
+        said.append(
+            f"Dense perplexity on {text} is {record['perplexity']:.2f} "
+            f"({record['tokens_scored']:,} tokens scored, blocks of "
+            f"{record['block_length']:,}, {record['dtype']})."
+        )
+        by_ratio: dict[str, list[Run]] = {}
+        for run in runs:
+            if run.place.nominal is not None:
+                by_ratio.setdefault(run.place.ratio, []).append(run)
+        if by_ratio:
+            best = [_best(dense, by_ratio[ratio], text) for ratio in sorted(by_ratio, key=float)]
+            said.append(f"Best of the smallest models at each ratio: {'; '.join(best)}.")
     return " ".join(said)
 
 
-def _dense_sentence(dense: pd.Series, text: str) -> str:
-    return (
-        f"Dense perplexity on {text} is {dense[f'{text}.perplexity']:.2f} "
-        f"({dense[f'{text}.tokens_scored']:,} tokens scored, blocks of "
-        f"{dense[f'{text}.block_length']:,}, {dense[f'{text}.dtype']})."
-    )
-
-
-def _best(results: Path, rows: list[pd.Series], ratio: str, text: str) -> str:
+def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     """The least perplexity at a ratio among the smallest models: all components are compressed.
 
     A row that compresses one component loses less and saves less: not what to compare with.
     Methods that the blocks do not tell from the best are named beside it.
     """
-    at_ratio = [row for row in rows if row["ratio"] == ratio]
-    fewest = min(row["parameters"] for row in at_ratio)
-    smallest = [row for row in at_ratio if row["parameters"] <= 1.005 * fewest]
-    best = min(smallest, key=lambda row: row[f"{text}.perplexity"])
-    losses = [place_of(row).perplexity(results, text) for row in (best, *smallest)]
-    first, *others = (Record.read(path)["block_nll"] for path in losses)
-    level = {
-        place_of(row).method
-        for row, nll in zip(smallest, others, strict=True)
-        if verdict(*differences(first, nll).values(), lower_is_better=True) != WORSE
-    } - {place_of(best).method}
+    fewest = min(run.size["parameters"] for run in runs)
+    smallest = [run for run in runs if run.size["parameters"] <= 1.005 * fewest]
+    best = min(smallest, key=lambda run: run.perplexity[text]["perplexity"])
+    first, place = best.perplexity[text], best.place
+    level = {run.place.method for run in smallest if _is_level(first, run.perplexity[text])}
+    level -= {place.method}
     also = f" (not told from it by two standard errors: {', '.join(sorted(level))})"
+    kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
     return (
-        f"at {float(ratio):g}, {best[f'{text}.perplexity']:.2f} "
-        f"({best[f'{text}.perplexity_delta']:+.2f}) by {place_of(best).method}"
-        f"{also if level else ''}, which keeps "
-        f"{best['parameters_ratio']:.1%} of the parameters and "
-        f"{best['kv_bytes_per_token_ratio']:.1%} of the KV cache"
+        f"at {float(place.ratio):g}, {first['perplexity']:.2f} "
+        f"({first['perplexity'] - dense.perplexity[text]['perplexity']:+.2f}) by {place.method}"
+        f"{also if level else ''}, which keeps {kept['parameters']:.1%} of the parameters and "
+        f"{kept['kv_bytes_per_token']:.1%} of the KV cache"
     )
+
+
+def _is_level(best: Record, other: Record) -> bool:
+    """Whether the blocks do not tell another result from the best one."""
+    found = differences(best["block_nll"], other["block_nll"])
+    return verdict(*found.values(), lower_is_better=True) != WORSE
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:
@@ -176,28 +185,18 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
-def _records(results: Path, frame: pd.DataFrame) -> Iterator[tuple[Place, Record]]:
-    """Every JSON file that the table was made from."""
-    for _, row in frame.iterrows():
-        place = place_of(row)
-        yield place, Record.read(place.weights(results))
-        for text in names(frame, "perplexity"):
-            yield place, Record.read(place.perplexity(results, text))
-        for task in names(frame, "value"):
-            yield place, Record.read(place.harness(results, task))
+# --- what it was made from ---
+def _records(run: Run) -> list[Record]:
+    """Every JSON file that a row was made from."""
+    return [run.weights, *run.perplexity.values(), *run.harness.values()]
 
 
-def _statistics(record: Record) -> list[dict[str, Any]]:
-    """The records of the statistics that a checkpoint was made from; none for other files."""
-    return list(record.data.get("provenance", {}).get("statistics", {}).values())
-
-
-def _provenance(results: Path, frame: pd.DataFrame) -> list[Column]:
+def _provenance(runs: Sequence[Run]) -> list[Column]:
     """One row for each stage, code and set of libraries, with how many files came from it."""
     found = [provenance(__name__)]
-    for _, record in _records(results, frame):
-        if "provenance" in record.data:
-            found += [record.data["provenance"], *_statistics(record)]
+    for record in (record for run in runs for record in _records(run)):
+        if made := record.data.get("provenance"):
+            found += [made, *made.get("statistics", {}).values()]
     counts = Counter(
         (
             made["stage"],
@@ -210,13 +209,13 @@ def _provenance(results: Path, frame: pd.DataFrame) -> list[Column]:
     return text_columns(("stage", "code fingerprint", "libraries", "records"), rows)
 
 
-def _calibration(results: Path, frame: pd.DataFrame) -> list[Column]:
+def _calibration(runs: Sequence[Run]) -> list[Column]:
     """How each calibration's text was read."""
     rows = set()
-    for place, record in _records(results, frame):
-        for made in _statistics(record):
+    for run in runs:
+        for made in run.statistics.values():
             said = ", ".join(f"{key} {value}" for key, value in sorted(settings(made).items()))
-            rows.add((place.model, place.calibration, said))
+            rows.add((run.place.model, run.place.calibration, said))
     return text_columns(("model", "calibration", "settings"), sorted(rows))
 
 
@@ -243,40 +242,34 @@ def _root(results: Path) -> Path:
     return Path(results.name) if results.is_absolute() else results
 
 
-def _rebuild_table(results: Path, tables: Path, frame: pd.DataFrame) -> dict[str, Any]:
+def _rebuild_table(results: Path, tables: Path, runs: Sequence[Run]) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
     files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "timings")]
+    if missing := [path for path in files if not path.is_file()]:
+        raise A3Error(f"{missing[0]}: no such file. Build the table first.")
     targets = [_root(results) / "tables" / tables.name / path.name for path in files]
     drawn = {figure["name"] for figure in read_json(tables / "figures" / "captions.json")}
-    pairs = zip(frame["model"], frame["calibration"], strict=True)
-    for place in dict.fromkeys(Place(*pair) for pair in pairs):
+    for place in dict.fromkeys(Place(run.place.model, run.place.calibration) for run in runs):
         if f"spectra-{place.model}-{place.calibration}" in drawn:
             files.append(place.spectra(results))
             targets.append(place.spectra(_root(results)))
     return {
-        "title": f"Table {tables.name}, its comparisons, seeds and seconds, and spectra",
+        "title": f"Table {tables.name}, its comparisons, seeds and timings, and spectra",
         "targets": [(t.as_posix(), sha256(f)) for t, f in zip(targets, files, strict=True)],
     }
 
 
-def _rebuild(results: Path, frame: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The files behind each row, as Snakemake targets."""
-    root = _root(results)
-    for _, row in frame.iterrows():
-        place = place_of(row)
-        files, targets = (
-            [
-                place.weights(folder),
-                *(place.perplexity(folder, text) for text in names(frame, "perplexity")),
-                *(place.harness(folder, task) for task in names(frame, "value")),
-            ]
-            for folder in (results, root)
-        )
-        seals = [Record.read(path)[SEAL] for path in files]
-        ratio = "" if place.ratio == NO_RATIO else f", ratio {place.ratio}"
-        how = "" if place.is_dense else f"{ratio}, calibration {place.calibration}"
-        yield {
-            "title": f"{place.model}: {place.method}{how}",
-            "weights_sha256": row["weights_sha256"],
-            "targets": [(t.as_posix(), seal) for t, seal in zip(targets, seals, strict=True)],
-        }
+def _rebuild(results: Path, run: Run) -> dict[str, Any]:
+    """The files behind a row, as Snakemake targets."""
+    place = run.place
+    ratio = "" if place.ratio == NO_RATIO else f", ratio {place.ratio}"
+    how = "" if place.is_dense else f"{ratio}, calibration {place.calibration}"
+    targets = [
+        ((_root(results) / record.path.relative_to(results)).as_posix(), record[SEAL])
+        for record in _records(run)
+    ]
+    return {
+        "title": f"{place.model}: {place.method}{how}",
+        "weights_sha256": run.weights["weights_sha256"],
+        "targets": targets,
+    }

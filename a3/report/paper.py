@@ -2,22 +2,21 @@
 
 from pathlib import Path
 
-import matplotlib
-import pandas as pd
-
 from a3.core.files import whole_file
 from a3.experiments.paper import Row, Table
-from a3.report.figures.drawing import STYLE
+from a3.report.figures.drawing import FORMATS, save_figure, styled
 from a3.report.figures.paper import drawn
+from a3.report.tables.columns import Column, markdown_table, words
+from a3.report.tables.frames import frame_of, write_csv, write_text
 from a3.report.tables.paper_comparison import (
     Compared,
     as_line,
     compared,
     measures_of,
-    read_table,
+    read_definition,
     telling,
-    write_csv,
 )
+from a3.report.tables.rounding import plus_minus, rounded
 
 # Decimals of each quantity; the rest have two.
 DECIMALS = {
@@ -40,18 +39,15 @@ def compare(path: Path, out: Path) -> None:
 
     Every published figure stands there once, with ours where it is built, and else what builds it.
     """
-    paper, table = read_table(path)
+    paper, table = read_definition(path)
     found = compared(paper, table, out)
-    write_csv(out / "comparison.csv", [as_line(table, one) for one in found])
-    with whole_file(out / "comparison.md") as temporary:
-        temporary.write_text(markdown(table, found), encoding="utf-8")
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    write_csv(out / "comparison.csv", frame_of([as_line(table, one) for one in found]))
+    write_text(out / "comparison.md", markdown(table, found))
+    with styled():
         figure = drawn(table, found)
-        # Without dates or versions, so that equal figures are equal files.
-        with whole_file(out / "comparison.svg") as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
-        with whole_file(out / "comparison.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        for kind in FORMATS:
+            with whole_file(out / f"comparison.{kind}") as temporary:
+                save_figure(figure, temporary, kind)
 
 
 # --- for reading ---
@@ -80,37 +76,31 @@ def model_table(table: Table, group: list[Compared]) -> str:
     for one in group:
         names = {key: getattr(one.cell.row, key) for key in keys}
         rows.setdefault(one.cell.row, names)[one.cell.measure] = cell_text(one)
-    measures = measures_of(table, group)
-    frame = pd.DataFrame(list(rows.values()), columns=[*keys, *measures]).fillna("–")
-    align = ["left"] * len(keys) + ["right"] * len(measures)
-    return str(
-        frame.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=align)
-    )
+    cells = list(rows.values())
+    found = [words(key, [row[key] for row in cells]) for key in keys]
+    for measure in measures_of(table, group):
+        texts = [row.get(measure, "–") for row in cells]
+        found.append(Column(measure, texts, texts))
+    return markdown_table(found)
 
 
 def cell_text(one: Compared) -> str:
     """`7.31 (7.22, +0.09)`, `not built (7.22)` or `7.31`, with the marks of footnotes."""
     quantity = one.cell.quantity
-    ours = NOT_BUILT if one.ours is None else plus_minus(one)
+    ours = NOT_BUILT if one.ours is None else plus_minus(shown(one.ours, quantity), one.stderr)
     if one.published is None:
         return ours
-    published = short(one.published, quantity) + " ".join(mark(i) for i in one.notes)
+    published = shown(one.published, quantity) + " ".join(mark(i) for i in one.notes)
     if one.difference is None:
         return f"{ours} ({published})"
-    sign = "+" if one.difference >= 0 else ""
-    return f"{ours} ({published}, {sign}{short(one.difference, quantity)})"
+    return f"{ours} ({published}, {shown(one.difference, quantity, '+')})"
 
 
-def plus_minus(one: Compared) -> str:
-    """Ours with its standard error."""
-    text = short(one.ours, one.cell.quantity)
-    return text if one.stderr is None else f"{text} ± {short(one.stderr, one.cell.quantity)}"
-
-
-def short(value: float, quantity: str) -> str:
+def shown(value: float, quantity: str, sign: str = "") -> str:
     """A figure with the decimals of its quantity."""
-    large = abs(value) >= 1000 and quantity in ("perplexity", "delta")
-    return f"{value:.4g}" if large else f"{value:,.{DECIMALS.get(quantity, 2)}f}"
+    if quantity in ("perplexity", "delta"):
+        return rounded(value, sign=sign)
+    return f"{value:{sign},.{DECIMALS.get(quantity, 2)}f}"
 
 
 def mark(number: int) -> str:

@@ -93,7 +93,8 @@ def report(tmp_path_factory):
     (out / "speed.csv").write_text("model,phase,tokens/s\nsmall,prefill,1234.5\nsmall,decode,17\n")
     spectra = sorted(results.glob("spectra/small/*.json"))
     build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra)
-    build_report(results, out, {"experiments": "a.tsv"}, out / "report.html")
+    inputs = (results, experiments, TEXTS, TASKS, out, {"experiments": "a.tsv"})
+    build_report(*inputs, out / "report.html", METHODS[0])
     return out / "report.html"
 
 

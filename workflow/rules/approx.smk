@@ -4,6 +4,10 @@ With several `approx_jobs`, each solves a run of layers, and `gather` makes one 
 as many files of weights, and one more for what is in no layer.
 """
 
+
+include: "../helpers/approx.smk"
+
+
 JOBS = C["approx_jobs"]
 SHARDS_OF_CHECKPOINT = f"{RESULTS}/shards/{RUN}"
 

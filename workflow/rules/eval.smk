@@ -1,5 +1,9 @@
 """Stages eval ppl, harness and speed, of dense and compressed models alike."""
 
+
+include: "../helpers/eval.smk"
+
+
 HARNESS_SETTINGS = (
     *("metric", "shots", "limit", "seed", "dtype"),
     *("apply_chat_template", "fewshot_as_multiturn", "system_instruction"),

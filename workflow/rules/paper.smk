@@ -5,6 +5,11 @@ comparison reads every group that is there; those of models that `paper.models` 
 taken as they are, and not built again.
 """
 
+
+include: "../helpers/paper.smk"
+
+
+PAPER_GROUPS = f"{RESULTS}/paper"
 TABLES = PAPER.path.with_suffix("")
 
 

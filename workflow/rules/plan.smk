@@ -8,14 +8,12 @@ import subprocess
 import sys
 from collections import Counter
 
-from snakemake_interface_executor_plugins.settings import ExecMode
+from a3.jobs.settings import settings_of
 
 # Rules of the heavy stages.
 STAGES = {
     "collect": "collect",
-    "collect_together": "collect",
-    "collect_others": "collect",
-    "collect_paper": "collect",
+    **dict.fromkeys(ONE_PASS, "collect"),
     "collect_compressed": "collect",
     "allocate": "allocate",
     "approx": "approx",
@@ -72,13 +70,13 @@ def planned(job):
         if job.rule.name == "collect_compressed":  # in one job, whatever the shards
             settings |= {"kinds": QUANTISED_KINDS}
         else:
-            settings |= {"kinds": [kind] if kind else kinds_together(wildcards.calibration)}
+            settings |= {"kinds": [kind] if kind else TOGETHER[wildcards.calibration]}
             settings["tokens"] //= settings["shards"]
     elif solves:
         row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
-        settings |= {"row": row_of(wildcards.run)}
+        settings |= {"row": row_of(place_of(wildcards))}
         if stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
             settings["tokens"] = tokens_scored(wildcards)
@@ -87,12 +85,12 @@ def planned(job):
         else:
             chosen = entry("harness", wildcards.task)
             settings |= chosen | {"items": items_of(chosen)}
-    return {"model": model_of(job), "stage": stage, "settings": settings}
+    known = {key: settings[key] for key in settings_of(stage)}
+    return {"model": model_of(job), "stage": stage, "settings": known}
 
 
-def row_of(run):
-    """The modes and ratio of a run's path; {} of the dense model and where shapes stay dense."""
-    if run == DENSE or is_surgery(run):
+def row_of(place):
+    """The modes and ratio of a row; {} of the dense model and where shapes stay dense."""
+    if place.is_dense or isinstance(place, SurgeryPlace):
         return {}
-    _, modes, ratio, *_ = run.split("/")
-    return dict(zip(("qk", "ov", "mlp"), modes.split("+"))) | {"ratio": ratio}
+    return {key: getattr(place, key) for key in ("qk", "ov", "mlp", "ratio")}

@@ -5,6 +5,12 @@ which are collected on it in one pass, of all kinds that some row needs.
 """
 
 
+include: "../helpers/quantise.smk"
+
+
+QUANTISED = f"{RESULTS}/quantised/{RUN}/{{quantise}}"
+
+
 rule quantise:
     input:
         model=base_files,

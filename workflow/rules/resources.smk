@@ -5,6 +5,7 @@ On one machine nothing of it limits anything.
 
 import errno
 
+from a3.core.files import read_record
 from a3.models.cost import (
     DECODE_ROWS,
     approx_cost,
@@ -17,7 +18,7 @@ from a3.models.cost import (
     speed_cost,
     surgery_cost,
 )
-from a3.core.files import read_record
+from a3.solutions.surgeries import find_surgery
 
 # Tokens of a prompt, at least so many are asked for.
 PROMPT = 256
@@ -64,10 +65,9 @@ def arch_of(input):
     if not Path(name).exists():
         raise FileNotFoundError(errno.ENOENT, "yet to be made", name)
     try:
-        record = read_record(Path(name))
-        return shapes(record["base"] if Path(name).name == "approx.json" else record)
-    except A3Error as error:
-        raise WorkflowError(str(error)) from None
+        with correctable():
+            record = read_record(Path(name))
+            return shapes(record["base"] if Path(name).name == "approx.json" else record)
     except (LookupError, TypeError) as error:
         raise WorkflowError(f"{name}: {error!r}. Delete it; it is made again.") from None
 
@@ -77,7 +77,7 @@ def cost_of_collect(arch, wildcards):
     chosen = entry("calibrations", wildcards.calibration)
     tokens = chosen["tokens"] // chosen["shards"]
     alone = "kind" in wildcards.keys()
-    kinds = [wildcards.kind] if alone else kinds_together(wildcards.calibration)
+    kinds = [wildcards.kind] if alone else TOGETHER[wildcards.calibration]
     return collect_cost(arch, tokens, chosen["block_length"], chosen["dtype"], kinds)
 
 

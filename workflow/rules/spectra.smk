@@ -1,5 +1,7 @@
 """Stage spectra: weights and Rxx to the energy that each rank keeps."""
 
+from a3.rxx.kinds import SPECTRA_KINDS
+
 
 rule spectra:
     input:

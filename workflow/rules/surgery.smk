@@ -4,7 +4,21 @@ Checkpoints lie beside those of approx and are evaluated by the same rules: cali
 place of calibration/modes/ratio.
 """
 
-OPERATED = "{model}/{calibration}/{mode}/{size}"
+from a3.experiments.needed import evaluations
+from a3.solutions.surgeries import SURGERIES, find_surgery
+
+# Every file that the table of surgeries is made of, each model's dense row included.
+OPERATIONS_EVALUATED = evaluations(
+    dict.fromkeys(
+        [
+            *(SurgeryPlace(row["model"]) for row in OPERATIONS),
+            *(SurgeryPlace(**row) for row in OPERATIONS),
+        ]
+    ),
+    Path(RESULTS),
+    C["evaluate"],
+)
+OPERATED = SurgeryPlace("{model}", "{calibration}", mode="{mode}", size="{size}").format()
 SURGERY_CHECKPOINT = f"{RESULTS}/checkpoints/{OPERATED}"
 SURGERY_INPUTS = (
     " --results {params.results:q} --surgeries {params.rows:q} --perplexity {params.perplexity:q}"

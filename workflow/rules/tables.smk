@@ -1,5 +1,15 @@
 """Stage tables: pandas tables, figures and the report."""
 
+from a3.experiments.needed import evaluations, spectra_are_free
+
+# Every file that the table is made of.
+EVALUATED = evaluations(PLACES, Path(RESULTS), C["evaluate"])
+# Of each model and calibration, where the table needs those statistics anyway.
+SPECTRA = sorted(
+    {str(Place(row["model"], row["calibration"]).spectra(Path(RESULTS))) for row in ROWS}
+    if spectra_are_free(ROWS)
+    else []
+)
 EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
@@ -71,6 +81,7 @@ rule figures:
 
 rule report:
     input:
+        EVALUATED,
         multiext(f"{TABLE}/", *CSV, "figures"),
         SURGERY_TABLES,
     output:
@@ -81,9 +92,13 @@ rule report:
         "../../environment.yaml"
     params:
         results=lambda wildcards: RESULTS,
-        tables=subpath(input[0], parent=True),
+        rows=json.dumps(ROWS),
+        perplexity=C["evaluate"]["perplexity"],
+        harness=C["evaluate"]["harness"],
+        reference=["--reference", C["reference"]] if "reference" in C else [],
+        tables=TABLE,
         config=CONFIGURED,
         code=fingerprint("a3.report.page"),
     shell:
-        "a3 report --results {params.results:q} --tables {params.tables:q}"
+        f"a3 report {EVERYTHING} {{params.reference:q}} --tables {{params.tables:q}}"
         " --config {params.config:q} -o {output:q} &> {log:q}"

@@ -1,6 +1,9 @@
 """Stage text: documents; what calibration has seen taken out; splits; harness items."""
 
 
+include: "../helpers/text.smk"
+
+
 rule text:
     input:
         sources("texts", "text"),

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
 from a3.artifacts.runs import Run, read_runs
-from a3.core.files import whole_folder, write_json
 from a3.report.figures.bits import bits_drawing
-from a3.report.figures.drawing import STYLE, TITLES, Drawing, save_drawing
+from a3.report.figures.drawing import Drawing, save_drawings, styled
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
 from a3.report.figures.spectra import spectra_drawing
+from a3.solutions.modes import COMPONENTS
 
 
 def build_figures(
@@ -35,15 +33,11 @@ def build_figures(
         A3Error: as `build_tables` does, and for spectra of other weights.
     """
     drawings: list[Drawing] = []
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with styled():
         for dense, runs in read_runs(results, experiments, perplexity, harness):
             its_own = [path for path in spectra if path.parent.name == dense.place.model]
             drawings += _model(dense, runs, perplexity, harness, its_own)
-        with whole_folder(out) as folder:
-            for drawing in drawings:
-                save_drawing(drawing, folder)
-            captions = [{"name": d.name, "caption": d.caption} for d in drawings]
-            write_json(folder / "captions.json", captions)
+        save_drawings(drawings, out)
 
 
 def _model(
@@ -63,7 +57,7 @@ def _model(
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:
         drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
-    errors = {key: _error_rows(runs, key) for key in TITLES}
+    errors = {key: _error_rows(runs, key) for key in COMPONENTS}
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
     drawings += rope_drawings(dense, runs)

@@ -1,6 +1,8 @@
 """What all figures share: their look, their files, and the rows of heat maps."""
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +18,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from a3.artifacts.runs import Run
+from a3.core.files import whole_folder, write_json
 from a3.solutions.modes import Choice, parse_choice
 
 # Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
@@ -33,8 +36,6 @@ GREY = "#767676"
 
 ABSENT = "#e0e0e0"
 
-TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
-
 STYLE = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
     "font.size": 10,
@@ -44,6 +45,12 @@ STYLE = {
     "axes.titlelocation": "left",
     "text.parse_math": False,  # a name with two dollar signs is a name
     "legend.frameon": False,
+}
+
+# How figures are written: without dates or versions, so that equal figures are equal files.
+FORMATS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+    "png": {"dpi": 160, "metadata": {"Software": None}},
 }
 
 
@@ -64,11 +71,24 @@ class Row:
     values: np.ndarray
 
 
-def save_drawing(drawing: Drawing, folder: Path) -> None:
-    """Write SVG and PNG without dates or versions, so that equal figures are equal files."""
-    svg = {"Date": None, "Creator": None}
-    drawing.figure.savefig(folder / f"{drawing.name}.svg", metadata=svg)
-    drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=160, metadata={"Software": None})
+def styled() -> AbstractContextManager[None]:
+    """Inside of it figures have the look of a3, whatever matplotlibrc says."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def save_drawings(drawings: Sequence[Drawing], out: Path) -> None:
+    """Write figures into the folder `out`, and captions.json, which lists them in reading order."""
+    with whole_folder(out) as folder:
+        for drawing in drawings:
+            for kind in FORMATS:
+                save_figure(drawing.figure, folder / f"{drawing.name}.{kind}", kind)
+        captions = [{"name": d.name, "caption": d.caption} for d in drawings]
+        write_json(folder / "captions.json", captions)
+
+
+def save_figure(figure: Figure, path: Path, kind: str) -> None:
+    """Write a figure in one of FORMATS."""
+    figure.savefig(path, format=kind, **FORMATS[kind])
 
 
 def choice_of(run: Run, component: str) -> Choice:

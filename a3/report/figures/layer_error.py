@@ -9,7 +9,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from a3.artifacts.runs import Run
 from a3.report.figures.drawing import (
-    TITLES,
     Drawing,
     Row,
     colour_bar,
@@ -51,7 +50,7 @@ def _layer_error(dense: Run, errors: dict[str, list[Row]]) -> Drawing:
         image = axes.imshow(
             np.stack([row.values for row in rows]), aspect="auto", norm=norm, cmap=cmap
         )
-        axes.set_title(TITLES[component])
+        axes.set_title(component.upper())
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         no_frame(axes)
     grid[-1, 0].xaxis.set_major_locator(MaxNLocator(12, integer=True))

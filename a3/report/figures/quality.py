@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from a3.artifacts.places import LOG
+from a3.artifacts.protocols import LOG
 from a3.artifacts.runs import Run
 from a3.core.records import Record
 from a3.report.figures.drawing import COLOURS, DASHES, GREY, MARKERS, Drawing, log_if_wide, points

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from a3.artifacts.runs import Run
-from a3.report.figures.drawing import TITLES, Drawing, name_model
+from a3.report.figures.drawing import Drawing, name_model
 from a3.solutions.modes import COMPONENTS, SHARED
 
 # Light to dark, the more is removed.
@@ -30,7 +30,7 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
         for run, shade in zip(shared, _shades(len(shared)), strict=True):
             values = kept(run, component)
             axes.step(range(len(values)), values, where="mid", color=shade, label=_label(run))
-        axes.set_title(TITLES[component])
+        axes.set_title(component.upper())
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,19 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from a3.artifacts.runs import Run, read_surgeries
-from a3.core.files import whole_folder, write_json
 from a3.report.figures.drawing import (
     COLOURS,
     GREY,
     MARKERS,
-    STYLE,
     Drawing,
     colour_bar,
     colour_map,
@@ -23,7 +20,8 @@ from a3.report.figures.drawing import (
     name_model,
     no_frame,
     points,
-    save_drawing,
+    save_drawings,
+    styled,
 )
 from a3.solutions.surgeries import PROJECTIONS, SURGERIES, VARIANCE, parse_size
 
@@ -43,18 +41,14 @@ def build_surgery_figures(
     Raises A3Error as `build_surgery_table` does.
     """
     drawings: list[Drawing] = []
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with styled():
         for dense, runs in read_surgeries(results, surgeries, perplexity, harness):
             if perplexity:
                 drawings.append(perplexity_drawing(dense, runs, perplexity))
             by_variance = [run for run in runs if parse_size(run.place.size).of == VARIANCE]
             if by_variance:
                 drawings.append(dimensions_drawing(dense, by_variance))
-        with whole_folder(out) as folder:
-            for drawing in drawings:
-                save_drawing(drawing, folder)
-            captions = [{"name": d.name, "caption": d.caption} for d in drawings]
-            write_json(folder / "captions.json", captions)
+        save_drawings(drawings, out)
 
 
 def perplexity_drawing(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:

@@ -7,13 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from a3.artifacts.places import LOG, PLACE, Place
-from a3.artifacts.protocols import HARNESS_PROTOCOL
-from a3.artifacts.runs import Run
+from a3.artifacts.protocols import HARNESS_PROTOCOL, LOG
+from a3.artifacts.runs import Groups, Run
 from a3.core.errors import A3Error
 from a3.core.records import Record
-
-Groups = list[tuple[Run, list[Run]]]
+from a3.report.tables.frames import named
 
 BETTER, WORSE, SAME = "better", "worse", "no difference"
 
@@ -86,16 +84,15 @@ def _beside(run: Run, runs: Sequence[Run], reference: str) -> Run | None:
 
 def _comparison(run: Run, other: Run) -> dict[str, Any]:
     """One row of comparisons.csv."""
-    row = _place(run.place) | {"reference": other.place.method}
+    row: dict[str, Any] = run.place.names | {"reference": other.place.method}
     row["parameters_ratio"] = run.size["parameters"] / other.size["parameters"]
     for text, record in run.perplexity.items():
         found = differences(other.perplexity[text]["block_nll"], record["block_nll"])
-        row |= {f"{text}.nll_{key}": value for key, value in found.items()}
+        row |= named(text, {f"nll_{key}": value for key, value in found.items()})
         row[f"{text}.blocks"] = record["blocks"]
         row[f"{text}.nll_verdict"] = verdict(*found.values(), lower_is_better=True)
     for task, record in run.harness.items():
-        found = _harness(other.harness[task], record)
-        row |= {f"{task}.{key}": value for key, value in found.items()}
+        row |= named(task, _harness(other.harness[task], record))
     return row
 
 
@@ -143,10 +140,6 @@ def _require_items(record: Record, scores: list[list[float]]) -> None:
         )
 
 
-def _place(place: Place) -> dict[str, str]:
-    return {key: getattr(place, key) for key in PLACE}
-
-
 # --- calibration seeds ---
 def settings(record: dict[str, Any]) -> dict[str, Any]:
     """How the text of a statistics record was read, and which."""
@@ -164,7 +157,7 @@ def seeds(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     for _, runs in groups:
         for by_seed in _repeated(runs):
             first = next(iter(by_seed.values()))
-            row = _place(first.place)
+            row: dict[str, Any] = dict(first.place.names)
             row["calibration"] = " ".join(run.place.calibration for run in by_seed.values())
             row["seeds"] = len(by_seed)
             for text in first.perplexity:

@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 
 from a3.core.errors import A3Error
-from a3.core.files import whole_file
 from a3.experiments.paper import KEYS, Cell, Paper, Row, Table
+from a3.report.tables.frames import read_csv
 
 
-def read_table(path: Path) -> tuple[Paper, Table]:
+def read_definition(path: Path) -> tuple[Paper, Table]:
     """A table of the paper by config/paper/<table>.yaml; raises A3Error where there is none."""
     shared = path.resolve().parent / f"../{path.resolve().parent.name}.yaml"
     if not path.is_file() or not shared.is_file():
@@ -89,7 +89,7 @@ def read_groups(paper: Paper, folder: Path) -> dict[Cell, tuple[float | None, fl
     for path in (folder / f"{name}.csv" for name in paper.models):
         if not path.exists():
             continue
-        lines = pd.read_csv(path, dtype=dict.fromkeys(("model", "measure", *KEYS), str))
+        lines = read_csv(path, ("model", "measure", *KEYS))
         if missing := {"model", "measure", "ours", "stderr", *KEYS} - set(lines):
             raise A3Error(f"{path}: no column {min(missing)}. Delete it and build it again.")
         lines[["model", "measure", *KEYS]] = lines[["model", "measure", *KEYS]].fillna("")
@@ -129,9 +129,3 @@ def telling(group: list[Compared]) -> list[str]:
     found = [key for key in KEYS if len({getattr(row, key) for row in own}) > 1]
     method = not found or len(own) < len(rows)
     return [key for key in KEYS if key in found or (key == "method" and method)]
-
-
-def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Lines with numbers exactly as they are: object columns keep integers beside empty cells."""
-    with whole_file(path) as temporary:
-        pd.DataFrame(lines, dtype=object).to_csv(temporary, index=False, lineterminator="\n")

@@ -9,9 +9,10 @@ from a3.artifacts.places import Place
 from a3.artifacts.protocols import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL, SPEED_PROTOCOL
 from a3.artifacts.runs import Run, check_speed, read_runs
 from a3.core.errors import A3Error
-from a3.core.records import Record, timing
+from a3.core.records import Record
 from a3.experiments.paper import KEYS, SPEED, Wanted
-from a3.report.tables.paper_comparison import read_table, write_csv
+from a3.report.tables.frames import frame_of, write_csv
+from a3.report.tables.paper_comparison import read_definition
 
 PROTOCOL = {
     "perplexity": PERPLEXITY_PROTOCOL,
@@ -27,7 +28,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
     With what they were read from and by what protocol. Raises A3Error as `read_runs` does, and
     where the model has no rows in this table.
     """
-    paper, table = read_table(path)
+    paper, table = read_definition(path)
     wanted = paper.wanted(table, model)
     if not wanted:
         raise A3Error(f"{path}: has no rows that can be built of {model!r}. Name another model.")
@@ -40,7 +41,7 @@ def build_rows(path: Path, model: str, results: Path, out: Path) -> None:
             for average in (x for x in lines if x["measure"] == one.cell.measure):
                 same = [x["ours"] for x in own if all(x[key] == average[key] for key in KEYS)]
                 average["ours"] = None if None in same else sum(same) / len(same)
-    write_csv(out, lines)
+    write_csv(out, frame_of(lines))
 
 
 def runs_of(wanted: list[Wanted], results: Path) -> dict[Place, Run]:
@@ -54,9 +55,9 @@ def runs_of(wanted: list[Wanted], results: Path) -> dict[Place, Run]:
 
 def line(dense: Run, run: Run, one: Wanted, results: Path) -> dict[str, Any]:
     """One figure of ours: names, value, standard error, source and protocol."""
-    value, error = measured(dense, run, one, results)
-    source = one.files(results)[0]
-    protocol = [f"{k} {Record.read(source)[k]}" for k in PROTOCOL.get(one.cell.quantity, ())]
+    record = record_of(run, one, results)
+    value, error = measured(dense, run, one, record, results)
+    protocol = [f"{k} {record[k]}" for k in PROTOCOL.get(one.cell.quantity, ())]
     return {
         "model": one.cell.model,
         **vars(one.cell.row),
@@ -64,33 +65,45 @@ def line(dense: Run, run: Run, one: Wanted, results: Path) -> dict[str, Any]:
         "ours": value,
         "stderr": error,
         "method_of_ours": run.place.method,
-        "source": str(source),
+        "source": str(record.path),
         "protocol": ", ".join(protocol),
         "weights_sha256": run.weights["weights_sha256"],
     }
 
 
-def measured(dense: Run, run: Run, one: Wanted, results: Path) -> tuple[float | None, float | None]:
+def record_of(run: Run, one: Wanted, results: Path) -> Record:
+    """The record that a figure of ours is read from."""
+    quantity = one.cell.quantity
+    if quantity in ("perplexity", "delta"):
+        return run.perplexity[one.entry]
+    if quantity == "accuracy":
+        return run.harness[one.entry]
+    if quantity == "seconds" or quantity in SPEED:
+        return Record.read(one.files(results)[0])
+    return run.weights
+
+
+def measured(
+    dense: Run, run: Run, one: Wanted, record: Record, results: Path
+) -> tuple[float | None, float | None]:
     """A figure of ours and its standard error, where it has one.
 
     The average of accuracies is None here.
     """
     quantity, name = one.cell.quantity, one.cell.name
     if quantity == "perplexity":
-        record = run.perplexity[one.entry]
         return record["perplexity"], record["perplexity_stderr"]
     if quantity == "delta":
-        return delta(dense.perplexity[one.entry], run.perplexity[one.entry])
+        return delta(dense.perplexity[one.entry], record)
     if quantity == "accuracy":
-        return run.harness[one.entry]["value"], run.harness[one.entry]["stderr"]
+        return record["value"], record["stderr"]
     if quantity == "error":
         errors = [layer[name]["relative_error"] for layer in run.layers]
         return sum(errors) / len(errors), None
     if quantity == "seconds":
-        spent = Record.read(timing(run.weights.path))["layers"]
-        return sum(layer[name] for layer in spent), None
+        return sum(layer[name] for layer in record["layers"]), None
     if quantity in SPEED:
-        return speed(run, one, results), None
+        return speed(run, one, record, results), None
     return None, None
 
 
@@ -104,13 +117,12 @@ def delta(dense: Record, run: Record) -> tuple[float, float]:
     return p - q, float(pd.Series([p * a - q * b for a, b in pairs]).sem())
 
 
-def speed(run: Run, one: Wanted, results: Path) -> float | None:
+def speed(run: Run, one: Wanted, record: Record, results: Path) -> float | None:
     """A figure of a speed record; None where the device does not measure it.
 
     Of a row whose setting is an attention implementation, that one's. Raises A3Error where the
     record is of other weights.
     """
-    record = Record.read(one.files(results)[0])
     check_speed(record, Record.read(one.timed.weights(results)))
     dense, own = record["models"] if not run.place.is_dense else record["models"][:1] * 2
     setting = one.cell.row.setting

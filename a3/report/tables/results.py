@@ -1,28 +1,29 @@
 """Result tables: every compressed figure beside its dense figure and the protocol of both."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from a3.artifacts.places import PLACE
+import pandas as pd
+
 from a3.artifacts.protocols import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL
-from a3.artifacts.runs import Run, read_runs
+from a3.artifacts.runs import Groups, Run, read_runs
 from a3.core.errors import A3Error
-from a3.core.files import whole_file
 from a3.core.records import Record, timing
 from a3.experiments.rows import check_reference
 from a3.report.tables.columns import (
-    columns,
     comparison_columns,
     comparison_note,
     markdown_table,
-    protocol,
+    protocol_columns,
+    result_columns,
     seed_columns,
     seed_note,
 )
 from a3.report.tables.compare import comparisons, differences, seeds
-from a3.report.tables.frames import _write_csv, named, read_table
+from a3.report.tables.frames import frame_of, named, write_csv, write_text
 from a3.rxx.kinds import KINDS, SAMPLED_FORMS
-from a3.solutions.modes import DENSE
+from a3.solutions.modes import COMPONENTS, DENSE
 
 SIZES = ("parameters", "kv_bytes_per_token", "flops_per_token")
 
@@ -54,24 +55,31 @@ def build_tables(
             the reference's method.
     """
     check_reference(experiments, reference)
-    groups = read_runs(results, experiments, perplexity, harness)
-    rows = [_row(dense, run) for dense, runs in groups for run in (dense, *runs)]
-    if any(run.place.is_quantised for _, runs in groups for run in runs):
-        bits = [run.bits_per_weight(dense) for dense, runs in groups for run in (dense, *runs)]
-        rows = [row | {"bits_per_weight": one} for row, one in zip(rows, bits, strict=True)]
-    seconds = [_seconds(results, run) for dense, runs in groups for run in (dense, *runs)]
-    _write_csv(out / "results.csv", rows)
-    _write_csv(out / "comparisons.csv", comparisons(groups, reference))
-    _write_csv(out / "seeds.csv", seeds(groups, reference))
-    _write_csv(out / "timings.csv", seconds)
-    with whole_file(out / "results.md") as temporary:
-        temporary.write_text(markdown(out), encoding="utf-8")
+    frames = frames_of(results, read_runs(results, experiments, perplexity, harness), reference)
+    for name, frame in frames.items():
+        write_csv(out / f"{name}.csv", frame)
+    write_text(out / "results.md", markdown(frames, perplexity, harness))
+
+
+def frames_of(results: Path, groups: Groups, reference: str | None) -> dict[str, pd.DataFrame]:
+    """The tables of all runs in full precision: results, comparisons, seeds and timings."""
+    pairs = [(dense, run) for dense, runs in groups for run in (dense, *runs)]
+    rows = [_row(dense, run) for dense, run in pairs]
+    if any(run.place.is_quantised for _, run in pairs):
+        for row, (dense, run) in zip(rows, pairs, strict=True):
+            row["bits_per_weight"] = run.bits_per_weight(dense)
+    return {
+        "results": frame_of(rows),
+        "comparisons": frame_of(comparisons(groups, reference)),
+        "seeds": frame_of(seeds(groups, reference)),
+        "timings": frame_of([_seconds(results, run) for _, run in pairs]),
+    }
 
 
 # --- rows ---
 def _row(dense: Run, run: Run) -> dict[str, Any]:
     """One row of results.csv: what was measured, then sizes, then the protocol."""
-    row: dict[str, Any] = {key: getattr(run.place, key) for key in PLACE}
+    row: dict[str, Any] = dict(run.place.names)
     for text, record in run.perplexity.items():
         row |= named(text, _perplexity(dense.perplexity[text], record))
     for task, record in run.harness.items():
@@ -139,7 +147,7 @@ def _harness(dense: Record, record: Record) -> dict[str, Any]:
 def _seconds(results: Path, run: Run) -> dict[str, Any]:
     """One row of timings.csv. Rows of one calibration share its Rxx, hence the seconds of it."""
     place = run.place
-    row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
+    row: dict[str, Any] = dict(place.names)
     if not place.is_dense:
         for kind in run.statistics:
             row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
@@ -147,7 +155,7 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         if allocation := place.allocation(results):
             row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
         row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
-        for component in ("qk", "ov", "mlp"):
+        for component in COMPONENTS:
             if getattr(place, component) != DENSE and not place.is_quantised:
                 row[f"approx {component}.seconds"] = sum(
                     layer[component] for layer in spent["layers"]
@@ -168,20 +176,22 @@ def _speed(path: Path) -> dict[str, float]:
     return speed
 
 
-def markdown(folder: Path) -> str:
-    """The tables of a folder and their protocol as GitHub Markdown."""
-    frame = read_table(folder / "results.csv")
+def markdown(
+    frames: Mapping[str, pd.DataFrame], perplexity: Sequence[str], harness: Sequence[str]
+) -> str:
+    """The tables and their protocol as GitHub Markdown."""
+    frame, compared, repeated = (frames[name] for name in ("results", "comparisons", "seeds"))
     said = [
-        markdown_table(columns(frame)),
+        markdown_table(result_columns(frame, perplexity, harness)),
         "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
         "with the error of the paired difference over blocks. Kept shares are of the dense "
         "model's.",
     ]
-    for name, shown, note in (
-        ("comparisons", comparison_columns, comparison_note),
-        ("seeds", seed_columns, seed_note),
-    ):
-        found = read_table(folder / f"{name}.csv")
-        if len(found):
-            said += [f"## {name.capitalize()}", markdown_table(shown(found)), note(found)]
-    return "\n\n".join([*said, markdown_table(protocol(frame))]) + "\n"
+    if len(compared):
+        table = markdown_table(comparison_columns(compared))
+        said += ["## Comparisons", table, comparison_note(compared)]
+    if len(repeated):
+        table = markdown_table(seed_columns(repeated, perplexity))
+        said += ["## Seeds", table, seed_note(repeated)]
+    table = markdown_table(protocol_columns(frame, perplexity, harness))
+    return "\n\n".join([*said, table]) + "\n"

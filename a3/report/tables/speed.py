@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from a3.artifacts.places import PLACE, Place
+from a3.artifacts.places import Place
 from a3.artifacts.protocols import SPEED_PROTOCOL
 from a3.artifacts.runs import read_speeds
-from a3.core.files import whole_file
 from a3.core.records import Record
+from a3.report.tables.columns import Column, markdown_table, places_of, spaced, words
+from a3.report.tables.frames import frame_of, write_csv, write_text
 from a3.stages.evaluate.speed_summary import compared, shown
 
 MEASURED = ("prefill", "prefill_iqr", "decode", "decode_iqr", "weights_bytes", "cache_bytes")
@@ -28,10 +29,9 @@ def build_speed_table(
     """
     found = read_speeds(results, experiments, speed)
     rows = [row for place, name, record in found for row in rows_of(place, name, record)]
-    with whole_file(out / "speed.csv") as temporary:
-        pd.DataFrame(rows, dtype=object).to_csv(temporary, index=False, lineterminator="\n")
-    with whole_file(out / "speed.md") as temporary:
-        temporary.write_text(markdown(rows), encoding="utf-8")
+    frame = frame_of(rows)
+    write_csv(out / "speed.csv", frame)
+    write_text(out / "speed.md", markdown(frame))
 
 
 def rows_of(place: Place, name: str, record: Record) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def rows_of(place: Place, name: str, record: Record) -> list[dict[str, Any]]:
     half = len(everything) // 2
     return [
         {
-            **{key: getattr(place, key) for key in PLACE},
+            **place.names,
             "speed": name,
             "attention": own["attention"],
             **{key: value for key, value in own.items() if key not in ("name", "attention")},
@@ -52,15 +52,13 @@ def rows_of(place: Place, name: str, record: Record) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows, rounded, as GitHub Markdown."""
-    frame = pd.DataFrame(
+def speed_columns(frame: pd.DataFrame) -> list[Column]:
+    """The columns of speed.csv that people compare, rounded."""
+    cells = [
         {
-            "model": row["model"],
-            "method (QK + OV + MLP)": Place(*(row[key] for key in PLACE)).method.replace(
-                "+", " + "
-            ),
-            "ratio": row["ratio"],
+            "model": place.model,
+            "method (QK + OV + MLP)": spaced(place),
+            "ratio": place.ratio,
             "measured": f"{row['speed']}: {row['batch']} × ({row['prompt']} + {row['new_tokens']})",
             "attention": row["attention"],
             "dense prefill tokens/s": shown(row, "dense_prefill"),
@@ -75,11 +73,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "FLOPs kept, by the paper": f"{row['flops_per_token_paper_ratio']:.1%}",
             "on": f"{row['device']}, {row['threads']} threads, {row['dtype']}",
         }
-        for row in rows
-    )
-    table = frame.to_markdown(index=False, tablefmt="github", disable_numparse=True)
+        for place, row in zip(places_of(frame), frame.to_dict("records"), strict=True)
+    ]
+    return [words(title, [cell[title] for cell in cells]) for title in cells[0]]
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The table as GitHub Markdown."""
     return (
-        f"{table}\n\n"
+        f"{markdown_table(speed_columns(frame))}\n\n"
         "Medians over repeats ± the distance of the quartiles; ratios are to the dense model, "
         "taken within a repeat, in which both run in turn. Measured: sequences × (prompt + new "
         "tokens).\n"

@@ -1,20 +1,29 @@
 """The tables of surgeries: what is kept, what it costs the model, and the factors' parameters."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from a3.artifacts.places import SurgeryPlace
+from a3.artifacts.places import SURGERY_PLACE
 from a3.artifacts.protocols import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL
-from a3.artifacts.runs import PLACE, Run, read_surgeries
-from a3.core.files import whole_file
+from a3.artifacts.runs import Run, read_surgeries
 from a3.core.records import Record
-from a3.report.tables.columns import Column, markdown_table, numbers, score, short, text_columns
+from a3.report.tables.columns import (
+    Column,
+    markdown_table,
+    numbers,
+    percent,
+    signed,
+    text_columns,
+    words,
+)
 from a3.report.tables.compare import differences
-from a3.report.tables.frames import named
+from a3.report.tables.frames import frame_of, named, read_csv, write_csv, write_text
+from a3.report.tables.rounding import rounded
 from a3.solutions.surgeries import PROJECTIONS, SEPARATE
 
 TITLES = ("mode", "size", "what it says")
@@ -39,19 +48,15 @@ def build_surgery_table(
         for run in runs:
             rows.append(_row(results, dense, run, beside(run, runs)))
             layers += _layers(run)
-    out.mkdir(parents=True, exist_ok=True)
-    frame = pd.DataFrame(rows, dtype=object)
-    for name, found in (("surgery", frame), ("surgery_layers", pd.DataFrame(layers, dtype=object))):
-        with whole_file(out / f"{name}.csv") as temporary:
-            found.to_csv(temporary, index=False, lineterminator="\n")
-    with whole_file(out / "surgery.md") as temporary:
-        temporary.write_text(markdown(read_surgery_table(out / "surgery.csv")), encoding="utf-8")
+    frame = frame_of(rows)
+    write_csv(out / "surgery.csv", frame)
+    write_csv(out / "surgery_layers.csv", frame_of(layers))
+    write_text(out / "surgery.md", markdown(frame))
 
 
 def read_surgery_table(path: Path) -> pd.DataFrame:
     """surgery.csv, names as text and empty cells as NaN."""
-    texts = dict.fromkeys((*PLACE, "prompt", "generation"), str)
-    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+    return read_csv(path, (*SURGERY_PLACE, "prompt", "generation"))
 
 
 def beside(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -68,8 +73,8 @@ def beside(run: Run, runs: Sequence[Run]) -> Run | None:
 
 def _row(results: Path, dense: Run, run: Run, other: Run | None) -> dict[str, Any]:
     """One row of surgery.csv; `other` is what it is compared to."""
-    place = run.place if isinstance(run.place, SurgeryPlace) else SurgeryPlace(run.place.model)
-    row: dict[str, Any] = {key: getattr(place, key) for key in PLACE}
+    place = run.place
+    row: dict[str, Any] = dict(place.names)
     for text, record in run.perplexity.items():
         row |= named(text, _perplexity(text, dense, record, other))
     for task, record in run.harness.items():
@@ -115,9 +120,8 @@ def _perplexity(text: str, dense: Run, record: Record, other: Run | None) -> dic
 
 def _layers(run: Run) -> list[dict[str, Any]]:
     """Rows of surgery_layers.csv of one run."""
-    place = {key: getattr(run.place, key) for key in PLACE}
     return [
-        place | {"layer": number, "matrix": name, **layer[name]}
+        run.place.names | {"layer": number, "matrix": name, **layer[name]}
         for number, layer in enumerate(run.weights["layers"])
         for name in PROJECTIONS
     ]
@@ -126,28 +130,30 @@ def _layers(run: Run) -> list[dict[str, Any]]:
 # --- for reading ---
 def surgery_columns(frame: pd.DataFrame) -> list[Column]:
     """The columns of surgery.csv that people compare, rounded."""
-    models, modes, sizes = (frame[key].fillna("").tolist() for key in ("model", "mode", "size"))
-    found = [Column("model", models, models, "text"), Column("mode", modes, modes, "key")]
-    found.append(Column("size", sizes, sizes, "short"))
-    found.append(numbers(frame, "variance explained, at least", "share", "{:.1%}".format))
+    found = [
+        words("model", frame["model"].tolist()),
+        words("mode", frame["mode"].tolist(), "key"),
+        words("size", frame["size"].fillna("").tolist(), "short"),
+        numbers(frame, "variance explained, at least", "share", percent),
+    ]
     for name in PROJECTIONS:
         key = f"{name}.components_mean"
         found.append(numbers(frame, f"{name.upper()} components, mean", key, "{:.1f}".format))
     key = "qkv_if_stored_ratio"
-    found.append(numbers(frame, "Q, K, V parameters if stored, of dense", key, "{:.1%}".format))
+    found.append(numbers(frame, "Q, K, V parameters if stored, of dense", key, percent))
     for key in [key for key in frame if key.endswith(".perplexity")]:
         text = key.removesuffix(".perplexity")
-        signed = "{:+.4f}".format
         delta, to = f"{text}.nll_delta", f"{text}.nll_to_separate"
         found += [
-            numbers(frame, f"{text} perplexity", key, short, "_stderr"),
-            numbers(frame, f"{text} Δ nll", delta, signed, "_stderr"),
-            numbers(frame, f"{text} Δ nll to separate", to, signed, "_stderr"),
+            numbers(frame, f"{text} perplexity", key, rounded, f"{key}_stderr"),
+            numbers(frame, f"{text} Δ nll", delta, signed, f"{delta}_stderr"),
+            numbers(frame, f"{text} Δ nll to separate", to, signed, f"{to}_stderr"),
         ]
     for key in [key for key in frame if key.endswith(".value")]:
         task = key.removesuffix(".value")
         metric = frame[f"{task}.metric"].iloc[0]
-        found.append(numbers(frame, f"{task} {metric}", key, score, "_stderr"))
+        show = partial(rounded, decimals=3)
+        found.append(numbers(frame, f"{task} {metric}", key, show, f"{key}_stderr"))
     return found
 
 

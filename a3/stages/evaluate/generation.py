@@ -5,13 +5,10 @@ from pathlib import Path
 
 import torch
 
-import a3.models.quantised  # noqa: F401
 from a3.core.errors import A3Error
-from a3.core.files import sha256, write_record
-from a3.core.provenance import provenance
-from a3.models.checkpoint import Checkpoint, model_source
-from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.load import require_positions
 from a3.models.tokenizer import require_rows
+from a3.stages.evaluate.evaluated import Evaluated, load
 
 
 def generation(
@@ -23,13 +20,14 @@ def generation(
     Raises A3Error for a prompt that is empty, or longer with what follows than the model has
     positions.
     """
-    checkpoint, tokenizer = Checkpoint(model_folder), load_tokenizer(model_folder)
+    subject = Evaluated(model_folder)
+    tokenizer = subject.tokenizer
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:
         raise A3Error("prompt is empty. Give some text.")
     require_positions(model_folder, ids.shape[1] + new_tokens, "prompt and new_tokens together")
     require_rows(model_folder, tokenizer, ids)
-    model = load_model(model_folder, dtype).to(device)
+    model = load(model_folder, dtype, device)
     start = time.perf_counter()
     with torch.inference_mode():
         made = model.generate(
@@ -45,9 +43,5 @@ def generation(
         "token_ids": made.tolist(),
         "text": tokenizer.decode(made, skip_special_tokens=True),
         "dtype": dtype,
-        "checkpoint_sha256": checkpoint.sha256(),
-        "config_sha256": sha256(model_folder / "config.json"),
-        "provenance": provenance(__name__, model=model_source(model_folder)),
     }
-    write_record(out, record)
-    write_record(out.with_suffix(".timing.json"), {"seconds": seconds})
+    subject.write(out, __name__, record, {"seconds": seconds})

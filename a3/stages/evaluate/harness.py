@@ -18,14 +18,11 @@ from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
-import a3.models.quantised  # noqa: F401
 from a3.core.errors import A3Error
-from a3.core.files import sha256, write_record
-from a3.core.provenance import provenance
-from a3.models.checkpoint import Checkpoint, model_source
-from a3.models.load import load_model, load_tokenizer
+from a3.core.files import sha256
 from a3.models.readable import end_tokens
 from a3.models.tokenizer import hold_to_rows
+from a3.stages.evaluate.evaluated import Evaluated, load
 from a3.stages.evaluate.items import task_config
 from a3.stages.evaluate.prompting import Prompting, choose_template, stand_in
 from a3.stages.evaluate.rehearsal import rehearse
@@ -72,7 +69,8 @@ def harness(
             "one of them. Leave the other out."
         )
     prompting = Prompting(apply_chat_template, fewshot_as_multiturn, system_instruction)
-    checkpoint, tokenizer = Checkpoint(model_folder), load_tokenizer(model_folder)
+    subject = Evaluated(model_folder)
+    tokenizer = subject.tokenizer
     choose_template(tokenizer, prompting, model_folder)
     with tempfile.TemporaryDirectory() as cache:
         chosen, manager, files = find_task(task, items, yaml, shots, cache)
@@ -84,34 +82,38 @@ def harness(
             needs_end = any(t.OUTPUT_TYPE == "generate_until" for t in loaded["tasks"].values())
             require_end(tokenizer, model_folder, needs_end)
         wrapped = wrap(model_folder, tokenizer, dtype, device)
-        # Of lm-eval: resample in this process. Its pool takes every core, and never ends where a
-        # worker is told to while it starts, since it has the command line's handler of SIGTERM.
-        os.environ["DISABLE_MULTIPROC"] = "1"
         start = time.perf_counter()
-        seed_all(seed)
-        with torch.inference_mode(), one_line(f"harness task {task!r}", own=False):
-            found = lm_eval.evaluate(
-                wrapped,
-                loaded,
-                limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
-                apply_chat_template=bool(apply_chat_template),
-                fewshot_as_multiturn=fewshot_as_multiturn,
-                system_instruction=system_instruction,
-            )
+        with one_line(f"harness task {task!r}", own=False):
+            found = evaluate(wrapped, loaded, limit, prompting, seed)
         seconds = time.perf_counter() - start
     aggregates = {name: each.aggregation() for name, each in loaded["tasks"].items()}
     record = scores(task, found, aggregates, metric) | {
         **prompting.record,
         "dtype": dtype,
-        "checkpoint_sha256": checkpoint.sha256(),
-        "config_sha256": sha256(model_folder / "config.json"),
         "items_sha256": None if items is None else sha256(items),
         "task_files": {str(path): sha256(path) for path in files},
-        "provenance": provenance(__name__, model=model_source(model_folder), seed=seed),
     }
-    write_record(out, record)
-    write_record(out.with_suffix(".timing.json"), {"seconds": seconds})
+    subject.write(out, __name__, record, {"seconds": seconds}, seed=seed)
+
+
+def evaluate(
+    model: HFLM, loaded: dict[str, Any], limit: int | None, prompting: Prompting, seed: int
+) -> dict[str, Any]:
+    """Run loaded tasks with lm-eval: what it finds."""
+    # Of lm-eval: resample in this process. Its pool takes every core, and never ends where a
+    # worker is told to while it starts, since it has the command line's handler of SIGTERM.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    seed_all(seed)
+    with torch.inference_mode():
+        return lm_eval.evaluate(
+            model,
+            loaded,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=bool(prompting.apply_chat_template),
+            fewshot_as_multiturn=prompting.fewshot_as_multiturn,
+            system_instruction=prompting.system_instruction,
+        )
 
 
 def require_metrics(config: dict[str, Any], path: Path) -> None:
@@ -185,7 +187,7 @@ def require_end(tokenizer: PreTrainedTokenizerBase, folder: Path, needed: bool) 
 
 def wrap(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> HFLM:
     """The model as lm-eval takes it."""
-    model = load_model(folder, dtype).to(device)
+    model = load(folder, dtype, device)
     hold_to_rows(folder, model, tokenizer)
     # HFLM ties weights anew, by the config alone: it would replace a head that is stored apart.
     model.tie_weights = lambda *_, **__: None

@@ -19,7 +19,7 @@ from lm_eval.api.metrics import (
 )
 from lm_eval.utils import hash_string
 
-from a3.artifacts.places import LOG
+from a3.artifacts.protocols import LOG
 from a3.core.errors import A3Error
 
 # A metric's aggregation over a task's items.

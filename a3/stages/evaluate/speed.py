@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-import a3.models.quantised  # noqa: F401
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -31,7 +30,7 @@ from a3.models.cost import speed_cost
 from a3.models.families import FAMILIES
 from a3.models.load import require_positions
 from a3.models.sizes import kv_bytes
-from a3.stages.evaluate.speed_models import Candidate, made_up, of_folder
+from a3.stages.evaluate.speed_models import Candidate, candidates_of
 from a3.stages.evaluate.speed_summary import PHASES, summary
 
 
@@ -70,20 +69,14 @@ def speed(
         positions, models that do not fit the memory, and as `load_model` and `Plan.ranks` do.
     """
     settings = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
-    check_counts(folders, rows, layers, settings)
-    for folder in folders:
-        require_positions(folder, prompt + new_tokens, "prompt + new_tokens")
+    check(folders, rows, layers, settings)
     attention = list(dict.fromkeys(attention))
-    if rows:
-        candidates = made_up(folders[0], rows, multiples, layers, dtype, device)
-    else:
-        candidates = [of_folder(folder, dtype, device) for folder in folders]
+    candidates = candidates_of(folders, rows, multiples, layers, dtype, device)
     announce(candidates, attention, dtype, device, settings)
     clock = Clock(device)
     subjects = [Subject(candidate, clock, attention) for candidate in candidates]
-    vocabulary = min(candidate.shapes["vocab_size"] for candidate in candidates)
-    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    measure(subjects, ids.to(device), new_tokens, repeats, attention)
+    ids = some_ids(candidates, batch, prompt).to(device)
+    measure(subjects, ids, new_tokens, repeats, attention)
     record = {
         **settings,
         "attention": attention,
@@ -100,13 +93,13 @@ def speed(
     LOG.info(summary(record))
 
 
-def check_counts(
+def check(
     folders: Sequence[Path],
     rows: Sequence[dict[str, str]],
     layers: int | None,
     settings: dict[str, int],
 ) -> None:
-    """Raise A3Error for numbers below one, and for what random weights alone can do."""
+    """Raise A3Error for numbers below one, too few positions, and what random weights alone can."""
     for name, value in settings.items():
         if value < 1:
             raise A3Error(f"speed: {name} is {value}; expected 1 or more.")
@@ -120,6 +113,9 @@ def check_counts(
             "speed: layers without a ratio: only models with random weights can be run in part. "
             "Name a ratio, or remove layers."
         )
+    for folder in folders:
+        length = settings["prompt"] + settings["new_tokens"]
+        require_positions(folder, length, "prompt + new_tokens")
 
 
 def announce(
@@ -147,6 +143,13 @@ def announce(
             f"{what} need at least {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB of {device} "
             "are free. Time fewer models or layers, or take a dtype of fewer bytes."
         )
+
+
+def some_ids(candidates: list[Candidate], batch: int, prompt: int) -> Tensor:
+    """Tokens that every model has, (batch, prompt): the same ones each time."""
+    vocabulary = min(candidate.shapes["vocab_size"] for candidate in candidates)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (batch, prompt), generator=generator)
 
 
 # --- timing ---

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from a3.artifacts.places import Place
 from a3.core.errors import A3Error
-from a3.core.files import sha256
 from a3.models.arch import Arch, is_compressed, load_arch, sketch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import Ranks, compressed_config, compressed_record
-from a3.models.load import empty_model, load_config, load_model, number_of_parameters
+from a3.models.load import empty_model, load_config, number_of_parameters
 from a3.models.registry import LazyConfig
 from a3.models.sizes import sizes
 from a3.solutions.modes import DENSE, choose
 from a3.solutions.plan import Plan
+from a3.stages.evaluate.evaluated import hashes, load
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,20 @@ class Candidate:
 
 
 # --- what is timed ---
+def candidates_of(
+    folders: Sequence[Path],
+    rows: Sequence[dict[str, str]],
+    multiples: Sequence[int],
+    layers: int | None,
+    dtype: str,
+    device: str,
+) -> list[Candidate]:
+    """Models of folders, or with `rows` the dense model of the one folder and made-up ones."""
+    if rows:
+        return made_up(folders[0], rows, multiples, layers, dtype, device)
+    return [of_folder(folder, dtype, device) for folder in folders]
+
+
 def of_folder(folder: Path, dtype: str, device: str) -> Candidate:
     """A dense or compressed folder."""
     if is_compressed(folder):
@@ -46,18 +60,9 @@ def of_folder(folder: Path, dtype: str, device: str) -> Candidate:
         shapes = record["base"] | {"size": record["size"]["compressed"]}
     else:
         shapes = load_arch(folder).to_json()
-    checkpoint = Checkpoint(folder)
-    said = {
-        "checkpoint_sha256": checkpoint.sha256(),
-        "config_sha256": sha256(folder / "config.json"),
-    }
+    said = hashes(Checkpoint(folder))
     build = partial(load, folder, dtype, device)
     return Candidate(str(folder), shapes, shapes, said, build)
-
-
-def load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    """The model of a folder."""
-    return load_model(folder, dtype).to(device)
 
 
 def made_up(

@@ -14,8 +14,6 @@ from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
 from a3.stages.export.llama import content_of, require_llama, rules_of
 
-TITLES = {"qk": "QK", "ov": "OV", "mlp": "MLP"}
-
 UNTESTED = "vLLM, TGI"
 
 UNKNOWN = "modes, errors and calibration are unknown: saved again without approx.json"
@@ -44,7 +42,7 @@ def dense_lines(folder: Path) -> list[tuple[str, str]]:
     ranks = {"qk": arch.head_dim, "ov": arch.head_dim, "mlp": arch.intermediate_size}
     return [
         *model_lines(arch.to_json(), what),
-        *((TITLES[component], f"{rank}") for component, rank in ranks.items()),
+        *((component.upper(), f"{rank}") for component, rank in ranks.items()),
         *((name, text) for name, text, _ in size_lines(arch.size, arch.size)),
     ]
 
@@ -60,7 +58,7 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         full = base["intermediate_size" if component == "mlp" else "head_dim"]
         kept = f"{runs(content['a3'][f'{component}_ranks'])} of {full}"
         mode = f"{record['modes'][component]}: " if "modes" in record else ""
-        lines.append((TITLES[component], mode + kept))
+        lines.append((component.upper(), mode + kept))
     if "modes" not in record:
         lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):

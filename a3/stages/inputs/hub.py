@@ -36,7 +36,6 @@ OFFLINE = (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionErro
 Result = TypeVar("Result")
 
 
-# --- hub ------------------------------------------------------------------------------------------
 def hub_model(repo: str, revision: str, patterns: list[str] = MODEL_FILES) -> Path:
     """Folder, in the hub's cache, of a model's files: safetensors, config and tokenizer.
 

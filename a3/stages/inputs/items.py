@@ -22,7 +22,6 @@ CHOICES = 4
 SMALL_WORDS = {"and", "for", "from", "the", "with"}
 
 
-# --- harness items --------------------------------------------------------------------------------
 def harness_items(docs_path: Path, items: int, seed: int, out_dir: Path) -> None:
     """Write items.jsonl: choose the title, out of 4, of a description in which it is masked.
 

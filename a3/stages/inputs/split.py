@@ -1,5 +1,6 @@
 """Evaluation documents without those that calibration has seen, split by hash."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +8,7 @@ from pathlib import Path
 from a3.core.errors import A3Error
 from a3.core.files import sha256, write_record
 from a3.core.provenance import provenance
-from a3.stages.inputs.text import split_places
-from a3.texts.overlap import REASONS, exclusions
+from a3.texts.overlap import REASONS, exclusions, same
 from a3.texts.reading import Document, load_documents, text_sha256, write_documents
 
 SPLITS = ("dev", "test", "harness")
@@ -16,7 +16,6 @@ SPLITS = ("dev", "test", "harness")
 WORD = re.compile(r"\w+")
 
 
-# --- what may not be evaluated on -----------------------------------------------------------------
 def exclude_and_split(
     docs_path: Path,
     exclude_paths: Sequence[Path],
@@ -83,3 +82,14 @@ def choose_split(place: float, shares: dict[str, float]) -> str:
             return split
     # The shares' sum may fall short of 1 by a rounding error.
     return max(shares, key=lambda split: shares[split])
+
+
+def split_places(documents: Sequence[Document]) -> list[float]:
+    """A hash in [0, 1) of each document, one for all of the same text, unless that is empty."""
+    texts = [same(document.text) or f"\0{document.title}" for document in documents]
+    places: dict[str, float] = {}
+    for text, document in zip(texts, documents, strict=True):
+        hashed = hashlib.sha256(f"{document.title}\0{document.text}".encode()).digest()
+        place = int.from_bytes(hashed[:8], "big") / 2**64
+        places[text] = min(place, places.get(text, place))
+    return [places[text] for text in texts]

@@ -1,11 +1,10 @@
-"""Stage text: a source to documents; what calibration has seen taken out; splits; harness items."""
+"""Stage text: a source to documents."""
 
-import hashlib
 import html
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from a3.stages.inputs.hub import hub_commit, hub_rows
 from a3.stages.inputs.sources import PLACES, origin_of, rows_of
 from a3.stages.inputs.wheels import wheel_file, wheel_members
 from a3.texts.blocks import interleave
-from a3.texts.overlap import same
 from a3.texts.reading import (
     FILE_TYPES,
     RECORDS,
@@ -42,7 +40,6 @@ FORMATS = (*PROSE, "summaries", "jsonl", "dataset")
 DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MULTILINE | re.DOTALL)
 
 
-# --- documents ------------------------------------------------------------------------------------
 def make_documents(
     spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
 ) -> None:
@@ -225,14 +222,3 @@ def hub_documents(source: dict[str, Any]) -> list[Document]:
         rows = rows.select_columns([name for name in (column, "title") if name in found])
         where = f"text {source['hub']}: row"
         return [as_document(row, column, f"{where} {i}") for i, row in enumerate(rows, 1)]
-
-
-def split_places(documents: Sequence[Document]) -> list[float]:
-    """A hash in [0, 1) of each document, one for all of the same text, unless that is empty."""
-    texts = [same(document.text) or f"\0{document.title}" for document in documents]
-    places: dict[str, float] = {}
-    for text, document in zip(texts, documents, strict=True):
-        hashed = hashlib.sha256(f"{document.title}\0{document.text}".encode()).digest()
-        place = int.from_bytes(hashed[:8], "big") / 2**64
-        places[text] = min(place, places.get(text, place))
-    return [places[text] for text in texts]

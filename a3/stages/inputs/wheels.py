@@ -11,7 +11,6 @@ from a3.core import files
 from a3.core.errors import A3Error
 
 
-# --- wheels ---------------------------------------------------------------------------------------
 def fetch_wheel(name: str, version: str, sha256: str, out: Path) -> None:
     """Download one wheel with pip and keep it as `out`; it is never installed or imported.
 

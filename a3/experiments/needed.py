@@ -1,0 +1,76 @@
+"""What the workflow needs for the rows of a table: statistics, results, command options."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from a3.artifacts.places import Place, SurgeryPlace
+from a3.experiments.rows import kinds_of
+from a3.rxx.kinds import SPECTRA_KINDS
+from a3.solutions.surgeries import find_surgery
+
+BOS_OPTIONS = {True: "--bos", False: "--no-bos", "once": "--bos-once"}
+
+
+def spectra_are_free(rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the rows need the statistics of which spectra are made anyway."""
+    return set(SPECTRA_KINDS) <= set(kinds_of(rows))
+
+
+def kinds_by_calibration(
+    rows: Sequence[Mapping[str, str]], surgeries: Sequence[Mapping[str, str]] = ()
+) -> dict[str, list[str]]:
+    """The kinds of statistics that each calibration needs, sorted: what one pass has to collect."""
+    spectra = SPECTRA_KINDS if spectra_are_free(rows) else ()
+    found: dict[str, set[str]] = {}
+    for name in dict.fromkeys(row["calibration"] for row in rows):
+        found[name] = {*spectra, *kinds_of([row for row in rows if row["calibration"] == name])}
+    for row in surgeries:
+        found.setdefault(row["calibration"], set()).update(find_surgery(row["mode"]).kinds)
+    return {name: sorted(kinds) for name, kinds in found.items()}
+
+
+def is_partly_collected(folder: Path, kinds: Iterable[str]) -> bool:
+    """Whether a folder of Rxx, or one of its shards, has some of these kinds and lacks others."""
+    wanted = set(kinds)
+    for place in (folder, *folder.glob("shards/*")):
+        there = {kind for kind in wanted if (place / f"{kind}.safetensors").exists()}
+        if there and there != wanted:
+            return True
+    return False
+
+
+def evaluations(
+    places: Iterable[Place], results: Path, evaluate: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Every file that a table of these rows is made of: weights' records, scores and texts."""
+    found: list[Path] = []
+    for place in places:
+        found.append(place.weights(results))
+        found += [place.perplexity(results, name) for name in evaluate["perplexity"]]
+        found += [place.harness(results, name) for name in evaluate["harness"]]
+        if isinstance(place, SurgeryPlace):
+            found.append(place.generation(results))
+    return [str(path) for path in found]
+
+
+def option_words(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Options of the command line from an entry: {"block_length": 8} gives --block-length 8.
+
+    Keys that the entry lacks and flags that are false give none.
+    """
+    words: list[str] = []
+    for name in names:
+        option, value = f"--{name.replace('_', '-')}", entry.get(name)
+        if name == "bos":
+            words.append(BOS_OPTIONS[entry[name]])
+        elif isinstance(value, list):
+            words += [option, *value]
+        elif isinstance(value, bool):
+            words += [option] if value else []
+        elif name in ("apply_chat_template", "system_instruction") and name in entry:
+            # Text of the user's may begin with a hyphen.
+            words.append(f"{option}={value}")
+        elif name in entry:
+            words += [option, str(value)]
+    return words

@@ -1,0 +1,51 @@
+"""Helpers of rules/eval.smk: what its jobs read and are told."""
+
+from a3.models.cost import BYTES_PER_TOKEN, WHOLE_TEXT
+from a3.stages.evaluate.tasks import data_files, read_task
+
+
+def scored_text(wildcards):
+    """The split of a text that a perplexity entry scores."""
+    chosen = entry("perplexity", wildcards.text)
+    split = "docs" if chosen["split"] == "all" else chosen["split"]
+    return f"{RESULTS}/texts/{chosen['text']}/{split}.jsonl"
+
+
+def scored_source(wildcards):
+    """What says where the text of a perplexity entry is from."""
+    return f"{RESULTS}/texts/{entry('perplexity', wildcards.text)['text']}/docs.json"
+
+
+def tokens_scored(wildcards):
+    """How many tokens a perplexity entry scores; of a whole text a guess, by its size if it is there."""
+    chosen, path = entry("perplexity", wildcards.text), Path(scored_text(wildcards))
+    if chosen["tokens"] != "all":
+        return chosen["tokens"]
+    return path.stat().st_size // BYTES_PER_TOKEN if path.exists() else WHOLE_TEXT
+
+
+def task_files(wildcards):
+    """The items or the YAML and data files of a local task; nothing for one of lm-eval's own."""
+    chosen = entry("harness", wildcards.task)
+    if "text" in chosen:
+        return [f"{RESULTS}/items/{wildcards.task}/items.jsonl"]
+    if "yaml" not in chosen:
+        return []
+    with correctable():
+        return [chosen["yaml"], *data_files(read_task(Path(chosen["yaml"])))]
+
+
+def task_content(wildcards):
+    """What tells whether the files of a local task have changed."""
+    chosen = entry("harness", wildcards.task)
+    return marks(map(Path, task_files(wildcards))) if "yaml" in chosen else {}
+
+
+def task_options(wildcards, input):
+    """Which task, and where its items or its YAML are."""
+    chosen = entry("harness", wildcards.task)
+    if "text" in chosen:
+        return ["--task", wildcards.task, "--items", *input.local]
+    if "yaml" in chosen:
+        return ["--task", wildcards.task, "--yaml", chosen["yaml"]]
+    return ["--task", chosen["task"]]
