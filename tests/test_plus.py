@@ -16,8 +16,9 @@ from a3.core.files import read_record, write_record
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
-from a3.numerics import linalg
-from a3.numerics.linalg import eliminate, take_over
+from a3.numerics import elimination, linalg
+from a3.numerics.elimination import eliminate
+from a3.numerics.linalg import take_over
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import choose, find_mode
 from a3.solutions.plan import Plan
@@ -78,7 +79,7 @@ def slow_elimination(C, W, count):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
-    monkeypatch.setattr(linalg, "STEPS", 10**6)
+    monkeypatch.setattr(elimination, "STEPS", 10**6)
     n, count = 12, 10
     C, W = inputs(kind, n)[0], random(n, 5)
     ridge = 0.01 * C.diagonal().mean().item()
@@ -90,7 +91,7 @@ def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind):
-    monkeypatch.setattr(linalg, "STEPS", 5)
+    monkeypatch.setattr(elimination, "STEPS", 5)
     C, W = inputs(kind, N)[0], random(N, 5)
     ridge = 0.01 * C.diagonal().mean().item()
     rows, losses = eliminate(C, W, 30, ridge)
