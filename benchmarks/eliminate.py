@@ -2,7 +2,7 @@
 
     python benchmarks/eliminate.py --channels 4096 --hidden 1024 --repeats 3
 
-In one process, in turn: `a3.numerics.linalg.eliminate` of 20% and 60% of n channels, and the
+In one process, in turn: `a3.numerics.elimination.eliminate` of 20% and 60% of n channels, and the
 Cholesky factor with the inverse of an n × n matrix in float64, which elimination begins with.
 Prints ratios within a repeat, median and range, and, with --memory, the peak memory of one
 elimination in n × n matrices (a process of its own).
@@ -17,14 +17,14 @@ import time
 import torch
 from torch import Tensor
 
-from a3.numerics.linalg import eliminate
+from a3.numerics.elimination import eliminate
 
 # Few, since they only have to make a matrix: what is timed does not depend on them.
 TOKENS = 2048
 MEMORY = """
 import torch
 from pathlib import Path
-from a3.numerics.linalg import eliminate
+from a3.numerics.elimination import eliminate
 def peak():
     # Of this process alone; ru_maxrss counts its parent's.
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from a3.models.modeling_a3 import gather, rotate
+from a3.models.attention_a3 import gather, rotate
 
 LAYERS, GROUPS, HEADS, PAIRS, KEPT = 30, 3, 9, 32, 26
 

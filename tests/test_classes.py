@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from a3.models import modeling_a3
 from a3.models.arch import load_arch
+from a3.models.attention_a3 import A3Attention
 from a3.models.families import FAMILIES
-from a3.models.modeling_a3 import AUTO, A3Attention, LowRank, adapt_by_default
+from a3.models.modeling_a3 import AUTO, LowRank, adapt_by_default
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate, repack

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
 from a3.models.arch import load_arch
+from a3.models.attention_a3 import scores_in_float32
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.models.modeling_a3 import scores_in_float32
 from a3.rxx.kinds import GRADIENT_FORMS, KINDS
 from a3.solutions import qk
 from a3.solutions.modes import MODES as ALL

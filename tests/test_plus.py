@@ -16,8 +16,9 @@ from a3.core.files import read_record, write_record
 from a3.models.arch import load_arch
 from a3.models.family import MLPWeights
 from a3.models.load import load_tokenizer
-from a3.numerics import linalg
-from a3.numerics.linalg import eliminate, take_over
+from a3.numerics import elimination, linalg
+from a3.numerics.elimination import drop, eliminate
+from a3.numerics.linalg import take_over
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import choose, find_mode
 from a3.solutions.plan import Plan
@@ -64,6 +65,30 @@ def refit(C, W, kept, F=None):
 # --- elimination and refits -----------------------------------------------------------------------
 
 
+def without(C, W, U):
+    """The best weights W̃ with Uᵀ W̃ = 0, their loss, and the inverse of C in the rest: dense.
+
+    By a basis of what is orthogonal to U.
+    """
+    rest = torch.linalg.svd(U).U[:, U.shape[1] :]
+    inverse = rest @ torch.linalg.inv(rest.T @ C @ rest) @ rest.T
+    X = W - inverse @ C @ W
+    return W - X, (X * (C @ X)).sum(), inverse
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_are_dropped_as_by_constrained_least_squares(kind):
+    C = torch.stack([inputs(kind, 12, seed=seed)[0] for seed in (0, 1)])
+    C = C + 0.01 * C.diagonal(dim1=1, dim2=2).mean() * eye(12)
+    W, U = random(2, 12, 5), random(2, 12, 4, seed=4)
+    P, V, cost = torch.linalg.inv(C), W.clone(), torch.zeros(2, dtype=torch.float64)
+    for part in U.split((1, 3), dim=-1):
+        PU = P @ part
+        cost += drop(P, V, PU, part.mT @ V, part.mT @ PU)
+    for found, expected in zip((V, cost, P), zip(*map(without, C, W, U), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
+
+
 def slow_elimination(C, W, count):
     """Every row tried at each step, and all others refitted from scratch."""
     left, order, losses = list(range(len(C))), [], [0.0]
@@ -78,7 +103,7 @@ def slow_elimination(C, W, count):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
-    monkeypatch.setattr(linalg, "STEPS", 10**6)
+    monkeypatch.setattr(elimination, "STEPS", 10**6)
     n, count = 12, 10
     C, W = inputs(kind, n)[0], random(n, 5)
     ridge = 0.01 * C.diagonal().mean().item()
@@ -90,7 +115,7 @@ def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind):
-    monkeypatch.setattr(linalg, "STEPS", 5)
+    monkeypatch.setattr(elimination, "STEPS", 5)
     C, W = inputs(kind, N)[0], random(N, 5)
     ridge = 0.01 * C.diagonal().mean().item()
     rows, losses = eliminate(C, W, 30, ridge)

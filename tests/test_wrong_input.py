@@ -174,7 +174,7 @@ def test_projections_in_slices_are_refused_by_their_keys(tmp_path):
     """BLOOM's own code passes their modules by, and there would be no statistics of them."""
     for variant in ({"slow_but_exact": True}, {"pretraining_tp": 2}):
         AutoConfig.for_model("bloom", n_layer=1, **variant).save_pretrained(tmp_path)
-        assert read_config(tmp_path, FAMILIES["bloom"], tensors=1000)["family"] == "bloom"
+        assert read_config(tmp_path, FAMILIES["bloom"], tensors=1000)[0]["family"] == "bloom"
     variant = {"slow_but_exact": True, "pretraining_tp": 2}
     AutoConfig.for_model("bloom", n_layer=1, **variant).save_pretrained(tmp_path)
     with pytest.raises(A3Error, match="slow_but_exact is true, and pretraining_tp 2;"):

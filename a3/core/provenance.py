@@ -12,14 +12,17 @@ PACKAGE = Path(__file__).parent.parent
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
-def _imports(source: str) -> set[str]:
-    """Names of a3 modules that `source` imports, at any depth of the file."""
+def _imports(path: Path) -> set[str]:
+    """Names of a3 modules that a file imports, at any depth of it, by whole or relative names."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    folders = ["a3", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folders[: len(folders) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return {name for name in names if name.split(".")[0] == "a3"}
 
 
@@ -39,7 +42,7 @@ def sources(module: str) -> tuple[Path, ...]:
         path = _path(queue.pop())
         if path is not None and path not in seen:
             seen.add(path)
-            queue += _imports(path.read_text())
+            queue += _imports(path)
     if not seen:
         raise ValueError(f"{module}: no such module")
     return tuple(sorted(seen))

@@ -2,19 +2,19 @@
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3.core.errors import A3Error
-from a3.core.files import read_json, read_record
+from a3.core.files import read_json, read_record, sha256
 from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.models.load import count_parameters, load_config, load_whole, number_of_parameters
+from a3.models.load import load_config, load_whole, number_of_parameters, parameters_of
 from a3.models.registry import LazyConfig
 from a3.models.sizes import sizes
 from a3.rxx.kinds import Kind, heads_of, shape_of
@@ -54,7 +54,6 @@ class Arch:
     rope_dims: int
     nope_layers: list[int]
     scaling: float
-    tied_embeddings: bool
     dtype: str
     weights_sha256: str
     size: dict[str, int]
@@ -62,6 +61,17 @@ class Arch:
     def to_json(self) -> dict[str, Any]:
         """The content of arch.json."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], path: Path) -> Self:
+        """The reverse of `to_json`, of a file's content; A3Error where a field is missing."""
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in content]:
+            raise A3Error(
+                f"{path}: no {', '.join(missing)} in it: written by another version of a3. Delete "
+                "it and build it again."
+            )
+        return cls(**{name: content[name] for name in names})
 
     def has_rope(self, layer: int) -> bool:
         """Whether q and k of this layer are rotated."""
@@ -134,7 +144,7 @@ def describe(folder: Path) -> Arch:
     """
     family = known_family(folder)
     checkpoint = Checkpoint(folder, family.prefix)
-    fields = read_config(folder, family, len(checkpoint.names()))
+    fields, model = read_config(folder, family, len(checkpoint.names()))
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
     dtype = checkpoint.dtype(family.name(0, "q"))
@@ -145,7 +155,7 @@ def describe(folder: Path) -> Arch:
         **fields,
         dtype=dtype,
         weights_sha256=checkpoint.sha256(),
-        size=sizes(fields, ranks * fields["layers"], count_parameters(folder), dtype),
+        size=sizes(fields, ranks * fields["layers"], parameters_of(checkpoint, model), dtype),
     )
 
 
@@ -161,6 +171,14 @@ def sketch(folder: Path) -> Arch:
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     size = sizes(fields, ranks * fields["layers"], parameters, dtype)
     return Arch(**fields, dtype=dtype, weights_sha256="", size=size)
+
+
+def model_hashes(folder: Path, arch: Arch) -> dict[str, str]:
+    """The hashes by which statistics are held to the model that they were collected from."""
+    return {
+        "weights_sha256": arch.weights_sha256,
+        "config_sha256": sha256(folder / "config.json"),
+    }
 
 
 def known_family(folder: Path) -> Family:
@@ -203,8 +221,10 @@ def model_type(folder: Path) -> str:
     return config["model_type"]
 
 
-def read_config(folder: Path, family: Family, tensors: int) -> dict[str, Any]:
-    """What config.json says of a model whose safetensors hold so many tensors.
+def read_config(
+    folder: Path, family: Family, tensors: int
+) -> tuple[dict[str, Any], PreTrainedModel]:
+    """As `described`, of a folder whose safetensors hold so many tensors.
 
     Raises A3Error for a config that transformers or the adapter cannot read.
     """
@@ -214,7 +234,7 @@ def read_config(folder: Path, family: Family, tensors: int) -> dict[str, Any]:
     check_count(path, "layers", config.get(key or "num_hidden_layers"), tensors)
     config = load_config(folder)
     check_count(path, "experts", family.mixture(config)["experts"], tensors)
-    return described(folder, family, config)[0]
+    return described(folder, family, config)
 
 
 def described(
@@ -247,11 +267,4 @@ def load_arch(folder: Path) -> Arch:
     path = folder / "arch.json"
     if not path.exists():
         return describe(folder)
-    content = read_record(path)
-    names = [field.name for field in fields(Arch)]
-    if missing := [name for name in names if name not in content]:
-        raise A3Error(
-            f"{path}: no {', '.join(missing)} in it: written by another version of a3. Delete it "
-            "and build it again."
-        )
-    return Arch(**{name: content[name] for name in names})
+    return Arch.from_json(read_record(path), path)

@@ -26,16 +26,24 @@ NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
 PARTIAL = "partial_rotary_factor"
 
 
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model that transformers makes of a config, dense or compressed, on the meta device.
+
+    It has no weights, but can be run there: experts in bfloat16 only. Raises what transformers
+    raises, of any type, where it makes no model of the config.
+    """
+    plain = deepcopy(config)
+    plain.return_dict = True
+    with torch.device("meta"):
+        # What attention a config asks for may not be installed, and its masks may ask for values.
+        model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
+    return model.eval()
+
+
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The dense model of a folder's config, on the meta device; A3Error where there is none."""
+    """`empty_model` of a dense folder's config; A3Error where there is none."""
     try:
-        # Experts take bfloat16 only there, and masks of other kinds of attention ask for values.
-        plain = deepcopy(config)
-        plain.return_dict = True
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                plain, dtype=torch.bfloat16, attn_implementation="eager"
-            ).eval()
+        return empty_model(config)
     # What the libraries say of values that make no sense is of any type.
     except Exception as error:
         raise A3Error(

@@ -25,6 +25,9 @@ READ = (
     *("added_tokens.json", "chat_template.*", "vocab.*", "merges.txt", "spiece.model"),
 )
 
+# What `require_finite` expects of a checkpoint's tensors.
+FINITE_WEIGHTS = "finite weights. The checkpoint is damaged: fetch it again."
+
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 
 # What wrappers put before the names of tensors, and how to save without it.

@@ -1,11 +1,12 @@
-"""The config.json of a compressed model."""
+"""A compressed model's folder: its config.json, its code, and what is known of it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
-from a3.models import arch, modeling_a3
+from a3.models import arch, attention_a3, modeling_a3
 from a3.models.arch import Arch, CompressedArch, check_count
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
@@ -67,6 +68,11 @@ def require_lengths(folder: Path, a3: dict[str, Any], layers: int) -> None:
             )
 
 
+def dense_or_compressed(folder: Path) -> Arch:
+    """`CompressedArch` of a compressed folder, `Arch` of a dense one."""
+    return compressed_arch(folder) if arch.is_compressed(folder) else arch.load_arch(folder)
+
+
 def compressed_arch(folder: Path) -> CompressedArch:
     """`CompressedArch` of a folder; raises A3Error as `compressed_record` does."""
     record, compressed = compressed_record(folder), load_config(folder).a3
@@ -77,7 +83,7 @@ def compressed_arch(folder: Path) -> CompressedArch:
     }
     if not record["base"]["experts"]:
         own["intermediate_size"] = max(compressed["mlp_ranks"])
-    return CompressedArch(**record["base"] | own)
+    return CompressedArch.from_json(record["base"] | own, folder / "approx.json")
 
 
 # Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
@@ -128,6 +134,13 @@ def compressed_config(
         "down_bias": down_bias,
     }
     return config
+
+
+def bring_code(folder: Path) -> None:
+    """Copy the code of compressed models, which `trust_remote_code=True` runs without a3."""
+    for module in (attention_a3, modeling_a3):
+        code = Path(module.__file__)
+        shutil.copyfile(code, folder / code.name)
 
 
 def pairs_name(arch: Arch, layer: int) -> str:

@@ -171,7 +171,6 @@ class Family:
             "rope_dims": rotated_width(model.base_model) if layout else 0,
             "nope_layers": [layer for layer in layers if not self.rotates(attentions[layer])],
             "scaling": self.scaling(config, head_dim),
-            "tied_embeddings": config.tie_word_embeddings,
         }
 
     # --- names ---

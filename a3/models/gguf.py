@@ -19,6 +19,7 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.models.gguf_keys import FILE, OWN, TEMPLATE, TEXT, checked
+from a3.numerics.finite import require_finite
 
 # Each scalar type of the header as struct has it.
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -135,10 +136,7 @@ class Gguf:
         data = np.memmap(self.path, np.uint8, "r", place.start, (place.end - place.start,))
         rows = data.reshape(*place.shape[:-1], -1)
         value = torch.from_numpy(np.array(dequantize(rows, place.dtype), np.float32))
-        if not torch.isfinite(value).all():
-            raise A3Error(
-                f"{self.path}: {name} holds NaN or Inf, expected numbers. Fetch it again."
-            )
+        require_finite(value, f"{self.path}: {name}", "numbers. Fetch it again.")
         return value.reshape(place.shape)
 
 

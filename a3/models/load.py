@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import require_memory
+from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.readable import end_tokens, refuse_adapter
@@ -91,13 +91,6 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model that transformers makes of a config, dense or compressed, without its weights."""
-    with torch.device("meta"):
-        # Whatever attention a config asks for has the same weights, and may not be installed.
-        return AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="eager")
-
-
 def number_of_parameters(model: nn.Module) -> int:
     """Weights of a model; one that several modules share counts once, and buffers do not."""
     return sum(weight.numel() for weight in model.parameters())
@@ -106,15 +99,21 @@ def number_of_parameters(model: nn.Module) -> int:
 def count_parameters(folder: Path) -> int:
     """Parameters of the model, dense or compressed, that transformers loads from a folder.
 
-    Not all numbers that its files hold: masks, frequencies and layers beyond those of the config
-    are no parameters, and a tied head that is stored once more is the embedding still. One that
-    differs from the embedding is a head of its own, whatever the config says. Raises A3Error for a
-    config of which transformers makes no model.
+    Raises A3Error for a config of which transformers makes no model.
     """
     config = load_config(folder)
     with readable(folder, "AutoModelForCausalLM"):
         model = empty_model(config)
-    checkpoint = Checkpoint(folder, model.base_model_prefix)
+    return parameters_of(Checkpoint(folder, model.base_model_prefix), model)
+
+
+def parameters_of(checkpoint: Checkpoint, model: PreTrainedModel) -> int:
+    """Parameters of a model, which may be empty, with the weights of a checkpoint.
+
+    Not all numbers that its files hold: masks, frequencies and layers beyond those of the config
+    are no parameters, and a tied head that is stored once more is the embedding still. One that
+    differs from the embedding is a head of its own, whatever the config says.
+    """
     untied = [
         target
         for target, source in model.all_tied_weights_keys.items()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from a3.models.modeling_a3 import A3Attention, inside
+from a3.models.attention_a3 import A3Attention
+from a3.models.modeling_a3 import inside
 from a3.numerics.formats import quantise
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json
+from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
 
@@ -120,8 +121,7 @@ class Stock:
 
         Raises A3Error where a folder has others: what they do would be lost.
         """
-        with torch.device("meta"):
-            read = set(AutoModelForCausalLM.from_config(self.config).state_dict())
+        read = set(empty_model(self.config).state_dict())
         used = {f"{name}.{factor}" for name in self.repaired for factor in "AB"}
         names = [name for name in self.checkpoint.names() if name not in used]
         if left := [name for name in names if name not in read and not self.ignored(name)]:

@@ -12,9 +12,6 @@ from torch import Tensor
 # Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
 NOISE = 1e-14
 
-# Elimination takes a forty-eighth of the inputs at a time, and then looks at all scores anew.
-STEPS = 48
-
 
 def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
     """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
@@ -118,37 +115,6 @@ def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
     C_SD = C[kept][:, dropped] / scale[:, None]
     moved = torch.cholesky_solve(C_SD @ W[dropped], torch.linalg.cholesky(C_SS)) / scale[:, None]
     return W[kept] + moved
-
-
-def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """Which rows of W to drop, first to last, where the others are refitted each time.
-
-    Optimal brain surgeon (Hassibi & Stork 1992) for min tr(Xᵀ (C + λ 1) X), X = W - W̃, C (n, n)
-    and W (n, d): with P = (C + λ 1)⁻¹ of the rows that are left and V their refitted weights,
-    dropping row i costs ‖V_i‖² / P_ii. Rows go in blocks of n / STEPS of the least cost, each block
-    exactly: at a cost of tr(V_Bᵀ P_BB⁻¹ V_B), V loses P_:B P_BB⁻¹ V_B and P loses P_:B P_BB⁻¹ P_B:.
-    Returns the rows (count,) and the loss (count + 1,) by number of rows dropped, within a block
-    linear. At most two or three n × n matrices are in memory beside C.
-    """
-    P = inverse(C, ridge)
-    left = torch.arange(len(C), device=C.device)
-    rows, costs, V = [], [], W
-    while count > 0:
-        taken = min(max(1, len(C) // STEPS), count)
-        score = V.square().sum(1) / P.diagonal()
-        order = torch.sort(score, stable=True).indices
-        drop, stay = order[:taken], order[taken:].sort().values
-        root = torch.linalg.cholesky(P[drop][:, drop])
-        moved = torch.cholesky_solve(V[drop], root)
-        costs += [(V[drop] * moved).sum() / taken] * taken
-        rows.append(left[drop])
-        across = P[drop][:, stay]
-        V = torch.addmm(V[stay], across.T, moved, alpha=-1)
-        P = P[stay[:, None], stay].addmm_(across.T, torch.cholesky_solve(across, root), alpha=-1)
-        left, count = left[stay], count - taken
-    if not rows:
-        return left[:0], C.new_zeros(1)
-    return torch.cat(rows), torch.cat((C.new_zeros(1), torch.stack(costs).cumsum(0)))
 
 
 def inverse(C: Tensor, ridge: float) -> Tensor:

@@ -18,7 +18,14 @@ from torch import Tensor
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, seal, unseal, whole_file
 from a3.core.shards import require_all
+from a3.numerics.finite import require_finite
 from a3.rxx.kinds import KINDS
+
+# What `require_finite` expects of statistics.
+FINITE_SUMS = (
+    "finite sums. The model overflowed on the calibration text (try --dtype float32), or the file "
+    "is damaged: collect again."
+)
 
 
 def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
@@ -80,7 +87,7 @@ def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
     The record has the hash of each sum, so that no damage of the file goes unseen.
     """
     for key, value in sums.items():
-        require_finite(path, key, value)
+        require_finite(value, f"{path}: tensor {key!r}", FINITE_SUMS)
     tensors = {key: value.cpu().contiguous() for key, value in sums.items()}
     hashes = {key: sum_hash(value) for key, value in tensors.items()}
     # One metadata key only: safetensors writes several in random order.
@@ -126,15 +133,6 @@ def merge(shards: list["Rxx"], out: Path) -> None:
     add = partial(join, form=KINDS[records[0]["kind"]].form)
     sums = {key: reduce(add, (one.sums(key) for one in shards)) for key in shards[0].names()}
     save(out, sums, records[0] | {"tokens": tokens, "shards": len(shards)})
-
-
-def require_finite(path: Path, key: str, value: Tensor) -> None:
-    """Raise A3Error where `value` holds NaN or Inf."""
-    if not torch.isfinite(value).all():
-        raise A3Error(
-            f"{path}: tensor {key!r} holds NaN or Inf; expected finite sums. The model overflowed "
-            "on the calibration text (try --dtype float32), or the file is damaged: collect again."
-        )
 
 
 class Rxx:
@@ -225,7 +223,7 @@ class Rxx:
             raise A3Error(
                 f"{self.path}: tensor {key!r} changed since it was written: damaged. Collect again."
             )
-        require_finite(self.path, key, value)
+        require_finite(value, f"{self.path}: tensor {key!r}", FINITE_SUMS)
         return value
 
     def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:

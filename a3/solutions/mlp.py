@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from a3.models.family import MLPWeights
+from a3.numerics.elimination import eliminate
 from a3.numerics.linalg import (
-    eliminate,
     keep_best,
     relative,
     ridge_leverage,

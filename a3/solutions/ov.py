@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from a3.models.family import AttentionWeights
+from a3.numerics.elimination import drop
 from a3.numerics.linalg import (
     inverse,
     relative,
@@ -99,11 +100,11 @@ def joint_losses(
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
-    Optimal brain surgeon as in `a3.numerics.linalg.eliminate`, for directions u of the values
-    in place of channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group
-    costs about uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised
-    eigenvalue; one of each group goes at a time, and then exactly, all heads together. The loss
-    (h - least + 1,) is ½ tr(Xᵀ (R + λ 1) X F) after each.
+    Optimal brain surgeon (a3.numerics.elimination) for directions u of the values in place of
+    channels: with P = (R + λ 1)⁻¹ and refitted V (H h, d), dropping u of a group costs about
+    uᵀ (Σᵢ V_i F V_iᵀ) u / uᵀ (Σᵢ P_ii) u over its heads i, the least generalised eigenvalue; one of
+    each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
+    ½ tr(Xᵀ (R + λ 1) X F) after each.
     """
     H, h, d = weights.o.shape
     groups = len(weights.v)
@@ -119,12 +120,8 @@ def joint_losses(
         gone = torch.cat((Q @ u, gone), dim=-1)
         U = torch.block_diag(*gone[..., :1].repeat_interleave(H // groups, dim=0))
         Q = Q @ torch.linalg.qr(u, mode="complete").Q[..., 1:]
-        PU, UV = P @ U, U.T @ V
-        root = torch.linalg.cholesky(U.T @ PU)
-        moved = torch.cholesky_solve(UV, root)
-        losses.append((UV * moved).sum() / 2)
-        V = V - PU @ moved
-        P = P - PU @ torch.cholesky_solve(PU.T, root)
+        PU = P @ U
+        losses.append(drop(P, V, PU, U.T @ V, U.T @ PU) / 2)
     return torch.cat((Q, gone), dim=-1), torch.stack(losses).cumsum(0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a3.models.family import AttentionWeights
+from a3.numerics.elimination import drop
 from a3.numerics.linalg import keep_best, relative, shared_subspace, subspace_error
 
 # The ridge of `fisher`, as a share of the mean square of a gradient by a pair's factor.
@@ -168,34 +169,44 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
 
 
 def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """As `fisher_losses`; grouped (G, g, parts, F, parts, F)."""
+    """As `fisher_losses`; grouped (G, g, parts, F, parts, F).
+
+    Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
+    the heads of a group drop the same pair at a time.
+    """
     groups, heads, parts, pairs = grouped.shape[:4]
-    flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
-    eye = torch.eye(parts * pairs, dtype=flat.dtype, device=flat.device)
-    P = torch.linalg.inv(flat + ridges_of(flat) * eye)
-    e, target = flat.new_zeros(flat.shape[:3]), flat.new_zeros(parts)
-    target[0] = 1.0
-    left = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
-    losses = [flat.new_zeros(())]
-    order = torch.zeros(groups, 0, dtype=torch.long, device=flat.device)
-    every = torch.arange(groups, device=flat.device)
+    P = _inverse(grouped)
+    V = P.new_zeros(groups, heads, parts * pairs, 1)
+    V[:, :, :pairs] = 1.0
+    left = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
+    order, losses = [], [P.new_zeros(())]
     for _ in range(pairs - least):
-        own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
-        own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
-        short = target - e.unflatten(2, (parts, pairs)).mT  # (G, g, F, parts)
-        usable = own.where(left[:, None, :, None, None], eye[:parts, :parts])
-        pull = torch.linalg.solve(usable, short)
-        cost = (short * pull).sum((1, 3)).masked_fill(~left, torch.inf)
-        drop = cost.argmin(-1)
-        losses.append(cost[every, drop].sum() / 2)
-        columns = drop[:, None] + pairs * torch.arange(parts, device=flat.device)
-        PD = P.gather(3, columns[:, None, None].expand(-1, heads, len(eye), -1))
-        e = e + (PD @ pull[every, :, drop][..., None])[..., 0]
-        P = P - PD @ torch.linalg.solve(own[every, :, drop], PD.mT)
-        left[every, drop] = False
-        order = torch.cat((order, drop[:, None]), 1)
+        gone = _pair_costs(P, V, left).argmin(-1, keepdim=True)
+        order.append(gone)
+        left.scatter_(1, gone, False)
+        dims = (gone + pairs * torch.arange(parts, device=P.device))[:, None, :, None]
+        dims = dims.expand(-1, heads, -1, -1)
+        PD = P.gather(3, dims.mT.expand(-1, -1, parts * pairs, -1))
+        PDD = PD.gather(2, dims.expand(-1, -1, -1, parts))
+        losses.append(drop(P, V, PD, V.gather(2, dims), PDD).sum() / 2)
     rest = left.nonzero()[:, 1].view(groups, -1)
-    return torch.cat((order, rest), 1), torch.stack(losses).cumsum(0)
+    return torch.cat((*order, rest), 1), torch.stack(losses).cumsum(0)
+
+
+def _pair_costs(P: Tensor, V: Tensor, left: Tensor) -> Tensor:
+    """What dropping each pair costs, over the heads of its group: (G, F), infinite if not `left`.
+
+    P (G, g, n, n) and V (G, g, n, 1) as in `a3.numerics.elimination.drop`, n = parts · F.
+    """
+    pairs = left.shape[1]
+    parts = P.shape[-1] // pairs
+    own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
+    own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
+    # Of pairs that are gone nothing is left in P.
+    own = own.where(left[:, None, :, None, None], torch.eye(parts, dtype=P.dtype, device=P.device))
+    factors = V.unflatten(2, (parts, pairs))[..., 0].mT  # (G, g, F, parts)
+    cost = (factors * torch.linalg.solve(own, factors)).sum((1, 3))
+    return cost.masked_fill(~left, torch.inf)
 
 
 def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
@@ -207,19 +218,24 @@ def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
 def _refit_pairs(grouped: Tensor, kept: Tensor) -> Tensor:
     """e (H, parts, F) of least eᵀ (C + λ 1) e that is 1 in dropped pairs; kept (G, p)."""
     groups, heads, parts, pairs = grouped.shape[:4]
-    flat = grouped.reshape(groups, heads, parts * pairs, parts * pairs)
-    eye = torch.eye(parts * pairs, dtype=flat.dtype, device=flat.device)
-    P = torch.linalg.inv(flat + ridges_of(flat) * eye)
-    dropped = torch.ones(groups, pairs, dtype=torch.bool, device=flat.device)
+    P = _inverse(grouped)
+    dropped = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
     dropped = dropped.scatter(1, kept, False)
     both = dropped.repeat(1, parts)
-    e = flat.new_zeros(flat.shape[:3])
+    e = P.new_zeros(P.shape[:3])
     for group in range(groups):
         D = both[group].nonzero()[:, 0]
-        target = (pairs > D).to(flat.dtype).expand(heads, -1)
+        target = (pairs > D).to(P.dtype).expand(heads, -1)
         own = P[group][:, D]
         e[group] = (own.mT @ torch.linalg.solve(own[..., D], target)[..., None])[..., 0]
     return e.unflatten(2, (parts, pairs)).flatten(0, 1)
+
+
+def _inverse(grouped: Tensor) -> Tensor:
+    """(C + λ 1)⁻¹ of each head (G, g, n, n); grouped (G, g, parts, F, parts, F), n = parts · F."""
+    flat = grouped.flatten(4, 5).flatten(2, 3)
+    eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
+    return torch.linalg.inv(flat + ridges_of(flat) * eye)
 
 
 def _loss(C: Tensor, e: Tensor) -> Tensor:

@@ -7,21 +7,25 @@ Each solution that can share says, for each rank of a layer, what the model lose
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from a3.core.errors import A3Error
-from a3.core.files import sha256, write_record
+from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
-from a3.rxx.container import Rxx
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import SHARING, Choice, find_mode
 from a3.solutions.plan import Plan, least_rank
 from a3.stages.approx.budget import Curve, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
+from a3.stages.approx.statistics import read_statistics
+
+# What is budgeted, as `cost` counts it.
+COSTS = ("parameters", "cached_numbers")
 
 
 def allocate(
@@ -44,40 +48,25 @@ def allocate(
     if not plan.shared:
         raise A3Error("allocate: no mode is marked ~. Write e.g. --mlp obs~ --ratio 0.2.")
     arch = load_arch(model_folder)
-    uniformly = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()})
-    ranks = uniformly.ranks(arch)
+    modes = {component: choice.mode for component, choice in plan.shared.items()}
+    ranks = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()}).ranks(arch)
     plan.check_sharing(arch)
     require_shared(uniform, plan)
-    statistics = read_statistics(model_folder, rxx_folder, arch, plan)
-    solver = LayerSolver(
-        arch,
-        Checkpoint(model_folder, arch.adapter.prefix),
-        statistics,
-        {component: choice.mode for component, choice in plan.shared.items()},
-        ranks,
-    )
+    kinds = {kind for component in modes for kind in find_mode(component, modes[component]).kinds}
+    statistics = read_statistics(rxx_folder, sorted(kinds), model_folder, arch)
+    dense = Checkpoint(model_folder, arch.adapter.prefix)
+    solver = LayerSolver(arch, dense, statistics, modes, ranks)
     curves = [
         curve
         for layer in Bar(range(arch.layers), unit="layer", desc="losses by rank")
         for curve in curves_of(solver, layer, plan.multiple)
     ]
-    curves = together(curves, uniform)
-    budget = cost(curves, [ranks[curve.component] for curve in curves])
-    chosen = least_loss(curves, budget)
-    found = {component: [0] * arch.layers for component in ranks}
-    for curve, rank in zip(curves, chosen, strict=True):
-        for layer in curve.layers:
-            found[curve.component][layer] = rank
     record = {
         "modes": {component: str(choice) for component, choice in plan.shared.items()},
-        "ranks": found,
         "uniform_ranks": ranks,
         "multiple": plan.multiple,
         "uniform": list(uniform),
-        "budget": dict(zip(("parameters", "cached_numbers"), budget, strict=True)),
-        "spent": dict(zip(("parameters", "cached_numbers"), cost(curves, chosen), strict=True)),
-        "predicted_nll": sum(at(c, rank) for c, rank in zip(curves, chosen, strict=True)),
-        "predicted_nll_uniform": sum(at(curve, ranks[curve.component]) for curve in curves),
+        **solved(together(curves, uniform), ranks, arch.layers),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -87,12 +76,25 @@ def allocate(
     write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
-def read_statistics(model_folder: Path, rxx_folder: Path, arch: Arch, plan: Plan) -> dict[str, Rxx]:
-    """The statistics of the shared components; raises A3Error as `Rxx` does."""
-    config = sha256(model_folder / "config.json")
-    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
-    kinds = {k for component, c in plan.shared.items() for k in find_mode(component, c.mode).kinds}
-    return {kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in sorted(kinds)}
+def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> dict[str, Any]:
+    """The ranks of least loss, by component and layer, at no higher cost than the uniform ones.
+
+    Also their budget, what they spend of it, and the losses that are predicted for both.
+    """
+    uniform = [uniform_ranks[curve.component] for curve in curves]
+    budget = cost(curves, uniform)
+    chosen = least_loss(curves, budget)
+    ranks = {component: [0] * layers for component in uniform_ranks}
+    for curve, rank in zip(curves, chosen, strict=True):
+        for layer in curve.layers:
+            ranks[curve.component][layer] = rank
+    return {
+        "ranks": ranks,
+        "budget": dict(zip(COSTS, budget, strict=True)),
+        "spent": dict(zip(COSTS, cost(curves, chosen), strict=True)),
+        "predicted_nll": sum(map(at, curves, chosen)),
+        "predicted_nll_uniform": sum(map(at, curves, uniform)),
+    }
 
 
 def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:

@@ -9,21 +9,21 @@ from pathlib import Path
 
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.dtypes import WIDTHS
-from a3.core.files import sha256, whole_folder
+from a3.core.files import whole_folder
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.core.shards import LARGEST_SHARD, share
 from a3.models.arch import load_arch
-from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_tokenizer, tensors_of_model
 from a3.models.tokenizer import has_tokenizer
-from a3.rxx.container import Rxx
 from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.assemble import assemble, in_products, outside, staying
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.shards import read_shards, write_shard
+from a3.stages.approx.statistics import made_from, read_statistics
 
 
 def approximate(
@@ -89,11 +89,7 @@ def solver_for(
     ranks: dict[str, int | list[int]] = dict(plan.ranks(arch))
     if plan.shared:
         ranks |= read_allocation(allocation, arch, plan)
-    config = sha256(model_folder / "config.json")
-    model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
-    statistics = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in plan.kinds()
-    }
+    statistics = read_statistics(rxx_folder, plan.kinds(), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {component: choice.mode for component, choice in plan.choices.items()}
     solver = LayerSolver(arch, dense, statistics, modes, ranks, plan.multiple)
@@ -119,12 +115,6 @@ def solve_shard(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> No
     said = {
         "modes": {component: str(plan.choices.get(component, DENSE)) for component in COMPONENTS},
         "ranks": solver.ranks,
-        "provenance": provenance(
-            __name__,
-            weights_sha256=arch.weights_sha256,
-            config_sha256=sha256(dense.folder / "config.json"),
-            model=model_source(dense.folder),
-            statistics={kind: rxx.summary for kind, rxx in solver.statistics.items()},
-        ),
+        "provenance": provenance(__name__, **made_from(dense.folder, arch, solver.statistics)),
     }
     write_shard(out, tensors, number=number, said=said, layers=reports, seconds=seconds)

@@ -17,12 +17,20 @@ from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
 from a3.core.shards import weight_files
 from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files, model_source
-from a3.models.compressed import Ranks, compressed_config, pairs_name
+from a3.models.checkpoint import (
+    CARD,
+    FINITE_WEIGHTS,
+    Checkpoint,
+    combined,
+    hash_files,
+    model_source,
+)
+from a3.models.compressed import Ranks, bring_code, compressed_config, pairs_name
 from a3.models.folders import write_index
 from a3.models.load import count_parameters, tensors_of_model
 from a3.models.sizes import sizes
 from a3.models.travel import bring
+from a3.numerics.finite import require_finite
 from a3.solutions.modes import COMPONENTS
 from a3.stages.approx.card import base_of, write_card
 from a3.stages.approx.shards import Shard, read_shards
@@ -143,11 +151,7 @@ def names_to_keep(
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:
     """A tensor that stays as it is; raises A3Error where it is not finite."""
     value = checkpoint.tensor(name)
-    if not torch.isfinite(value).all():
-        raise A3Error(
-            f"{checkpoint.folder}: tensor {name!r} holds NaN or Inf; expected finite weights. The "
-            "checkpoint is damaged: fetch it again."
-        )
+    require_finite(value, f"{checkpoint.folder}: tensor {name!r}", FINITE_WEIGHTS)
     return value
 
 
@@ -234,7 +238,5 @@ def write_config(
         same_pairs=all(pairs == rotated[0] for pairs in rotated),
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # Without a3, transformers runs this copy where trust_remote_code says so.
-    code = Path(modeling_a3.__file__)
-    shutil.copyfile(code, folder / code.name)
+    bring_code(folder)
     bring(dense, folder, "config.json", CARD, *RECORDS)

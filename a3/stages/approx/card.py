@@ -45,7 +45,7 @@ SIZES = {
     "flops_per_token": "FLOPs a token",
 }
 
-WITHOUT = "  # or, without a3: trust_remote_code=True in both calls, which runs modeling_a3.py"
+WITHOUT = "  # or, without a3: trust_remote_code=True in both calls, running the folder's *_a3.py"
 
 USE = """```python
 import a3{without}

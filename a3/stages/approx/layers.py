@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3.core.errors import A3Error
 from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
-from a3.models.checkpoint import Checkpoint
+from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.compressed import pairs_name
+from a3.numerics.finite import require_finite
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, qk
@@ -235,11 +235,9 @@ class LayerSolver:
         else:
             weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         for name, W in vars(weights).items():
-            if isinstance(W, Tensor) and not torch.stack(W.aminmax()).isfinite().all():
-                raise A3Error(
-                    f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
-                    "finite weights. The checkpoint is damaged: fetch it again."
-                )
+            if isinstance(W, Tensor):
+                what = f"{self.checkpoint.folder}: layer {layer}, {name}"
+                require_finite(W, what, FINITE_WEIGHTS)
         return weights
 
     def read(self, component: str, name: str, layer: int) -> list[Tensor | float]:

@@ -17,12 +17,12 @@ import a3.models.quantised  # noqa: F401
 from a3.artifacts.targets import QUANTISED
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
-from a3.core.files import RECORDS, hidden_folder, read_json, sha256, whole_folder, write_record
+from a3.core.files import RECORDS, hidden_folder, read_json, whole_folder, write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, is_compressed, load_arch, made_already
-from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files, model_source
-from a3.models.compressed import compressed_arch, compressed_record
+from a3.models.arch import Arch, is_compressed, made_already
+from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files
+from a3.models.compressed import compressed_arch, compressed_record, dense_or_compressed
 from a3.models.folders import write_index
 from a3.models.load import load_config
 from a3.models.sizes import projection_weights
@@ -41,6 +41,7 @@ from a3.solutions.recipes import (
     kinds_read,
 )
 from a3.stages.approx.approximate import repack
+from a3.stages.approx.statistics import made_from, read_statistics
 
 # What is said of the compressed model, where it is known, and holds for the quantised one.
 KEPT = ("base", "base_card", "modes", "ranks", "layers")
@@ -68,24 +69,16 @@ def quantise_model(
     compressed = is_compressed(model_folder)
     if compressed and "quantised" in load_config(model_folder).a3:
         raise made_already(model_folder)
-    arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
+    arch = dense_or_compressed(model_folder)
     if arch.experts:
         raise A3Error(f"{model_folder}: a mixture of experts, which a3 cannot quantise yet.")
-    model = {
-        "weights_sha256": arch.weights_sha256,
-        "config_sha256": sha256(model_folder / "config.json"),
-    }
-    statistics = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **model) for kind in kinds_read(method)
-    }
+    statistics = read_statistics(rxx_folder, kinds_read(method), model_folder, arch)
     said = provenance(
         __name__,
-        **model,
-        model=model_source(model_folder),
+        **made_from(model_folder, arch, statistics),
         recipe=recipe,
         method=method,
         rank=rank,
-        statistics={kind: rxx.summary for kind, rxx in statistics.items()},
     )
     with hidden_folder(out, {"full": model_folder}) as work:
         source = model_folder

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from a3.core.files import sha256, write_record
+from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import Checkpoint, model_source
+from a3.models.checkpoint import Checkpoint
 from a3.models.family import AttentionWeights
 from a3.numerics.linalg import gram_factor, relative
 from a3.rxx.container import Rxx
@@ -20,6 +20,7 @@ from a3.rxx.kinds import KINDS, SPECTRA_KINDS
 from a3.solutions.mlp import FEWEST_TOKENS, row_power
 from a3.solutions.modes import COMPONENTS
 from a3.solutions.qk import pair_scores, with_gains
+from a3.stages.approx.statistics import made_from, read_statistics
 
 # Ranks at which curves are given: so many steps from nothing to full rank.
 STEPS = 20
@@ -41,11 +42,8 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
     beyond each of `ranks`. Raises A3Error where a statistic is missing, damaged or another model's.
     """
     arch = load_arch(model_folder)
-    config = sha256(model_folder / "config.json")
-    of_model = {"weights_sha256": arch.weights_sha256, "config_sha256": config}
-    rxx = {
-        kind: Rxx(rxx_folder / f"{kind}.safetensors", kind, **of_model) for kind in SPECTRA_KINDS
-    }
+    rxx = read_statistics(rxx_folder, SPECTRA_KINDS, model_folder, arch)
+    said = provenance(__name__, **made_from(model_folder, arch, rxx))
     checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
     full = {component: arch.full_rank(component) for component in COMPONENTS}
     ranks = {component: ranks_of(size) for component, size in full.items()}
@@ -57,13 +55,7 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
         "full": full,
         "ranks": ranks,
         "lost": lost,
-        "provenance": provenance(
-            __name__,
-            weights_sha256=arch.weights_sha256,
-            config_sha256=config,
-            model=model_source(model_folder),
-            statistics={kind: each.summary for kind, each in rxx.items()},
-        ),
+        "provenance": said,
     }
     write_record(out, record)
 

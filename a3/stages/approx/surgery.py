@@ -15,17 +15,18 @@ from torch import Tensor
 
 from a3.artifacts.targets import OPERATED
 from a3.core.errors import A3Error
-from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.files import RECORDS, whole_folder, write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
-from a3.models.checkpoint import Checkpoint, hash_files, model_source
+from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint, hash_files
 from a3.models.travel import bring
+from a3.numerics.finite import require_finite
 from a3.numerics.linalg import relative
-from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions.pca import PrincipalComponents, affordable, many_inputs, one_input
 from a3.solutions.surgeries import METRIC, PROJECTIONS, VARIANCE, Size, find_surgery
+from a3.stages.approx.statistics import made_from, read_statistics
 
 INDEX = "model.safetensors.index.json"
 
@@ -66,16 +67,13 @@ class Operation:
         self.mode = mode
         self.surgery = find_surgery(mode)
         self.fields = self.arch.to_json()
-        config = sha256(model_folder / "config.json")
-        self.made_of = {"weights_sha256": self.arch.weights_sha256, "config_sha256": config}
-        self.rxx: Rxx | None = None
-        if self.surgery.metric:
-            if rxx_folder is None:
-                raise A3Error(
-                    f"surgery mode {mode!r} reads {METRIC}, and no folder of statistics is named. "
-                    f"Collect {METRIC} (a3 collect), and name its folder with --rxx."
-                )
-            self.rxx = Rxx(rxx_folder / f"{METRIC}.safetensors", METRIC, **self.made_of)
+        if self.surgery.kinds and rxx_folder is None:
+            raise A3Error(
+                f"surgery mode {mode!r} reads {METRIC}, and no folder of statistics is named. "
+                f"Collect {METRIC} (a3 collect), and name its folder with --rxx."
+            )
+        self.statistics = read_statistics(rxx_folder, self.surgery.kinds, model_folder, self.arch)
+        self.made_from = made_from(model_folder, self.arch, self.statistics)
 
     @property
     def stacks(self) -> list[list[Matrix]]:
@@ -92,11 +90,7 @@ class Operation:
         """One matrix W (d, n), float64; raises A3Error where it is not finite."""
         tensor, rows = self.where(layer, name)
         W = tensor[rows].T.double()
-        if not torch.isfinite(W).all():
-            raise A3Error(
-                f"{self.checkpoint.folder}: layer {layer}, {name} holds NaN or Inf; expected "
-                "finite weights. The checkpoint is damaged: fetch it again."
-            )
+        require_finite(W, f"{self.checkpoint.folder}: layer {layer}, {name}", FINITE_WEIGHTS)
         return W
 
     def where(self, layer: int, name: str) -> tuple[Tensor, Tensor]:
@@ -108,8 +102,9 @@ class Operation:
 
     def metric(self, layer: int) -> Tensor | None:
         """The metric of a layer's input (d, d), where the mode has one."""
-        shape = self.arch.statistic_shape(KINDS[METRIC])
-        return None if self.rxx is None else self.rxx.R(layer, shape)
+        if not self.surgery.metric:
+            return None
+        return self.statistics[METRIC].R(layer, self.arch.statistic_shape(KINDS[METRIC]))
 
     def principal_components(self, stack: list[Matrix]) -> PrincipalComponents:
         """Those of the matrices of a stack, in its order."""
@@ -120,7 +115,7 @@ class Operation:
         side_by_side = [
             torch.cat([self.weight(*each) for each in matrices], 1) for matrices in of_layers
         ]
-        metrics = None if self.rxx is None else [self.metric(layer) for layer in layers]
+        metrics = [self.metric(layer) for layer in layers] if self.surgery.metric else None
         return many_inputs(side_by_side, metrics)
 
     def left_by(self, size: Size) -> float:
@@ -177,7 +172,6 @@ class Operation:
                 said = {key: each[key] for key in keys}
                 layers[layer][name] = said | {"relative_error": error}
         stored, dense = sum(each["parameters"] for each in sets), self.dense_parameters
-        statistics = {} if self.rxx is None else {METRIC: self.rxx.summary}
         return {
             "mode": self.mode,
             "asked": str(size),
@@ -193,12 +187,7 @@ class Operation:
             },
             "weights_sha256": Checkpoint(folder).sha256(),
             "files": hash_files(folder),
-            "provenance": provenance(
-                __name__,
-                **self.made_of,
-                model=model_source(self.checkpoint.folder),
-                statistics=statistics,
-            ),
+            "provenance": provenance(__name__, **self.made_from),
         }
 
 

@@ -3,23 +3,31 @@
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, read_record, sha256, write_record
+from a3.core.files import SEAL, read_record, write_record
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.core.shards import share
-from a3.models.arch import Arch, CompressedArch, is_compressed, load_arch, modules_of
+from a3.models.arch import (
+    Arch,
+    CompressedArch,
+    model_hashes,
+    modules_of,
+)
 from a3.models.checkpoint import check_small, model_source
-from a3.models.compressed import compressed_arch
+from a3.models.compressed import dense_or_compressed
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS
+from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS
 from a3.stages.collect.fisher import run_backward
 from a3.stages.collect.gradients import run_gradients
 from a3.stages.collect.hooks import SITES, attach_all, run
@@ -59,88 +67,151 @@ def collect(
     Raises A3Error for an unknown kind, a text too short for one block a shard, blocks longer than
     the model has positions, or sums that are not finite.
     """
-    for kind in outputs:
-        if kind not in KINDS:
-            raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
-    compressed = is_compressed(model_folder)
-    arch = compressed_arch(model_folder) if compressed else load_arch(model_folder)
+    require_known(outputs)
+    arch = dense_or_compressed(model_folder)
     require_kinds(arch, outputs)
     check_small(model_folder)
-    require_positions(model_folder, block_length)
-    tokenizer = load_tokenizer(model_folder)
-    blocks = token_blocks(
-        load_documents(text),
-        tokenizer,
-        block_length=block_length,
-        tokens=tokens,
-        seed=seed,
-        bos=bos,
-    )
-    require_rows(model_folder, tokenizer, blocks)
+    cut = {"block_length": block_length, "seed": seed, "bos": bos}
+    blocks = calibration_blocks(model_folder, text, tokens=tokens, **cut)
     warn_if_short(arch, outputs, blocks.numel())
-    run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
-    blocks = blocks[run_of.start : run_of.stop]
-    streamed = not (compressed or fits(arch, dtype)) if stream is None else stream
+    blocks, sampled = of_shard(blocks, shard)
+    passes = passes_of(arch, outputs)
+    require_sampled(passes, blocks, sampled, shard)
+    if streamed := streams(arch, dtype) if stream is None else stream:
+        require_streamable(model_folder, arch, passes)
     announce(arch, outputs, blocks, streamed)
-    accumulators = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in outputs}
-    forms = {kind: KINDS[kind].form for kind in outputs}
-    hooked, fisher, gradients = (
-        {kind: one for kind, one in accumulators.items() if wanted(forms[kind])}
-        for wanted in (
-            lambda form: form not in GRADIENT_FORMS,
-            lambda form: form == "fisher",
-            lambda form: form in SAMPLED_FORMS,
-        )
-    )
-    # Of all shards together, the same ones.
-    few = blocks[-run_of.start % GRADIENT_BLOCKS :: GRADIENT_BLOCKS]
-    if gradients and not len(few):
-        raise A3Error(
-            f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "
-            f"of its {len(blocks)} blocks is one of them. Collect in fewer shards."
-        )
     start = time.perf_counter()
     if streamed:
-        if compressed:
-            raise A3Error(
-                f"{model_folder}: a compressed model is not read layer by layer yet. "
-                "Remove --stream."
-            )
-        if fisher | gradients:
-            raise A3Error(
-                f"{', '.join(fisher | gradients)}: gradients need the whole model in memory, and "
-                "its weights do not fit. Take another mode, or a machine with more memory."
-            )
-        attach = partial(attach_all, arch, hooked)
+        attach = partial(attach_all, arch, passes.forward)
         run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
     else:
         model = load_model(model_folder, dtype).to(device)
-        if hooked:
-            run(model.base_model, arch, hooked, blocks.to(device))
-        if fisher:
-            run_backward(model, arch, fisher, blocks.to(device))
-        if gradients:
-            run_gradients(model, arch, gradients, few.to(device))
+        run_resident(model, arch, passes, blocks.to(device), sampled.to(device))
     seconds = time.perf_counter() - start
     record = provenance(
         __name__,
         *modules_of(model_folder),
-        weights_sha256=arch.weights_sha256,
-        config_sha256=sha256(model_folder / "config.json"),
+        **model_hashes(model_folder, arch),
         model=model_source(model_folder),
         text=text_source(text),
         text_sha256=text_sha256(text),
-        block_length=block_length,
-        seed=seed,
-        bos=bos,
         dtype=dtype,
+        **cut,
         **({} if shard is None else {"shard": shard}),
     )
-    for kind, path in outputs.items():
-        seen = (few if kind in gradients else blocks).numel()
-        accumulators[kind].save(path, record | {"tokens": seen})
-        timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-        write_record(path.with_suffix(".timing.json"), timing)
+    timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
+    save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
+    save(outputs, passes.gradients, record | {"tokens": sampled.numel()}, timing)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The statistics that are collected, by the kind of pass over the blocks that makes them."""
+
+    # Sums of activations.
+    forward: dict[str, Accumulator] = field(default_factory=dict)
+    # Gradients by weights.
+    fisher: dict[str, Accumulator] = field(default_factory=dict)
+    # Gradients by activations.
+    gradients: dict[str, Accumulator] = field(default_factory=dict)
+
+
+def passes_of(arch: Arch, kinds: Iterable[str]) -> Passes:
+    """An empty accumulator for each of the kinds."""
+    passes = Passes()
+    for kind in kinds:
+        form = KINDS[kind].form
+        if form in SAMPLED_FORMS:
+            own = passes.gradients
+        else:
+            own = passes.fisher if form == "fisher" else passes.forward
+        own[kind] = Accumulator(kind, arch.heads_of(KINDS[kind].site))
+    return passes
+
+
+def run_resident(
+    model: PreTrainedModel, arch: Arch, passes: Passes, blocks: Tensor, sampled: Tensor
+) -> None:
+    """Collect all statistics from a model that is in memory; `sampled` is for the gradients."""
+    if passes.forward:
+        run(model.base_model, arch, passes.forward, blocks)
+    if passes.fisher:
+        run_backward(model, arch, passes.fisher, blocks)
+    if passes.gradients:
+        run_gradients(model, arch, passes.gradients, sampled)
+
+
+def save(
+    outputs: dict[str, Path],
+    accumulators: dict[str, Accumulator],
+    record: dict[str, Any],
+    timing: dict[str, float],
+) -> None:
+    """Write the file of each statistic, and the seconds beside it."""
+    for kind, accumulator in accumulators.items():
+        accumulator.save(outputs[kind], record)
+        write_record(outputs[kind].with_suffix(".timing.json"), timing)
+
+
+def calibration_blocks(
+    model_folder: Path, text: Path, *, block_length: int, tokens: int, seed: int, bos: bool
+) -> Tensor:
+    """All blocks (N, L) of a calibration; A3Error for a text that is too short or blocks that are
+    too long.
+    """
+    require_positions(model_folder, block_length)
+    tokenizer = load_tokenizer(model_folder)
+    documents = load_documents(text)
+    blocks = token_blocks(
+        documents, tokenizer, block_length=block_length, tokens=tokens, seed=seed, bos=bos
+    )
+    require_rows(model_folder, tokenizer, blocks)
+    return blocks
+
+
+def of_shard(blocks: Tensor, shard: str | None) -> tuple[Tensor, Tensor]:
+    """The blocks (N, L) of a shard, or all, and those of them that gradients are taken of.
+
+    Which ones these are does not depend on how many shards there are.
+    """
+    run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
+    blocks = blocks[run_of.start : run_of.stop]
+    return blocks, blocks[-run_of.start % GRADIENT_BLOCKS :: GRADIENT_BLOCKS]
+
+
+def require_known(kinds: Iterable[str]) -> None:
+    """Raise A3Error for a kind that there is not."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
+
+
+def require_sampled(passes: Passes, blocks: Tensor, sampled: Tensor, shard: str | None) -> None:
+    """Raise A3Error where a shard has no block that gradients are taken of."""
+    if passes.gradients and not len(sampled):
+        raise A3Error(
+            f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "
+            f"of its {len(blocks)} blocks is one of them. Collect in fewer shards."
+        )
+
+
+def streams(arch: Arch, dtype: str) -> bool:
+    """Whether one layer at a time is in memory where nobody says: if all are too many, and can."""
+    return not isinstance(arch, CompressedArch) and not fits(arch, dtype)
+
+
+def require_streamable(model_folder: Path, arch: Arch, passes: Passes) -> None:
+    """Raise A3Error for what one layer at a time in memory does not do."""
+    if isinstance(arch, CompressedArch):
+        raise A3Error(
+            f"{model_folder}: a compressed model is not read layer by layer yet. "
+            "Remove --stream."
+        )
+    if found := passes.fisher | passes.gradients:
+        raise A3Error(
+            f"{', '.join(found)}: gradients need the whole model in memory, and "
+            "its weights do not fit. Take another mode, or a machine with more memory."
+        )
 
 
 def text_source(text: Path) -> str:

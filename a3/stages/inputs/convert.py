@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json, whole_folder
 from a3.core.progress import LOG
+from a3.models.built import empty_model
 from a3.models.folders import write_index
 from a3.models.inputs import MODEL_FILES, files_of, is_model_file
 from a3.models.load import load_config
@@ -108,9 +107,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 def tied_names(folder: Path) -> dict[str, str]:
     """Weights that transformers ties to others, and those others, by the folder's config."""
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(load_config(folder), trust_remote_code=False)
-    return model.all_tied_weights_keys
+    return empty_model(load_config(folder)).all_tied_weights_keys
 
 
 def distinct(tensors: dict[str, Tensor], tied: dict[str, str]) -> dict[str, Tensor]:

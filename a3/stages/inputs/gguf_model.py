@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from a3.core.errors import A3Error
+from a3.models.built import empty_model
 from a3.models.gguf import Gguf
 from a3.models.gguf_rope import TENSORS
 
@@ -27,8 +28,7 @@ def load_gguf(file: Gguf, config: PreTrainedConfig) -> PreTrainedModel:
     one of the model is missing or has another shape, and for one that is not finite.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = empty_model(config, torch.float32)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # What the libraries say of sizes that they cannot make is of any type.
     except Exception as error:

@@ -1,0 +1,70 @@
+"""The families that a3 knows, as data plus narrow adapters, and those that it refuses.
+
+A new family is one subclass in llama.py or gpt.py and one row in FAMILIES; it inherits the whole
+adapter test suite.
+"""
+
+from a3.models.families.gpt import (
+    GPT2,
+    GPTJ,
+    OPT,
+    Bloom,
+    Falcon,
+    GPTBigCode,
+    GPTNeo,
+    GPTNeoX,
+    Mpt,
+    Phi,
+)
+from a3.models.families.llama import (
+    Cohere,
+    Cohere2,
+    Gemma2,
+    Gemma3,
+    Glm,
+    Mistral,
+    Mixtral,
+    Olmo,
+    Olmo2,
+    Phi3,
+    Qwen2,
+    Qwen3,
+    Qwen3Moe,
+    SmolLM3,
+    StableLm,
+)
+from a3.models.families.refused import REFUSED
+from a3.models.family import Family
+
+__all__ = ["FAMILIES", "REFUSED"]
+
+FAMILIES: dict[str, Family] = {
+    "bloom": Bloom(),
+    "cohere": Cohere(),
+    "cohere2": Cohere2(),
+    "falcon": Falcon(),
+    "gemma2": Gemma2(),
+    "gemma3_text": Gemma3(),
+    "glm": Glm(),
+    "glm4": Glm(),
+    "gpt2": GPT2(),
+    "gpt_bigcode": GPTBigCode(),
+    "gpt_neo": GPTNeo(),
+    "gpt_neox": GPTNeoX(),
+    "gptj": GPTJ(),
+    "llama": Family(),
+    "ministral": Mistral(),
+    "mistral": Mistral(),
+    "mixtral": Mixtral(),
+    "mpt": Mpt(),
+    "olmo": Olmo(),
+    "olmo2": Olmo2(),
+    "opt": OPT(),
+    "phi": Phi(),
+    "phi3": Phi3(),
+    "qwen2": Qwen2(),
+    "qwen3": Qwen3(),
+    "qwen3_moe": Qwen3Moe(),
+    "smollm3": SmolLM3(),
+    "stablelm": StableLm(),
+}
