@@ -132,7 +132,8 @@ class LogHandler(LogHandlerBase):
 
     def command(self, record: LogRecord) -> None:
         """Print a job's command, which the user asked for (-p)."""
-        self.print(f"    {vars(record)['shellcmd']}")
+        if shell := vars(record)["shellcmd"]:
+            self.print(f"    {shell}")
 
     def job_finished(self, record: LogRecord) -> None:
         """Print the line of a finished job."""
@@ -178,8 +179,8 @@ class LogHandler(LogHandlerBase):
         took = duration(time.time() - self.start)
         if self.failed:
             self.print(
-                f"{jobs(self.failed)} failed, {self.done} of {self.total} done. Correct what the log says "
-                f"and start again: what is done stays. Full log: {log}"
+                f"{jobs(self.failed)} failed, {self.done} of {self.total} done. Correct what the "
+                f"log says and start again: what is done stays. Full log: {log}"
             )
         else:
             self.print(f"{jobs(self.done)} done in {took}. Full log: {log}")

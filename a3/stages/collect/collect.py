@@ -204,8 +204,7 @@ def require_streamable(model_folder: Path, arch: Arch, passes: Passes) -> None:
     """Raise A3Error for what one layer at a time in memory does not do."""
     if isinstance(arch, CompressedArch):
         raise A3Error(
-            f"{model_folder}: a compressed model is not read layer by layer yet. "
-            "Remove --stream."
+            f"{model_folder}: a compressed model is not read layer by layer yet. Remove --stream."
         )
     if found := passes.fisher | passes.gradients:
         raise A3Error(
