@@ -500,7 +500,7 @@ def test_a_recovered_model_is_inspected_scored_timed_and_quantised(work, recover
         (again / "README.md").write_text(mine)
         capsys.readouterr()
         assert main(list(map(str, words))) == 1
-        assert "a card that a3 did not write" in capsys.readouterr().err
+        assert "a3 did not write this card" in capsys.readouterr().err
         assert (again / "README.md").read_text() == mine
     (again / "README.md").unlink()
 

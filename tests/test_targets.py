@@ -430,7 +430,7 @@ def test_the_workflow_deletes_no_source():
     config["models"]["n"] = {"source": {"path": "models/m/"}}
     config["texts"] = {"t": {"source": {"path": "models/m/README.md"}}}
     for section, name in (("models", "n"), ("texts", "t")):
-        with pytest.raises(A3Error, match=r"made of models\.m and deletes before"):
+        with pytest.raises(A3Error, match=r"deletes before it makes models\.m"):
             check_outside(section, name, config)
     config["texts"]["t"]["source"]["path"] = "models/k/README.md"
     check_outside("texts", "t", config)
