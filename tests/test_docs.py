@@ -96,7 +96,7 @@ def test_what_a_page_shows_exists(page):
                 elif words[:1] == ["make"]:
                     assert words[1] in targets, line
                 else:
-                    assert not words or words[0] in ("snakemake", "source", "pip"), line
+                    assert not words or words[0] in ("snakemake", "source", "export", "pip"), line
         elif kind == "yaml":
             config = {"experiments": "x.tsv"} | yaml.safe_load(text)
             assert complete(config, SCHEMA)

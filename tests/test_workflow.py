@@ -101,10 +101,21 @@ class Project:
         assert done.returncode == status, output
         return output
 
+    def copy(self, folder):
+        """The same project in another folder."""
+        copy = object.__new__(Project)
+        copy.folder = folder
+        shutil.copytree(self.folder, folder)
+        return copy
+
     def snakemake(self, *arguments, status=0, plan=False):
         """Run Snakemake; returns (rules that ran or would run, its output)."""
         output = self.run("default", *arguments, status=status, plan=plan)
-        return sorted(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)), output
+        return rules_of(output), output
+
+    def log(self):
+        """Snakemake's own text of the last run that was none on trial."""
+        return max((self.folder / ".snakemake/log").iterdir()).read_text()
 
     def edit(self, name, old, new):
         path = self.folder / name
@@ -120,11 +131,17 @@ class Project:
         }
 
 
+def rules_of(text):
+    """The rules of Snakemake's own text, sorted."""
+    return sorted(re.findall(r"^(?:local)?rule (\w+):", text, re.MULTILINE))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The project after one whole run; later tests build on what earlier ones left."""
     made = Project(tmp_path_factory.mktemp("project"))
-    rules, _ = made.snakemake()
+    made.said = made.run("default", "--logger", "a3")
+    rules = rules_of(made.log())
     assert rules.count("collect_together") == 1
     assert rules.count("eval_ppl") == 2  # dense and compressed
     return made
@@ -138,9 +155,43 @@ def settled(project):
 
 
 def test_nothing_touched_nothing_runs(settled):
-    rules, output = settled.snakemake()
-    assert rules == []
-    assert "Nothing to be done" in output
+    output = settled.run("default", "--logger", "a3")
+    assert output.splitlines()[1:] == ["nothing to do: results are up to date"]
+    assert "Nothing to be done" in settled.log()
+    assert rules_of(settled.log()) == []
+
+
+def test_a_run_prints_a_line_a_job(project):
+    """Snakemake says itself which profile it uses; all else is in the log that the end names."""
+    profile, *lines, end = project.said.splitlines()
+    assert profile.startswith("Using profile ")
+    count = re.match(r"(\d+) jobs done in \d+ s\. Full log: (\.snakemake/log/\S+)$", end)
+    assert int(count[1]) == len(lines) > 10
+    assert len(rules_of((project.folder / count[2]).read_text())) == len(lines) + 1  # and all
+    for number, line in enumerate(lines, 1):
+        assert re.match(rf"\[ ?{number}/{len(lines)}\] \w.*  [\d.]+ s\b", line), line
+    scored = re.compile(r"eval ppl +tiny short rxx-w-rxx\+xkv\+rxx-w 0.25 score .* perplexity \d+")
+    assert len(list(filter(scored.search, lines))) == 1
+    assert sum("eval harness" in line and " acc 0." in line for line in lines) == 2
+
+
+def test_a_failed_job_leaves_what_depends_on_it_to_be_made(settled, tmp_path):
+    """Snakemake deletes the model, and would find tables of the old one up to date."""
+    project = settled.copy(tmp_path / "copy")
+    config = project.folder / "tiny/config.json"
+    before = config.read_text()
+    project.edit("tiny/config.json", '"num_attention_heads": 4', '"num_attention_heads": 0')
+    output = project.run("default", "--logger", "a3", plan=True, status=1)
+    assert "FAILED model tiny after " in output
+    assert "  the end of results/logs/models/tiny.log:\n    a3: error: " in output
+    assert "1 job failed, 0 of 11 done. Correct what the log says and start again" in output
+    assert "Traceback" not in output
+    assert "Error" not in output.replace("ZeroDivisionError", "")
+    config.write_text(before)
+    output = project.run("default", "--logger", "a3", "--dry-run")
+    assert "model          tiny  (missing output files" in output
+    assert "report  (input files updated by another job)" in output
+    assert "11 jobs would run; nothing was run\n" in output
 
 
 def test_outputs_are_there(settled):
@@ -316,7 +367,7 @@ def test_one_file_by_its_path_builds_only_that(settled):
 def test_wrong_configuration_is_named(settled, name, old, new, says):
     before = (settled.folder / name).read_text()
     settled.edit(name, old, new)
-    _, output = settled.snakemake("-n", status=1)
+    _, output = settled.snakemake("-n", "--logger", "a3", status=1)
     (settled.folder / name).write_text(before)
     assert says in output
     assert "Traceback" not in output
