@@ -3,12 +3,29 @@
     small = a3.compress(model, tokenizer, texts, ratio=0.2, preset="a3-plus")
     small.save_pretrained("small")
 
-In every function `model` is a loaded PreTrainedModel, whose `tokenizer` has to be given; or what
-`a3 compress` takes: a folder, a .gguf file, a name of the catalogue, or owner/name@revision of the
-hub, which have their own. `texts` are strings, a datasets.Dataset with the column `text`, or what
-`a3 compress --text` takes. Modes are a `preset`, and `qk`, `ov`, `mlp` for components with another
-one (docs/modes.md). Progress bars are shown unless `progress=False`, and nothing else is printed:
-what a stage says goes to the logger "a3". Raises A3Error for whatever the caller can correct.
+Arguments that several functions have:
+
+- `model`: a loaded PreTrainedModel, a folder, a .gguf file, a name of the catalogue, or
+  owner/name@revision of the hub. A loaded model is saved to a temporary folder first (TMPDIR).
+- `tokenizer`: needed for a loaded dense model. Compressed models, folders and names have their own.
+- `texts`: strings, a datasets.Dataset with the column `text`, a file or folder, or a name of the
+  catalogue. All of them are read, since the seed shuffles documents.
+- `ratio`: share of each dimension to remove, in [0, 1). Not needed where each mode has its own.
+- `preset`: modes of all components, `"a3"` (the paper's) or `"a3-plus"` (most accurate).
+- `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
+  `"xkv@0.3"`, `"xkv@48"`, or `"dense"` to skip the component.
+- `tokens`, `block_length`: number of tokens, and of those that the model sees at once.
+- `bos`: whether each block starts with BOS.
+- `seed`: order of the documents, and of examples that a task shows.
+- `multiple`: ranks are rounded to a multiple of it.
+- `servable`: head sizes are rounded to those that serving runtimes support.
+- `dtype`, `device`: of the forward pass. The device is that of a loaded model unless given, else
+  the CPU.
+- `progress`: whether to show progress bars. Nothing else is printed: messages go to the logger
+  "a3".
+
+Every function raises `a3.A3Error` for what the caller can correct: it says what was found, what was
+expected and what to do.
 """
 
 from collections.abc import Sequence
@@ -19,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3.artifacts import targets
 from a3.core.devices import require_device
+from a3.core.dtypes import GGUF_TYPES, RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import read_record
@@ -26,6 +44,7 @@ from a3.given import (
     Model,
     Texts,
     Tokenizer,
+    device_of,
     documents,
     kinds_of,
     loaded_as,
@@ -34,6 +53,7 @@ from a3.given import (
     name_of,
     plan_of,
     require_count,
+    require_one_of,
     silent,
     text_entry,
     workplace,
@@ -60,20 +80,18 @@ def compress(
     multiple: int = 1,
     servable: bool = False,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
-    """Collect statistics on `texts` and return the compressed model.
+    """Collect statistics on `texts` and return the compressed model, as `a3 compress` makes it.
 
-    `ratio` is the share of each dimension to remove, in [0, 1). Calibration takes `tokens` tokens
-    in blocks of `block_length`; `seed` orders the documents. The forward pass runs in `dtype` on
-    `device`. The given model stays as it is; the compressed one has its dtype and device, or those
-    of the folder on the CPU. Its `save_pretrained` writes the tokenizer, too.
+    A loaded model is not changed, and the compressed one has its dtype and device; of a folder or
+    name it has the stored dtype and is on the CPU. `save_pretrained` of the result also writes the
+    tokenizer; transformers loads that folder after `import a3`.
     """
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
     settings = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    require_run(settings, dtype, device)
-    settings |= {"dtype": dtype, "device": device}
+    settings |= run_of(settings, dtype, device, model)
     with workplace(progress) as work:
         source = model_entry(model, tokenizer, work)
         compress_folder(source, text_entry(texts, work), plan, work / "small", settings)
@@ -96,17 +114,18 @@ def collect(
     seed: int = 0,
     stream: bool | None = None,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Write the statistics that the modes read to `<kind>.safetensors` in the folder `out`.
 
-    `stream`: one layer at a time in memory (None: where all weights do not fit). Returns `out`.
+    The statistics do not depend on the ratio. `stream` keeps one layer at a time in memory (None:
+    where all weights do not fit). Returns `out`.
     """
     from a3.stages.collect.collect import collect
 
     settings = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    require_run(settings, dtype, device)
+    settings |= run_of(settings, dtype, device, model)
     out = Path(out)
     kinds = kinds_of(preset, {"qk": qk, "ov": ov, "mlp": mlp})
     with workplace(progress) as work:
@@ -114,7 +133,7 @@ def collect(
         outputs = {kind: out / f"{kind}.safetensors" for kind in kinds}
         for path in outputs.values():
             targets.check(targets.STATISTICS, {"model": folder, "text": docs, "out": path})
-        collect(folder, docs, outputs, **settings, dtype=dtype, device=device, stream=stream)
+        collect(folder, docs, outputs, **settings, stream=stream)
     return out
 
 
@@ -190,21 +209,26 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Perplexity on `texts`, or the scores of a `task` of lm-eval: the record of `a3 eval`.
+    """Return perplexity on `texts`, or the scores of a `task` of lm-eval: the record of `a3 eval`.
 
-    Perplexity scores `tokens` tokens ("all") in blocks of `block_length`. Of a task, `shots`
-    examples are shown, chosen by `seed`, and the first `limit` items asked. Raises A3Error unless
-    exactly one of `texts` and `task` is given.
+    The results are `perplexity` and `perplexity_stderr`, or `value` and `stderr`; the other keys
+    say how they were obtained. `tokens` may be "all", and `bos` "once" for BOS before the whole
+    text only. Of a task, `shots` examples are shown (None: the task's own number) and the first
+    `limit` items are asked (None: all). Raises A3Error unless exactly one of `texts` and `task` is
+    given.
     """
     if (texts is None) == (task is None):
         raise A3Error("evaluate: expected either texts (perplexity) or task (lm-eval's).")
     if task is not None:
         require_installed("lm_eval", "eval")
+    for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
+        if value is not None:
+            require_count(name, value, least)
     sizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
-    require_run(sizes, dtype, device)
+    run = run_of(sizes, dtype, device, model, scored=True)
     with workplace(progress) as work:
         folder, out = model_folder(model, tokenizer, work), work / "result.json"
         if task is None:
@@ -212,14 +236,14 @@ def evaluate(
 
             scored = {"name": name_of(texts), "split": "all", "source": None, "join": "empty-line"}
             docs = documents(texts, work)
-            perplexity(folder, docs, out, **scored, **sizes, dtype=dtype, device=device)
+            perplexity(folder, docs, out, **scored, **sizes, **run)
         else:
             from a3.stages.evaluate.harness import harness
 
             asked = {"shots": shots, "limit": limit, "seed": seed}
             local = {"items": None, "yaml": None, "metric": None}
             with silent(not progress):
-                harness(folder, task, out, **asked, **local, dtype=dtype, device=device)
+                harness(folder, task, out, **asked, **local, **run)
         return read_record(out)
 
 
@@ -238,6 +262,7 @@ def export(
     out = Path(out)
     if out.suffix == ".gguf":
         require_installed("gguf", "export")
+        require_one_of("type", type, GGUF_TYPES)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         if out.suffix == ".gguf":
@@ -259,14 +284,29 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises A3Error for a folder that transformers would read only in part.
     """
     path = Path(folder)
+    if not path.is_dir():
+        raise A3Error(f"{path}: no such folder. Name that of a dense or compressed model.")
     require_readable(path)
     with workplace(progress=False):
         return loaded_as(path, path), load_tokenizer(path)
 
 
-def require_run(sizes: dict[str, Any], dtype: str, device: str) -> None:
-    """Raise A3Error for sizes that are no counts, and a device that is not there."""
+def run_of(
+    sizes: dict[str, Any], dtype: str, device: str | None, model: Model, scored: bool = False
+) -> dict[str, str]:
+    """The dtype and device of the forward pass.
+
+    Raises A3Error for sizes that are not counts, and a device that is not there. All tokens, and
+    BOS once, can only be `scored`.
+    """
     for name, least in (("tokens", 1), ("block_length", 2), ("seed", 0)):
-        if name in sizes and sizes[name] != "all":
+        if name in sizes and not (scored and sizes[name] == "all"):
             require_count(name, sizes[name], least)
+    if not isinstance(sizes["bos"], bool) and not (scored and sizes["bos"] == "once"):
+        raise A3Error(
+            f"bos: found {sizes['bos']!r}, expected True or False{', or once' if scored else ''}."
+        )
+    require_one_of("dtype", dtype, RUN_DTYPES)
+    device = device or device_of(model)
     require_device(device, dtype)
+    return {"dtype": dtype, "device": device}

@@ -75,6 +75,10 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
 
     Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no tokenizer.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise A3Error(
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers."
+        )
     if isinstance(model, str | Path):
         folder = named_folder(str(model), work)
         return folder if tokenizer is None else with_tokenizer(folder, tokenizer, work / "model")
@@ -153,6 +157,11 @@ def name_of(texts: Texts) -> str:
     return Path(texts).stem if isinstance(texts, str | Path) else "texts"
 
 
+def device_of(model: Model) -> str:
+    """Where a model is: a loaded one's device, else the CPU."""
+    return str(model.device) if isinstance(model, PreTrainedModel) else "cpu"
+
+
 # --- plans ----------------------------------------------------------------------------------------
 def plan_of(
     ratio: float | str | None,
@@ -179,8 +188,12 @@ def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
 
 def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
     """The mode of each component; raises A3Error for a preset that is not known."""
-    if preset not in PRESETS:
-        raise A3Error(f"preset {preset!r} is not known. Presets: {', '.join(PRESETS)}.")
+    require_one_of("preset", preset, tuple(PRESETS))
+    for one, mode in modes.items():
+        if not isinstance(mode, str | None):
+            raise A3Error(
+                f"{one}: found {mode!r}, expected a mode, such as {PRESETS['a3'][one]!r}."
+            )
     return {one: modes.get(one) or PRESETS[preset][one] for one in COMPONENTS}
 
 
@@ -192,6 +205,12 @@ def spelled(ratio: float | str) -> str:
         raise A3Error(f"ratio: found {ratio!r}, expected a number in [0, 1).") from None
     parse_ratio(text)
     return text
+
+
+def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise A3Error unless an argument is one of `choices`."""
+    if value not in choices:
+        raise A3Error(f"{name}: found {value!r}, expected one of {', '.join(choices)}.")
 
 
 def require_count(name: str, value: Any, least: int = 1) -> None:

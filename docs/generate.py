@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import a3.api
 from a3.cli.main import parser
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
@@ -27,6 +28,7 @@ def pages() -> dict[str, str]:
     """The content of each page of docs/reference/, by its name."""
     return {
         "cli.md": command_line(),
+        "api.md": python(),
         "config.md": configuration(),
         "modes.md": modes(),
         "families.md": families(),
@@ -63,6 +65,27 @@ def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
         if isinstance(action, argparse._SubParsersAction):
             for one in action.choices.values():
                 yield from commands(one)
+
+
+def python() -> str:
+    """Every function of the Python interface with its signature."""
+    text = f"{MADE}# Python\n\n{described(a3.api)}"
+    for name, one in vars(a3.api).items():
+        if name in a3.__all__ and inspect.isfunction(one):
+            text += f"## a3.{name}\n\n```python\n{signature(one)}\n```\n\n{described(one)}"
+    return text
+
+
+def described(thing: Any) -> str:
+    """A docstring, which is Markdown."""
+    return f"{inspect.getdoc(thing)}\n\n"
+
+
+def signature(function: Any) -> str:
+    """How a function is called, an argument a line, as its source spells them."""
+    lines, _ = inspect.getsourcelines(function)
+    end = next(i for i, line in enumerate(lines) if line.rstrip().endswith(":"))
+    return "".join(lines[: end + 1]).rstrip().removesuffix(":").replace("def ", "a3.", 1)
 
 
 def configuration() -> str:

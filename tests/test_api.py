@@ -132,12 +132,16 @@ WRONG = {
     "ratio": ({"ratio": 1.5}, "ratio is 1.5; expected 0"),
     "no ratio": ({"ratio": None}, "has no ratio or rank"),
     "no number": ({"ratio": "a fifth"}, "not a number"),
-    "preset": ({"preset": "best"}, "preset 'best' is not known"),
+    "preset": ({"preset": "best"}, "preset: found 'best', expected one of a3, a3-plus"),
     "mode": ({"qk": "nothing"}, "qk mode 'nothing' is not known"),
     "tokens": ({"tokens": 0}, "tokens: found 0"),
+    "all tokens": ({"tokens": "all"}, "tokens: found 'all'"),
+    "bos": ({"bos": "once"}, "bos: found 'once'"),
     "block": ({"block_length": 1.5}, "block_length: found 1.5"),
     "device": ({"device": "abacus"}, "device 'abacus'"),
-    "dtype": ({"dtype": "int3"}, "int3"),
+    "dtype": ({"dtype": torch.bfloat16}, "dtype: found torch.bfloat16, expected one of float32"),
+    "tokenizer": ({"tokenizer": "my-llama"}, "tokenizer: found str"),
+    "mode's type": ({"qk": 3}, "qk: found 3, expected a mode"),
     "rows": ({"texts": Dataset.from_dict({"words": ["a"]})}, "texts[0]: found ['words']"),
     "numbers": ({"texts": [1, 2]}, "texts[0]: found int"),
     "splits": ({"texts": DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})}, "one split"),
@@ -151,8 +155,8 @@ WRONG = {
 def test_what_is_wrong_is_said(loaded, name):
     options, said = WRONG[name]
     given = {"texts": TEXTS, "ratio": 0.25, **SMALL, "progress": False}
-    with pytest.raises(a3.A3Error, match="") as error:
-        a3.compress(*loaded, **(given | options))
+    with pytest.raises(a3.A3Error) as error:
+        a3.compress(loaded[0], **({"tokenizer": loaded[1]} | given | options))
     assert said in str(error.value)
     assert "/tmp" not in str(error.value)
 
@@ -171,6 +175,10 @@ def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
         a3.allocate(dense, rxx=rxx, out=tmp_path / "ranks.json", ratio=0.25)
     with pytest.raises(a3.A3Error, match="is an input"):
         a3.export(dense, dense)
+    with pytest.raises(a3.A3Error, match="type: found 'f3', expected one of f32"):
+        a3.export(loaded[0], tmp_path / "x.gguf", loaded[1], type="f3")
+    with pytest.raises(a3.A3Error, match="no such folder"):
+        a3.load(tmp_path / "nothing")
     with pytest.raises(a3.A3Error, match="either texts"):
         a3.evaluate(*loaded)
     with pytest.raises(a3.A3Error, match="either texts"):

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import a3  # noqa: F401  (the user's first line)
 from a3.cli.main import main, parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
 RULES = Path(__file__).parent.parent / "workflow" / "rules"
 COMMANDS = [
     "compress",
@@ -75,7 +74,7 @@ def option_strings(words):
     return set(one._option_string_actions)
 
 
-def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys, monkeypatch):
+def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys):
     tiny_llama(tmp_path / "dense")
     (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (tmp_path / "text.txt").write_text("A river moves towards an ocean, or a lake. " * 99)
@@ -89,10 +88,6 @@ def test_compress_in_one_go_then_load_score_and_generate(tmp_path, capsys, monke
     assert tokenizer.chat_template == "{{ messages[0].content }}"
     ids = tokenizer("A river", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(snippet, {})
-    assert capsys.readouterr().out.splitlines()[-1]
     result = tmp_path / "ppl.json"
     assert main(["eval", "ppl", str(out), "--text", text, *blocks, "-o", str(result)]) == 0
     record = json.loads(result.read_text())

@@ -229,7 +229,7 @@ def test_a_fingerprint_covers_what_was_loaded(used, rule):
     ],
 )
 def test_a_change_makes_stale_what_it_can_change(module, rules):
-    """An estimate for clusters no statistics; emulated low precision what runs it, and no more."""
+    """An estimate for clusters no statistics; simulated low precision what runs it, and no more."""
     path = PACKAGE / f"{module}.py"
     assert rules == {
         rule for rule, of in RULES.items() if any(path in sources(module) for module in of)

@@ -489,7 +489,10 @@ def test_a_recovered_model_is_inspected_scored_timed_and_quantised(work, recover
         assert "perhaps trained" in card
         assert "without training" not in card
     assert "modes and errors are unknown" in (again / "README.md").read_text()
-    assert "Low precision, emulated: 14 matrices" in (low / "README.md").read_text()
+    assert (
+        "Low precision, simulated (values are rounded, nothing runs faster): 14 matrices"
+        in (low / "README.md").read_text()
+    )
     run("card", again, "--dense", scores["dense"], "--compressed", scores["again"])
     own = (again / "README.md").read_text()
     words = ["card", again, "--dense", scores["dense"], "--compressed", scores["again"]]

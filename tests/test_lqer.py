@@ -57,7 +57,7 @@ def make(model, rxx, recipe, method, rank, out):
 
 
 def load(folder):
-    """A model in double precision, so that only what is emulated rounds."""
+    """A model in double precision, so that only what is simulated rounds."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 

@@ -250,7 +250,7 @@ def test_some_of_the_rows(tmp_path):
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_all_texts_in_it(tmp_path, capsys):
+def test_a_folder_is_all_texts_in_it(tmp_path, caplog):
     folder, other = tmp_path / "texts", tmp_path / "other"
     (folder / "b" / ".git").mkdir(parents=True)
     other.mkdir()
@@ -267,7 +267,7 @@ def test_a_folder_is_all_texts_in_it(tmp_path, capsys):
     (folder / "b" / "up").symlink_to(folder)
     expected = ["a", "z", "c", "far", "far"]
     assert [document.text for document in load_documents(folder)] == expected
-    assert "left out 2 files of other types: LICENSE, photo.png" in capsys.readouterr().err
+    assert "left out 2 files of other types: LICENSE, photo.png" in caplog.text
     assert documents(entry(str(folder), "texts")) == load_documents(folder)
     found = documents({"source": {"path": str(folder)}, "format": "text"})
     assert [document.text for document in found] == ["a", "z", "far", "far"]

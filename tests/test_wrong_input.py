@@ -348,7 +348,10 @@ def change_the_file(folder):
         (lose_the_json, "1of2.json: no such file"),
         (lose_the_file, "1of2.safetensors: no such file"),
         (write_other_json, "1of2.json: found no sha256"),
-        (write_other_record, "1of2.json: says ['seconds']: not of a shard"),
+        (
+            write_other_record,
+            "1of2.json: holds the keys ['seconds'], which are not those of a shard",
+        ),
         (change_the_file, "1of2.safetensors: truncated or damaged"),
     ],
 )

@@ -174,7 +174,7 @@ class SurgeryPlace(Place):
         return (DENSE,) if self.is_dense else (self.calibration, self.mode, self.size)
 
     def generation(self, results: Path) -> Path:
-        """What the model says to the prompt."""
+        """The path of the generated text."""
         return results / "eval" / self.format() / "generation" / "prompt.json"
 
 

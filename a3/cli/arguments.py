@@ -6,7 +6,8 @@ from typing import Any
 
 from a3.artifacts import targets
 from a3.cli import options as values
-from a3.cli.options import DTYPES, LARGEST_SEED, MOST_THREADS, count
+from a3.cli.options import LARGEST_SEED, MOST_THREADS, count
+from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_ratio
 
@@ -250,7 +251,9 @@ def add_seed(one: argparse.ArgumentParser) -> None:
 
 def add_run(one: argparse.ArgumentParser) -> None:
     """Where and how the model runs."""
-    one.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the forward pass")
+    one.add_argument(
+        "--dtype", choices=RUN_DTYPES, default="float32", help="dtype of the forward pass"
+    )
     text = "device of the forward pass: cpu, cuda, cuda:1 …"
     one.add_argument("--device", type=values.device, default="cpu", metavar="DEVICE", help=text)
     add_threads(one)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.jobs.settings import SETTINGS, settings_of
 
@@ -20,8 +21,6 @@ MOST_THREADS = 1024
 
 # Of numpy's generator, to which lm-eval gives it.
 LARGEST_SEED = 2**32 - 1
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,6 +190,8 @@ def wrong_job(job: Any) -> str | None:
     row = settings.get("row", {})
     if not isinstance(row, dict) or (row and {"qk", "ov", "mlp", "ratio"} - row.keys()):
         return "row has qk, ov, mlp and ratio, or nothing"
-    if settings.get("dtype", "float32") not in DTYPES or not isinstance(settings["device"], str):
-        return f"dtype is one of {', '.join(DTYPES)}, and device a name"
+    if settings.get("dtype", "float32") not in RUN_DTYPES or not isinstance(
+        settings["device"], str
+    ):
+        return f"dtype is one of {', '.join(RUN_DTYPES)}, and device a name"
     return None

@@ -163,7 +163,7 @@ def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> 
 
 
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
-    """Cost of adding one kind's sums of all shards: one file's of it, and another's."""
+    """Cost of adding one kind's sums of all shards, of which two files are in memory at once."""
     size = statistics_memory(arch, [kind])
     return Cost(LIBRARIES + 2 * size, 100.0 * shards * size / 8)
 

@@ -16,7 +16,7 @@ class Mistral(Family):
     """Llama without biases; also Ministral, whose layers differ in their sliding windows."""
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """None."""
+        """No projection has a bias."""
         return {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
 
 
@@ -24,7 +24,7 @@ class Qwen2(Family):
     """Biases in q, k and v only."""
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """q, k and v."""
+        """Only q, k and v have a bias."""
         return {"qkv_bias": True, "o_bias": False, "mlp_bias": False}
 
 
@@ -32,7 +32,7 @@ class AttentionBiased(Family):
     """`attention_bias` for q, k, v and o; the MLP has none."""
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """By the config."""
+        """As the config says."""
         bias = config.attention_bias
         return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": False}
 
@@ -64,11 +64,11 @@ class Qwen3Moe(Qwen3):
             )
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
-        """Of one expert."""
+        """The intermediate size of one expert."""
         return config.moe_intermediate_size
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """num_experts."""
+        """The key num_experts, and num_experts_per_tok."""
         return {"experts": config.num_experts, "experts_per_token": config.num_experts_per_tok}
 
 
@@ -83,12 +83,12 @@ class Mixtral(Mistral):
     }
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """num_local_experts."""
+        """The key num_local_experts, and num_experts_per_tok."""
         count = config.num_local_experts
         return {"experts": count, "experts_per_token": config.num_experts_per_tok}
 
     def packed_rest(self, name: str) -> str:
-        """The router's."""
+        """The name of the router's tensor in the module."""
         return name.replace(".block_sparse_moe.", ".mlp.")
 
 
@@ -115,7 +115,7 @@ class Gemma2(AttentionBiased):
     """A softmax scale of its own, and scores that are capped after scaling."""
 
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
-        """query_pre_attn_scalar^-½."""
+        """The key query_pre_attn_scalar to the power -½."""
         return config.query_pre_attn_scalar**-0.5
 
 
@@ -140,7 +140,7 @@ class SmolLM3(Family):
     """Llama with some layers that have no RoPE."""
 
     def rotates(self, attention: nn.Module) -> bool:
-        """Where no_rope_layers is 1."""
+        """Layers for which no_rope_layers is 1 have RoPE."""
         return bool(attention.use_rope)
 
 
@@ -167,11 +167,11 @@ class NoRope(Family):
     attention_name = "attn"
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
-        """As many as query heads."""
+        """As many key/value heads as query heads."""
         return config.num_attention_heads
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """All."""
+        """Every projection has a bias."""
         return {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 
@@ -194,7 +194,7 @@ class GPT2(NoRope):
         return config.n_inner or 4 * config.hidden_size
 
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
-        """1 where scale_attn_weights is off."""
+        """1 where scale_attn_weights is false."""
         return head_dim**-0.5 if config.scale_attn_weights else 1.0
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -213,11 +213,11 @@ class GPTBigCode(GPT2):
     transposed = False
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
-        """One with multi_query."""
+        """One key/value head with multi_query, else as many as query heads."""
         return 1 if config.multi_query else config.num_attention_heads
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Without multi_query."""
+        """They alternate unless all query heads share one key/value head."""
         return fields["kv_heads"] == fields["heads"]
 
 
@@ -238,11 +238,11 @@ class OPT(NoRope):
     }
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
-        """ffn_dim."""
+        """The key ffn_dim."""
         return config.ffn_dim
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """enable_bias."""
+        """The key enable_bias holds for all projections."""
         return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.enable_bias)
 
 
@@ -265,11 +265,11 @@ class GPTNeo(NoRope):
         return config.intermediate_size or 4 * config.hidden_size
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """o and the MLP."""
+        """Only o and the MLP have a bias."""
         return {"qkv_bias": False, "o_bias": True, "mlp_bias": True}
 
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
-        """None."""
+        """The scores are not scaled."""
         return 1.0
 
 
@@ -302,7 +302,7 @@ class Bloom(NoRope):
         return 4 * config.hidden_size
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Always."""
+        """They always alternate."""
         return True
 
 
@@ -316,7 +316,7 @@ class Falcon(Bloom):
     rope_layout = "halves"
 
     def layout(self, config: PreTrainedConfig) -> str | None:
-        """None with alibi."""
+        """None with ALiBi, which takes the place of RoPE."""
         return None if config.alibi else self.rope_layout
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
@@ -326,11 +326,11 @@ class Falcon(Bloom):
         return 1 if config.multi_query else config.num_attention_heads
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
-        """ffn_hidden_size."""
+        """The key ffn_hidden_size."""
         return config.ffn_hidden_size
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """`bias` for all."""
+        """The key `bias` holds for all projections."""
         return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), config.bias)
 
 
@@ -349,7 +349,7 @@ class Mpt(NoRope):
     }
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """None."""
+        """No projection has a bias."""
         return {"qkv_bias": False, "o_bias": False, "mlp_bias": False}
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
@@ -357,7 +357,7 @@ class Mpt(NoRope):
         return 4 * config.hidden_size
 
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
-        """softmax_scale where it is set."""
+        """The key softmax_scale where it is set."""
         return config.attn_config.softmax_scale or head_dim**-0.5
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -385,19 +385,19 @@ class GPTNeoX(Family):
     }
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
-        """As many as query heads."""
+        """As many key/value heads as query heads."""
         return config.num_attention_heads
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Always."""
+        """They always alternate."""
         return True
 
     def head_dim(self, attention: nn.Module) -> int:
-        """By another name."""
+        """Size of a head, which this family calls head_size."""
         return attention.head_size
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """The MLP always has them."""
+        """The MLP always has a bias."""
         bias = config.attention_bias
         return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": True}
 
@@ -415,7 +415,7 @@ class Phi(Family):
     }
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """All."""
+        """Every projection has a bias."""
         return {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 
@@ -423,7 +423,7 @@ class StableLm(Family):
     """Llama with partial RoPE and, in some sizes, biases of q, k and v."""
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """use_qkv_bias."""
+        """The key use_qkv_bias holds for q, k and v."""
         return {"qkv_bias": config.use_qkv_bias, "o_bias": False, "mlp_bias": False}
 
 
@@ -446,7 +446,7 @@ class Cohere2(Cohere):
     """Layers with full attention have no RoPE; the others have a sliding window."""
 
     def rotates(self, attention: nn.Module) -> bool:
-        """Where there is a window."""
+        """Layers with a sliding window have RoPE."""
         return attention.sliding_window is not None
 
 
@@ -460,7 +460,7 @@ class Glm(Family):
     }
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """attention_bias for q, k and v."""
+        """The key attention_bias holds for q, k and v."""
         return {"qkv_bias": config.attention_bias, "o_bias": False, "mlp_bias": False}
 
 
@@ -482,7 +482,7 @@ class GPTJ(Family):
     }
 
     def kv_heads(self, config: PreTrainedConfig) -> int:
-        """As many as query heads."""
+        """As many key/value heads as query heads."""
         return config.num_attention_heads
 
     def intermediate_size(self, config: PreTrainedConfig) -> int:
@@ -490,7 +490,7 @@ class GPTJ(Family):
         return config.n_inner or 4 * config.hidden_size
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        """The MLP."""
+        """Only the MLP has a bias."""
         return {"qkv_bias": False, "o_bias": False, "mlp_bias": True}
 
 

@@ -41,7 +41,7 @@ def is_model_file(path: Path) -> bool:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Files of a model's folder, and chat templates in a folder of their own; no other folders'."""
+    """Files of a model's folder, and chat templates in their folder, but of no other folder."""
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]
     return [path for path in sorted(paths) if path.is_file()]
 

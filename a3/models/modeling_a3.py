@@ -431,8 +431,8 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
         gather_once(body)
     record_attentions(body)
     if "quantised" in a3:
-        # Emulated by a3 only; such a folder does not load without it.
-        import_module("a3.models.quantised").emulate(body, a3["quantised"])
+        # Simulated by a3 only; such a folder does not load without it.
+        import_module("a3.models.quantised").simulate(body, a3["quantised"])
 
 
 def inside(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Low precision, emulated, in a compressed model: what its config says under `quantised`.
+"""Low precision, simulated, in a compressed model: what its config says under `quantised`.
 
 `modules` has, by name, the format of a linear layer's input `x` and its `rank`; weights lie in the
 checkpoint with the values that they have in their formats. `products` has the formats of the
@@ -74,7 +74,7 @@ class QuantisedProducts:
         return out.transpose(1, 2).contiguous(), p
 
 
-def emulate(model: nn.Module, said: dict[str, Any]) -> None:
+def simulate(model: nn.Module, said: dict[str, Any]) -> None:
     """Replace the linear layers and the attention products that a config's `quantised` names.
 
     `model` is without its head.

@@ -218,7 +218,7 @@ def obstacles(folder: Path) -> list[str]:
 
 
 def quantised(folder: Path) -> dict[str, Any]:
-    """What a folder's config says of low precision, emulated: `modules` and `products`."""
+    """What a folder's config says of simulated low precision: `modules` and `products`."""
     a3 = read_json(folder / "config.json").get("a3") or {}
     return a3.get("quantised") or {"modules": {}, "products": {}}
 

@@ -1,4 +1,4 @@
-"""Number formats of few bits, emulated: a tensor comes back with the values it would have in one.
+"""Number formats of few bits, simulated: a tensor comes back with the values it would have in one.
 
 Blocks and groups lie along the last dimension; the last one may be short. Spelled in configs:
 

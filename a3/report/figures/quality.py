@@ -67,7 +67,7 @@ def _is_logarithmic(record: Record) -> bool:
 
 
 def _against(runs: list[Run]) -> str:
-    """What stands along x."""
+    """What the x axis shows, for a caption."""
     kept = "against the share of the dense model's parameters that is left"
     uniform = [run for run in runs if run.place.nominal is not None]
     if not uniform:

@@ -158,7 +158,7 @@ def surgery_columns(frame: pd.DataFrame) -> list[Column]:
 
 
 def generation_columns(frame: pd.DataFrame) -> list[Column]:
-    """What each row says to the prompt."""
+    """The text that each row generates."""
     keys = ("mode", "size", "generation")
     # A cell is one line.
     cells = frame[list(keys)].fillna("").map(lambda text: " ".join(text.split()))

@@ -110,7 +110,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
-        # The code that travels does not emulate low precision.
+        # The code that travels does not simulate low precision.
         USE.format(without="" if "matrices" in record else WITHOUT),
         *llama_cpp(record),
         "## Licence and provenance",
@@ -164,9 +164,10 @@ def low_precision(record: dict[str, Any]) -> str:
     rank = "" if said["rank"] is None else f" of rank {said['rank']}"
     bits = record["size"]["compressed"]["bits_per_weight"]
     return (
-        f"Low precision, emulated: {len(errors)} matrices, repaired by `{said['method']}`{rank}; "
-        f"{bits:.2f} bits for each weight of the dense model's matrices. Relative error of their "
-        f"outputs: mean {mean(errors):.3g}, largest {max(errors):.3g}."
+        f"Low precision, simulated (values are rounded, nothing runs faster): {len(errors)} "
+        f"matrices, repaired by `{said['method']}`{rank}; {bits:.2f} bits for each weight of the "
+        f"dense model's matrices. Relative error of their outputs: mean {mean(errors):.3g}, "
+        f"largest {max(errors):.3g}."
     )
 
 
@@ -233,8 +234,8 @@ def perplexities(pairs: list[dict[str, Any]]) -> str:
 def licence(base: dict[str, Any], name: str) -> str:
     """The base model's licence, which holds for what is made from it."""
     if "license" in base:
-        return f"The licence of {name} holds: {base.get('license_name', base['license'])}."
-    return f"The licence of {name} holds; a3 was not told which it is."
+        return f"The licence of {name} applies: {base.get('license_name', base['license'])}."
+    return f"The licence of {name} applies; a3 does not know which it is."
 
 
 def provenance(record: dict[str, Any]) -> str:

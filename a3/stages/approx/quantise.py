@@ -266,9 +266,9 @@ class Quantiser:
         return (bits + rest) / dense
 
     def write_config(self, folder: Path) -> None:
-        """The config, with what is emulated when the model runs."""
+        """The config, with what is simulated when the model runs."""
         config = read_json(self.folder / "config.json")
-        # The code that travels with compressed models does not emulate low precision.
+        # The code that travels with compressed models does not simulate low precision.
         config.pop("auto_map", None)
         modules = {
             name: {"rank": self.report[name]["rank"], "x": entry["x"]}

@@ -38,7 +38,7 @@ class Prompting:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a result says of it."""
+        """The keys that a result records."""
         return asdict(self)
 
     def options(self, chat: HFLM | SimpleNamespace) -> dict[str, Any]:

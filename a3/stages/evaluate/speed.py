@@ -251,7 +251,7 @@ class Subject:
         return sum(w.nbytes for w in (*self.model.parameters(), *self.model.buffers()))
 
     def record(self, batch: int, prompt: int, new_tokens: int, dtype: str) -> dict[str, Any]:
-        """What the record says of this model."""
+        """The entry of this model in the record."""
         shapes, timed = self.candidate.shapes, self.candidate.timed
         size = shapes["size"]
         tokens = {"prefill": batch * prompt, "decode": batch * new_tokens}

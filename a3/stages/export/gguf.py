@@ -148,6 +148,6 @@ def in_neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def file_type(dtype: GGMLQuantizationType) -> LlamaFileType:
-    """What the whole file is called."""
+    """The name that GGUF has for the type of the whole file."""
     name = "ALL_F32" if dtype == GGMLQuantizationType.F32 else f"MOSTLY_{dtype.name}"
     return LlamaFileType[name]

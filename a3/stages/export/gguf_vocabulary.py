@@ -69,7 +69,7 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
 
 def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None, folder: Path) -> None:
     """Write chat templates, one or several by their names; A3Error where one is no
-    text, or its name could be no file's."""
+    text, or its name cannot be that of a file."""
     named = dict(templates) if isinstance(templates, dict) else {"default": templates or ""}
     if not all(isinstance(one, str) for pair in named.items() for one in pair):
         raise A3Error(

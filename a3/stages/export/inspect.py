@@ -63,7 +63,7 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):
         names = sorted({name for layer in content["a3"]["factors"] for name in layer})
-        lines.append(("", f"factored matrices (two each) in place of {', '.join(names)}"))
+        lines.append(("", f"two factors in place of each of {', '.join(names)}"))
     if "quantised" in content["a3"]:
         lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
     both = size_lines(size["compressed"], size["dense"])
@@ -76,7 +76,7 @@ def low_precision(size: dict[str, Any], said: dict[str, Any]) -> str:
     repair = f", A B of rank {rank}" if rank else ""
     bits = size["compressed"].get("bits_per_weight")
     bits = "unknown" if bits is None else f"{bits:.2f}"
-    return f"emulated in {len(said['modules'])} matrices{repair}; bits a weight: {bits}"
+    return f"simulated in {len(said['modules'])} matrices{repair}; bits a weight: {bits}"
 
 
 def model_lines(arch: dict[str, Any], what: str) -> list[tuple[str, str]]:
@@ -130,7 +130,7 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     lines.append(f"llama.cpp: {f'no: {reason}' if reason else f'after a3 export gguf; {cache}'}")
     lines.append(
         f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
-        f"of {', '.join(map(str, SERVABLE))}: its own are of {size}"
+        f"of {', '.join(map(str, SERVABLE))}: this model has heads of {size}"
     )
     return lines
 

@@ -43,7 +43,8 @@ def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]
     than the file's. Raises A3Error for a tokenizer that has none."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise A3Error(
-            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json)."
+            f"{path}: its tokenizer is a {type(tokenizer).__name__}, expected a fast "
+            "one (tokenizer.json)."
         )
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
