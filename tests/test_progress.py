@@ -139,6 +139,18 @@ def test_a_failed_job_shows_the_end_of_its_log_and_what_to_do(tmp_path):
     )
 
 
+def test_a_job_that_is_tried_again_and_succeeds_has_not_failed():
+    said = Said()
+    said.total(approx=1)
+    said.job(1, "approx", COMPRESSED | {"ratio": "0.2"})
+    failed = {"jobid": 1, "rule_name": "approx", "log": [], "shellcmd": "a3 approx"}
+    said.say(LogEvent.JOB_ERROR, "Error in rule", logging.ERROR, **failed)
+    said.job(1, "approx", COMPRESSED | {"ratio": "0.2"})
+    said.say(LogEvent.JOB_FINISHED, job_id=1)
+    said.say(None, "Complete log(s): /x.log")
+    assert said.lines()[-1].startswith("1 job done in ")
+
+
 def test_a_dry_run_lists_jobs_with_reasons():
     said = Said(dryrun=True, stdout=True, printshellcmds=True)
     said.total(approx=1)

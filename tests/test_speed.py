@@ -21,6 +21,7 @@ from a3.models.cost import speed_cost
 from a3.models.load import load_model
 from a3.models.sizes import sizes
 from a3.stages.evaluate import speed as stage
+from a3.stages.evaluate.speed_models import of_folder
 from a3.stages.evaluate.speed_summary import compared
 
 SHORT = ["--prompt", "6", "--new-tokens", "3", "--batch", "2", "--repeats", "2"]
@@ -108,7 +109,7 @@ def test_the_cache_holds_what_was_counted(results, tmp_path, dtype):
 
 def test_the_same_tokens_as_generate(results):
     """Prefill and steps are those of generation, with a cache of prompt and steps."""
-    candidate = stage.of_folder(results / "checkpoints" / TAIL, "float32", "cpu")
+    candidate = of_folder(results / "checkpoints" / TAIL, "float32", "cpu")
     subject = stage.Subject(candidate, stage.Clock("cpu"), ["sdpa"])
     ids, seen = torch.tensor([[0, 5, 9, 40]]), []
     hook = subject.model.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
