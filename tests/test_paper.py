@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -328,8 +327,7 @@ def dry_run(*words, config=()):
     """What `snakemake -n` of this project would run; returns (status, rules, output)."""
     command = [sys.executable, "-m", "snakemake", "-n", "--no-hooks", "--cores", "1", *words]
     command += ["--config", *config] if config else []
-    environment = os.environ | {"SNAKEMAKE_PROFILE": "workflow/profiles/default"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     output = done.stdout + done.stderr
     return done.returncode, re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE), output
 

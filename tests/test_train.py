@@ -238,7 +238,7 @@ def test_text_of_training_is_not_scored_unnoticed():
 
 def test_the_table_of_attention_types_can_be_built(tmp_path):
     """The four trained models and the repeated heads come from rules, each from its own text."""
-    command = [sys.executable, "-m", "snakemake", "-n", "--profile", "workflow/profiles/default"]
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1"]
     command += ["--configfile", "config/config.yaml", "config/studies/attention/config.yaml"]
     command += ["--config", f"results={tmp_path}/results"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
