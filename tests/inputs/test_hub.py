@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # huggingface_hub reads its settings when it is imported: each case is a process of its own.
 RUN = """
 import json, sys, time

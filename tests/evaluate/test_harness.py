@@ -524,7 +524,7 @@ def test_a_prompt_has_no_date_of_today(tmp_path):
 
 
 def test_turns_without_a_template_are_refused_in_the_config():
-    schema = load_yaml(stage.Path(__file__).parent.parent / "workflow/schemas/config.schema.yaml")
+    schema = load_yaml(stage.Path(__file__).parents[2] / "workflow/schemas/config.schema.yaml")
     entry = {"task": "arc_easy", "fewshot_as_multiturn": True}
     config = {"experiments": "x.tsv", "calibrations": {}, "harness": {"mine": entry}}
     with pytest.raises(A3Error, match=r"harness\.mine\.fewshot_as_multiturn"):

@@ -33,7 +33,7 @@ from a3.stages.inputs.text import make_documents
 from a3.texts.blocks import permuted, scored_blocks, token_blocks
 from a3.texts.reading import Document, load_documents, write_documents
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
 REAL = ROOT / "results/models/smollm2-135m"
 TEXTS = [

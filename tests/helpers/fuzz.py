@@ -45,7 +45,7 @@ from a3.stages.evaluate import items as harness
 from a3.stages.inputs.model import convert_gguf
 from a3.texts.reading import load_documents
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
 ROW = {"model": "tiny", "calibration": "short", "qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
 CONFIG = """

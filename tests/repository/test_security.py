@@ -32,7 +32,7 @@ from a3.stages.inputs import wheels
 from a3.stages.inputs.convert import convert
 from a3.stages.inputs.model import resolve_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(a3.__file__).parent
 CODE = sorted(PACKAGE.rglob("*.py"))
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))

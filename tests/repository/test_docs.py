@@ -14,7 +14,7 @@ from a3.cli.main import main, parser
 from a3.core.files import load_yaml
 from a3.experiments.config import complete
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
 PAGES = [
     ROOT / "README.md",

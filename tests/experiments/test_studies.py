@@ -17,7 +17,7 @@ from a3.experiments.needed import (
 )
 from a3.experiments.rows import read_experiments, read_surgeries
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "config/studies").iterdir())
 A3 = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
 PAPER_KINDS = ["down_diagonal", "k_blocks", "q_blocks", "v_blocks"]

@@ -13,7 +13,7 @@ from tiny import BLOCK, document, tiny_llama
 
 from a3.core.provenance import PACKAGE, sources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RULE = re.compile(r"^ *rule ?(\w*):.*?(?=^ *(?:use )?rule ?\w*:|\Z)", re.MULTILINE | re.DOTALL)
 # The modules that each rule names, by the rule; one whose name is computed by its file's.
 RULES = {

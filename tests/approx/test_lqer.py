@@ -28,7 +28,7 @@ from a3.solutions.recipes import complete_recipe, entry_for, parse_quantisation
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SITES = ("attention_input", "o_proj_input", "mlp_input", "down_input")
 KINDS = [f"{site}{form}" for site in SITES for form in ("", "_peak")]
 METHODS = ("none", "lqer-svd", "lqer-act", "qera")

@@ -28,7 +28,7 @@ from a3.solutions.surgeries import PROJECTIONS, SURGERIES, Size, find_surgery, p
 from a3.stages.approx.surgery import Operation, surgery
 from a3.stages.collect.collect import collect
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 SETTINGS = {"tokens": 512, "block_length": 64, "seed": 0, "bos": True}
 # One of each way in which q, k and v lie in a checkpoint.

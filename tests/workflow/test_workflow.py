@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import a3  # noqa: F401
 from a3.cli.main import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLUGIN = "snakemake_logger_plugin_a3"
 CONFIG = """
 experiments: experiments.tsv

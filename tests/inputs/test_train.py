@@ -177,7 +177,7 @@ def test_the_rate_rises_and_falls():
 
 # --- configuration --------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = load_yaml(ROOT / "workflow" / "schemas" / "config.schema.yaml")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import a3  # noqa: F401  (the user's first line)
 from a3.cli.main import main, parser
 
-RULES = Path(__file__).parent.parent / "workflow" / "rules"
+RULES = Path(__file__).parents[2] / "workflow" / "rules"
 COMMANDS = [
     "compress",
     "collect",

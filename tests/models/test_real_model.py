@@ -19,7 +19,7 @@ from a3.stages.collect.collect import collect
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "results" / "models" / "smollm2-135m"
 TEXT = ROOT / "results" / "texts" / "wiki-articles" / "docs.jsonl"
 MODES = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}

@@ -27,7 +27,7 @@ from a3.report.tables.paper_comparison import compared
 from a3.report.tables.paper_rows import build_rows
 from a3.solutions.modes import COMPONENTS, MODES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = Paper(ROOT / "config/paper.yaml")
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
 TABLES = sorted(PAPER.tables)

@@ -17,7 +17,7 @@ from snakemake_interface_logger_plugins.tests import MockOutputSettings, TestLog
 from snakemake_logger_plugin_a3 import LogHandler
 from snakemake_logger_plugin_a3.jobs import duration
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN = {"model": "tiny", "run": "short/obs+joint~+dense/0.25"}
 COMPRESSED = {"model": "tiny", "calibration": "short", "qk": "obs", "ov": "joint~", "mlp": "dense"}
 

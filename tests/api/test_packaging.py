@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tiny import LINES, tiny_llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Each extra's own libraries; workflow takes those of others, too.
 DECLARED = {
@@ -64,7 +64,7 @@ def read(node: ast.AST, found: Imports, functions: list[Imports]) -> None:
             case ast.Import():
                 for alias in child.names:
                     add(found, alias.name)
-            case ast.ImportFrom():
+            case ast.ImportFrom(level=0):
                 for name in (child.module, *(f"{child.module}.{one.name}" for one in child.names)):
                     add(found, name)
             case ast.Call(ast.Name("require_installed"), [ast.Constant(one), ast.Constant(extra)]):
