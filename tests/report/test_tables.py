@@ -12,6 +12,7 @@ import pytest
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_record, write_record
 from a3.report.figures.build import build_figures
+from a3.report.figures.drawing import name_clips
 from a3.report.page import build_report
 from a3.report.tables.frames import print_table
 from a3.report.tables.results import build_tables
@@ -576,3 +577,10 @@ def test_paired_error_agrees_with_numpy(results):
     row = rows(table(results, [experiment("small")]) / "results.csv")[1]
     expected = np.std(np.subtract(after, before), ddof=1) / 2
     assert float(row["encyclopedia.nll_delta_stderr"]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_clips_are_named_by_what_is_written_of_them():
+    svg = '<g clip-path="url(#p{0})"/><clipPath id="p{0}">\n <rect x="57.6" y="41.5"/>\n</clipPath>'
+    one, other = (name_clips(svg.format(name)) for name in ("61e213f986", "0f338bf9bc"))
+    assert one == other
+    assert one.count(one.split('id="')[1][:11]) == 2

@@ -17,7 +17,8 @@ from a3.cli.main import entry, main
 from a3.core.errors import A3Error
 from a3.core.files import read_json, sha256
 from a3.stages.inputs.text import documents
-from a3.texts.reading import Document, load_documents, text_files, text_sha256
+from a3.texts.files import text_files
+from a3.texts.reading import Document, load_documents, text_sha256
 
 ROWS = [
     {"title": "One", "text": 'says "a, b; c | d"\tand\nmore\u2028still one'},
