@@ -95,7 +95,7 @@ wildcard_constraints:
     shard=r"\d+of\d+",
     # Nothing, or the shard of a calibration that is collected in several jobs.
     shard_folder=r"(/shards/\d+of\d+)?",
-    # A mode, with `~` where its ratio is shared out, with `@` and a size where it has its own; a
+    # A mode, with `~` where its ratio is allocated, with `@` and a size where it has its own; a
     # ratio is `-` where all components do.
     qk=r"[\w@.~-]+",
     ov=r"[\w@.~-]+",
