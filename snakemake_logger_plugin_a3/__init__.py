@@ -81,9 +81,8 @@ class LogHandler(LogHandlerBase):
             self.handleError(record)
 
     def close(self) -> None:
-        """Take the bar away; say how many jobs a dry run found."""
-        if self.bar is not None:
-            self.bar.close()
+        """Say how many jobs a dry run found."""
+        self.take_bar_away()
         if self.common_settings.dryrun and self.total:
             self.print(f"{jobs(self.total)} would run; nothing was run")
             self.total = 0
@@ -131,6 +130,12 @@ class LogHandler(LogHandlerBase):
             names = ", ".join(" ".join(job.name.split()) for job in self.running.values())
             self.bar.set_description_str(names if len(names) <= 50 else names[:49] + "…")
 
+    def take_bar_away(self) -> None:
+        """Leave nothing of the bar on the terminal."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def command(self, record: LogRecord) -> None:
         """Print a job's command, which the user asked for (-p)."""
         if shell := vars(record)["shellcmd"]:
@@ -177,6 +182,7 @@ class LogHandler(LogHandlerBase):
 
     def finish(self, log: str) -> None:
         """Say how the run ended, and where all of it is written down."""
+        self.take_bar_away()
         took = duration(time.time() - self.start)
         if self.failed:
             self.print(
