@@ -72,6 +72,14 @@ class Sizes(TypedDict):
     seed: int
 
 
+class ScoredSizes(TypedDict):
+    """As `Sizes`, of a text that is scored."""
+
+    tokens: int | str
+    block_length: int
+    bos: bool | str
+
+
 class Run(TypedDict):
     """How a forward pass is computed."""
 
@@ -243,26 +251,12 @@ def evaluate(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None:
             require_count(name, value, least)
-    sizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
+    sizes: ScoredSizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
     run = run_of(sizes, dtype, device, model, scored=True)
     with workplace(progress) as work:
         folder, out = model_folder(model, tokenizer, work), work / "result.json"
         if texts is not None:
-            from a3.stages.evaluate.perplexity import perplexity
-
-            perplexity(
-                folder,
-                documents(texts, work),
-                out,
-                name=name_of(texts),
-                split="all",
-                source=None,
-                tokens=tokens,
-                block_length=block_length,
-                bos=bos,
-                join="empty-line",
-                **run,
-            )
+            score(folder, documents(texts, work), name_of(texts), out, sizes, run)
         elif task is not None:
             from a3.stages.evaluate.harness import harness
 
@@ -280,6 +274,23 @@ def evaluate(
                     **run,
                 )
         return read_record(out)
+
+
+def score(folder: Path, docs: Path, name: str, out: Path, sizes: ScoredSizes, run: Run) -> None:
+    """Write the perplexity on documents, which the record calls `name`."""
+    from a3.stages.evaluate.perplexity import perplexity
+
+    perplexity(
+        folder,
+        docs,
+        out,
+        name=name,
+        split="all",
+        source=None,
+        join="empty-line",
+        **sizes,
+        **run,
+    )
 
 
 def export(
