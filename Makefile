@@ -40,6 +40,7 @@ lint: $(READY) $(LINT) docs
 	ruff format --check
 	.venv-lint/bin/snakefmt --check --compact-diff Snakefile workflow
 	PYTHONPATH=. .venv-lint/bin/lint-imports --no-cache --no-logo
+	.venv-lint/bin/mypy
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "a3 needs Python 3.11 or newer, this is " + sys.version)'
@@ -51,7 +52,7 @@ $(READY): requirements.lock pyproject.toml
 # snakefmt wants other versions of its libraries than snakemake has.
 $(LINT): Makefile
 	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0 import-linter==2.17 mkdocs-material==9.8.2
+	.venv-lint/bin/python -m pip install -q snakefmt==2.1.0 import-linter==2.17 mkdocs-material==9.8.2 mypy==2.4.1
 	touch $@
 
 clean:

@@ -28,9 +28,9 @@ Every function raises `a3.A3Error` for what the caller can correct: it says what
 expected and what to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,6 +63,30 @@ from a3.models.readable import require_readable
 from a3.pipeline import compress as compress_folder
 
 
+class Sizes(TypedDict):
+    """How a text is cut into blocks of tokens."""
+
+    tokens: int
+    block_length: int
+    bos: bool
+    seed: int
+
+
+class ScoredSizes(TypedDict):
+    """As `Sizes`, of a text that is scored."""
+
+    tokens: int | str
+    block_length: int
+    bos: bool | str
+
+
+class Run(TypedDict):
+    """How a forward pass is computed."""
+
+    dtype: str
+    device: str
+
+
 def compress(
     model: Model,
     tokenizer: Tokenizer = None,
@@ -90,8 +114,8 @@ def compress(
     tokenizer; transformers loads that folder after `import a3`.
     """
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
-    settings = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    settings |= run_of(settings, dtype, device, model)
+    sizes: Sizes = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
+    settings = {**sizes, **run_of(sizes, dtype, device, model)}
     with workplace(progress) as work:
         source = model_entry(model, tokenizer, work)
         compress_folder(source, text_entry(texts, work), plan, work / "small", settings)
@@ -124,8 +148,8 @@ def collect(
     """
     from a3.stages.collect.collect import collect
 
-    settings = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    settings |= run_of(settings, dtype, device, model)
+    sizes: Sizes = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
+    run = run_of(sizes, dtype, device, model)
     out = Path(out)
     kinds = kinds_of(preset, {"qk": qk, "ov": ov, "mlp": mlp})
     with workplace(progress) as work:
@@ -133,7 +157,7 @@ def collect(
         outputs = {kind: out / f"{kind}.safetensors" for kind in kinds}
         for path in outputs.values():
             targets.check(targets.STATISTICS, {"model": folder, "text": docs, "out": path})
-        collect(folder, docs, outputs, **settings, stream=stream)
+        collect(folder, docs, outputs, **sizes, **run, stream=stream)
     return out
 
 
@@ -227,24 +251,46 @@ def evaluate(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None:
             require_count(name, value, least)
-    sizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
+    sizes: ScoredSizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
     run = run_of(sizes, dtype, device, model, scored=True)
     with workplace(progress) as work:
         folder, out = model_folder(model, tokenizer, work), work / "result.json"
-        if task is None:
-            from a3.stages.evaluate.perplexity import perplexity
-
-            scored = {"name": name_of(texts), "split": "all", "source": None, "join": "empty-line"}
-            docs = documents(texts, work)
-            perplexity(folder, docs, out, **scored, **sizes, **run)
-        else:
+        if texts is not None:
+            score(folder, documents(texts, work), name_of(texts), out, sizes, run)
+        elif task is not None:
             from a3.stages.evaluate.harness import harness
 
-            asked = {"shots": shots, "limit": limit, "seed": seed}
-            local = {"items": None, "yaml": None, "metric": None}
             with silent(not progress):
-                harness(folder, task, out, **asked, **local, **run)
+                harness(
+                    folder,
+                    task,
+                    out,
+                    items=None,
+                    yaml=None,
+                    metric=None,
+                    shots=shots,
+                    limit=limit,
+                    seed=seed,
+                    **run,
+                )
         return read_record(out)
+
+
+def score(folder: Path, docs: Path, name: str, out: Path, sizes: ScoredSizes, run: Run) -> None:
+    """Write the perplexity on documents, which the record calls `name`."""
+    from a3.stages.evaluate.perplexity import perplexity
+
+    perplexity(
+        folder,
+        docs,
+        out,
+        name=name,
+        split="all",
+        source=None,
+        join="empty-line",
+        **sizes,
+        **run,
+    )
 
 
 def export(
@@ -292,8 +338,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def run_of(
-    sizes: dict[str, Any], dtype: str, device: str | None, model: Model, scored: bool = False
-) -> dict[str, str]:
+    sizes: Mapping[str, Any], dtype: str, device: str | None, model: Model, scored: bool = False
+) -> Run:
     """The dtype and device of the forward pass.
 
     Raises A3Error for sizes that are not counts, and a device that is not there. All tokens, and

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -25,9 +25,9 @@ from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
 from a3.texts.reading import Document, as_document, write_documents
 
-Model = PreTrainedModel | str | Path
-Tokenizer = PreTrainedTokenizerBase | None
-Texts = Iterable[Any] | str | Path
+Model: TypeAlias = PreTrainedModel | str | Path
+Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
+Texts: TypeAlias = Iterable[Any] | str | Path
 
 
 @contextmanager
@@ -222,10 +222,10 @@ def require_count(name: str, value: Any, least: int = 1) -> None:
 # --- results --------------------------------------------------------------------------------------
 def loaded_as(folder: Path, like: Model) -> PreTrainedModel:
     """The model in a folder, with the dtype and device of another that was given in memory."""
-    given = isinstance(like, PreTrainedModel)
-    options = {"dtype": like.dtype if given else "auto", "use_safetensors": True}
-    model = loaded(AutoModelForCausalLM, folder, **options)
+    given = like if isinstance(like, PreTrainedModel) else None
+    dtype = "auto" if given is None else given.dtype
+    model = loaded(AutoModelForCausalLM, folder, dtype=dtype, use_safetensors=True)
     # Small files that save_pretrained writes beside the weights (a3.models.modeling_a3).
     if hasattr(model, "beside"):
         model.beside = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
-    return model.to(like.device) if given else model
+    return model if given is None else model.to(given.device)

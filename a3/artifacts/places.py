@@ -7,6 +7,7 @@ reads it back.
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 from a3.core.errors import A3Error
 from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED
@@ -36,9 +37,9 @@ class Place:
             case [model, how] if how == DENSE:
                 return Place(model)
             case [model, calibration, modes, ratio, *quantise] if "+" in modes:
-                three = modes.split("+")
-                if len(three) == len(COMPONENTS) and len(quantise) < 2:
-                    return Place(model, calibration, *three, ratio, *quantise)
+                if modes.count("+") == len(COMPONENTS) - 1 and len(quantise) < 2:
+                    qk, ov, mlp = modes.split("+")
+                    return Place(model, calibration, qk, ov, mlp, ratio, *quantise)
             case [model, calibration, mode, size]:
                 return SurgeryPlace(model, calibration, mode=mode, size=size)
         raise A3Error(
@@ -95,12 +96,12 @@ class Place:
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
-    def dense(self) -> "Place":
+    def dense(self) -> Self:
         """The row of the unmodified model."""
         return type(self)(self.model)
 
     @property
-    def base(self) -> "Place":
+    def base(self) -> Self:
         """The row whose weights this one was made from."""
         compressed = self.is_quantised and not self.is_whole
         return replace(self, quantise=PLAIN) if compressed else self.dense

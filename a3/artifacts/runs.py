@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from a3.artifacts.places import SURGERY_PLACE, Place, SurgeryPlace
 from a3.artifacts.protocols import (
@@ -54,8 +54,18 @@ class Run:
         return [] if self.place.is_dense else self.weights["layers"]
 
 
+@dataclass(frozen=True)
+class SurgeryRun(Run):
+    """A row of the surgeries with its files."""
+
+    place: SurgeryPlace
+
+
 # Each model's dense run and its compressed ones.
-Groups = list[tuple[Run, list[Run]]]
+Groups: TypeAlias = list[tuple[Run, list[Run]]]
+SurgeryGroups: TypeAlias = list[tuple[SurgeryRun, list[SurgeryRun]]]
+
+R = TypeVar("R", bound=Run)
 
 
 def read_runs(
@@ -70,7 +80,7 @@ def read_runs(
     that now lie beside it, or when two results of one model were taken by different protocols.
     """
     places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
-    return _read_places(results, places, perplexity, harness)
+    return _read_places(Run, results, places, perplexity, harness)
 
 
 def read_surgeries(
@@ -78,16 +88,20 @@ def read_surgeries(
     surgeries: Iterable[Mapping[str, str]],
     perplexity: Sequence[str],
     harness: Sequence[str],
-) -> Groups:
+) -> SurgeryGroups:
     """Each model's dense run and its surgeries, as `read_runs` reads experiments."""
     places = [SurgeryPlace(**{key: row[key] for key in SURGERY_PLACE}) for row in surgeries]
-    return _read_places(results, places, perplexity, harness)
+    return _read_places(SurgeryRun, results, places, perplexity, harness)
 
 
 def _read_places(
-    results: Path, all_places: Iterable[Place], perplexity: Sequence[str], harness: Sequence[str]
-) -> Groups:
-    """As `read_runs`, of places."""
+    sort: type[R],
+    results: Path,
+    all_places: Iterable[Place],
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+) -> list[tuple[R, list[R]]]:
+    """As `read_runs`, of places, as runs of this sort."""
     models: dict[Place, dict[Place, None]] = {}
     for place in all_places:
         rows = models.setdefault(place.dense, {})
@@ -95,8 +109,8 @@ def _read_places(
             rows[place] = None
     groups = []
     for model, rows in models.items():
-        dense = _read_run(results, model, perplexity, harness)
-        runs = [_read_run(results, place, perplexity, harness) for place in rows]
+        dense = _read_run(sort, results, model, perplexity, harness)
+        runs = [_read_run(sort, results, place, perplexity, harness) for place in rows]
         for run in runs:
             _same_base(dense, run)
             for text in perplexity:
@@ -148,10 +162,10 @@ def check_speed(record: Record, weights: Record) -> None:
 
 
 def _read_run(
-    results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
-) -> Run:
+    sort: type[R], results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
+) -> R:
     """Read one row's files and hold each result to the weights it was taken from."""
-    run = Run(
+    run = sort(
         place,
         Record.read(place.weights(results)),
         {text: Record.read(place.perplexity(results, text)) for text in perplexity},

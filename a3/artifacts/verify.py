@@ -53,7 +53,7 @@ class Verifier:
                 except A3Error as error:
                     self.problems.append(str(error))
 
-    def artifacts(self) -> Iterator[tuple[str, Path, Callable[[Path], None]]]:
+    def artifacts(self) -> Iterator[tuple[str, Path, Callable[[Path], object]]]:
         """Each artifact: its sort, its path and what checks it."""
         found = {
             "texts": ("texts/*/docs.json", self.text),

@@ -197,7 +197,7 @@ def add_servable(one: argparse.ArgumentParser) -> None:
 def add_multiple(one: argparse.ArgumentParser, **several: Any) -> None:
     """Sizes that hardware likes."""
     text = "round ranks to a multiple of N (8, 16, 64 …)"
-    options = {"type": count(), "default": 1, "metavar": "N", "help": text}
+    options: dict[str, Any] = {"type": count(), "default": 1, "metavar": "N", "help": text}
     one.add_argument("--multiple", **options | several)
 
 

@@ -121,7 +121,7 @@ def shown(word: str) -> str:
 
 def rows(
     *columns: str, others: tuple[str, ...] | None = None, least: int = 1
-) -> Callable[[str], list[Any]]:
+) -> Callable[[str], list[dict[str, str]]]:
     """JSON of the rows of a table: each has all of `columns`, and none but them and `others`.
 
     Without `others` there may be any. Values are text; numbers become text. There are at `least`
@@ -130,7 +130,8 @@ def rows(
 
     def read(word: str) -> list[dict[str, str]]:
         found = read_json(word)
-        for row in found if isinstance(found, list) and len(found) >= least else [None]:
+        entries: list[Any] = found if isinstance(found, list) and len(found) >= least else [None]
+        for row in entries:
             cells = isinstance(row, dict) and all(
                 type(v) in (str, int, float) for v in row.values()
             )
@@ -144,7 +145,7 @@ def rows(
                     f"argument {shown(word)}: unknown key {unknown[0]!r} in a row; expected "
                     f"{', '.join((*columns, *others))}."
                 )
-        return [{key: str(value) for key, value in row.items()} for row in found]
+        return [{key: str(value) for key, value in row.items()} for row in entries]
 
     return read
 

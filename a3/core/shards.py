@@ -1,6 +1,7 @@
 """Work in several shards: "0of4" to "3of4" of a number of blocks or layers."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from a3.core.errors import A3Error
@@ -32,9 +33,9 @@ def weight_files(shards: int) -> list[str]:
     return ["model.safetensors"] if shards == 1 else names
 
 
-def require_all(found: list[str | None], where: Path, missing: str) -> None:
+def require_all(found: Sequence[str | None], where: Path, missing: str) -> None:
     """Raise A3Error unless `found` names all shards, in order; `missing` says what to do."""
-    if found != [f"{i}of{len(found)}" for i in range(len(found))]:
+    if list(found) != [f"{i}of{len(found)}" for i in range(len(found))]:
         raise A3Error(
             f"{where}: the shards are {found}, expected all of {len(found)} in order. {missing}"
         )

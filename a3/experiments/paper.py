@@ -78,14 +78,14 @@ class Cell:
 class Wanted:
     """A figure of ours: the cell, the row of results, and the entry that it is read from.
 
-    `timed` is the compressed row whose record of speed it stands in: that has the dense model's
-    too.
+    `timed` is the row whose record of speed it stands in: a compressed one, which has the dense
+    model's too.
     """
 
     cell: Cell
     place: Place
     entry: str
-    timed: Place | None = None
+    timed: Place
 
     def files(self, results: Path) -> list[Path]:
         """The results that it is read from; each model's dense ones are needed as well."""
@@ -251,12 +251,12 @@ class Paper:
                 if "paper" not in entry:
                     own = replace(row, calibration=protocol["calibrations"][row.calibration])
                     cell = replace(cell, row=own)
-                found.append(Wanted(cell, place, section.get(cell.name, speed)))
+                found.append(Wanted(cell, place, section.get(cell.name, speed), place))
         compressed = [one for one in found if not one.place.is_dense]
         timed = {one.entry: one.place for one in reversed(compressed)}
         return [
-            replace(one, timed=timed[one.entry] if one.place.is_dense else one.place)
-            if one.cell.quantity in SPEED
+            replace(one, timed=timed[one.entry])
+            if one.cell.quantity in SPEED and one.place.is_dense
             else one
             for one in found
         ]

@@ -1,6 +1,7 @@
 """Rows of an experiment table, checked against the configuration."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
         )
 
 
-def kinds_of(rows: list[dict[str, str]]) -> list[str]:
+def kinds_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Statistics of dense models that all rows read, sorted."""
     kinds = {kind for row in rows for kind in kinds_needed(choose(row))}
     places = [Place(**row) for row in rows if row.get(QUANTISE, PLAIN) != PLAIN]

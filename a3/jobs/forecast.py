@@ -5,6 +5,7 @@ model with made-up weights is run and solved here once, and multiplied.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from a3.core.errors import A3Error
 from a3.core.memory import GIB, require_memory
 from a3.jobs.settings import settings_of
 from a3.jobs.trial import Trial
+from a3.models.cost import Cost
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 
@@ -24,7 +26,7 @@ from a3.solutions.plan import Plan
 SCORED = 16384
 
 # What tries each stage.
-STAGES = {
+STAGES: dict[str, Callable[..., tuple[Cost, int, float]]] = {
     "collect": Trial.collect,
     "allocate": Trial.allocate,
     "approx": Trial.approx,

@@ -28,14 +28,13 @@ from a3.models.cost import (
 )
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.load import load_config
-from a3.models.sizes import sizes
+from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS, Kind
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import solver_of
 from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
-from a3.solutions.plan import Plan
-from a3.stages.approx.budget import LEAST
+from a3.solutions.plan import LEAST, Plan
 from a3.stages.collect.hooks import attach_all
 from a3.stages.collect.stream import empty_trunk
 
@@ -180,8 +179,8 @@ class Trial:
             for name, (m, n) in arch.matrix_shapes(component).items():
                 fewer += m * n - factors[name] * (m + n) if name in factors else 0
         parameters = arch.size["parameters"] - arch.layers * fewer
-        every = [tuple(kept.values())] * arch.layers, parameters, arch.dtype
-        return sizes(self.shapes, *every, [factors] * arch.layers)
+        ranks: list[Ranks] = [(kept["qk"], kept["ov"], kept["mlp"])] * arch.layers
+        return sizes(self.shapes, ranks, parameters, arch.dtype, [factors] * arch.layers)
 
     # --- trials, in seconds ---
 
@@ -221,31 +220,33 @@ class Trial:
 
     def _component_seconds(self, component: str, mode: str, rank: int) -> float:
         """Of the solution of one component of a layer."""
-        if find_mode(component, mode).factors is not None:
+        if find_mode(component, mode).factors:
             return self.factor_seconds(component, mode)
-        solve, kinds = solver_of(component, mode), find_mode(component, mode).kinds
         if component == "mlp":
-            full = any(KINDS[kind].form == "full" for kind in kinds)
-            channels = min(self.arch.intermediate_size, TRIAL_SIZE if full else TRIAL_CHANNELS)
-            scale = channels / self.arch.intermediate_size
-            share = (scale**3 if full else scale) / max(1, self.arch.experts)
-            rank = max(1, int(rank * scale))
-            weights = self.mlp_weights(channels)
-            sizes = {"full": channels, "gradient": self.arch.hidden_size}
-            forms = [KINDS[kind].form for kind in kinds]
-            statistics = [
-                gram(1, sizes[form])[0] if form in sizes else random(channels) for form in forms
-            ]
-        else:
-            groups = min(self.arch.kv_heads, TRIAL_GROUPS)
-            share = groups / self.arch.kv_heads
-            weights = self.attention_weights(groups)
-            statistics = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in kinds]
-            if mode == "uniform-global":
-                statistics.append(torch.arange(self.arch.rope_dims // 2))
-        if find_mode(component, mode).prior:
-            statistics.append(1.0)
-        return self.clock(lambda: solve(weights, *statistics, rank)) / share
+            return self.mlp_seconds(mode, rank)
+        groups = min(self.arch.kv_heads, TRIAL_GROUPS)
+        weights, chosen = self.attention_weights(groups), find_mode(component, mode)
+        read = [self.of_heads(KINDS[kind], groups, len(weights.q)) for kind in chosen.kinds]
+        if mode == "uniform-global":
+            read.append(torch.arange(self.arch.rope_dims // 2))
+        prior = [1.0] if chosen.prior else []
+        solve = partial(solver_of(component, mode), weights, *read, *prior, rank)
+        return self.clock(solve) * self.arch.kv_heads / groups
+
+    def mlp_seconds(self, mode: str, rank: int) -> float:
+        """Of the solution of one layer's MLP, from a smaller one."""
+        chosen = find_mode("mlp", mode)
+        forms = [KINDS[kind].form for kind in chosen.kinds]
+        full = "full" in forms
+        channels = min(self.arch.intermediate_size, TRIAL_SIZE if full else TRIAL_CHANNELS)
+        scale = channels / self.arch.intermediate_size
+        share = (scale**3 if full else scale) / max(1, self.arch.experts)
+        sizes = {"full": channels, "gradient": self.arch.hidden_size}
+        read = [gram(1, sizes[form])[0] if form in sizes else random(channels) for form in forms]
+        prior = [1.0] if chosen.prior else []
+        small = max(1, int(rank * scale))
+        weights = self.mlp_weights(channels)
+        return self.clock(partial(solver_of("mlp", mode), weights, *read, *prior, small)) / share
 
     def of_heads(self, kind: Kind, groups: int, heads: int) -> Tensor:
         """A made-up statistic of attention with some of the heads."""

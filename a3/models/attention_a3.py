@@ -1,13 +1,13 @@
 """Attention of compressed models: heads of QK and OV have their own sizes.
 
-`A3Attention` stands in the place of a family's own; families whose layers call their attention, or
-rotate, in a way of their own have a subclass here. This file needs nothing but torch and
-transformers, since it travels in every compressed folder beside modeling_a3.py.
+A module of this file stands in the place of a family's own; families whose layers call their
+attention, or rotate, in a way of their own have a class of their own here. This file needs nothing
+but torch and transformers, since it travels in every compressed folder beside modeling_a3.py.
 """
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+# cos and sin of RoPE.
+Tables: TypeAlias = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -56,7 +59,8 @@ class A3Attention(nn.Module):
 
     Pair indices are kept as integers and the family's own float32 cos/sin are gathered: inverse
     frequencies in bfloat16 would be off by radians at position 2048. `dense` is the family's module
-    in whose place this stands: windows and caps of the scores are taken from it.
+    in whose place this stands: windows and caps of the scores are taken from it. Subclasses have
+    the `forward` that the family's layers call.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
@@ -85,7 +89,8 @@ class A3Attention(nn.Module):
         self.k_proj = nn.Linear(d, keys, bias)
         self.v_proj = nn.Linear(d, values, bias)
         self.o_proj = nn.Linear(outputs, d, a3["o_bias"])
-        self.q_norm = self.k_norm = None
+        self.q_norm: HeadNorm | None = None
+        self.k_norm: HeadNorm | None = None
         if a3["qk_norm"]:
             over_heads = a3["qk_norm"] == "layer"
             self.q_norm = HeadNorm(a3["heads"], self.qk_rank, over_heads, config.rms_norm_eps)
@@ -98,10 +103,10 @@ class A3Attention(nn.Module):
         # Whether cos and sin come as the kept pairs' already, gathered once for all layers.
         self.gathered = False
 
-    def forward(
+    def attend(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Tables | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
@@ -118,7 +123,7 @@ class A3Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        scored: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager
         )
         dropout = self.attention_dropout if self.training else 0.0
@@ -126,34 +131,39 @@ class A3Attention(nn.Module):
             # The fused kernels want one head size; without it a prompt takes half as long again.
             q, k, v = (widen(x, max(self.qk_rank, self.ov_rank)) for x in (q, k, v))
         options = {"dropout": dropout, "scaling": self.scaling, **self.options, **kwargs}
-        out, probabilities = attend(self, q, k, v, attention_mask, **options)
+        out, probabilities = scored(self, q, k, v, attention_mask, **options)
         out = out[..., : self.ov_rank].reshape(batch, length, -1)
         return self.resid_dropout(self.o_proj(out)), probabilities
 
     def queries_and_keys(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]
+        self, x: Tensor, position_embeddings: Tables | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, d) to q (B, H, L, r) and k (B, G, L, r), normed and rotated as by the family."""
         heads = (*x.shape[:2], -1, self.qk_rank)
         q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4), k.transpose(1, 2)
         if self.rope_pairs is not None:
+            assert position_embeddings is not None, "a layer with RoPE has cos and sin"
             cos, sin = position_embeddings if self.gathered else self.tables(position_embeddings)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos, sin)
         return q.flatten(1, 2), k
 
-    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def tables(self, position_embeddings: Tables) -> Tables:
         """The family's cos and sin (B, L, h) to those of the kept pairs, (B, G, L, p)."""
         cos, sin = position_embeddings
         return gather(cos, self.rope_pairs), gather(sin, self.rope_pairs)
 
-    def after_rotary(
-        self, rotary: nn.Module, inputs: tuple, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def after_rotary(self, rotary: nn.Module, inputs: tuple, position_embeddings: Tables) -> Tables:
         """`tables`, as a hook of the family's rotary module."""
         return self.tables(position_embeddings)
+
+
+class UsualAttention(A3Attention):
+    """Most families' layers call their attention as `attend` is called."""
+
+    forward = A3Attention.attend
 
 
 class BloomAttention(A3Attention):
@@ -175,9 +185,7 @@ class BloomAttention(A3Attention):
         """hidden_states, residual (B, L, d); alibi (B · H, 1, K); attention_mask (B, 1, L, K)."""
         bias = alibi.unflatten(0, (hidden_states.shape[0], -1))
         mask = bias if attention_mask is None else bias + attention_mask
-        out, probabilities = super().forward(
-            hidden_states, attention_mask=mask, layer_past=layer_past
-        )
+        out, probabilities = self.attend(hidden_states, attention_mask=mask, layer_past=layer_past)
         return out + residual, probabilities
 
 
@@ -188,14 +196,14 @@ class MptAttention(A3Attention):
         self,
         hidden_states: Tensor,
         position_bias: Tensor,
+        attention_mask: Tensor,
         past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (B, L, d); position_bias (H, 1, K'); attention_mask (B, 1, L, K)."""
         bias = position_bias[:, :, -attention_mask.shape[-1] :].to(hidden_states.dtype)
         mask = bias.masked_fill(attention_mask, torch.finfo(bias.dtype).min)
-        return super().forward(hidden_states, attention_mask=mask, past_key_values=past_key_values)
+        return self.attend(hidden_states, attention_mask=mask, past_key_values=past_key_values)
 
 
 def scores_in_float32(
@@ -226,7 +234,7 @@ class GPTNeoAttention(A3Attention):
             oldest = keys[seen - length :, None] - self.config.window_size
             lowest = torch.finfo(attention_mask.dtype).min
             attention_mask = attention_mask.masked_fill(keys <= oldest, lowest)
-        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        return self.attend(hidden_states, attention_mask=attention_mask, **kwargs)
 
 
 class GPTJAttention(A3Attention):
@@ -244,19 +252,19 @@ class GPTJAttention(A3Attention):
         frequencies = 1 / 10000 ** (dims / self.config.rotary_dim)
         angles = position_ids[..., None].float() * frequencies
         tables = (angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype))
-        return super().forward(hidden_states, tables, **kwargs)
+        return self.attend(hidden_states, tables, **kwargs)
 
 
-class CohereAttention(A3Attention):
+class CohereAttention(UsualAttention):
     """Cohere's tables have every angle twice, side by side."""
 
-    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def tables(self, position_embeddings: Tables) -> Tables:
         """As in A3Attention."""
         cos, sin = position_embeddings
         return super().tables((cos[..., ::2], sin[..., ::2]))
 
 
-class Gemma2Attention(A3Attention):
+class Gemma2Attention(UsualAttention):
     """Gemma 2 caps its scores. Gemma 3 has the key, too, and ignores it."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:

@@ -12,7 +12,7 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.load import load_config, load_whole, number_of_parameters
 from a3.models.registry import LazyConfig
-from a3.models.sizes import sizes
+from a3.models.sizes import Ranks, sizes
 from a3.models.stock import dense_config
 
 
@@ -86,10 +86,6 @@ def compressed_arch(folder: Path) -> CompressedArch:
     return CompressedArch.from_json(record["base"] | own, folder / "approx.json")
 
 
-# Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
-Ranks = tuple[int, int, int | list[int]]
-
-
 def compressed_config(
     dense: dict[str, Any],
     arch: Arch,
@@ -138,8 +134,7 @@ def compressed_config(
 
 def bring_code(folder: Path) -> None:
     """Copy the code of compressed models, which `trust_remote_code=True` runs without a3."""
-    for module in (attention_a3, modeling_a3):
-        code = Path(module.__file__)
+    for code in map(Path, (attention_a3.__file__, modeling_a3.__file__)):
         shutil.copyfile(code, folder / code.name)
 
 

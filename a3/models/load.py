@@ -1,6 +1,6 @@
 """Strict loading: missing tensors are errors, and no code of a model is run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
         )
 
 
-def loaded(of: Callable, folder: Path, **options: Any) -> Any:
+def loaded(of: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` of an auto class; A3Error for all that goes wrong, remote code among it."""
     with readable(folder / options.get("gguf_file", ""), of.__name__):
         # Left out, trust_remote_code makes transformers ask at the terminal.

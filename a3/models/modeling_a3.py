@@ -13,6 +13,7 @@ one imports the other by a relative name, by which transformers finds it. With a
 import sys
 from functools import cache
 from importlib import import_module
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,7 +44,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from .attention_a3 import ATTENTION, A3Attention
+from .attention_a3 import ATTENTION, A3Attention, UsualAttention
 
 PEFT = "peft.utils.constants"
 
@@ -72,7 +73,7 @@ def product_name(linear: str) -> str:
 
 
 @cache
-def holder(dense: type[nn.Module], linears: tuple[str, ...]) -> type[nn.Module]:
+def holder(dense: type, linears: tuple[str, ...]) -> type:
     """A kind of the module `dense` whose code finds factored layers where it has `linears`.
 
     Libraries that go through a model's modules by name find the two factors of each, no product:
@@ -90,10 +91,9 @@ def holder(dense: type[nn.Module], linears: tuple[str, ...]) -> type[nn.Module]:
     return type(dense.__name__, (dense,), own | {name: product(name) for name in linears})
 
 
-def blank(dense: type[nn.Module], linears: tuple[str, ...]) -> nn.Module:
+def blank(dense: type, linears: tuple[str, ...]) -> nn.Module:
     """A `holder` without content, for pickles and copies to fill."""
-    own = holder(dense, linears)
-    return own.__new__(own)
+    return object.__new__(holder(dense, linears))
 
 
 def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
@@ -110,7 +110,7 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
         parent.add_module(product_name(last), product)
         found.setdefault(parent, []).append(last)
     for parent, linears in found.items():
-        parent.__class__ = holder(type(parent), tuple(linears))
+        parent.__class__ = holder(parent.__class__, tuple(linears))
 
 
 class Expert(nn.Module):
@@ -144,7 +144,7 @@ class Experts(nn.ModuleList):
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give every layer of a family's model without a head its own sizes."""
     a3 = config.a3
-    attention = ATTENTION.get(a3["family"], A3Attention)
+    attention = ATTENTION.get(a3["family"], UsualAttention)
     for layer, rank in enumerate(a3["mlp_ranks"]):
         places = {
             projection: inside(name).format(layer) for projection, name in a3["modules"].items()
@@ -212,7 +212,7 @@ def record_attentions(body: PreTrainedModel) -> None:
             table["attentions"] = [*known, *([] if A3Attention in known else [A3Attention])]
 
 
-class Compressed:
+class Compressed(PreTrainedModel):
     """Mixed into a family's classes of models: layers differ in size."""
 
     # Flash attention's kernels want one head size for q, k and v.
@@ -229,7 +229,7 @@ class Compressed:
             compress(body, config)
         self.post_init()
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the files `beside`, first: it may upload the folder."""
         for name, content in self.beside.items():
             path = Path(save_directory, name)
@@ -278,23 +278,24 @@ def classes(family: str) -> dict[str, type]:
     found: dict[str, type] = {"AutoConfig": config}
     for auto, mapping in AUTO:
         if dense_config in mapping:
-            found[auto.__name__] = model_class(mapping[dense_config], config, auto)
+            model = model_class(mapping[dense_config], config, auto.__name__)
             # Llama's model for question answering has another name for what its files call "model".
-            found[auto.__name__].base_model_prefix = MODEL_MAPPING[dense_config].base_model_prefix
+            model.base_model_prefix = MODEL_MAPPING[dense_config].base_model_prefix
+            auto.register(config, model)
+            found[auto.__name__] = model
     return found
 
 
 def model_class(
-    dense: type[PreTrainedModel], config: type[PreTrainedConfig], auto: type
+    dense: type[PreTrainedModel], config: type[PreTrainedConfig], auto: str
 ) -> type[PreTrainedModel]:
-    """The compressed kind of one of a family's classes of models, known to the auto class."""
-    own = {"__module__": __name__, "config_class": config, "_auto_class": auto.__name__}
+    """The compressed kind of one of a family's classes of models, which an auto class loads."""
+    own = {"__module__": __name__, "config_class": config, "_auto_class": auto}
     model = type(f"A3{dense.__name__}", (Compressed, dense), own)
     # What a family's files call otherwise than its modules, ours call alike.
     renaming = get_checkpoint_conversion_mapping(dense.__name__)
     if renaming is not None:
         register_checkpoint_conversion_mapping(model.__name__, renaming, overwrite=True)
-    auto.register(config, model)
     return model
 
 

@@ -98,7 +98,7 @@ def end_tokens(folder: Path) -> list[int] | None:
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = config_beside(path).get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
+        ids: list[Any] = found if isinstance(found, list) else [found]
         if found is not None and not all(type(each) is int for each in ids):
             raise A3Error(
                 f"{path}: eos_token_id is {found!r}, expected a token's id or a list of ids. "

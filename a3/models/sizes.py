@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from statistics import mean
-from typing import Any
+from typing import Any, TypeAlias
 
 from a3.core.dtypes import WIDTHS
 
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
 
+# Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
+Ranks: TypeAlias = tuple[int, int, int | list[int]]
+
 
 def sizes(
     fields: dict[str, Any],
-    ranks: list[tuple[int, int, int | list[int]]],
+    ranks: list[Ranks],
     parameters: int,
     dtype: str,
     factors: list[dict[str, int]] | None = None,

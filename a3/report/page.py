@@ -175,7 +175,7 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
 def _is_level(best: Record, other: Record) -> bool:
     """Whether the blocks do not tell another result from the best one."""
     found = differences(best["block_nll"], other["block_nll"])
-    return verdict(*found.values(), lower_is_better=True) != WORSE
+    return verdict(**found, lower_is_better=True) != WORSE
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:

@@ -45,7 +45,8 @@ class Matrix:
 
     def rank_for(self, kept: float, multiple: int) -> int | None:
         """As `rank_for` of its shape."""
-        return rank_for(tuple(self.W.shape), kept, multiple)
+        m, n = self.W.shape
+        return rank_for((m, n), kept, multiple)
 
 
 @dataclass(frozen=True)

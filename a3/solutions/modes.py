@@ -6,7 +6,7 @@ stand here, so that the workflow and the command line read this table without im
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 
 from a3.core.errors import A3Error
@@ -58,8 +58,8 @@ PRESETS = {
 class Mode:
     """The statistics that a solution reads, in its order, and the types it fits.
 
-    Where a mode makes `factors`, every projection becomes two factors, and `kinds` are the
-    metrics of the matrices by name (a3.solutions.factors); ranks are such that as many weights
+    Of modes that make two factors of each projection, `factors` has the kind that is its metric, by
+    name (a3.solutions.factors), None for none; ranks are such that as many weights
     stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
     the product between the factors is what is cached (`latent`), it has the heads' smaller size.
     Where it is ridge-regularised, the solution also reads `prior` over the number of tokens of the
@@ -68,7 +68,7 @@ class Mode:
 
     kinds: tuple[str, ...]
     fits: tuple[str, ...]
-    factors: dict[str, str | None] | None = None
+    factors: Mapping[str, str | None] = field(default_factory=dict)
     latent: bool = False
     prior: int = 0
 
@@ -96,7 +96,7 @@ class Choice:
 
 def two_factors(component: str, metrics: dict[str, str] | None = None) -> Mode:
     """A mode that factors the matrices of a component, each by the metric of its input."""
-    named = {name: metrics and metrics[name] for name in PROJECTIONS[component]}
+    named = {name: metrics[name] if metrics else None for name in PROJECTIONS[component]}
     kinds = tuple(dict.fromkeys(kind for kind in named.values() if kind))
     return Mode(kinds, MLPS if component == "mlp" else NOPE + ROPE, named)
 

@@ -5,7 +5,9 @@ whole pairs of dimensions can go (section 3.4). The statistics are the autocorre
 head's queries and keys before RoPE, Gq = W_qᵀ R W_q (H, h, h) and Gk (G, h, h).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -147,8 +149,10 @@ def _eliminated(
     last = torch.arange(pairs, dtype=C.dtype, device=C.device).expand_as(order)
     score = torch.zeros_like(last).scatter(-1, order, last)
     solution = _keep_pairs(weights, Gq, Gk, rank, score, count)
-    e = _refit_pairs(_by_group(C, len(weights.k), weights.q_gain is not None), solution.pairs)
-    return _with_factors(solution, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
+    kept = solution.pairs
+    assert kept is not None, "_keep_pairs says which"
+    e = _refit_pairs(_by_group(C, len(weights.k), weights.q_gain is not None), kept)
+    return _with_factors(solution, kept, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
 
 
 def global_order(C: Tensor, real: bool) -> Tensor:
@@ -244,9 +248,9 @@ def _loss(C: Tensor, e: Tensor) -> Tensor:
     return (flat * (C[:, : flat.shape[1], : flat.shape[1]] @ flat[..., None])[..., 0]).sum()
 
 
-def _with_factors(solution: QKSolution, e: Tensor, error: Tensor) -> QKSolution:
-    """Multiply the kept pairs of the queries, or the norm's gains, by 1 - e (H, parts, F)."""
-    index = solution.pairs.repeat_interleave(len(e) // len(solution.pairs), dim=0)
+def _with_factors(solution: QKSolution, pairs: Tensor, e: Tensor, error: Tensor) -> QKSolution:
+    """Multiply the kept `pairs` (G, p) of queries, or the norm's gains, by 1 - e (H, parts, F)."""
+    index = pairs.repeat_interleave(len(e) // len(pairs), dim=0)
     kept = e.gather(2, index[:, None].expand(-1, e.shape[1], -1))
     p = index.shape[1]
     scale = 1 - kept[:, :1]
@@ -336,19 +340,18 @@ def _keep_pairs(
     Gq, Gk = with_gains(weights, Gq, Gk)
     Gq = weights.grouped(Gq).sum(1)
     rotated, rest = score.shape[-1], weights.k.shape[-1] - weights.rope_dims
-    best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    counts = range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1)
+    counts: Sequence[int] = range(max(1, (rank - rest + 1) // 2), min(rotated, rank // 2) + 1)
     if share is not None:
         counts = [min(max(share, counts[0]), counts[-1])]
-    for count in counts:
+
+    def keep(count: int) -> tuple[float, Tensor, Tensor, Tensor]:
         pairs = keep_best(score, count)
         E, D = _pairs_and_rest(Gq, Gk, pairs, rotated, rank - 2 * count)
-        error = subspace_error(Gk, Gq, E, D).item()
-        if best is None or error < best[0]:
-            best = error, pairs, E, D
-    error, pairs, E, D = best
+        return subspace_error(Gk, Gq, E, D).item(), pairs, E, D
+
+    error, pairs, E, D = min(map(keep, counts), key=itemgetter(0))
     gains = {}
-    if weights.q_gain is not None:
+    if weights.q_gain is not None and weights.k_gain is not None:
         of_head = E.repeat_interleave(len(weights.q) // len(weights.k), dim=0)
         gains["q_gain"] = _gains(weights.q_gain, mq, of_head, weights.norm)
         gains["k_gain"] = _gains(weights.k_gain, mk, E, weights.norm)
@@ -363,7 +366,7 @@ def _keep_pairs(
 
 def with_gains(weights: AttentionWeights, Gq: Tensor, Gk: Tensor) -> tuple[Tensor, Tensor]:
     """Gram matrices after the gains of the norms of q and k, where there are any."""
-    if weights.q_gain is None:
+    if weights.q_gain is None or weights.k_gain is None:
         return Gq, Gk
     return scaled(Gq, weights.q_gain), scaled(Gk, weights.k_gain)
 
@@ -373,7 +376,7 @@ def scaled(G: Tensor, gain: Tensor) -> Tensor:
     return G * gain[..., :, None] * gain[..., None, :]
 
 
-def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str) -> Tensor:
+def _gains(gain: Tensor, power: Tensor, kept: Tensor, norm: str | None) -> Tensor:
     """Gains (heads, r) of norms over the kept dimensions; gain and power (heads, h).
 
     A norm over r dimensions divides by their own root mean square, rms_S, where the dense one

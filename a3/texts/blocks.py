@@ -66,7 +66,7 @@ def token_blocks(
     tokens: int,
     seed: int | None,
     bos: bool,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """Cut the documents, joined by an empty line, into (tokens // block_length, block_length).
 
     In the given order, or permuted by `seed`; without overlap; where `bos`, each block starts with
@@ -90,7 +90,7 @@ def scored_blocks(
     tokens: int | str,
     bos: bool | str,
     join: str,
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token blocks as in `token_blocks`, in the given order, and each token's bytes; both (N, L).
 
     `tokens` may be "all", `join` is a key of JOINS, and `bos` may be "once": BOS before the whole
@@ -145,7 +145,7 @@ def encode(
         characters *= 2
 
 
-def cut(values: Sequence[int], block_length: int, each: bool, first: int) -> torch.LongTensor:
+def cut(values: Sequence[int], block_length: int, each: bool, first: int) -> torch.Tensor:
     """Whole rows of `block_length` values; where `each`, `first` takes the first place of each.
 
     Raises A3Error when there is not one.

@@ -260,15 +260,14 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
     text = decode(content, name)
     csv.field_size_limit(sys.maxsize)  # a cell may be a book
 
-    def rows(delimiter: str, strict: bool) -> Iterator[list[str]]:
-        return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
-
     def fit(delimiter: str) -> tuple[bool, int]:
-        head = next(filter(None, rows(delimiter, strict=False)))
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        head = next(filter(None, rows))
         return column in head, len(head)
 
     try:
-        reader = rows(max("\t" if inner(name)[1] == ".tsv" else DELIMITERS, key=fit), strict=True)
+        delimiter = max("\t" if inner(name)[1] == ".tsv" else DELIMITERS, key=fit)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         if inner(name)[1] == ".tsv":
             refuse_doubtful_quotes(text, name)
         head = next(filter(None, reader))

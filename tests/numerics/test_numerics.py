@@ -227,7 +227,11 @@ def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
                     for expert in arch.adapter.copies(
                         "up" if component == "mlp" else "q", vars(arch)
                     ):
-                        weights = solver.weights(layer, component == "mlp", expert)
+                        weights = (
+                            solver.mlp_weights(layer, expert)
+                            if component == "mlp"
+                            else solver.attention_weights(layer)
+                        )
                         mine = R if expert is None else [R[0][expert]]
                         ours, plain = compared(weights, component, mode, mine, rank)
                         where = (component, mode, rank, layer)

@@ -340,7 +340,7 @@ def test_two_factors_are_the_dense_model_with_their_products(dense, tmp_path):
     """Every product A B in the dense shapes, beside the folder as it is loaded."""
     ids = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(1))
     for component, mode in fitting(dense):
-        if MODES[component][mode].factors is None:
+        if not MODES[component][mode].factors:
             continue
         model = compress(dense, component, mode, "0.25", tmp_path / f"{component}-{mode}")
         with torch.inference_mode():

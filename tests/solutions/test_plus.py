@@ -628,7 +628,7 @@ def test_refits_are_damped_as_by_more_tokens(tmp_path, component, mode):
     approximate(tmp_path / "dense", tmp_path / "rxx", plan, tmp_path / "small")
     solver = solver_for(tmp_path / "dense", tmp_path / "rxx", plan, None)
     kinds = find_mode(component, mode).kinds
-    weights, rxx = solver.weights(1, component == "mlp"), [solver.rxx(kind, 1) for kind in kinds]
+    weights, rxx = solver.weights(component, 1), [solver.rxx(kind, 1) for kind in kinds]
     share = (4096 if component == "mlp" else 320) / solver.statistics[kinds[0]].tokens
     expected = getattr({"mlp": mlp, "ov": ov}[component], mode)(
         weights, *rxx, share, solver.rank(component, 1)

@@ -12,7 +12,7 @@ from a3.models.family import Family
 class NoRope(Family):
     """Learned positions or ALiBi, one key/value head a query head, biases everywhere."""
 
-    rope_layout = None
+    rope_layout: ClassVar[str | None] = None
     prefix = "transformer"
     layer_path = "h"
     attention_name = "attn"

@@ -13,10 +13,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from a3.artifacts.runs import Run
@@ -38,7 +38,7 @@ GREY = "#767676"
 
 ABSENT = "#e0e0e0"
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.hashsalt": "a3",  # identifiers in an SVG are random without it
     "font.size": 10,
     "axes.spines.top": False,
@@ -150,7 +150,7 @@ def colour_map(name: str) -> Colormap:
     return matplotlib.colormaps[name].with_extremes(bad=ABSENT)
 
 
-def colour_bar(figure: Figure, image: AxesImage, grid: np.ndarray, label: str) -> Colorbar:
+def colour_bar(figure: Figure, image: ScalarMappable, grid: np.ndarray, label: str) -> Colorbar:
     """A slim colour bar along all panels."""
     height = figure.get_figheight()
     bar = figure.colorbar(image, ax=grid, label=label, pad=0.015, aspect=height / 0.2)

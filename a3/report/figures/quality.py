@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,23 +21,21 @@ Measure = Callable[[Run], tuple[float, float | None]]
 
 
 def _perplexities(texts: Sequence[str]) -> dict[str, Measure]:
-    return {
-        text: lambda run, text=text: (
-            run.perplexity[text]["perplexity"],
-            run.perplexity[text]["perplexity_stderr"],
-        )
-        for text in texts
-    }
+    return {text: partial(_perplexity_on, text) for text in texts}
+
+
+def _perplexity_on(text: str, run: Run) -> tuple[float, float | None]:
+    record = run.perplexity[text]
+    return record["perplexity"], record["perplexity_stderr"]
 
 
 def _scores(tasks: Sequence[str]) -> dict[str, Measure]:
-    return {
-        task: lambda run, task=task: (
-            math.nan if run.harness[task]["value"] is None else run.harness[task]["value"],
-            run.harness[task]["stderr"],
-        )
-        for task in tasks
-    }
+    return {task: partial(_score_on, task) for task in tasks}
+
+
+def _score_on(task: str, run: Run) -> tuple[float, float | None]:
+    record = run.harness[task]
+    return math.nan if record["value"] is None else record["value"], record["stderr"]
 
 
 def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
@@ -84,7 +83,7 @@ def _quality(
     The panels that `log` names are logarithmic where values span far.
     """
     curves = _curves(runs)
-    ratios = {run.place.nominal for run in runs} - {None}
+    ratios = {ratio for run in runs if (ratio := run.place.nominal) is not None}
     step = min(0.004, 0.02 / max(len(curves), 1))
     columns = 2 if len(curves) > 6 else 1
     high = 3.0 + 0.1 * max(0, len(curves) - 6)
@@ -94,8 +93,8 @@ def _quality(
     grid = figure.subplots(len(panels), wide, sharey="row", sharex="col", squeeze=False)
     for (name, measure), row in zip(panels.items(), grid, strict=True):
         if ratios:
-            _curves_on(row[0], dense, curves, measure, lambda run: run.place.nominal, step)
-        _curves_on(row[-1], dense, curves, measure, lambda run: _kept(dense, run), 0)
+            _curves_on(row[0], dense, 0.0, curves, measure, lambda run: run.place.nominal, step)
+        _curves_on(row[-1], dense, 1.0, curves, measure, lambda run: _kept(dense, run), 0)
         row[0].set_title(f"{dense.place.model}, {name}")
         row[0].set_ylabel(label)
         if name in log:
@@ -149,12 +148,13 @@ def _curves(runs: list[Run]) -> dict[str, list[Run]]:
 def _curves_on(
     axes: Axes,
     dense: Run,
+    start: float,
     curves: dict[str, list[Run]],
     measure: Measure,
     place: Callable[[Run], float | None],
     step: float,
 ) -> None:
-    """Draw the dense model's line and one curve a method, all from the dense point.
+    """Draw the dense model's line and one curve a method, all from the dense point at `start`.
 
     Runs that have no place along x are left out; a method keeps its colour.
     Curves stand `step` apart along x, so that the bars of equal ratios do not hide each other.
@@ -162,7 +162,7 @@ def _curves_on(
     axes.axhline(measure(dense)[0], color=GREY, linestyle="--", linewidth=1.2)
     points(
         axes,
-        [place(dense)],
+        [start],
         [measure(dense)],
         color=GREY,
         marker="o",
@@ -170,15 +170,15 @@ def _curves_on(
         label="dense",
     )
     for index, (label, curve) in enumerate(curves.items()):
-        runs = [run for run in curve if place(run) is not None]
-        if not runs:
+        placed = [(run, x) for run in curve if (x := place(run)) is not None]
+        if not placed:
             continue
         colour = COLOURS[index % len(COLOURS)]
         dash = DASHES[index // len(COLOURS) % len(DASHES)]
         shift = step * (index - (len(curves) - 1) / 2)
-        places = [place(run) + shift for run in runs]
-        values = [measure(run) for run in runs]
-        first = ([place(dense), places[0]], [measure(dense)[0], values[0][0]])
+        places = [x + shift for _, x in placed]
+        values = [measure(run) for run, _ in placed]
+        first = ([start, places[0]], [measure(dense)[0], values[0][0]])
         axes.plot(*first, color=colour, linestyle=dash, linewidth=1.6)
         marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
         points(axes, places, values, color=colour, marker=marker, linestyle=dash, label=label)

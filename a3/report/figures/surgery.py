@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from a3.artifacts.runs import Run, read_surgeries
+from a3.artifacts.runs import SurgeryRun, read_surgeries
 from a3.report.figures.drawing import (
     COLOURS,
     GREY,
@@ -51,7 +51,7 @@ def build_surgery_figures(
         save_drawings(drawings, out)
 
 
-def perplexity_drawing(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
+def perplexity_drawing(dense: SurgeryRun, runs: list[SurgeryRun], texts: Sequence[str]) -> Drawing:
     """One row a text: against the explained variance, left, and the factors' parameters, right."""
     figure = Figure(figsize=(10, 3.6 * len(texts) + 1.1), layout="constrained")
     grid = figure.subplots(len(texts), 2, sharey="row", sharex="col", squeeze=False)
@@ -82,13 +82,17 @@ def perplexity_drawing(dense: Run, runs: list[Run], texts: Sequence[str]) -> Dra
     return Drawing(f"surgery-perplexity-{dense.place.model}", caption, figure)
 
 
-def stored_share(run: Run) -> float:
+def stored_share(run: SurgeryRun) -> float:
     """Parameters of Q, K and V if factors were stored, of the dense ones."""
     return run.weights["if_stored.qkv"] / run.weights["if_stored.qkv_dense"]
 
 
 def curves_on(
-    axes: Axes, dense: Run, runs: list[Run], text: str, place: Callable[[Run], float]
+    axes: Axes,
+    dense: SurgeryRun,
+    runs: list[SurgeryRun],
+    text: str,
+    place: Callable[[SurgeryRun], float],
 ) -> None:
     """The dense model's line, and one curve a mode, most kept first."""
     axes.axhline(dense.perplexity[text]["perplexity"], color=GREY, linestyle="--", linewidth=1.2)
@@ -105,7 +109,7 @@ def curves_on(
         points(axes, [place(run) for run in curve], values, label=mode, **look)
 
 
-def dimensions_drawing(dense: Run, runs: list[Run]) -> Drawing:
+def dimensions_drawing(dense: SurgeryRun, runs: list[SurgeryRun]) -> Drawing:
     """A column a matrix, a row a mode and share: how many components each layer keeps."""
     order = [run for mode in SURGERIES for run in runs if run.place.mode == mode]
     figure = Figure(figsize=(11, 1.6 + 0.2 * len(order)), layout="constrained")
@@ -136,6 +140,6 @@ def dimensions_drawing(dense: Run, runs: list[Run]) -> Drawing:
     return Drawing(f"surgery-dimensions-{dense.place.model}", caption, figure)
 
 
-def label(run: Run) -> str:
+def label(run: SurgeryRun) -> str:
     """Mode and share of a row."""
     return f"{run.place.mode}  {100 * float(parse_size(run.place.size).share):g}%"

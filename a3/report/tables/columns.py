@@ -132,7 +132,8 @@ def protocol_columns(
     frame: pd.DataFrame, perplexity: Sequence[str], harness: Sequence[str]
 ) -> list[Column]:
     """How each model was measured on each text and task, one row each."""
-    measured = [(text, PERPLEXITY_PROTOCOL) for text in perplexity]
+    measured: list[tuple[str, tuple[str, ...]]] = []
+    measured += [(text, PERPLEXITY_PROTOCOL) for text in perplexity]
     measured += [(task, HARNESS_PROTOCOL) for task in harness]
     rows = []
     for model, group in frame.groupby("model", sort=False):

@@ -32,20 +32,20 @@ NOT_SETTINGS = {
 }
 
 
-def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     """Mean of after − before over pairs, and its standard error; NaN for a single pair."""
     found = pd.Series([b - a for a, b in zip(before, after, strict=True)])
     return {"delta": float(found.mean()), "delta_stderr": float(found.sem())}
 
 
-def verdict(delta: float, stderr: float, lower_is_better: bool | None) -> str:
+def verdict(delta: float, delta_stderr: float, lower_is_better: bool | None) -> str:
     """What a difference says; nothing ("") where one pair leaves it without a standard error.
 
     Nor where it is not known (None) what is better.
     """
-    if math.isnan(stderr) or lower_is_better is None:
+    if math.isnan(delta_stderr) or lower_is_better is None:
         return ""
-    if abs(delta) <= ERRORS * stderr:
+    if abs(delta) <= ERRORS * delta_stderr:
         return SAME
     return BETTER if (delta < 0) == lower_is_better else WORSE
 
@@ -90,7 +90,7 @@ def _comparison(run: Run, other: Run) -> dict[str, Any]:
         found = differences(other.perplexity[text]["block_nll"], record["block_nll"])
         row |= named(text, {f"nll_{key}": value for key, value in found.items()})
         row[f"{text}.blocks"] = record["blocks"]
-        row[f"{text}.nll_verdict"] = verdict(*found.values(), lower_is_better=True)
+        row[f"{text}.nll_verdict"] = verdict(**found, lower_is_better=True)
     for task, record in run.harness.items():
         row |= named(task, _harness(other.harness[task], record))
     return row
@@ -109,7 +109,7 @@ def _harness(before: Record, after: Record) -> dict[str, Any]:
         return {}
     found = differences(*zip(*pairs, strict=True))
     higher = False if measure.startswith(LOG) else after["higher_is_better"]
-    said = verdict(*found.values(), lower_is_better=None if higher is None else not higher)
+    said = verdict(**found, lower_is_better=None if higher is None else not higher)
     return {
         **{f"{measure}_{key}": value for key, value in found.items()},
         "items": len(pairs),

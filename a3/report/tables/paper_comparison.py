@@ -95,7 +95,8 @@ def read_groups(paper: Paper, folder: Path) -> dict[Cell, tuple[float | None, fl
         lines[["model", "measure", *KEYS]] = lines[["model", "measure", *KEYS]].fillna("")
         for _, line in lines.iterrows():
             cell = Cell(line["model"], Row(**{key: line[key] for key in KEYS}), line["measure"])
-            found[cell] = tuple(None if pd.isna(line[k]) else line[k] for k in ("ours", "stderr"))
+            ours, error = (None if pd.isna(line[k]) else line[k] for k in ("ours", "stderr"))
+            found[cell] = ours, error
     return found
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from a3.artifacts.places import SURGERY_PLACE
 from a3.artifacts.protocols import HARNESS_PROTOCOL, PERPLEXITY_PROTOCOL
-from a3.artifacts.runs import Run, read_surgeries
+from a3.artifacts.runs import SurgeryRun, read_surgeries
 from a3.core.records import Record
 from a3.report.tables.columns import (
     Column,
@@ -59,7 +59,7 @@ def read_surgery_table(path: Path) -> pd.DataFrame:
     return read_csv(path, (*SURGERY_PLACE, "prompt", "generation"))
 
 
-def beside(run: Run, runs: Sequence[Run]) -> Run | None:
+def beside(run: SurgeryRun, runs: Sequence[SurgeryRun]) -> SurgeryRun | None:
     """The row of separate components of the same size, metric and means; None for itself."""
     mode = run.place.mode
     sharing = next((s for s in ("shared-kv", "shared-layers") if s in mode), None)
@@ -71,7 +71,9 @@ def beside(run: Run, runs: Sequence[Run]) -> Run | None:
     return runs[places.index(same)] if same in places else None
 
 
-def _row(results: Path, dense: Run, run: Run, other: Run | None) -> dict[str, Any]:
+def _row(
+    results: Path, dense: SurgeryRun, run: SurgeryRun, other: SurgeryRun | None
+) -> dict[str, Any]:
     """One row of surgery.csv; `other` is what it is compared to."""
     place = run.place
     row: dict[str, Any] = dict(place.names)
@@ -100,7 +102,9 @@ def _row(results: Path, dense: Run, run: Run, other: Run | None) -> dict[str, An
     return row | {"weights_sha256": weights["weights_sha256"]}
 
 
-def _perplexity(text: str, dense: Run, record: Record, other: Run | None) -> dict[str, Any]:
+def _perplexity(
+    text: str, dense: SurgeryRun, record: Record, other: SurgeryRun | None
+) -> dict[str, Any]:
     """Perplexity, and its differences in nats a token, paired over blocks."""
     losses = record["block_nll"]
     row = {
@@ -118,7 +122,7 @@ def _perplexity(text: str, dense: Run, record: Record, other: Run | None) -> dic
     return row
 
 
-def _layers(run: Run) -> list[dict[str, Any]]:
+def _layers(run: SurgeryRun) -> list[dict[str, Any]]:
     """Rows of surgery_layers.csv of one run."""
     return [
         run.place.names | {"layer": number, "matrix": name, **layer[name]}

@@ -6,6 +6,7 @@ Each solution that can share says, for each rank of a layer, what the model lose
 
 import time
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,18 @@ def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> d
 def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
     """The loss of each shared component of a layer by rank."""
     arch = solver.arch
-    attention = solver.weights(layer, of_mlp=False) if {"qk", "ov"} & solver.ranks.keys() else None
+    attention = cache(partial(solver.attention_weights, layer))  # QK and OV share one reading
     for component in solver.ranks:
         rxx = [solver.rxx(kind, layer) for kind in find_mode(component, SHARING[component]).kinds]
         full, least = arch.full_rank(component), least_rank(arch, component)
         if component == "qk":
-            _, loss = qk.fisher_losses(attention, rxx[-1], least // 2)
+            _, loss = qk.fisher_losses(attention(), rxx[-1], least // 2)
             ranks = full - 2 * torch.arange(len(loss))
         elif component == "ov":
-            _, loss = ov.joint_losses(attention, *rxx, least)
+            _, loss = ov.joint_losses(attention(), rxx[0], rxx[1], least)
             ranks = full - torch.arange(len(loss))
         else:
-            _, loss = mlp.obs_losses(solver.weights(layer, of_mlp=True), *rxx, least)
+            _, loss = mlp.obs_losses(solver.mlp_weights(layer), rxx[0], rxx[1], least)
             ranks = full - torch.arange(len(loss))
         kept = (ranks % multiple == 0) | (ranks == full)
         layers = range(layer, layer + 1)

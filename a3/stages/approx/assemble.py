@@ -25,10 +25,10 @@ from a3.models.checkpoint import (
     hash_files,
     model_source,
 )
-from a3.models.compressed import Ranks, bring_code, compressed_config, pairs_name
+from a3.models.compressed import bring_code, compressed_config, pairs_name
 from a3.models.folders import write_index
 from a3.models.load import count_parameters, tensors_of_model
-from a3.models.sizes import sizes
+from a3.models.sizes import Ranks, sizes
 from a3.models.travel import bring
 from a3.numerics.finite import require_finite
 from a3.solutions.modes import COMPONENTS

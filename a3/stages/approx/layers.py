@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.compressed import pairs_name
+from a3.models.family import AttentionWeights, MLPWeights
 from a3.numerics.finite import require_finite
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
@@ -20,6 +21,8 @@ from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.functions import solver_of
 from a3.solutions.modes import COMPONENTS, find_mode
 from a3.solutions.plan import factor_ranks
+
+Weights: TypeAlias = AttentionWeights | MLPWeights
 
 # What a solution of each component replaces.
 REPLACED = {
@@ -57,16 +60,17 @@ class LayerSolver:
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        read = cache(partial(self.weights, layer))  # QK and OV share one reading
+        attention = cache(partial(self.attention_weights, layer))  # QK and OV share one reading
         for component in COMPONENTS:
             start = time.perf_counter()
             if component == "mlp" and self.arch.experts:
                 solved, said = self.solve_experts(layer)
             elif component in self.ranks:
-                solved, said = self.solve_component(component, layer, read(component == "mlp"))
+                weights = self.mlp_weights(layer) if component == "mlp" else attention()
+                solved, said = self.solve_component(component, layer, weights)
             elif component != "mlp" and self.arch.adapter.repacked:
                 # The compressed model has its own layout of attention, also where it is kept.
-                solved, said = self.pack(layer, read(False), REPLACED[component]), {}
+                solved, said = self.pack(layer, attention(), REPLACED[component]), {}
             else:
                 continue
             tensors |= solved
@@ -76,11 +80,11 @@ class LayerSolver:
         return tensors, report, seconds
 
     def solve_component(
-        self, component: str, layer: int, weights: Any
+        self, component: str, layer: int, weights: Weights
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Compressed tensors of one component of a layer, and what approx.json says of it."""
         name = self.layer_mode(component, layer)
-        if find_mode(component, name).factors is not None:
+        if find_mode(component, name).factors:
             return self.solve_factors(component, layer, weights)
         rank = self.rank(component, layer)
         solution = solver_of(component, name)(weights, *self.read(component, name, layer), rank)
@@ -99,7 +103,7 @@ class LayerSolver:
         return tensors, said
 
     def solve_factors(
-        self, component: str, layer: int, weights: Any
+        self, component: str, layer: int, weights: Weights
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `solve_component`, each matrix on its own: two factors, or, where all of it is
         kept, as it was. The report has the rank of each product.
@@ -107,7 +111,8 @@ class LayerSolver:
         arch, adapter = self.arch, self.arch.adapter
         mode = find_mode(component, self.modes[component])
         matrices = self.matrices(component, layer, weights)
-        ranks = factor_ranks(arch, component, mode, self.ranks[component], self.multiple)
+        rank = self.rank(component, layer)
+        ranks = factor_ranks(arch, component, mode, rank, self.multiple)
         for name in self.kept.keys() & matrices.keys():
             ranks[name] = matrices[name].rank_for(self.kept[name][layer], self.multiple)
         solution = factorise(matrices, ranks)
@@ -120,18 +125,18 @@ class LayerSolver:
             tensors[f"{where}.weight"] = B.T.to(dtype).contiguous()
         return tensors, {
             "mode": self.modes[component],
-            "rank": self.ranks[component],
-            "factors": {name: rank for name, rank in ranks.items() if rank is not None},
+            "rank": rank,
+            "factors": {name: own for name, own in ranks.items() if own is not None},
             "relative_error": solution.relative_error,
         }
 
-    def matrices(self, component: str, layer: int, weights: Any) -> dict[str, Matrix]:
+    def matrices(self, component: str, layer: int, weights: Weights) -> dict[str, Matrix]:
         """The matrices of a component without their biases, and their metrics; float64.
 
         Matrices of the MLP that lie in one are factored as one, by the name of the first.
         """
         d = self.arch.hidden_size
-        if component == "mlp":
+        if isinstance(weights, MLPWeights):
             found = {
                 together[0]: torch.cat([getattr(weights, p)[:d] for p in together], 1).double()
                 for together in self.arch.adapter.first_of_mlp
@@ -159,16 +164,20 @@ class LayerSolver:
 
     def allocate(self, component: str) -> None:
         """Share out what a component keeps among the layers, each projection for itself."""
-        kept = self.ranks[component] / self.arch.full_rank(component)
+        # The same in all layers, so far.
+        kept = self.rank(component, 0) / self.arch.full_rank(component)
         if kept == 1:
             return
         losses: dict[str, list[float]] = {}
-        kinds = find_mode(component, self.modes[component]).factors
+        # Modes that share out have a metric for each matrix.
+        factors = find_mode(component, self.modes[component]).factors
+        kinds = {name: kind for name, kind in factors.items() if kind is not None}
         for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {component}"):
-            found = self.matrices(component, layer, self.weights(layer, component == "mlp"))
+            found = self.matrices(component, layer, self.weights(component, layer))
             for name, matrix in found.items():
                 least = matrix.factor(0)[2]
-                rank = min(matrix.rank_for(kept, self.multiple), len(least) - 1)
+                rank, full = matrix.rank_for(kept, self.multiple), len(least) - 1
+                rank = full if rank is None else min(rank, full)
                 tokens = self.statistics[kinds[name]].tokens
                 losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
         self.kept |= {name: shares(found, kept) for name, found in losses.items()}
@@ -188,19 +197,21 @@ class LayerSolver:
         arch, name = self.arch, self.modes.get("mlp")
         ranks = [arch.intermediate_size] * arch.experts
         tensors: dict[str, Tensor] = {}
-        counts, errors = None, []
-        if name is not None:
-            (kind,) = find_mode("mlp", name).kinds
-            R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
+        if name is None:
+            for expert in range(arch.experts):
+                weights = self.mlp_weights(layer, expert)
+                tensors |= self.pack(layer, weights, REPLACED["mlp"], expert)
+            return tensors, {}
+        (kind,) = find_mode("mlp", name).kinds
+        R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
+        rank, errors = self.rank("mlp", layer), []
         for expert in range(arch.experts):
-            solution = self.weights(layer, True, expert)
-            if counts is not None and counts[expert] >= mlp.FEWEST_TOKENS:
-                ranks[expert] = self.ranks["mlp"]
-                solution = solver_of("mlp", name)(solution, R[expert], ranks[expert])
+            solution = self.mlp_weights(layer, expert)
+            if counts[expert] >= mlp.FEWEST_TOKENS:
+                ranks[expert] = rank
+                solution = solver_of("mlp", name)(solution, R[expert], rank)
                 errors.append(solution.relative_error)
             tensors |= self.pack(layer, solution, REPLACED["mlp"], expert)
-        if counts is None:
-            return tensors, {}
         if few := arch.experts - len(errors):
             LOG.info(
                 f"layer {layer}: {few} of {arch.experts} experts copied, since fewer than "
@@ -208,7 +219,7 @@ class LayerSolver:
             )
         return tensors, {
             "mode": name,
-            "rank": self.ranks["mlp"],
+            "rank": rank,
             "relative_error": sum(errors) / len(errors) if errors else 0.0,
             "expert_tokens": counts.int().tolist(),
             "expert_ranks": ranks,
@@ -225,20 +236,31 @@ class LayerSolver:
         Where matrices are factored one by one, rotations make no difference.
         """
         nope = component == "qk" and layer in self.arch.nope_layers
-        factored = find_mode(component, self.modes[component]).factors is not None
+        factored = find_mode(component, self.modes[component]).factors
         return "qk" if nope and not factored else self.modes[component]
 
-    def weights(self, layer: int, of_mlp: bool, expert: int | None = None) -> Any:
-        """Dense weights of attention or MLP, float64; A3Error where they are not finite."""
-        if of_mlp:
-            weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
-        else:
-            weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
+    def weights(self, component: str, layer: int) -> Weights:
+        """Dense weights of attention or MLP, whichever the component is of."""
+        return self.mlp_weights(layer) if component == "mlp" else self.attention_weights(layer)
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """Dense weights of attention, float64; A3Error where they are not finite."""
+        weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
+        self.require_finite(weights, layer)
+        return weights
+
+    def mlp_weights(self, layer: int, expert: int | None = None) -> MLPWeights:
+        """Dense weights of the MLP, or of one expert; A3Error where they are not finite."""
+        weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
+        self.require_finite(weights, layer)
+        return weights
+
+    def require_finite(self, weights: Weights, layer: int) -> None:
+        """Raise A3Error, with the layer and the matrix, where a weight is not finite."""
         for name, W in vars(weights).items():
             if isinstance(W, Tensor):
                 what = f"{self.checkpoint.folder}: layer {layer}, {name}"
                 require_finite(W, what, FINITE_WEIGHTS)
-        return weights
 
     def read(self, component: str, name: str, layer: int) -> list[Tensor | float]:
         """What the solution of a mode takes between weights and rank."""

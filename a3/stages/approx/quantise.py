@@ -217,10 +217,9 @@ class Quantiser:
 
     def metric_of_method(self, projection: str, layer: int, E: Tensor) -> Tensor:
         """The metric by which E (m, n) is repaired."""
-        kind = {"full": INPUTS[projection], "peak": f"{INPUTS[projection]}_peak"}.get(
-            METHODS[self.method]
-        )
-        statistic = None if kind is None else self.metric(kind, layer, len(E))
+        form = METHODS[self.method]
+        kind = f"{INPUTS[projection]}_peak" if form == "peak" else INPUTS[projection]
+        statistic = None if form is None else self.metric(kind, layer, len(E))
         return getattr(lqer, self.method.replace("-", "_"))(E, statistic)
 
     def bits(self, entry: dict[str, Any], W: Tensor, bias: Tensor | None, rank: int) -> int:

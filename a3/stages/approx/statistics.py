@@ -10,9 +10,9 @@ from a3.rxx.container import Rxx
 
 
 def read_statistics(
-    folder: Path | None, kinds: Iterable[str], model_folder: Path, arch: Arch
+    folder: Path, kinds: Iterable[str], model_folder: Path, arch: Arch
 ) -> dict[str, Rxx]:
-    """Open `<kind>.safetensors` in `folder` for each of the kinds; None is a folder for no kinds.
+    """Open `<kind>.safetensors` in `folder` for each of the kinds.
 
     Raises A3Error as `Rxx` does, also where one was collected from another model.
     """

@@ -72,7 +72,10 @@ class Operation:
                 f"surgery mode {mode!r} reads {METRIC}, and no folder of statistics is named. "
                 f"Collect {METRIC} (a3 collect), and name its folder with --rxx."
             )
-        self.statistics = read_statistics(rxx_folder, self.surgery.kinds, model_folder, self.arch)
+        self.statistics = {}
+        if rxx_folder is not None:
+            kinds = self.surgery.kinds
+            self.statistics = read_statistics(rxx_folder, kinds, model_folder, self.arch)
         self.made_from = made_from(model_folder, self.arch, self.statistics)
 
     @property

@@ -71,7 +71,7 @@ def collect(
     arch = dense_or_compressed(model_folder)
     require_kinds(arch, outputs)
     check_small(model_folder)
-    cut = {"block_length": block_length, "seed": seed, "bos": bos}
+    cut: dict[str, Any] = {"block_length": block_length, "seed": seed, "bos": bos}
     blocks = calibration_blocks(model_folder, text, tokens=tokens, **cut)
     warn_if_short(arch, outputs, blocks.numel())
     blocks, sampled = of_shard(blocks, shard)

@@ -149,7 +149,7 @@ def one_line(where: str, own: bool) -> Iterator[None]:
     except (A3Error, RuntimeError, MemoryError):
         raise
     except Exception as error:
-        root = error
+        root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         said = " ".join(f"{type(root).__name__}: {root}".split())

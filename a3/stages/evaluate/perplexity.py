@@ -93,7 +93,7 @@ def require_finite(losses: Tensor, folder: Path, text: Path) -> None:
     """Raise A3Error where a model's loss of a block of text is no number."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
-        block = bad[0].item()
+        block = int(bad[0].item())
         raise A3Error(
             f"{folder}: the loss of block {block} on {text} is {losses[block].item()}; expected a "
             "finite number. Try --dtype float32, or build the checkpoint again."

@@ -291,8 +291,10 @@ def measure(
 def forget(subjects: Sequence[Subject]) -> None:
     """Drop the samples of the round that warmed up."""
     for subject in subjects:
-        for kept in (*subject.samples.values(), *subject.peaks.values()):
-            kept.clear()
+        for samples in subject.samples.values():
+            samples.clear()
+        for peaks in subject.peaks.values():
+            peaks.clear()
 
 
 def set_attention(model: PreTrainedModel, name: str, said: str) -> None:

@@ -15,10 +15,10 @@ from a3.core.errors import A3Error
 from a3.models.arch import Arch, is_compressed, load_arch, sketch
 from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
-from a3.models.compressed import Ranks, compressed_config, compressed_record
+from a3.models.compressed import compressed_config, compressed_record
 from a3.models.load import load_config, number_of_parameters
 from a3.models.registry import LazyConfig
-from a3.models.sizes import sizes
+from a3.models.sizes import Ranks, sizes
 from a3.solutions.modes import DENSE, choose
 from a3.solutions.plan import Plan
 from a3.stages.evaluate.evaluated import hashes, load
@@ -118,11 +118,10 @@ def config_of(
     config = load_config(folder)
     if compressed:
         pairs = min(arch.rope_dims // 2, max(1, ranks[0] * arch.rope_dims // (2 * arch.head_dim)))
-        every = ([each] * arch.layers for each in (ranks, pairs, factors))
-        config = compressed_config(
-            config.to_dict(), arch, *every, down_bias=False, same_pairs=False
-        )
-        config = LazyConfig.from_dict(config)
+        n = arch.layers
+        every = [ranks] * n, [pairs] * n, [factors] * n
+        said = compressed_config(config.to_dict(), arch, *every, down_bias=False, same_pairs=False)
+        config = LazyConfig.from_dict(said)
     config.num_hidden_layers = arch.layers
     return config
 

@@ -56,5 +56,7 @@ def data_files(task: dict[str, Any]) -> list[str]:
     options = task.get("dataset_kwargs")
     found = options.get("data_files") if isinstance(options, dict) else None
     groups = list(found.values()) if isinstance(found, dict) else [found]
-    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
+    names: list[Any] = []
+    for group in groups:
+        names += group if isinstance(group, list) else [group]
     return names if all(isinstance(name, str) for name in names) else []

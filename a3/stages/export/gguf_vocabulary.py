@@ -90,7 +90,8 @@ def entries(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str], l
     vocabulary = tokenizer.get_vocab()
     by_number = {number: token for token, number in vocabulary.items()}
     added = tokenizer.added_tokens_decoder
-    tokens, types = [], []
+    tokens: list[str] = []
+    types: list[int] = []
     for number in range(size):
         if number in added:
             types.append(TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED)

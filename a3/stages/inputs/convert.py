@@ -84,7 +84,7 @@ def pickled_files(folder: Path) -> dict[str, str]:
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """Tensors of a .bin file by their names; A3Error, and nothing run, where it holds others."""
     # Files from before 2020 are no zip, and cannot be mapped.
-    options = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
     try:
         content = torch.load(path, weights_only=True, **options)
     except Exception as error:  # damaged or hostile files make torch raise almost any

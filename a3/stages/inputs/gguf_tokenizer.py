@@ -144,10 +144,10 @@ def byte_level(file: Gguf, rules: Rules) -> PreTrainedTokenizerFast:
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(marked)
     ids = {kind: special_id(file, kind, spelled) for kind in IDS}
     named = {f"{kind}_token": spelled[number] for kind, number in ids.items() if number is not None}
-    if added := surrounding(file, ids, rules):
+    if around := surrounding(file, ids, rules):
         content = json.loads(tokenizer.to_str())
         content["post_processor"] = processor(
-            {kind: spelled[n] for kind, n in added.items()}, added
+            {kind: spelled[n] for kind, n in around.items()}, around
         )
         tokenizer = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(
@@ -170,13 +170,13 @@ def special_id(file: Gguf, kind: str, spelled: dict[int, str]) -> int | None:
 def surrounding(file: Gguf, ids: dict[str, int | None], rules: Rules) -> dict[str, int]:
     """The tokens that go with each text, BOS before and EOS after it, by their kind."""
     default = {"bos": rules.bos, "eos": False}
-    found = {
-        kind: ids[kind]
-        for kind in default
-        if file.of_file(f"tokenizer.ggml.add_{kind}_token", default[kind])
-    }
-    if missing := [kind for kind, number in found.items() if number is None]:
-        raise refusal(file, f"{missing[0].upper()} goes with each text, and no token is it")
+    found = {}
+    for kind, usual in default.items():
+        if file.of_file(f"tokenizer.ggml.add_{kind}_token", usual):
+            number = ids[kind]
+            if number is None:
+                raise refusal(file, f"{kind.upper()} goes with each text, and no token is it")
+            found[kind] = number
     return found
 
 

