@@ -1,4 +1,4 @@
-"""The house in numbers: rooms, circles, the largest room's share, and which rules a change makes stale.
+"""The house in numbers: rooms, circles, the largest room, and which rules a change makes stale.
 
     python benchmarks/house.py CHECKOUT [CHECKOUT …]
 
