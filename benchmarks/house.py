@@ -18,17 +18,21 @@ CHANGES = {
     "a column of the table": ("results.py", "report/tables/columns.py"),
     "a mode's solution (MLP)": ("solutions/mlp.py", "solutions/mlp.py"),
     "a preset": ("solutions/modes.py", "solutions/modes.py"),
-    "a family": ("models/families.py", "models/families.py"),
+    "a family": ("models/families.py", "models/families/llama.py"),
     "the sums of Rxx": ("statistics.py", "rxx/container.py"),
     "emulated low precision": ("models/quantised.py", "models/quantised.py"),
-    "the reader of texts": ("reading.py", "texts/reading.py"),
+    "the reader of texts": ("documents.py", "texts/reading.py"),
 }
 
 
 def imports(path: Path, package: Path) -> set[Path]:
     """The files of the package that a file imports, at any depth of it."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            block.body = [ast.Pass()]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -68,11 +72,13 @@ def rules(root: Path) -> dict[str, list[str]]:
     """Each rule's modules, those of its fingerprint."""
     found: dict[str, list[str]] = {}
     for file in sorted((root / "workflow/rules").glob("*.smk")):
-        for block in re.split(r"(?m)^\s*(?=(?:use )?rule )", file.read_text())[1:]:
-            name = re.match(r"(?:use )?rule (\w+)(?: as (\w+))?", block)
+        for block in re.split(r"(?m)^\s*(?=(?:use )?rule\b)", file.read_text())[1:]:
+            # Rules that a loop makes have no name of their own: they are called as their file.
+            name = re.match(r"(?:use )?rule ?(\w+)?(?: as (\w+))?", block)
             code = re.search(r"fingerprint\(([^)]*)\)", block)
             if name and code:
-                found[name[2] or name[1]] = re.findall(r'"(a3[\w.]*)"', code[1])
+                called = name[2] or name[1] or file.stem
+                found[called] = re.findall(r'"(a3[\w.]*)"', code[1])
     return found
 
 
