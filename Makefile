@@ -27,7 +27,7 @@ test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and ap
 	tests/cluster/run
 
 test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root and apt where it is missing
-	tests/report/run
+	tests/browser/run
 
 test-runtimes: $(READY)  ## exports in the real llama.cpp, which a wheel holds
 	tests/runtimes/run

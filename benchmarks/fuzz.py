@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py --cases 500
 
-The cases are those of tests/fuzz.py, from other seeds than the tests take. Exits with 1 where a
-reader raised anything but the clear error, or gave what a damaged file did not hold.
+The cases are those of tests/helpers/fuzz.py, from other seeds than the tests take. Exits with 1
+where a reader raised anything but the clear error, or gave what a damaged file did not hold.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/helpers"))
 
 from fuzz import READERS, fuzz, prepare
 

@@ -2,8 +2,8 @@
 
     python benchmarks/unusual.py --cases 2000
 
-The cases are those of tests/unusual.py, from other seeds than the tests take. Exits with 1 where a
-compressed model is another one than the dense, or anything but the clear error was raised.
+The cases are those of tests/helpers/unusual.py, from other seeds than the tests take. Exits with 1
+where a compressed model is another one than the dense, or anything but the clear error was raised.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/helpers"))
 
 from unusual import Ear, unusual
 

@@ -53,9 +53,9 @@ class LogHandler(LogHandlerBase):
     def __post_init__(self) -> None:
         """Start with no job seen."""
         self.stream = sys.stdout if self.common_settings.stdout else sys.stderr
-        self.jobs: dict[int, Job] = {}
         self.running: dict[int, Job] = {}
-        self.total = self.done = self.failed = 0
+        self.failed: set[int] = set()
+        self.total = self.done = 0
         self.start = time.time()
         self.bar: Bar | None = None
         self.events: dict[LogEvent | None, Callable[[LogRecord], None]] = {
@@ -81,9 +81,8 @@ class LogHandler(LogHandlerBase):
             self.handleError(record)
 
     def close(self) -> None:
-        """Take the bar away; say how many jobs a dry run found."""
-        if self.bar is not None:
-            self.bar.close()
+        """Say how many jobs a dry run found."""
+        self.take_bar_away()
         if self.common_settings.dryrun and self.total:
             self.print(f"{jobs(self.total)} would run; nothing was run")
             self.total = 0
@@ -96,7 +95,7 @@ class LogHandler(LogHandlerBase):
 
     def as_it_is(self, record: LogRecord) -> None:
         """Print a record in Snakemake's own words."""
-        if text := self.format(record):
+        if (text := self.format(record)) not in ("", "None"):
             self.print(text)
 
     def run_info(self, record: LogRecord) -> None:
@@ -112,7 +111,8 @@ class LogHandler(LogHandlerBase):
         if self.common_settings.dryrun:
             self.print(f"{job.name}  ({job.why})")
             return
-        self.jobs[number] = self.running[number] = job
+        self.running[number] = job
+        self.failed.discard(number)  # it is tried again
         if self.bar is None and self.stream.isatty():
             self.bar = Bar(
                 total=self.total,
@@ -129,6 +129,12 @@ class LogHandler(LogHandlerBase):
             self.bar.n = self.done
             names = ", ".join(" ".join(job.name.split()) for job in self.running.values())
             self.bar.set_description_str(names if len(names) <= 50 else names[:49] + "…")
+
+    def take_bar_away(self) -> None:
+        """Leave nothing of the bar on the terminal."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def command(self, record: LogRecord) -> None:
         """Print a job's command, which the user asked for (-p)."""
@@ -150,7 +156,7 @@ class LogHandler(LogHandlerBase):
         """Print a failed job, the end of its log, and its command where it has no log."""
         said = vars(record)
         job = self.running.pop(said["jobid"], None)
-        self.failed += 1
+        self.failed.add(said["jobid"])
         name = f"{job.what} {job.subject}" if job else said["rule_name"]
         after = f" after {duration(record.created - job.started)}" if job else ""
         self.print(f"FAILED {name}{after}")
@@ -171,16 +177,17 @@ class LogHandler(LogHandlerBase):
             self.print("nothing to do: results are up to date")
         elif text.startswith(COMPLETE_LOG):
             self.finish(os.path.relpath(text.removeprefix(COMPLETE_LOG)))
-        elif text not in ("", "None") and not text.startswith(NOISE):
+        elif not text.startswith(NOISE):
             self.as_it_is(record)
 
     def finish(self, log: str) -> None:
         """Say how the run ended, and where all of it is written down."""
+        self.take_bar_away()
         took = duration(time.time() - self.start)
         if self.failed:
             self.print(
-                f"{jobs(self.failed)} failed, {self.done} of {self.total} done. Correct what the "
-                f"log says and start again: what is done stays. Full log: {log}"
+                f"{jobs(len(self.failed))} failed, {self.done} of {self.total} done. Correct what "
+                f"the log says and start again: what is done stays. Full log: {log}"
             )
         else:
             self.print(f"{jobs(self.done)} done in {took}. Full log: {log}")

@@ -1,7 +1,7 @@
 """The libraries of a3's extras, which compressing a model does not need.
 
 pyproject.toml says which extra has which library. A module that imports one is itself imported in
-functions that call `require_installed` first; tests/test_packaging.py holds every function to that.
+functions that call `require_installed` first (held by tests/api/test_packaging.py).
 """
 
 from importlib.util import find_spec

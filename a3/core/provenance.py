@@ -55,7 +55,8 @@ def fingerprint(*modules: str) -> str:
     Equal fingerprints mean the same code (16 hex digits). Snakemake does not follow Python imports,
     so every rule carries this as a parameter. Code that is loaded by name (the compressed model's,
     by transformers) is no import that could be followed: a stage names it in an import of its own,
-    or here. tests/test_fingerprints.py holds every stage to what it has loaded when it is done.
+    or here. tests/artifacts/test_fingerprints.py compares each
+    stage with the modules that it has loaded at its end.
     """
     digest = hashlib.sha256()
     for path in sorted({path for module in modules for path in sources(module)}):

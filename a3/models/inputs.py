@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from a3.core.files import HIDDEN_SEAL, RECORDS, sha256
-from a3.texts.reading import FILE_TYPES, inner, walk
+from a3.texts.files import FILE_TYPES, inner, walk
 
 # Mistral has names such as tokenizer.model.v3.
 MODEL_FILES = [

@@ -17,6 +17,7 @@ from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
 from a3.core.records import Record
+from a3.experiments.rows import check_reference
 from a3.report.tables.columns import (
     Column,
     comparison_columns,
@@ -65,6 +66,7 @@ def build_report(
     Raises:
         A3Error: a file of the table is missing, and as `build_tables` does.
     """
+    check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness)
     frames = frames_of(results, groups, reference)
     compared, repeated = frames["comparisons"], frames["seeds"]
@@ -87,7 +89,10 @@ def build_report(
         calibration=_calibration(runs),
         provenance=_provenance(runs),
         checkout=checkout(),
-        rebuild=[_rebuild_table(results, tables, runs), *(_rebuild(results, run) for run in runs)],
+        rebuild=[
+            _rebuild_table(results, tables, list(frames), runs),
+            *(_rebuild(results, run) for run in runs),
+        ],
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
     write_text(out, page)
@@ -242,9 +247,11 @@ def _root(results: Path) -> Path:
     return Path(results.name) if results.is_absolute() else results
 
 
-def _rebuild_table(results: Path, tables: Path, runs: Sequence[Run]) -> dict[str, Any]:
+def _rebuild_table(
+    results: Path, tables: Path, names: Sequence[str], runs: Sequence[Run]
+) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
-    files = [tables / f"{name}.csv" for name in ("results", "comparisons", "seeds", "timings")]
+    files = [tables / f"{name}.csv" for name in names]
     if missing := [path for path in files if not path.is_file()]:
         raise A3Error(f"{missing[0]}: no such file. Build the table first.")
     targets = [_root(results) / "tables" / tables.name / path.name for path in files]

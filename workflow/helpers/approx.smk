@@ -12,7 +12,7 @@ def rxx_needed(wildcards):
 
 
 def allocation_needed(wildcards):
-    """The ranks of layers, where some mode shares out a ratio."""
+    """The ranks of layers, where some mode has an allocated ratio."""
     shared = SHARED in wildcards.qk + wildcards.ov + wildcards.mlp
     return [f"{RESULTS}/allocations/{RUN}.json".format(**wildcards)] if shared else []
 

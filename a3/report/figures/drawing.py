@@ -1,6 +1,8 @@
 """What all figures share: their look, their files, and the rows of heat maps."""
 
+import hashlib
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,6 +56,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
+CLIP = re.compile(r'<clipPath id="(\w+)">\s*(.*?)\s*</clipPath>', re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure, the name of its files and what one sees in it."""
@@ -87,8 +92,20 @@ def save_drawings(drawings: Sequence[Drawing], out: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> None:
-    """Write a figure in one of FORMATS."""
+    """Write a figure in one of FORMATS; equal figures are equal files."""
     figure.savefig(path, format=kind, **FORMATS[kind])
+    if kind == "svg":
+        path.write_text(name_clips(path.read_text()))
+
+
+def name_clips(svg: str) -> str:
+    """Name each clip rectangle of an SVG by its written position.
+
+    matplotlib hashes the exact position, whose last digits differ between processes.
+    """
+    for name, rectangle in CLIP.findall(svg):
+        svg = svg.replace(name, "p" + hashlib.sha256(rectangle.encode()).hexdigest()[:10])
+    return svg
 
 
 def choice_of(run: Run, component: str) -> Choice:

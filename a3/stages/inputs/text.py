@@ -17,17 +17,15 @@ from a3.stages.inputs.hub import hub_commit, hub_rows
 from a3.stages.inputs.sources import PLACES, origin_of, rows_of
 from a3.stages.inputs.wheels import wheel_file, wheel_members
 from a3.texts.blocks import interleave
+from a3.texts.files import FILE_TYPES, inner, text_files
 from a3.texts.reading import (
-    FILE_TYPES,
     RECORDS,
     Document,
     as_document,
     decode,
-    inner,
     load_documents,
     parse,
     read_bytes,
-    text_files,
     type_of,
     unpack,
     write_documents,
