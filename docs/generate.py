@@ -139,7 +139,7 @@ def modes() -> str:
 
 def does(component: str, name: str) -> str:
     """What a mode does: its function's first paragraph; of factored modes, the metric."""
-    if MODES[component][name].factors is not None:
+    if MODES[component][name].factors:
         return "Two factors in place of each matrix, in the metric of the statistics."
     return first_paragraph(solver_of(component, name))
 

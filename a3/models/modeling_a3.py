@@ -13,7 +13,6 @@ one imports the other by a relative name, by which transformers finds it. With a
 import sys
 from functools import cache
 from importlib import import_module
-from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -229,7 +228,7 @@ class Compressed(PreTrainedModel):
             compress(body, config)
         self.post_init()
 
-    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the files `beside`, first: it may upload the folder."""
         for name, content in self.beside.items():
             path = Path(save_directory, name)
