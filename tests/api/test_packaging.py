@@ -167,7 +167,7 @@ commands = {{
     "recover": "recover",
     "tables": 'tables --results r --experiments [{{"model":"tiny"}}] -o tables',
     "figures": 'figures --results r --experiments [{{"model":"tiny"}}] -o figures',
-    "report": "report --results r --tables t --config {{}} -o report.html",
+    "report": 'report --results r --experiments [{{"model":"tiny"}}] --tables t --config {{}} -o r.html',
 }}
 said = {{}}
 for name, line in commands.items():

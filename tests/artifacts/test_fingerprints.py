@@ -26,7 +26,8 @@ RULES = {
 BESIDE = {rule: ["a3.solutions.plan"] for rule in ("collect", "collect_compressed")}
 # The command line holds an entry of the catalogue to the schema, which refuses or changes nothing.
 BESIDE |= {
-    rule: ["a3.experiments.config"] for rule in ("train", "model", "quantise", "text", "split")
+    rule: ["a3.experiments.config", "a3.experiments.entries"]
+    for rule in ("train", "model", "quantise", "text", "split")
 }
 TRAIN = {
     "config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64},

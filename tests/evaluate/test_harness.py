@@ -376,7 +376,7 @@ SHOWN = CHOICE | {"fewshot_split": "test"}
 def test_a_mistake_is_said_in_a_line_before_the_model_is_loaded(
     models, tmp_path, monkeypatch, capsys, spec, words, says
 ):
-    monkeypatch.setattr(stage, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(stage, "load", lambda *_: pytest.fail("the model was loaded"))
     task = ["--yaml", write_task(tmp_path / "task.yaml", **spec), *words]
     out = tmp_path / "out.json"
     words = ["eval", "harness", models / "dense", "--task", "mine", *task, "-o", out]
@@ -541,7 +541,7 @@ def test_lm_eval_does_not_tie_a_head_that_is_stored_apart(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    tokenizer = stage.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = stage.wrap(folder, tokenizer, "float32", "cpu").model
     assert (model.lm_head.weight == tensors["lm_head.weight"]).all()
 
@@ -556,7 +556,7 @@ def test_the_length_is_the_models_whatever_the_tokenizer_says(models, tmp_path):
         (models / "small", 512),
         (tmp_path / "bloom", 2048),
     ):
-        tokenizer = stage.load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         tokenizer.model_max_length = 8
         assert stage.wrap(folder, tokenizer, "float32", "cpu").max_length == length
 

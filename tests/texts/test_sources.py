@@ -156,5 +156,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path):
     source = tiny_llama(tmp_path / "source")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(A3Error, match=r"index\.json: names model-00002\.safetensors, not there"):
+    with pytest.raises(
+        A3Error, match=r"index\.json: names model-00002\.safetensors, which are missing"
+    ):
         resolve_model({"path": str(source)}, tmp_path / "out")
