@@ -21,6 +21,7 @@ from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml, read_record
 from a3.experiments.config import complete
+from a3.models.load import load_tokenizer
 from a3.report.figures.build import build_figures
 from a3.report.page import build_report
 from a3.report.tables.columns import result_columns
@@ -427,7 +428,7 @@ def test_a_group_without_a_score_is_refused(tmp_path):
 
 def test_a_task_that_allows_no_examples_gets_none_in_silence(tmp_path):
     manager = group(tmp_path, SHOWN | {"num_fewshot": 0}, "acc")
-    with pytest.raises(A3Error, match=r"num_fewshot: 0.*shots is 2"):
+    with pytest.raises(A3Error, match=r"shots is 2.*num_fewshot to 0"):
         stage.rehearse("both", manager.load(["both"]), False, None, 2, 0, Prompting().options(None))
 
 
