@@ -167,7 +167,7 @@ commands = {{
     "recover": "recover",
     "tables": 'tables --results r --experiments [{{"model":"tiny"}}] -o tables',
     "figures": 'figures --results r --experiments [{{"model":"tiny"}}] -o figures',
-    "report": 'report --results r --experiments [{{"model":"m"}}] --tables t --config {{}} -o r.html',
+    "report": 'report --results r --experiments [{{"model":"m"}}] --tables t --config {{}} -o r',
 }}
 said = {{}}
 for name, line in commands.items():
