@@ -251,7 +251,7 @@ def test_snakemake_builds_again_what_changed_and_nothing_else(project, monkeypat
         "task_files items.json",
     ):
         assert one in said
-    assert "4 wrong" in said
+    assert "4 problems" in said
     assert jobs(project.snakemake(*project.targets)[1]) == stale
     assert verified(project.folder / "results", capsys) == ""
     assert project.snakemake("-n", *project.targets)[0] == []
