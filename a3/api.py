@@ -52,6 +52,7 @@ from a3.given import (
     model_entry,
     model_folder,
     name_of,
+    path_of,
     plan_of,
     require_one_of,
     silent,
@@ -61,6 +62,7 @@ from a3.given import (
 from a3.models.load import load_tokenizer
 from a3.models.readable import require_readable
 from a3.pipeline import compress as compress_folder
+from a3.solutions.modes import COMPONENTS
 
 
 class Sizes(TypedDict):
@@ -150,7 +152,7 @@ def collect(
 
     sizes = sizes_of(tokens, block_length, bos, seed)
     run = run_of(dtype, device, model)
-    out = Path(out)
+    out = path_of("out", out)
     kinds = kinds_of(preset, {"qk": qk, "ov": ov, "mlp": mlp})
     with workplace(progress) as work:
         folder, docs = model_folder(model, tokenizer, work), documents(texts, work)
@@ -183,7 +185,9 @@ def allocate(
     from a3.stages.approx.allocate import allocate
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple)
-    rxx, out = Path(rxx), Path(out)
+    rxx, out = path_of("rxx", rxx), path_of("out", out)
+    for one in uniform:
+        require_one_of("uniform", one, COMPONENTS)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         targets.check(targets.ALLOCATION, {"model": folder, "rxx": rxx, "out": out})
@@ -213,10 +217,11 @@ def approximate(
     from a3.stages.approx.approximate import approximate
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
+    rxx = path_of("rxx", rxx)
+    ranks = None if allocation is None else path_of("allocation", allocation)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
-        ranks = None if allocation is None else Path(allocation)
-        approximate(folder, Path(rxx), plan, work / "small", ranks)
+        approximate(folder, rxx, plan, work / "small", ranks)
         return loaded_as(work / "small", model)
 
 
@@ -305,7 +310,7 @@ def export(
 
     `type` is that of a GGUF file's matrices: f32, f16, bf16, q8_0 … Returns `out`.
     """
-    out = Path(out)
+    out = path_of("out", out)
     if out.suffix == ".gguf":
         require_installed("gguf", "export")
         require_one_of("type", type, GGUF_TYPES)
@@ -329,7 +334,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Raises A3Error for a folder that transformers would read only in part.
     """
-    path = Path(folder)
+    path = path_of("folder", folder)
     if not path.is_dir():
         raise A3Error(f"{path}: no such folder. Name that of a dense or compressed model.")
     require_readable(path)

@@ -238,6 +238,13 @@ def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise A3Error(f"{name}: found {value!r}, expected one of {', '.join(choices)}.")
 
 
+def path_of(name: str, value: Any) -> Path:
+    """An argument that names a file or folder; raises A3Error for one of another type."""
+    if not isinstance(value, str | Path):
+        raise A3Error(f"{name}: found {value!r}, expected a path.")
+    return Path(value)
+
+
 def count_of(name: str, value: Any, least: int = 1) -> int:
     """An argument that counts, numpy's integers among them.
 

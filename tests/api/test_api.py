@@ -232,6 +232,12 @@ def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
         a3.export(dense, dense)
     with pytest.raises(a3.A3Error, match="type: found 'f3', expected one of f32"):
         a3.export(loaded[0], tmp_path / "x.gguf", loaded[1], type="f3")
+    with pytest.raises(a3.A3Error, match="uniform: found 'q', expected one of qk, ov, mlp"):
+        a3.allocate(dense, rxx=rxx, out=tmp_path / "new.json", ratio=0.25, uniform="qk")
+    with pytest.raises(a3.A3Error, match="rxx: found None, expected a path"):
+        a3.approximate(dense, rxx=None, ratio=0.25)
+    with pytest.raises(a3.A3Error, match="folder: found None, expected a path"):
+        a3.load(None)
     with pytest.raises(a3.A3Error, match="no such folder"):
         a3.load(tmp_path / "nothing")
     with pytest.raises(a3.A3Error, match="either texts"):
