@@ -34,4 +34,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """What completion in a shell offers."""
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -28,7 +28,7 @@ Every function raises `a3.A3Error` for what the caller can correct: it says what
 expected and what to do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -44,6 +44,7 @@ from a3.given import (
     Model,
     Texts,
     Tokenizer,
+    count_of,
     device_of,
     documents,
     kinds_of,
@@ -51,8 +52,8 @@ from a3.given import (
     model_entry,
     model_folder,
     name_of,
+    path_of,
     plan_of,
-    require_count,
     require_one_of,
     silent,
     text_entry,
@@ -61,6 +62,7 @@ from a3.given import (
 from a3.models.load import load_tokenizer
 from a3.models.readable import require_readable
 from a3.pipeline import compress as compress_folder
+from a3.solutions.modes import COMPONENTS
 
 
 class Sizes(TypedDict):
@@ -114,8 +116,8 @@ def compress(
     tokenizer; transformers loads that folder after `import a3`.
     """
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
-    sizes: Sizes = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    settings = {**sizes, **run_of(sizes, dtype, device, model)}
+    sizes = sizes_of(tokens, block_length, bos, seed)
+    settings = {**sizes, **run_of(dtype, device, model)}
     with workplace(progress) as work:
         source = model_entry(model, tokenizer, work)
         compress_folder(source, text_entry(texts, work), plan, work / "small", settings)
@@ -148,9 +150,9 @@ def collect(
     """
     from a3.stages.collect.collect import collect
 
-    sizes: Sizes = {"tokens": tokens, "block_length": block_length, "bos": bos, "seed": seed}
-    run = run_of(sizes, dtype, device, model)
-    out = Path(out)
+    sizes = sizes_of(tokens, block_length, bos, seed)
+    run = run_of(dtype, device, model)
+    out = path_of("out", out)
     kinds = kinds_of(preset, {"qk": qk, "ov": ov, "mlp": mlp})
     with workplace(progress) as work:
         folder, docs = model_folder(model, tokenizer, work), documents(texts, work)
@@ -183,7 +185,9 @@ def allocate(
     from a3.stages.approx.allocate import allocate
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple)
-    rxx, out = Path(rxx), Path(out)
+    rxx, out = path_of("rxx", rxx), path_of("out", out)
+    for one in uniform:
+        require_one_of("uniform", one, COMPONENTS)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         targets.check(targets.ALLOCATION, {"model": folder, "rxx": rxx, "out": out})
@@ -213,10 +217,11 @@ def approximate(
     from a3.stages.approx.approximate import approximate
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
+    rxx = path_of("rxx", rxx)
+    ranks = None if allocation is None else path_of("allocation", allocation)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
-        ranks = None if allocation is None else Path(allocation)
-        approximate(folder, Path(rxx), plan, work / "small", ranks)
+        approximate(folder, rxx, plan, work / "small", ranks)
         return loaded_as(work / "small", model)
 
 
@@ -248,11 +253,11 @@ def evaluate(
         raise A3Error("evaluate: expected either texts (perplexity) or task (lm-eval's).")
     if task is not None:
         require_installed("lm_eval", "eval")
-    for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
-        if value is not None:
-            require_count(name, value, least)
-    sizes: ScoredSizes = {"tokens": tokens, "block_length": block_length, "bos": bos}
-    run = run_of(sizes, dtype, device, model, scored=True)
+    shots = None if shots is None else count_of("shots", shots, 0)
+    limit = None if limit is None else count_of("limit", limit)
+    seed = count_of("seed", seed, 0)
+    sizes = scored_sizes_of(tokens, block_length, bos)
+    run = run_of(dtype, device, model)
     with workplace(progress) as work:
         folder, out = model_folder(model, tokenizer, work), work / "result.json"
         if texts is not None:
@@ -305,7 +310,7 @@ def export(
 
     `type` is that of a GGUF file's matrices: f32, f16, bf16, q8_0 … Returns `out`.
     """
-    out = Path(out)
+    out = path_of("out", out)
     if out.suffix == ".gguf":
         require_installed("gguf", "export")
         require_one_of("type", type, GGUF_TYPES)
@@ -329,7 +334,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Raises A3Error for a folder that transformers would read only in part.
     """
-    path = Path(folder)
+    path = path_of("folder", folder)
     if not path.is_dir():
         raise A3Error(f"{path}: no such folder. Name that of a dense or compressed model.")
     require_readable(path)
@@ -337,21 +342,31 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return loaded_as(path, path), load_tokenizer(path)
 
 
-def run_of(
-    sizes: Mapping[str, Any], dtype: str, device: str | None, model: Model, scored: bool = False
-) -> Run:
-    """The dtype and device of the forward pass.
+def sizes_of(tokens: int, block_length: int, bos: bool, seed: int) -> Sizes:
+    """Raises A3Error for sizes that are not counts."""
+    if not isinstance(bos, bool):
+        raise A3Error(f"bos: found {bos!r}, expected True or False.")
+    return {
+        "tokens": count_of("tokens", tokens),
+        "block_length": count_of("block_length", block_length, 2),
+        "bos": bos,
+        "seed": count_of("seed", seed, 0),
+    }
 
-    Raises A3Error for sizes that are not counts, and a device that is not there. All tokens, and
-    BOS once, can only be `scored`.
-    """
-    for name, least in (("tokens", 1), ("block_length", 2), ("seed", 0)):
-        if name in sizes and not (scored and sizes[name] == "all"):
-            require_count(name, sizes[name], least)
-    if not isinstance(sizes["bos"], bool) and not (scored and sizes["bos"] == "once"):
-        raise A3Error(
-            f"bos: found {sizes['bos']!r}, expected True or False{', or once' if scored else ''}."
-        )
+
+def scored_sizes_of(tokens: int | str, block_length: int, bos: bool | str) -> ScoredSizes:
+    """As `sizes_of`; all tokens, and BOS once, can only be scored."""
+    if not isinstance(bos, bool) and bos != "once":
+        raise A3Error(f"bos: found {bos!r}, expected True, False or once.")
+    return {
+        "tokens": tokens if tokens == "all" else count_of("tokens", tokens),
+        "block_length": count_of("block_length", block_length, 2),
+        "bos": bos,
+    }
+
+
+def run_of(dtype: str, device: str | None, model: Model) -> Run:
+    """The dtype and device of the forward pass; raises A3Error for those that are not there."""
     require_one_of("dtype", dtype, RUN_DTYPES)
     device = device or device_of(model)
     require_device(device, dtype)

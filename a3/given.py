@@ -2,9 +2,11 @@
 
 import io
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from decimal import Decimal, InvalidOperation
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,16 +31,20 @@ Model: TypeAlias = PreTrainedModel | str | Path
 Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 Texts: TypeAlias = Iterable[Any] | str | Path
 
+# One call at a time: libraries keep settings for all threads, such as the dtype of new tensors
+# while a model loads. A thread may enter again: `texts` may be a generator that calls a3.
+CALLS = threading.RLock()
+
 
 @contextmanager
 def workplace(progress: bool) -> Iterator[Path]:
     """Yield a temporary folder, inside which a3's progress bars are shown or not, and no others.
 
-    Errors call what lies in it by the caller's words.
+    Errors call what lies in it by the caller's words. Other threads wait.
     """
-    verbosity = transformers_logging.get_verbosity()
-    drawn = transformers_logging.is_progress_bar_enabled()
-    with tempfile.TemporaryDirectory(prefix="a3.") as name, bars(progress):
+    with CALLS, tempfile.TemporaryDirectory(prefix="a3.") as name, bars(progress):
+        verbosity = transformers_logging.get_verbosity()
+        drawn = transformers_logging.is_progress_bar_enabled()
         work = Path(name)
         known = {work / "model": "model", work / "docs.jsonl": "texts", work / "small": "result"}
         transformers_logging.set_verbosity_error()
@@ -73,7 +79,8 @@ def model_entry(model: Model, tokenizer: Tokenizer, work: Path) -> dict[str, Any
 def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
     """The Hugging Face folder of a model: the caller's own, or one made in `work`.
 
-    Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no tokenizer.
+    Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no head that
+    predicts tokens, or no tokenizer.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise A3Error(
@@ -86,6 +93,11 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
         raise A3Error(
             f"model: found {type(model).__name__}, expected a PreTrainedModel of transformers, a "
             "folder or a name. Adapters of peft: call merge_and_unload() first."
+        )
+    if model.get_output_embeddings() is None:
+        raise A3Error(
+            f"model: found {type(model).__name__}, which does not predict tokens. Load the model "
+            "with AutoModelForCausalLM."
         )
     beside = getattr(model, "beside", {})
     if tokenizer is None and not beside:
@@ -125,7 +137,10 @@ def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) 
 def text_entry(texts: Texts, work: Path) -> dict[str, Any]:
     """What a caller gives as texts, as an entry of the catalogue."""
     if isinstance(texts, str | Path):
-        return find_entry(str(texts), "texts")
+        try:
+            return find_entry(str(texts), "texts")
+        except A3Error as error:
+            raise A3Error(f"{error} Text itself is given as a list of strings.") from None
     write_documents(work / "docs.jsonl", rows(texts))
     return {"source": {"path": str(work / "docs.jsonl")}, "min_chars": 0}
 
@@ -141,15 +156,26 @@ def documents(texts: Texts, work: Path) -> Path:
 
 
 def rows(texts: Iterable[Any]) -> Iterator[Document]:
-    """Strings, or rows with the column text; raises A3Error for others, with their number."""
-    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+    """Strings, or rows with the column text; None is an empty text.
+
+    Raises A3Error for others, with their number.
+    """
+    # Iterating over a table gives its columns, and over bytes numbers.
+    table = isinstance(texts, Mapping | bytes) or hasattr(texts, "columns")
+    if table or not isinstance(texts, Iterable):
         raise A3Error(
             f"texts: found {type(texts).__name__}, expected strings, a datasets.Dataset with the "
-            "column text, or a path. Of a DatasetDict, give one split."
+            "column text, or a path. Of a DatasetDict, give one split; of a table, one column."
         )
     for number, row in enumerate(texts):
-        fields = dict(row) if isinstance(row, Mapping) else row
-        yield as_document(fields, "text", f"texts[{number}]")
+        where = f"texts[{number}]"
+        fields = dict(row) if isinstance(row, Mapping) else {"text": row}
+        if "text" not in fields:
+            raise A3Error(
+                f"{where}: found {sorted(map(str, fields))}, expected a row with the column text. "
+                "Give the column that has the text: dataset['name']."
+            )
+        yield as_document(fields, "text", where)
 
 
 def name_of(texts: Texts) -> str:
@@ -175,8 +201,7 @@ def plan_of(
     Raises A3Error for what is not known, as the command line does.
     """
     row = cells(preset, modes) | {"ratio": NO_RATIO if ratio is None else spelled(ratio)}
-    require_count("multiple", multiple)
-    return Plan(choose(row), servable, multiple)
+    return Plan(choose(row), servable, count_of("multiple", multiple))
 
 
 def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
@@ -213,10 +238,21 @@ def require_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise A3Error(f"{name}: found {value!r}, expected one of {', '.join(choices)}.")
 
 
-def require_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise A3Error unless an argument is an integer from `least` on."""
-    if type(value) is not int or value < least:
+def path_of(name: str, value: Any) -> Path:
+    """An argument that names a file or folder; raises A3Error for one of another type."""
+    if not isinstance(value, str | Path):
+        raise A3Error(f"{name}: found {value!r}, expected a path.")
+    return Path(value)
+
+
+def count_of(name: str, value: Any, least: int = 1) -> int:
+    """An argument that counts, numpy's integers among them.
+
+    Raises A3Error unless it is an integer from `least` on.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise A3Error(f"{name}: found {value!r}, expected an integer from {least} on.")
+    return int(value)
 
 
 # --- results --------------------------------------------------------------------------------------

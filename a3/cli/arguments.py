@@ -44,13 +44,13 @@ NAMED_TEXT = f"catalogue name, or {TEXT}"
 
 def folder(path: Path) -> Path:
     """A model folder; raises A3Error where there is none, or a3 does not read it as a model."""
-    from a3.models.readable import require_readable
-
     if not path.is_dir():
         raise A3Error(
             f"{path}: no such folder; expected a Hugging Face folder. `a3 model NAME -o FOLDER` "
             "makes one from the catalogue, a hub repository or a GGUF file."
         )
+    from a3.models.readable import require_readable
+
     require_readable(path)
     return path
 

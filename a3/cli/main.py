@@ -17,6 +17,7 @@ from a3.cli.arguments import Help, entry
 from a3.cli.options import Parser
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
+from a3.core.files import is_disk_error
 from a3.core.progress import on_terminal
 
 # Commands as `a3 -h` lists them.
@@ -37,8 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status (1 for a user-correctable error)."""
     # A cluster stops jobs with SIGTERM: leave as on Ctrl-C, so that no temporary file stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with on_terminal():
-        return run(arguments)
+    try:
+        with on_terminal():
+            try:
+                return run(arguments)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Its reader has enough, as in `a3 inspect small | head -1`: leave as other programs do.
+        leave_output()
+        return 141
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        leave_output()
+        print(f"a3: error: standard output: {error.strerror}. Make room.", file=sys.stderr)
+        return 1
+
+
+def leave_output() -> None:
+    """Write to nowhere from now on: Python flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(arguments: list[str] | None) -> int:

@@ -40,6 +40,13 @@ class Parser(argparse.ArgumentParser):
         action.type = str
         return action
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """What was found, and no rest: a command refuses unknown words itself, by its own name."""
+        found, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         """Raise A3Error."""
         raise A3Error(f"{message}. `{self.prog} -h` shows the arguments.")

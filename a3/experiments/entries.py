@@ -14,6 +14,9 @@ SECTIONS = {
     "quantisations": ("quantisation", "JSON of a recipe"),
 }
 
+# Of a name in an error, which may be all of a text by mistake.
+LONGEST = 80
+
 
 def find_entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
@@ -35,8 +38,9 @@ def find_entry(name: str, section: str) -> dict[str, Any]:
     repository, _, revision = name.partition("@")
     if repository.count("/") == 1 and revision:
         return {"source": {"hub": repository, "revision": revision}}
+    said = name if len(name) <= LONGEST else f"{name[:LONGEST]}…"
     raise A3Error(
-        f"{name!r}: expected {local}, one of {', '.join(sorted(catalogue))}, or a hub repository "
+        f"{said!r}: expected {local}, one of {', '.join(sorted(catalogue))}, or a hub repository "
         "with its revision (owner/name@revision); found none of them."
     )
 

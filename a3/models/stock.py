@@ -56,7 +56,7 @@ ROPE_KEYS = (
 # Numbers of a row that llama.cpp's quantised caches store together.
 BLOCK = 32
 
-HOW = "One that it can: a3 compress MODEL --qk uniform-global@48 --ov xkv@48 --mlp rxx-w@0.2"
+HOW = "One that it can: a3 compress MODEL --qk uniform-global --ov xkv --mlp rxx-w --ratio 0.25"
 
 HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."
 

@@ -4,7 +4,11 @@ import json
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -38,7 +42,11 @@ def test_import_costs_nothing():
     code = "import a3, sys; print({'torch', 'transformers', 'lm_eval'} & set(sys.modules), dir(a3))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.startswith("set()")
-    assert "'compress'" in said.stdout
+    assert said.stdout.endswith(f"{sorted(a3.__all__)}\n")
+
+
+def test_editors_see_the_types():
+    assert Path(a3.__file__).with_name("py.typed").is_file()
 
 
 @pytest.mark.parametrize("preset", ["a3", "a3-plus"])
@@ -74,7 +82,8 @@ def test_compress_gives_what_the_command_line_writes(dense, loaded, tmp_path, pr
 def test_texts_of_every_kind_are_the_same(loaded, tmp_path):
     path = tmp_path / "docs.jsonl"
     path.write_text("".join(json.dumps({"text": one}) + "\n" for one in TEXTS))
-    kinds = (TEXTS, iter(TEXTS), Dataset.from_dict({"text": TEXTS}), path, str(path))
+    rows = Dataset.from_dict({"text": TEXTS})
+    kinds = (TEXTS, iter(TEXTS), rows, rows.to_iterable_dataset(), rows["text"], path, str(path))
     found = [a3.evaluate(*loaded, texts, **SMALL, progress=False)["nll"] for texts in kinds]
     assert len(set(found)) == 1
 
@@ -142,12 +151,19 @@ WRONG = {
     "dtype": ({"dtype": torch.bfloat16}, "dtype: found torch.bfloat16, expected one of float32"),
     "tokenizer": ({"tokenizer": "my-llama"}, "tokenizer: found str"),
     "mode's type": ({"qk": 3}, "qk: found 3, expected a mode"),
-    "rows": ({"texts": Dataset.from_dict({"words": ["a"]})}, "texts[0]: found ['words']"),
-    "numbers": ({"texts": [1, 2]}, "texts[0]: found int"),
+    "rows": (
+        {"texts": Dataset.from_dict({"words": ["a"]})},
+        "texts[0]: found ['words'], expected a",
+    ),
+    "table": ({"texts": pd.DataFrame({"text": TEXTS})}, "texts: found DataFrame"),
+    "bytes": ({"texts": b"A river."}, "texts: found bytes"),
+    "number's type": ({"tokens": True}, "tokens: found True"),
+    "numbers": ({"texts": [1, 2]}, "texts[0]: text is 1 (int), expected a string"),
     "splits": ({"texts": DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})}, "one split"),
     "few": ({"texts": ["a"]}, "text too short"),
     "empty": ({"texts": []}, "texts"),
     "text": ({"texts": "no such file"}, "'no such file'"),
+    "text itself": ({"texts": "A river runs. " * 99}, "given as a list of strings"),
 }
 
 
@@ -159,6 +175,7 @@ def test_what_is_wrong_is_said(loaded, name):
         a3.compress(loaded[0], **({"tokenizer": loaded[1]} | given | options))
     assert said in str(error.value)
     assert "/tmp" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_a_model_needs_its_tokenizer(loaded):
@@ -166,6 +183,44 @@ def test_a_model_needs_its_tokenizer(loaded):
         a3.compress(loaded[0], None, TEXTS, ratio=0.25)
     with pytest.raises(a3.A3Error, match="found Linear, expected a PreTrainedModel"):
         a3.compress(torch.nn.Linear(2, 2), loaded[1], TEXTS, ratio=0.25)
+
+
+def test_a_model_without_a_head_is_refused(loaded):
+    with pytest.raises(a3.A3Error, match="found LlamaModel, which does not predict tokens"):
+        a3.compress(loaded[0].model, loaded[1], TEXTS, ratio=0.25)
+
+
+def test_numbers_of_numpy_are_numbers(loaded):
+    sizes = {"tokens": np.int64(256), "block_length": np.int32(32), "seed": np.uint8(0)}
+    options = {"texts": TEXTS, "progress": False}
+    small = a3.compress(*loaded, ratio=np.float32(0.25), **sizes, multiple=np.int64(1), **options)
+    same = a3.compress(*loaded, ratio=0.25, **SMALL, **options)
+    assert torch.equal(logits(small), logits(same))
+
+
+def test_none_among_texts_is_an_empty_text(loaded):
+    given = ([*TEXTS, None], Dataset.from_dict({"text": [*TEXTS, None]}), [*TEXTS, ""])
+    found = [a3.evaluate(*loaded, texts, **SMALL, progress=False)["nll"] for texts in given]
+    assert len(set(found)) == 1
+
+
+def test_threads_compress_one_after_the_other(loaded):
+    def compressed(ratio):
+        return logits(a3.compress(*loaded, TEXTS, ratio=ratio, **SMALL, progress=False))
+
+    ratios = (0.25, 0.5, 0.25)
+    alone = [compressed(ratio) for ratio in ratios]
+    with ThreadPoolExecutor(len(ratios)) as threads:
+        together = list(threads.map(compressed, ratios))
+    assert all(map(torch.equal, alone, together))
+
+
+def test_texts_may_come_from_a3_itself(dense, loaded):
+    def texts():
+        assert a3.load(dense)
+        yield from TEXTS
+
+    assert a3.evaluate(*loaded, texts(), **SMALL, progress=False)["perplexity"] > 1
 
 
 def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
@@ -177,6 +232,12 @@ def test_nothing_of_the_users_is_written_over(dense, loaded, tmp_path):
         a3.export(dense, dense)
     with pytest.raises(a3.A3Error, match="type: found 'f3', expected one of f32"):
         a3.export(loaded[0], tmp_path / "x.gguf", loaded[1], type="f3")
+    with pytest.raises(a3.A3Error, match="uniform: found 'q', expected one of qk, ov, mlp"):
+        a3.allocate(dense, rxx=rxx, out=tmp_path / "new.json", ratio=0.25, uniform="qk")
+    with pytest.raises(a3.A3Error, match="rxx: found None, expected a path"):
+        a3.approximate(dense, rxx=None, ratio=0.25)
+    with pytest.raises(a3.A3Error, match="folder: found None, expected a path"):
+        a3.load(None)
     with pytest.raises(a3.A3Error, match="no such folder"):
         a3.load(tmp_path / "nothing")
     with pytest.raises(a3.A3Error, match="either texts"):

@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -63,6 +64,36 @@ def test_the_commands_have_the_options_that_the_workflow_gives_them(rules):
             known = option_strings(words.split())
             used = re.findall(r"(?<!\S)(--[a-z-]+)", options)
             assert set(used) <= known, (rules.name, words, set(used) - known)
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """Runs a command that prints, in a folder with a table, its output going to a file."""
+    (tmp_path / "results.md").write_text("| model |\n|---|\n| tiny |\n")
+    # Buffered, as a shell's pipe is.
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+
+    def run(output, *words):
+        command = [sys.executable, "-m", "a3", *words]
+        options = {"cwd": tmp_path, "env": buffered, "text": True}
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, **options)
+        return done.returncode, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("words", [["show", "."], ["show", "-h"]])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(shown, words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert shown(writing, *words) == (141, "")
+    os.close(writing)
+
+
+def test_output_to_a_full_disk_is_an_error(shown):
+    with Path("/dev/full").open("w") as full:
+        said = "a3: error: standard output: No space left on device. Make room.\n"
+        assert shown(full, "show", ".") == (1, said)
 
 
 def option_strings(words):

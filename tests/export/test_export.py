@@ -252,7 +252,7 @@ def test_what_no_family_has_is_refused_with_the_reason(llama, tmp_path, modes, r
     approximate(llama / "dense", llama / "rxx", Plan(choose(GLOBAL | modes)), tmp_path / "small")
     said = refused(tmp_path / "small")
     assert reason in said
-    assert "--qk uniform-global@48 --ov xkv@48" in said
+    assert "--qk uniform-global --ov xkv" in said
     shown = inspect(tmp_path / "small")
     assert "vLLM, TGI: no: " in shown
     assert reason in shown

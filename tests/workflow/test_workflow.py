@@ -194,6 +194,17 @@ def test_a_failed_job_leaves_what_depends_on_it_to_be_made(settled, tmp_path):
     assert "11 jobs would run; nothing was run\n" in output
 
 
+def test_ctrl_c_while_jobs_are_planned_is_no_traceback(settled, tmp_path):
+    project = settled.copy(tmp_path / "copy")
+    interrupted = 'command = ["sh", "-c", "kill -INT $PPID; sleep 1"]\n    try:'
+    project.edit("workflow/rules/plan.smk", "try:", interrupted)
+    before = project.files()
+    output = project.run("default", "--forcerun", "eval_ppl", plan=True, status=1)
+    assert "interrupted; nothing was run." in output
+    assert "Traceback" not in output
+    assert project.files() == before
+
+
 def test_outputs_are_there(settled):
     table = settled.folder / "results" / "tables" / "default"
     assert (table / "report.html").stat().st_size > 10_000

@@ -44,7 +44,11 @@ def announce():
     at_once = workflow.cores if workflow.local_exec else workflow.nodes
     where = [] if workflow.local_exec else ["--elsewhere"]
     command = ["a3", "plan", "--jobs", json.dumps(jobs), "--results", RESULTS, *where]
-    if subprocess.run([*command, "--cores", str(at_once)], stdout=sys.stderr).returncode:
+    try:
+        done = subprocess.run([*command, "--cores", str(at_once)], stdout=sys.stderr)
+    except KeyboardInterrupt:
+        raise WorkflowError("interrupted; nothing was run.") from None
+    if done.returncode:
         raise WorkflowError("these jobs cannot run here (a3 plan, above).")
 
 
