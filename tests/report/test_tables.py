@@ -530,7 +530,7 @@ def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
     experiments = [experiment("small"), experiment("small", qk="other")]
     write_results(tmp_path, experiments)
     path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
-    level = "by other+xkv+rxx-w (not told from it by two standard errors: rxx-w-rxx+xkv+rxx-w), "
+    level = "by other+xkv+rxx-w (within two standard errors of it: rxx-w-rxx+xkv+rxx-w), "
     for nll, expected in (([3.1, 3.4], level), ([3.045, 3.455], "by other+xkv+rxx-w, which keeps")):
         change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
         assert expected in Page(report(tmp_path, experiments)).text
