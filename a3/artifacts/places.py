@@ -92,7 +92,7 @@ class Place:
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed components; None where one has its own ratio or rank."""
+        """The one ratio of all compressed components; None if one has its own ratio or rank."""
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
@@ -189,7 +189,7 @@ AFTER_ROW = {"checkpoints": 1, "quantised": 1, "exports": 2, "eval": 2}
 def place_of(results: Path, path: Path) -> Place:
     """The row of an allocation, checkpoint, export or result, by its path in a results folder.
 
-    Raises A3Error where the path names none.
+    Raises A3Error if the path names none.
     """
     top, *names = path.relative_to(results).parts
     if top == "allocations":
@@ -200,7 +200,7 @@ def place_of(results: Path, path: Path) -> Place:
 def collected_on(results: Path, statistics: Path) -> Place:
     """The row of the model that statistics were collected on, by their path.
 
-    Raises A3Error where the path names none.
+    Raises A3Error if the path names none.
     """
     model, calibration, *own = statistics.relative_to(results / "rxx").parts[:-1]
     if not own or own[0] == SHARDS:

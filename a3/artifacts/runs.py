@@ -128,7 +128,7 @@ def read_speeds(
 ) -> list[tuple[Place, str, Record]]:
     """The compressed rows' records of each entry `speed`, in order: place, entry's name, record.
 
-    Raises A3Error where one was taken from other weights than those that now lie beside it, dense
+    Raises A3Error if one was taken from other weights than those that now lie beside it, dense
     or compressed, two of one model and entry were taken by different protocols, or no row is of a
     compressed model.
     """

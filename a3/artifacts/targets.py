@@ -46,7 +46,7 @@ class Folder:
     seal: Seal | None = None
 
     def check(self, path: Path, sources: list[Path], shared: list[Path]) -> None:
-        """Raise A3Error where it may not be written."""
+        """Raise A3Error if it may not be written."""
         require_apart(path, sources, whole=True)
         for folder in shared:
             require_outside(path, folder)
@@ -62,7 +62,7 @@ class File:
     suffix: str = ""
 
     def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
-        """Raise A3Error where it may not be written."""
+        """Raise A3Error if it may not be written."""
         require_file(path, self.stage, sources)
         if self.suffix not in ("", path.suffix):
             raise A3Error(
@@ -81,7 +81,7 @@ class Files:
     stage: str | None = None
 
     def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
-        """Raise A3Error where one of them may not be written."""
+        """Raise A3Error if one of them may not be written."""
         require_apart(path, [], whole=True)
         require_apart(path, [one for one in sources if one.is_dir()], whole=False)
         if path.exists() and not path.is_dir():
@@ -102,7 +102,7 @@ Target = Folder | File | Files
 
 
 def check(target: Target, options: dict[str, Any]) -> None:
-    """Raise A3Error where a command with these options may not write what they say under `out`."""
+    """Raise A3Error if a command with these options may not write what they say under `out`."""
     sources, shared = read_by(options)
     out = options["out"] if isinstance(options["out"], list) else [options["out"]]
     if len({path.stem for path in out}) < len(out):
@@ -131,7 +131,7 @@ def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
 
 
 def require_outside(path: Path, folder: Path) -> None:
-    """Raise A3Error where a folder to be written is a folder that is read, or holds it."""
+    """Raise A3Error if a folder to be written is a folder that is read, or holds it."""
     target, source = path.resolve(), folder.resolve()
     if target == source or target in source.parents:
         raise A3Error(f"{path}: is or holds {folder}, which is an input. Name another path.")
@@ -150,7 +150,7 @@ def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
 
 
 def stage_of(path: Path) -> str | None:
-    """The stage whose seal a file carries; None where there is none, or the file has changed."""
+    """The stage whose seal a file carries; None if there is none, or the file has changed."""
     try:
         if path.suffix == ".safetensors" and (said := metadata(path)):
             return stage_in(unseal(said, path))

@@ -40,7 +40,7 @@ class Verifier:
         self.items = self.hashes("items/*/items.jsonl")
 
     def run(self) -> None:
-        """Check everything; raises A3Error where there is nothing to check."""
+        """Check everything; raises A3Error if there is nothing to check."""
         jobs = list(self.artifacts())
         if not jobs:
             raise A3Error(f"{self.results}: no artifact of a3 in it. Name a folder of results.")
@@ -258,7 +258,7 @@ class Verifier:
     # --- counterparts ---
 
     def made_of(self, record: Record, key: str, place: Place) -> None:
-        """Raise A3Error where an artifact was made of other weights than those of a row."""
+        """Raise A3Error if an artifact was made of other weights than those of a row."""
         base = place.weights(self.results)
         if not base.exists():
             self.missing["model or checkpoint"] += 1
@@ -271,7 +271,7 @@ class Verifier:
             )
 
     def statistics(self, record: Record, place: Place) -> None:
-        """Raise A3Error where an artifact was made of other statistics than those of its row."""
+        """Raise A3Error if an artifact was made of other statistics than those of its row."""
         for kind, said in record["provenance.statistics"].items():
             found = place.rxx(self.results, kind)
             if not found.exists():
@@ -283,7 +283,7 @@ class Verifier:
                 )
 
     def known(self, record: Record, key: str, known: dict[str, Path]) -> None:
-        """Raise A3Error where the content that an artifact was made of lies there no more."""
+        """Raise A3Error if the content that an artifact was made of lies there no more."""
         if not known:
             self.missing["text or items"] += 1
         elif record[key] not in known:
@@ -293,7 +293,7 @@ class Verifier:
             )
 
     def same(self, path: Path, key: str, expected: str, other: Path) -> None:
-        """Raise A3Error where a file that an artifact was made of has changed."""
+        """Raise A3Error if a file that an artifact was made of has changed."""
         if not other.exists():
             self.missing["text or items"] += 1
         elif (found := sha256(other)) != expected:
@@ -311,7 +311,7 @@ class Verifier:
 
 
 def code_now(modules: list[str]) -> str | None:
-    """The fingerprint of modules; None where one of them is no more."""
+    """The fingerprint of modules; None if one of them is no more."""
     try:
         return fingerprint(*modules)
     except ValueError:
@@ -321,7 +321,7 @@ def code_now(modules: list[str]) -> str | None:
 def verify(results: Path) -> None:
     """Check all artifacts of a results folder, and print what was checked.
 
-    Raises A3Error where something is wrong: one line each, all of it.
+    Raises A3Error if something is wrong: one line each, all of it.
     """
     verifier = Verifier(results)
     verifier.run()

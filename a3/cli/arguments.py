@@ -43,7 +43,7 @@ NAMED_TEXT = f"catalogue name, or {TEXT}"
 
 
 def folder(path: Path) -> Path:
-    """A model folder; raises A3Error where there is none, or a3 does not read it as a model."""
+    """A model folder; raises A3Error if there is none, or a3 does not read it as a model."""
     from a3.models.readable import require_readable
 
     if not path.is_dir():
@@ -58,7 +58,7 @@ def folder(path: Path) -> Path:
 def entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-    JSON of an entry, or what `find_entry` knows; raises A3Error where it is nothing of these.
+    JSON of an entry, or what `find_entry` knows; raises A3Error if it is nothing of these.
     """
     from a3.experiments.config import validate_entry
     from a3.experiments.entries import SECTIONS, find_entry
@@ -72,7 +72,7 @@ def entry(name: str, section: str) -> dict[str, Any]:
 
 
 def ratio(word: str) -> str:
-    """A ratio as tables spell it; raises A3Error where it is none."""
+    """A ratio as tables spell it; raises A3Error if it is none."""
     if word != NO_RATIO:
         parse_ratio(word)
     return word

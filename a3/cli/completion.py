@@ -41,7 +41,7 @@ def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
 
 
 def completer_of(action: argparse.Action, one: argparse.ArgumentParser) -> Callable | None:
-    """What an argument may be; None where argparse knows its choices, or where nothing does."""
+    """What an argument may be; None if argparse knows its choices, or where nothing does."""
     entries = one.get_default("entries") or {}
     if action.dest in entries:
         return Names(list(load_yaml(CATALOGUE)[entries[action.dest]]))

@@ -80,7 +80,7 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
 def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
     """Quiet the libraries, fix the thread count before torch starts its threads, try the device.
 
-    Raises A3Error where a password stands in HF_ENDPOINT, which the hub's client would log, and
+    Raises A3Error if a password stands in HF_ENDPOINT, which the hub's client would log, and
     where there is no such device.
     """
     if "@" in urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc:

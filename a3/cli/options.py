@@ -101,7 +101,7 @@ def device(word: str) -> str:
 
 
 def read_json(word: str) -> Any:
-    """JSON given as an argument; raises A3Error where it is none, or has numbers that are none."""
+    """JSON given as an argument; raises A3Error if it is none, or has numbers that are none."""
     try:
         return json.loads(word, parse_constant=refuse_constant)
     # Numbers of thousands of digits, and endless nesting.
@@ -172,7 +172,7 @@ def jobs(word: str) -> list[dict[str, Any]]:
 
 
 def wrong_job(job: Any) -> str | None:
-    """What is wrong with one job; None where nothing is."""
+    """What is wrong with one job; None if nothing is."""
     if not isinstance(job, dict) or not {"model", "stage", "settings"} <= job.keys():
         return "each has model, stage and settings"
     if job.keys() - {"model", "stage", "settings", "count"} or not isinstance(job["model"], str):

@@ -4,7 +4,7 @@ from a3.core.errors import A3Error
 
 
 def require_device(name: str, dtype: str) -> None:
-    """Raise A3Error where there is no such device, or it does not compute in the dtype."""
+    """Raise A3Error if there is no such device, or it does not compute in the dtype."""
     import torch
 
     try:

@@ -144,7 +144,7 @@ def named(places: Mapping[Path, Path | str]) -> Iterator[None]:
 
 
 def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
-    """Raise A3Error where writing `path` would change what it is made `of`, or the place is none.
+    """Raise A3Error if writing `path` would change what it is made `of`, or the place is none.
 
     Links and `..` are followed. It may be none of `of`, and lie in none of these that are folders.
     A `whole` folder may hold none of them, and not be or hold the working folder.
@@ -180,7 +180,7 @@ def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def require_place(path: Path) -> None:
-    """Raise A3Error where no file or folder can be made at `path`, whatever is there now."""
+    """Raise A3Error if no file or folder can be made at `path`, whatever is there now."""
     try:
         if path.is_symlink():
             raise A3Error(
@@ -222,7 +222,7 @@ def require_replaceable(path: Path, seal: Seal | None) -> None:
 
 
 def inode(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from one that is put in its place; None where there is none."""
+    """What tells a folder from one that is put in its place; None if there is none."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -232,7 +232,7 @@ def inode(path: Path) -> tuple[int, int] | None:
 
 
 def why_kept(path: Path, seal: Seal | None) -> str | None:
-    """Why a folder may not be replaced; None where it may."""
+    """Why a folder may not be replaced; None if it may."""
     if not path.is_dir():
         return "a file or link, expected a folder or nothing"
     found = sorted(path.iterdir())
@@ -339,7 +339,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record with its seal as `write_json` does; A3Error where it is no record's place."""
+    """Write a record with its seal as `write_json` does; A3Error if it is no record's place."""
     if path.exists() and SEAL not in (read_json(path) if is_json(path) else {}):
         raise A3Error(f"{path}: exists already, and is not a record of a3. Name another path.")
     write_json(path, seal(record))
@@ -362,7 +362,7 @@ def seal(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(record: Any, path: Path) -> dict[str, Any]:
-    """The record, seal included; raises A3Error where it is not the one that was written."""
+    """The record, seal included; raises A3Error if it is not the one that was written."""
     if not isinstance(record, dict) or SEAL not in record:
         found = f"no {SEAL}" if isinstance(record, dict) else type(record).__name__
         raise A3Error(

@@ -15,7 +15,7 @@ CGROUPS = (
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise A3Error where `needed` bytes for `what` are more than is at hand."""
+    """Raise A3Error if `needed` bytes for `what` are more than is at hand."""
     at_hand = memory_at_hand()
     if needed > at_hand:
         raise A3Error(

@@ -27,7 +27,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module of a3, or None where the name is not a module (a function, say)."""
+    """The file of a module of a3, or None if the name is not a module (a function, say)."""
     base = PACKAGE.joinpath(*module.split(".")[1:])
     candidates = (base.with_suffix(".py"), base / "__init__.py")
     return next((path for path in candidates if path.is_file()), None)

@@ -152,7 +152,7 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
 
 
 def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
-    """Raise A3Error where a source is or lies in what the workflow makes, of whatever entry."""
+    """Raise A3Error if a source is or lies in what the workflow makes, of whatever entry."""
     path = config[section][name]["source"].get("path")
     if path is None:
         return
@@ -168,7 +168,7 @@ def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
 
 
 def check_models_made(config: dict[str, Any]) -> None:
-    """Raise A3Error where a model's folder is there that no stage made.
+    """Raise A3Error if a model's folder is there that no stage made.
 
     Snakemake deletes its config.json before a stage can refuse to write there.
     """
@@ -182,7 +182,7 @@ def check_models_made(config: dict[str, Any]) -> None:
 
 
 def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ()) -> None:
-    """Raise A3Error where a mixture is of itself or of texts not defined, or its sum is not 1."""
+    """Raise A3Error if a mixture is of itself or of texts not defined, or its sum is not 1."""
     shares = texts[name]["source"].get("mix", {})
     where = f"texts.{name}.source.mix"
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
@@ -211,7 +211,7 @@ def excluded(name: str, texts: dict[str, Any]) -> list[str]:
 
 
 def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise A3Error where a model is made from a text or model that is not there."""
+    """Raise A3Error if a model is made from a text or model that is not there."""
     if "train" in source:
         text = source["train"]["text"]
         defined("text", text, config["texts"], f"models.{name}.source.train.text")

@@ -18,7 +18,7 @@ SECTIONS = {
 def find_entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-    A local path, a name of the catalogue, or owner/name@revision; raises A3Error where it is
+    A local path, a name of the catalogue, or owner/name@revision; raises A3Error if it is
     nothing of these.
     """
     _, local = SECTIONS[section]

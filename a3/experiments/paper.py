@@ -210,7 +210,7 @@ class Paper:
         return self.spec["protocols"][self.model(model).get("protocol", "paper")]
 
     def why_not(self, table: Table, model: str | None, row: Row) -> str | None:
-        """Why a row of a model (None: one without an entry) is not built; None where it can be."""
+        """Why a row of a model (None: one without an entry) is not built; None if it can be."""
         if table.not_built or model is None:
             return table.not_built or "no such model in config/paper.yaml"
         entry = self.model(model)

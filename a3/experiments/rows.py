@@ -79,7 +79,7 @@ def read_rows(
 ) -> list[dict[str, str]]:
     """Rows of a table, each with the keys `columns`, all text; `key` is what the config calls it.
 
-    There may be one column more, `optional`. Raises A3Error where the file is missing, not a table,
+    There may be one column more, `optional`. Raises A3Error if the file is missing, not a table,
     has other columns or no rows.
     """
     try:
@@ -117,7 +117,7 @@ def check_table(
 
 
 def check_reference(rows: list[dict[str, str]], reference: str | None) -> None:
-    """Raise A3Error where the method that rows are compared to is that of none of them."""
+    """Raise A3Error if the method that rows are compared to is that of none of them."""
     methods = sorted({Place(**row).method for row in rows})
     if reference is not None and reference not in methods:
         raise A3Error(
@@ -154,7 +154,7 @@ def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None
 
 
 def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str, Any]) -> None:
-    """Raise A3Error where an entry is scored on a text that was `seen`, and does not leave it out.
+    """Raise A3Error if an entry is scored on a text that was `seen`, and does not leave it out.
 
     A protocol that scores all of a text, as published, leaves nothing out: only the same text is
     refused there.

@@ -137,7 +137,7 @@ def minutes(seconds: float) -> str:
 
 
 def refuse(estimates: list[Estimate], results: Path, here: bool) -> None:
-    """Raise A3Error where disk, or (for jobs that run `here`) memory, cannot suffice."""
+    """Raise A3Error if disk, or (for jobs that run `here`) memory, cannot suffice."""
     place = next(p for p in (results.absolute(), *results.absolute().parents) if p.exists())
     disk, free = sum(e.count * e.disk for e in estimates), shutil.disk_usage(place).free
     if disk > free:

@@ -22,7 +22,7 @@ PATIENCE = 120  # seconds for Slurm to end what it was told to cancel
 def recover() -> None:
     """Cancel what runs of the current folder left in Slurm's queue, wait for its end, and unlock.
 
-    Raises A3Error where Snakemake has not run here, where it still does (on this machine), where
+    Raises A3Error if Snakemake has not run here, where it still does (on this machine), where
     Slurm's commands are missing, or where jobs do not end.
     """
     logs = sorted(Path(".snakemake/log").resolve().glob("*.snakemake.log"))
@@ -45,14 +45,14 @@ def recover() -> None:
 def holder(logs: list[Path]) -> int | None:
     """Process that writes one of the logs, if any."""
     for process in psutil.process_iter(["open_files"]):
-        opened = process.info["open_files"] or []  # None where it is another user's
+        opened = process.info["open_files"] or []  # None if it is another user's
         if any(Path(file.path) in logs for file in opened):
             return process.pid
     return None
 
 
 def cancel(runs: list[str]) -> None:
-    """Cancel the jobs of these runs and wait until none is left; A3Error where they stay."""
+    """Cancel the jobs of these runs and wait until none is left; A3Error if they stay."""
     if shutil.which("scancel") is None:
         raise A3Error("scancel not found. Run a3 recover where snakemake ran, on the login node.")
     end = time.monotonic() + PATIENCE

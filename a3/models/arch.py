@@ -64,7 +64,7 @@ class Arch:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path) -> Self:
-        """The reverse of `to_json`, of a file's content; A3Error where a field is missing."""
+        """The reverse of `to_json`, of a file's content; A3Error if a field is missing."""
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in content]:
             raise A3Error(
@@ -212,7 +212,7 @@ def made_already(folder: Path) -> A3Error:
 
 
 def model_type(folder: Path) -> str:
-    """`model_type` of a Hugging Face folder; raises A3Error where there is no such config."""
+    """`model_type` of a Hugging Face folder; raises A3Error if there is no such config."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise A3Error(
@@ -242,7 +242,7 @@ def described(
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """The fields of `Arch` that a folder's config decides, and the model without weights.
 
-    Raises A3Error where transformers or the adapter cannot read it, or they differ.
+    Raises A3Error if transformers or the adapter cannot read it, or they differ.
     """
     model = build(folder, config)
     fields = family.describe(config, model)
@@ -251,7 +251,7 @@ def described(
 
 
 def check_count(path: Path, what: str, count: Any, tensors: int) -> None:
-    """Raise A3Error where a config names more layers or experts than there are tensors.
+    """Raise A3Error if a config names more layers or experts than there are tensors.
 
     Lists as long as that number are made of it, so that a wrong one would take all memory.
     """

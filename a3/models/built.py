@@ -41,7 +41,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
 
 
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """`empty_model` of a dense folder's config; A3Error where there is none."""
+    """`empty_model` of a dense folder's config; A3Error if there is none."""
     try:
         return empty_model(config)
     # What the libraries say of values that make no sense is of any type.
@@ -55,7 +55,7 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 def rotated_width(body: nn.Module) -> int:
     """How many dimensions of a head RoPE rotates: the width of the family's own tables.
 
-    Raises A3Error where layers have tables of different widths, or none.
+    Raises A3Error if layers have tables of different widths, or none.
     """
     widths = set()
     for name, table in body.named_buffers():
@@ -74,7 +74,7 @@ def rotated_width(body: nn.Module) -> int:
 def require_agreement(
     folder: Path, family: "Family", fields: dict[str, Any], model: PreTrainedModel
 ) -> None:
-    """Raise A3Error where the modules of `build` are others than `fields`, or do not fit together.
+    """Raise A3Error if the modules of `build` are others than `fields`, or do not fit together.
 
     `family` is the adapter and `fields` its description. Looked at are shapes and biases of
     projections (of a mixture, those of attention), norms of q and k, softmax scales, and, where
@@ -125,7 +125,7 @@ def rotated_in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
 
 
 def require_runs(path: Path, model: PreTrainedModel) -> None:
-    """Raise A3Error where the family's own code fails on two tokens, on the meta device.
+    """Raise A3Error if the family's own code fails on two tokens, on the meta device.
 
     Some codes build RoPE's tables for a part of a head and rotate it whole. Tables that grow with
     the positions ask for values of these, and have the width that they begin with.

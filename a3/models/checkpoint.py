@@ -77,7 +77,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> safe_open:
-        """One safetensors file; raises A3Error where it is truncated or damaged."""
+        """One safetensors file; raises A3Error if it is truncated or damaged."""
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -108,7 +108,7 @@ class Checkpoint:
         return self._files[file].get_tensor(key)
 
     def verify(self, name: str) -> None:
-        """Raise A3Error where a file is not the one that the folder's record names; only once."""
+        """Raise A3Error if a file is not the one that the folder's record names; only once."""
         if name in self._recorded:
             check_file(self.folder / name, self._recorded[name], CHANGED)
             del self._recorded[name]
@@ -119,7 +119,7 @@ class Checkpoint:
             self.verify(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it; raises A3Error where there is none."""
+        """Shape of one tensor, without reading it; raises A3Error if there is none."""
         if name not in self._where:
             raise A3Error(
                 f"{self.folder}: no tensor {name!r} in its safetensors{self.instead(name)}"
@@ -219,7 +219,7 @@ def recorded_files(folder: Path) -> dict[str, str]:
 def check_small(folder: Path) -> dict[str, str]:
     """Hold config, tokenizer and all else but weights to the folder's record; its hashes.
 
-    Raises A3Error where a file is not the recorded one.
+    Raises A3Error if a file is not the recorded one.
     """
     recorded = recorded_files(folder)
     for name, expected in recorded.items():
@@ -230,14 +230,14 @@ def check_small(folder: Path) -> dict[str, str]:
 
 
 def refuse_added(folder: Path, recorded: dict[str, str]) -> None:
-    """Raise A3Error where a file that transformers reads came to a recorded folder later."""
+    """Raise A3Error if a file that transformers reads came to a recorded folder later."""
     found = {path.name for pattern in READ for path in folder.glob(pattern)} if recorded else set()
     if added := sorted(found - recorded.keys()):
         raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
 
 
 def check_file(path: Path, expected: str, what_to_do: str) -> None:
-    """Raise A3Error where a file is missing or its hash is another."""
+    """Raise A3Error if a file is missing or its hash is another."""
     if not path.is_file():
         raise A3Error(f"{path}: no such file, but its record is there. {what_to_do}")
     if (found := sha256(path)) != expected:
@@ -248,13 +248,13 @@ def check_file(path: Path, expected: str, what_to_do: str) -> None:
 
 
 def model_source(folder: Path) -> dict[str, Any] | None:
-    """Where a model came from (source, revision), which travels with it; None where unknown."""
+    """Where a model came from (source, revision), which travels with it; None if unknown."""
     path = folder / "source.json"
     return read_json(path) if path.exists() else None
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The metadata of a model card; none where there is no card, or what it has is damaged."""
+    """The metadata of a model card; none if there is no card, or what it has is damaged."""
     if not card.is_file():
         return {}
     found = re.match(r"---\r?\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)

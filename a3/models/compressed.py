@@ -20,7 +20,7 @@ def compressed_record(folder: Path) -> dict[str, Any]:
     """The content of a compressed folder's approx.json, or as much of it as the folder itself says.
 
     That is `base`, the shapes of the dense model (its weights_sha256 is None), `size`, dense and
-    compressed, and weights_sha256. Raises A3Error where a file is not the recorded one, and where
+    compressed, and weights_sha256. Raises A3Error if a file is not the recorded one, and where
     the tensors are not those that the config describes.
     """
     checkpoint = Checkpoint(folder)

@@ -34,7 +34,7 @@ INTEGERS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "
 
 
 class Header:
-    """Reads the header of a GGUF file in order; A3Error where it goes beyond the file's end."""
+    """Reads the header of a GGUF file in order; A3Error if it goes beyond the file's end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -193,7 +193,7 @@ def require_whole_model(file: Gguf) -> None:
 
 
 def tensor_places(header: Header, count: int, alignment: int) -> dict[str, Place]:
-    """Where the tensors lie that a header lists; A3Error where they are not whole."""
+    """Where the tensors lie that a header lists; A3Error if they are not whole."""
     places: dict[str, Place] = {}
     end = last = 0
     for _ in range(count):

@@ -124,7 +124,7 @@ OWN = {
 
 
 def checked(path: Path, key: str, value: Any, expected: Expected) -> Any:
-    """A value of a key; raises A3Error where it is not as expected."""
+    """A value of a key; raises A3Error if it is not as expected."""
     if not expected.holds(value):
         raise A3Error(
             f"{path}: {key} is {repr(value)[:60]}, expected {expected.words}. Fetch the file "

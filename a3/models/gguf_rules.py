@@ -108,7 +108,7 @@ NAMES = RULES | {other: RULES[name] for name, others in SAME.items() for other i
 
 
 def normalizer(rules: Rules) -> Normalizer | None:
-    """The normalisation of text before it is split; None where there is none."""
+    """The normalisation of text before it is split; None if there is none."""
     return normalizers.NFC() if rules.composed else None
 
 

@@ -37,12 +37,12 @@ PLAIN = {
 
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
-    """The config of a folder; raises A3Error where it cannot be read."""
+    """The config of a folder; raises A3Error if it cannot be read."""
     return loaded(AutoConfig, folder, **options)
 
 
 def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; raises A3Error where it cannot be read."""
+    """The tokenizer of a folder; raises A3Error if it cannot be read."""
     # Else the class would depend on whether mistral-common is installed.
     return loaded(AutoTokenizer, folder, mistral_format=False, **options)
 
@@ -52,7 +52,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
     It generates greedily: `generate` would take every option that its caller leaves out from
     generation_config.json, so nothing of that file is kept but the end of a text.
-    Raises A3Error where its weights do not fit the memory at hand, a file changed, transformers
+    Raises A3Error if its weights do not fit the memory at hand, a file changed, transformers
     cannot read it, or a tensor is missing.
     """
     checkpoint = Checkpoint(folder)
@@ -133,7 +133,7 @@ def tensors_of_model(folder: Path) -> frozenset[str]:
 
 
 def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:
-    """Raise A3Error where a model, dense or compressed, has positions for fewer `tokens`.
+    """Raise A3Error if a model, dense or compressed, has positions for fewer `tokens`.
 
     `said` is what the user calls their number.
     """

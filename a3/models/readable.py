@@ -65,7 +65,7 @@ SCALES = re.compile(
 
 
 def require_readable(folder: Path) -> None:
-    """Raise A3Error where a folder is, or holds, what a3 does not read as a model, and what to do.
+    """Raise A3Error if a folder is, or holds, what a3 does not read as a model, and what to do.
 
     Configs that are no JSON objects or name no token as the end, an adapter that is not merged,
     weights that are pickled or quantised, shards that are not there.
@@ -80,7 +80,7 @@ def require_readable(folder: Path) -> None:
 
 # --- configs --------------------------------------------------------------------------------------
 def refuse_wrong_objects(folder: Path) -> None:
-    """Raise A3Error where a small file is no JSON object, or the end of a text no token's id."""
+    """Raise A3Error if a small file is no JSON object, or the end of a text no token's id."""
     for name in OBJECTS:
         path = folder / name
         found = read_json(path) if path.is_file() else {}
@@ -94,7 +94,7 @@ def refuse_wrong_objects(folder: Path) -> None:
 def end_tokens(folder: Path) -> list[int] | None:
     """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
 
-    Raises A3Error where they are no ids.
+    Raises A3Error if they are no ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = config_beside(path).get("eos_token_id")
@@ -163,7 +163,7 @@ def how_to_merge(folder: Path, said: dict[str, Any], kind: str) -> str:
 
 
 def refuse_adapter_tensors(folder: Path, names: Iterable[str]) -> None:
-    """Raise A3Error where an adapter was saved among the model's own tensors."""
+    """Raise A3Error if an adapter was saved among the model's own tensors."""
     found = next((name for name in names if ADAPTER_TENSORS.search(name)), None)
     if found is not None:
         raise A3Error(
@@ -186,7 +186,7 @@ def refuse_pickled(folder: Path) -> None:
 
 
 def refuse_missing_shards(folder: Path) -> None:
-    """Raise A3Error where a file of weights is a link to nothing, or a shard is not there."""
+    """Raise A3Error if a file of weights is a link to nothing, or a shard is not there."""
     for path in sorted(folder.glob("*.safetensors")):
         if not path.exists():
             raise A3Error(
@@ -210,7 +210,7 @@ def refuse_missing_shards(folder: Path) -> None:
 
 
 def shards(index: Path) -> list[str]:
-    """Names of the files in an index of shards; raises A3Error where one is not there."""
+    """Names of the files in an index of shards; raises A3Error if one is not there."""
     names = weight_map_files(index)
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
@@ -219,7 +219,7 @@ def shards(index: Path) -> list[str]:
 
 
 def weight_map_files(index: Path) -> list[str]:
-    """Names of the files in an index of shards; raises A3Error where it is not one."""
+    """Names of the files in an index of shards; raises A3Error if it is not one."""
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
@@ -237,7 +237,7 @@ def is_plain_name(name: object) -> bool:
 
 # --- quantised ------------------------------------------------------------------------------------
 def refuse_quantised(folder: Path) -> None:
-    """Raise A3Error where the weights are quantised, by their tensors or by config.json.
+    """Raise A3Error if the weights are quantised, by their tensors or by config.json.
 
     A config that says so above weights that are plain numbers is refused, too, with what to delete
     in it: transformers would quantise them, or ask for a library that does.
@@ -275,7 +275,7 @@ def is_quantised(name: str, dtype: str) -> bool:
 
 
 def method_of(names: Iterable[str]) -> str | None:
-    """What quantised a checkpoint with these tensors; None where they do not tell."""
+    """What quantised a checkpoint with these tensors; None if they do not tell."""
     found = list(names)
     return next(
         (method for sign, method in METHODS.items() if any(re.search(sign, n) for n in found)), None

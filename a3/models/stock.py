@@ -119,7 +119,7 @@ class Stock:
     def names(self) -> list[str]:
         """Names of the tensors that the family's code reads, which are all that are to be kept.
 
-        Raises A3Error where a folder has others: what they do would be lost.
+        Raises A3Error if a folder has others: what they do would be lost.
         """
         read = set(empty_model(self.config).state_dict())
         used = {f"{name}.{factor}" for name in self.repaired for factor in "AB"}

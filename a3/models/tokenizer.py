@@ -77,7 +77,7 @@ def keep_reading(source: Path, folder: Path) -> None:
     transformers chooses the class of a tokenizer by model_type and tokenizer_class together, and
     has none for a compressed model's. So a compressed folder names the class that the dense one
     gets, where it does not yet, and says beside it what stood there, which an export puts back.
-    Raises A3Error where either cannot be read, or they are read otherwise.
+    Raises A3Error if either cannot be read, or they are read otherwise.
     """
     if not has_tokenizer(source):
         return

@@ -7,7 +7,7 @@ from a3.core.errors import A3Error
 
 
 def require_finite(value: Tensor, what: str, expected: str) -> None:
-    """Raise A3Error where a tensor holds NaN or Inf.
+    """Raise A3Error if a tensor holds NaN or Inf.
 
     `what` names it, with its file; `expected` says what should be there, and what to do.
     """

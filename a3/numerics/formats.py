@@ -59,7 +59,7 @@ class Format:
 
 @cache
 def parse_format(spelled: str) -> Format:
-    """A format from its spelling; raises A3Error where it is none."""
+    """A format from its spelling; raises A3Error if it is none."""
     if spelled == "none":
         return Format("none")
     found = re.fullmatch(SPELLED, spelled)

@@ -105,7 +105,7 @@ def _speed(tables: Path) -> list[Column]:
 
 
 def _surgery(tables: Path) -> dict[str, Any] | None:
-    """Tables, note and figures of surgeries; None where the table has none."""
+    """Tables, note and figures of surgeries; None if the table has none."""
     if not (tables / "surgery.csv").is_file():
         return None
     frame = read_surgery_table(tables / "surgery.csv")

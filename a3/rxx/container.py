@@ -82,7 +82,7 @@ class Accumulator:
 
 
 def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write sums and their sealed record whole or not at all; A3Error where one is not finite.
+    """Write sums and their sealed record whole or not at all; A3Error if one is not finite.
 
     The record has the hash of each sum, so that no damage of the file goes unseen.
     """
@@ -106,7 +106,7 @@ def sum_hash(value: Tensor) -> str:
 def merge(shards: list["Rxx"], out: Path) -> None:
     """Add the sums of all shards of one collection, in their order, so that the bytes are given.
 
-    Raises A3Error where a shard is missing, stands twice or was collected otherwise than the first.
+    Raises A3Error if a shard is missing, stands twice or was collected otherwise than the first.
     """
     records = [shard.settings for shard in shards]
     for shard, record in zip(shards, records, strict=True):
@@ -215,7 +215,7 @@ class Rxx:
         return {key: self._file.get_slice(key).get_shape() for key in self.names()}
 
     def sums(self, key: str) -> Tensor:
-        """One sum as it was written; raises A3Error where there is none or it was damaged."""
+        """One sum as it was written; raises A3Error if there is none or it was damaged."""
         if key not in self.record["sums"]:
             raise A3Error(f"{self.path}: no tensor {key!r}. Collect again.")
         value = self._file.get_tensor(key)

@@ -58,7 +58,7 @@ class Factors:
 
 
 def rank_for(shape: tuple[int, int], kept: float, multiple: int = 1) -> int | None:
-    """The rank whose factors have `kept` of the weights of a matrix (m, n); None where all stay.
+    """The rank whose factors have `kept` of the weights of a matrix (m, n); None if all stay.
 
     m n weights become r (m + n), so that r is kept · m n / (m + n), rounded to a `multiple`.
     """
@@ -85,7 +85,7 @@ def shares(losses: list[float], kept: float) -> list[float]:
 
     `losses` are the least ‖X (W - A B)‖ over the calibration tokens X when all keep alike. SVD-LLM
     v2, algorithm 1: the share to remove is in proportion to 1 / log(loss), so that the matrices
-    that lose much are spared. Raises A3Error where a loss is not above 1, for which the published
+    that lose much are spared. Raises A3Error if a loss is not above 1, for which the published
     formula has no meaning.
     """
     if min(losses) <= 1:

@@ -180,7 +180,7 @@ def find_mode(component: str, name: str) -> Mode:
 
 
 def check_fit(component: str, name: str, layer_type: str) -> None:
-    """Raise A3Error where the mode does not fit the attention or MLP type, naming those that do."""
+    """Raise A3Error if the mode does not fit the attention or MLP type, naming those that do."""
     if layer_type not in find_mode(component, name).fits:
         fitting = [other for other, mode in MODES[component].items() if layer_type in mode.fits]
         raise A3Error(
@@ -277,7 +277,7 @@ def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -
 
     A ratio leaves (1 - ratio) · full to the nearest multiple (of 2 for whole RoPE pairs), ties up,
     and no more than `full`.
-    Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay), and for
+    Raises A3Error if less than `least` would be left (2 where a RoPE pair has to stay), and for
     a rank that is not a multiple from `least` to `full`.
     """
     if isinstance(size, Decimal):

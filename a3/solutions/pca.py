@@ -144,7 +144,7 @@ def many_inputs(matrices: Sequence[Tensor], R: Sequence[Tensor] | None = None) -
 def affordable(found: Sequence[PrincipalComponents], budget: float, mean: bool) -> float | None:
     """The least share of the variance that all can leave alike with `budget` numbers stored.
 
-    None where one component of each does not fit beside the means.
+    None if one component of each does not fit beside the means.
     """
     shares = sorted({left for each in found for left in each.left[1:].tolist()}, reverse=True)
     low, high = 0, len(shares)

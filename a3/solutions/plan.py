@@ -69,7 +69,7 @@ class Plan:
         self.check_sharing(arch)
 
     def check_sharing(self, arch: Arch) -> None:
-        """Raise A3Error where a component with an allocated ratio cannot do so in this model."""
+        """Raise A3Error if a component with an allocated ratio cannot do so in this model."""
         for component, choice in self.shared.items():
             if component == "qk":
                 require_whole_rope(arch)
@@ -77,7 +77,7 @@ class Plan:
             require_room(arch, component, component_rank(arch, component, choice, 1), self.multiple)
 
     def ranks(self, arch: Arch) -> dict[str, int]:
-        """Rank of each compressed component; raises A3Error where its mode or size does not fit."""
+        """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         ranks = {
@@ -126,7 +126,7 @@ def factor_ranks(
 
 
 def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) -> int:
-    """Rank of one component; raises A3Error where its mode or size does not fit the model.
+    """Rank of one component; raises A3Error if its mode or size does not fit the model.
 
     What a ratio leaves is rounded to a `multiple`; where matrices are factored, their ranks are.
     """
@@ -165,7 +165,7 @@ def least_rank(arch: Arch, component: str) -> int:
 
 
 def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
-    """Raise A3Error where the same rank for all layers is none that a layer may get."""
+    """Raise A3Error if the same rank for all layers is none that a layer may get."""
     step = math.lcm(multiple, 2) if component == "qk" else multiple
     least = -(-least_rank(arch, component) // step) * step
     if rank < min(least, arch.full_rank(component)):
@@ -179,7 +179,7 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
     """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
-    A component that keeps all stays. Raises A3Error where no size is smaller than the dense one.
+    A component that keeps all stays. Raises A3Error if no size is smaller than the dense one.
     """
     heads = {p: ranks[p] for p in ("qk", "ov") if ranks.get(p, arch.head_dim) < arch.head_dim}
     if not heads:

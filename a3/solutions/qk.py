@@ -25,7 +25,7 @@ RIDGE = 1e-2
 class QKSolution:
     """q (H, d̂, r), k (G, d̂, r); pairs (G, r / 2): kept RoPE pairs, ascending; None without RoPE.
 
-    q_gain (H, r) and k_gain (G, r) of the norms of q and k, None where there are none.
+    q_gain (H, r) and k_gain (G, r) of the norms of q and k, None if there are none.
     `relative_error` is the share of Σᵢ ‖R_q^½ W_q,i W_kᵀ R_k^½‖² that is lost, with the R's of the
     mode.
     """

@@ -14,7 +14,7 @@ SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 
 def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
-    """What each layer keeps of each component, a line a run; None where no run was allocated."""
+    """What each layer keeps of each component, a line a run; None if no run was allocated."""
     shared = [
         run
         for run in runs

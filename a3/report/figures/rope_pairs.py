@@ -28,7 +28,7 @@ MOST_PANELS = 9  # KV groups that get a map each
 def rope_drawings(dense: Run, runs: list[Run]) -> list[Drawing]:
     """Maps of the kept pairs over all KV groups, and of each group where they differ.
 
-    None where QK is dense or has no RoPE.
+    None if QK is dense or has no RoPE.
     """
     maps = _pair_rows(dense, runs)
     if not maps:

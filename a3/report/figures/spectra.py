@@ -26,7 +26,7 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 def spectra_drawing(dense: Run, path: Path) -> Drawing:
     """Lost energy by layer and kept rank: maps above, one curve per layer below.
 
-    Raises A3Error where `path` was made of other weights than the dense model's.
+    Raises A3Error if `path` was made of other weights than the dense model's.
     """
     record = _record(dense, path)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -65,7 +65,7 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
 
 
 def _record(dense: Run, path: Path) -> Record:
-    """The spectra of a file; raises A3Error where they are of other weights than the dense run."""
+    """The spectra of a file; raises A3Error if they are of other weights than the dense run."""
     record = Record.read(path)
     found, expected = record["provenance.weights_sha256"], dense.weights["weights_sha256"]
     if found != expected:

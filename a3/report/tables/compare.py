@@ -57,7 +57,7 @@ def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     the items' values are the mean of: the task's metric, or its logarithm where it is a
     perplexity). Of a metric that is no mean over items, the difference of the two scores stands
     without an error and a verdict. A verdict is about the row. Rows without a reference beside them
-    are left out. Raises A3Error where scores are not one an item.
+    are left out. Raises A3Error if scores are not one an item.
     """
     if reference is None:
         return []
@@ -131,7 +131,7 @@ def _unpaired(before: Record, after: Record) -> dict[str, Any]:
 
 
 def _require_items(record: Record, scores: list[list[float]]) -> None:
-    """Raise A3Error where the scores of two results are not one an item."""
+    """Raise A3Error if the scores of two results are not one an item."""
     if {len(each) for each in scores} != {record["items"]}:
         raise A3Error(
             f"{record.path}: item_scores has {len(scores[1])} scores, that of the reference "

@@ -16,7 +16,7 @@ from a3.report.tables.frames import read_csv
 
 
 def read_definition(path: Path) -> tuple[Paper, Table]:
-    """A table of the paper by config/paper/<table>.yaml; raises A3Error where there is none."""
+    """A table of the paper by config/paper/<table>.yaml; raises A3Error if there is none."""
     shared = path.resolve().parent / f"../{path.resolve().parent.name}.yaml"
     if not path.is_file() or not shared.is_file():
         raise A3Error(

@@ -42,7 +42,7 @@ def allocate(
 
     The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
     which are those of weights and attention products, follow. Ranks are multiples of
-    `plan.multiple`, and of `uniform` components the same in all layers. Raises A3Error where
+    `plan.multiple`, and of `uniform` components the same in all layers. Raises A3Error if
     no mode is marked ~, a mode does not fit, or statistics are missing or damaged.
     """
     start = time.perf_counter()
@@ -132,7 +132,7 @@ def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
 
 
 def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error where a component that is to be uniform has no mode marked ~."""
+    """Raise A3Error if a component that is to be uniform has no mode marked ~."""
     if others := [component for component in uniform if component not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: has no mode marked ~. Remove it, or write "

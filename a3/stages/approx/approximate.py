@@ -34,7 +34,7 @@ def approximate(
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
     components with an allocated ratio from `allocation` (a3.stages.approx.allocate). Beside
     weights, config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and
-    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error where a
+    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error if a
     mode does not fit, the statistics are another model's or damaged, or weights are not finite.
     """
     write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)

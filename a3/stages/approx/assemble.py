@@ -149,7 +149,7 @@ def names_to_keep(
 
 
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor that stays as it is; raises A3Error where it is not finite."""
+    """A tensor that stays as it is; raises A3Error if it is not finite."""
     value = checkpoint.tensor(name)
     require_finite(value, f"{checkpoint.folder}: tensor {name!r}", FINITE_WEIGHTS)
     return value

@@ -244,13 +244,13 @@ class LayerSolver:
         return self.mlp_weights(layer) if component == "mlp" else self.attention_weights(layer)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Dense weights of attention, float64; A3Error where they are not finite."""
+        """Dense weights of attention, float64; A3Error if they are not finite."""
         weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         self.require_finite(weights, layer)
         return weights
 
     def mlp_weights(self, layer: int, expert: int | None = None) -> MLPWeights:
-        """Dense weights of the MLP, or of one expert; A3Error where they are not finite."""
+        """Dense weights of the MLP, or of one expert; A3Error if they are not finite."""
         weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
         self.require_finite(weights, layer)
         return weights

@@ -137,7 +137,7 @@ class Quantiser:
         return found
 
     def require_smaller(self, name: str, entry: dict[str, Any]) -> None:
-        """Raise A3Error where A and B of a matrix would hold as many numbers as itself, or more."""
+        """Raise A3Error if A and B of a matrix would hold as many numbers as itself, or more."""
         rank = 0 if self.rank is None else entry.get("rank", self.rank)
         m, n = self.checkpoint.shape(f"{name}.weight")
         most = (m * n - 1) // (m + n)

@@ -37,7 +37,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
 def read_shard(path: Path) -> Shard:
     """What is said of the shard in the file `path`, of which no more than the header is read.
 
-    Whoever reads the weights later holds them to the hash that is said here. Raises A3Error where
+    Whoever reads the weights later holds them to the hash that is said here. Raises A3Error if
     the file or the JSON beside it is missing, truncated, damaged or of another kind.
     """
     beside = path.with_suffix(".json")

@@ -39,7 +39,7 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
       those that too few tokens reached to be compressed.
 
     `lost` has for each component its layers' curves, (curves, ranks): the share of the energy
-    beyond each of `ranks`. Raises A3Error where a statistic is missing, damaged or another model's.
+    beyond each of `ranks`. Raises A3Error if a statistic is missing, damaged or another model's.
     """
     arch = load_arch(model_folder)
     rxx = read_statistics(rxx_folder, SPECTRA_KINDS, model_folder, arch)

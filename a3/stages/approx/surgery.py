@@ -90,7 +90,7 @@ class Operation:
         return self.arch.layers * d * sum(adapter.width(name, self.fields) for name in PROJECTIONS)
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """One matrix W (d, n), float64; raises A3Error where it is not finite."""
+        """One matrix W (d, n), float64; raises A3Error if it is not finite."""
         tensor, rows = self.where(layer, name)
         W = tensor[rows].T.double()
         require_finite(W, f"{self.checkpoint.folder}: layer {layer}, {name}", FINITE_WEIGHTS)

@@ -187,7 +187,7 @@ def require_known(kinds: Iterable[str]) -> None:
 
 
 def require_sampled(passes: Passes, blocks: Tensor, sampled: Tensor, shard: str | None) -> None:
-    """Raise A3Error where a shard has no block that gradients are taken of."""
+    """Raise A3Error if a shard has no block that gradients are taken of."""
     if passes.gradients and not len(sampled):
         raise A3Error(
             f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "

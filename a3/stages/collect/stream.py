@@ -149,7 +149,7 @@ def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch
 
 
 def require_loaded(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Raise A3Error where the checkpoint gave a parameter no value."""
+    """Raise A3Error if the checkpoint gave a parameter no value."""
     if lost := sorted(name for name, value in parameters.items() if value.is_meta):
         raise A3Error(f"{folder}: no tensor for {', '.join(lost)}. Fetch or build it again.")
 

@@ -15,7 +15,7 @@ from a3.models.load import load_model, load_tokenizer
 
 @dataclass
 class Evaluated:
-    """A dense or compressed folder that is evaluated; raises A3Error where it is damaged."""
+    """A dense or compressed folder that is evaluated; raises A3Error if it is damaged."""
 
     folder: Path
     checkpoint: Checkpoint = field(init=False)

@@ -60,7 +60,7 @@ def harness(
     the hub. `metric` is the score reported, by default the task's first. `limit` takes the first
     items only, of each task of a group. The last three are lm-eval's: a chat template (True, or its
     name), examples as turns of the chat, and a system's turn, or text before the prompt. Raises
-    A3Error where lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
+    A3Error if lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
     has no such template: before the model is loaded. Nor may a task have `items` and `yaml`.
     """
     if items is not None and yaml is not None:
@@ -172,7 +172,7 @@ def one_line(where: str, own: bool) -> Iterator[None]:
 def require_end(tokenizer: PreTrainedTokenizerBase, folder: Path, needed: bool) -> None:
     """Give a tokenizer that names no end of a text the model's, since lm-eval stops there.
 
-    Raises A3Error where it is `needed` and the folder says none.
+    Raises A3Error if it is `needed` and the folder says none.
     """
     if tokenizer.eos_token_id is not None:
         return

@@ -59,7 +59,7 @@ def stand_in(tokenizer: PreTrainedTokenizerBase) -> SimpleNamespace:
 def choose_template(tokenizer: PreTrainedTokenizerBase, prompting: Prompting, folder: Path) -> None:
     """Make the template that is asked for the tokenizer's only one.
 
-    lm-eval passes no name on: it would take the default one. Raises A3Error where the tokenizer of
+    lm-eval passes no name on: it would take the default one. Raises A3Error if the tokenizer of
     `folder` has no such template, or it leaves the system instruction out.
     """
     asked = prompting.apply_chat_template

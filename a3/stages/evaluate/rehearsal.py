@@ -75,7 +75,7 @@ def check_kind(task: Task, options: dict[str, Any]) -> None:
 def set_shots(task: Task, shots: int | None) -> None:
     """Set how many examples are shown, by default the task's own number, or none.
 
-    Raises A3Error where the task's own definition allows none.
+    Raises A3Error if the task's own definition allows none.
     """
     own = task.get_config("num_fewshot")
     if shots and own == 0:
@@ -88,7 +88,7 @@ def set_shots(task: Task, shots: int | None) -> None:
 
 
 def check_examples(task: Task) -> None:
-    """Raise A3Error where the examples are too few, or the item itself would be among them."""
+    """Raise A3Error if the examples are too few, or the item itself would be among them."""
     shots = task.get_config("num_fewshot")
     if not shots or not isinstance(task, ConfigurableTask):
         return
@@ -111,7 +111,7 @@ def check_examples(task: Task) -> None:
 
 
 def check_metric(task: Task, metric: str | None) -> None:
-    """Raise A3Error where a task whose scores are lm-eval's own has no such metric.
+    """Raise A3Error if a task whose scores are lm-eval's own has no such metric.
 
     `metric` is as lm-eval names it, with a filter or without.
     """
@@ -140,7 +140,7 @@ def check_metric(task: Task, metric: str | None) -> None:
 
 
 def check_answers(task: Task) -> None:
-    """Raise A3Error where an item's right answer is none of its choices: always wrong, to lm-eval.
+    """Raise A3Error if an item's right answer is none of its choices: always wrong, to lm-eval.
 
     It is a choice's place or its text; of several right ones their places.
     """

@@ -40,9 +40,9 @@ def scores(
     A score that lm-eval has no number for ("N/A", NaN) is None, as is its standard error. Of a
     group, `value` and `stderr` are lm-eval's aggregate over its tasks, and items are theirs, task
     after task. `item_scores` are one value an item, in the documents' order, whose mean is what
-    `item_measure` says: the metric, or its logarithm where the metric is a perplexity; None where
+    `item_measure` says: the metric, or its logarithm where the metric is a perplexity; None if
     the metric is no mean over items (bleu, f1, mcc, a median). `aggregates` are the tasks'
-    aggregations by metric. Raises A3Error where the task has no such metric.
+    aggregations by metric. Raises A3Error if the task has no such metric.
     """
     # lm-eval calls a score "metric,filter"; the first is the task's main one.
     results, samples = found["results"][task], found["samples"]
@@ -87,7 +87,7 @@ def items_of(
     samples: Mapping[str, list[dict[str, Any]]],
     aggregates: Mapping[str, Mapping[str, Aggregate]],
 ) -> tuple[str | None, list[float | None] | None]:
-    """What the items' values of a score are, and the values; None and None where there are none."""
+    """What the items' values of a score are, and the values; None and None if there are none."""
     name, _, kind = main.partition(",")
     used = {aggregates[leaf].get(name, mean) for leaf in samples}
     values: list[float | None] = []

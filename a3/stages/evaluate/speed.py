@@ -125,7 +125,7 @@ def announce(
     device: str,
     settings: dict[str, int],
 ) -> None:
-    """Print what the timing takes; raises A3Error where the models do not fit the memory."""
+    """Print what the timing takes; raises A3Error if the models do not fit the memory."""
     shapes = [candidate.timed for candidate in candidates]
     cost = speed_cost(shapes, len(attention), dtype=dtype, **settings)
     LOG.info(
@@ -298,7 +298,7 @@ def forget(subjects: Sequence[Subject]) -> None:
 
 
 def set_attention(model: PreTrainedModel, name: str, said: str) -> None:
-    """Choose transformers' attention implementation; raises A3Error where the family has it not.
+    """Choose transformers' attention implementation; raises A3Error if the family has it not.
 
     Some families cannot change it after loading, and keep the one that they come with.
     """

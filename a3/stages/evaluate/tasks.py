@@ -22,7 +22,7 @@ NEEDED = ("doc_to_text", "doc_to_target")
 def read_task(path: Path) -> dict[str, Any]:
     """The YAML of a local task; all of the task is in it and in its data files.
 
-    Raises A3Error where it cannot be read, has Python in it (`!function`) or runs some, reads
+    Raises A3Error if it cannot be read, has Python in it (`!function`) or runs some, reads
     another file, has no local data, or does not say what is asked.
     """
     task = load_yaml(path)

@@ -50,7 +50,7 @@ def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]
 
 
 def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error where there is none."""
+    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error if there is none."""
     kind = tokenizer["model"]["type"]
     if kind != "BPE" or tokenizer["model"].get("byte_fallback"):
         raise A3Error(

@@ -113,7 +113,7 @@ def gemma3(file: Gguf, head_dim: int) -> dict[str, Any]:
 
 
 def window(file: Gguf, default: int | None) -> int:
-    """Positions that a layer with a window sees; raises A3Error where it is none."""
+    """Positions that a layer with a window sees; raises A3Error if it is none."""
     found = file.own(WINDOW, default)
     if not found:
         raise A3Error(
@@ -229,7 +229,7 @@ def config_of(file: Gguf) -> PreTrainedConfig:
 
 
 def token_id(file: Gguf, key: str) -> int | None:
-    """The number of a special token, if there is one; raises A3Error where it is no row's."""
+    """The number of a special token, if there is one; raises A3Error if it is no row's."""
     number = file.of_file(key)
     if number is not None and number >= vocabulary_size(file):
         raise A3Error(
