@@ -203,7 +203,7 @@ def members_of(name: str, texts: dict[str, Any]) -> list[str]:
 
 
 def excluded(name: str, texts: dict[str, Any]) -> list[str]:
-    """The texts that a text excludes; for a mixture, those that its members exclude."""
+    """The texts that a text excludes; an excluded mixture counts as all its members."""
     found = [
         member for other in texts[name].get("exclude", []) for member in members_of(other, texts)
     ]
