@@ -98,7 +98,7 @@ class Family:
         return config.intermediate_size
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """Number of experts, and of experts per token; (0, 0) for an ordinary MLP."""
+        """Number of experts, and of experts per token; both 0 for an ordinary MLP."""
         return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:

@@ -34,7 +34,7 @@ INTEGERS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "
 
 
 class Header:
-    """Reads the header of a GGUF file in order; A3Error if it goes beyond the file's end."""
+    """Reads the header of a GGUF file in order; A3Error beyond the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path

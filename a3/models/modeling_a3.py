@@ -75,8 +75,8 @@ def product_name(linear: str) -> str:
 def holder(dense: type, linears: tuple[str, ...]) -> type:
     """A class derived from that of `dense`, whose code finds factored layers in place of `linears`.
 
-    Libraries that iterate over a model's modules find the two factors, not their product, because
-    adapters accept only linear layers under the names that they select.
+    Libraries that iterate over a model's modules find the two factors, and no module for their
+    product: under the names that adapters select they accept only linear layers.
     """
 
     def product(linear: str) -> property:
