@@ -93,7 +93,7 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 
 
 def ridge_of(C: Tensor, share: float) -> float:
-    """λ for the autocorrelation C (n, n), as a share of its mean square; never 0, even for C = 0."""
+    """λ for the autocorrelation C (n, n), as a share of its mean square; not 0, even if C = 0."""
     return share * C.diagonal().mean().item() or 1.0
 
 
