@@ -1,7 +1,7 @@
-"""Files of a text by their names: which of a folder are read, and of what type each is.
+"""Selects the files of a text by their names, and the type of each.
 
-In a module of its own, since the Snakefile and the records of models look at files without reading
-them: a change of the readers makes nothing stale that only lists files.
+This is a separate module because the Snakefile and the records of models only list files. So a
+change of the readers does not make them stale.
 """
 
 import bz2

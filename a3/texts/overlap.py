@@ -1,4 +1,4 @@
-"""Which documents occur in other texts: by title, by 13 words in a row, or as a whole."""
+"""Finds documents that occur in other texts: by title, 13 consecutive words, or as a whole."""
 
 import hashlib
 import re

@@ -1,7 +1,7 @@
-"""Texts on disk as documents. What a file is follows from its name, in every command alike.
+"""Reads texts as documents. In every command the file's name determines its type.
 
-A file is prose, one document, or records, each a document. The Snakefile may import this: nothing
-heavy is.
+A file is either prose, which is one document, or records, each of which is a document. The
+Snakefile imports this, so it imports nothing heavy.
 """
 
 import csv

@@ -1,7 +1,7 @@
-"""Stage paper: one model's group of rows from its results, and ours beside the published figures.
+"""Stage paper: compares our results with the published numbers.
 
-A group of rows (`<model>.csv`) has one figure a line. The comparison takes every group that is
-there, so that a table of the paper grows as models are built.
+A group of rows (`<model>.csv`) has one number per line. The comparison uses every existing group,
+so a table of the paper grows as models are built.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Result tables: every compressed figure beside its dense figure and the protocol of both."""
+"""Result tables: each compressed result with its dense result and their protocol."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

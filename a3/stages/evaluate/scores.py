@@ -1,4 +1,4 @@
-"""What lasts of lm-eval's results: scores, their errors, and a value of each item, if any."""
+"""The reproducible part of lm-eval's results: scores, their errors, and values of items."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def scores(
     aggregates: Mapping[str, Mapping[str, Aggregate]],
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """The lasting part of lm-eval's results: no dates, machine or timings.
+    """The reproducible part of lm-eval's results, without dates, machine and timings.
 
     A score that lm-eval has no number for ("N/A", NaN) is None, as is its standard error. Of a
     group, `value` and `stderr` are lm-eval's aggregate over its tasks, and items are theirs, task
@@ -132,7 +132,7 @@ def task_hash(samples: list[dict[str, Any]]) -> str:
 
 
 def prompts_hash(samples: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Hash of all that the model was asked: every prompt and answer, and how answers are made."""
+    """Hash of everything that the model was asked: prompts, answers, generation options."""
     asked = {
         leaf: [each["arguments"] for each in sorted(found, key=lambda each: each["doc_id"])]
         for leaf, found in samples.items()

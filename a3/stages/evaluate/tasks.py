@@ -9,13 +9,13 @@ from typing import Any
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 
-# What `datasets` reads of local files; anything else it would look for at the hub.
+# Local file types that `datasets` reads; it would look for anything else on the hub.
 READERS = ("csv", "json", "parquet")
 
 # Keys under which lm-eval and `datasets` look for other files than the data files.
 ELSEWHERE = ("include", "use_prompt", "data_dir")
 
-# Without them lm-eval cannot ask anything.
+# Keys without which lm-eval cannot build a prompt.
 NEEDED = ("doc_to_text", "doc_to_target")
 
 

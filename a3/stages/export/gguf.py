@@ -1,4 +1,4 @@
-"""a3 export gguf: a folder as one file that llama.cpp loads, of its architecture `llama`."""
+"""a3 export gguf: converts a folder to a file for llama.cpp, with the architecture `llama`."""
 
 from math import prod
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""a3 convert: pickled weights (.bin) to safetensors, the one place where a3 reads a pickle.
+"""a3 convert: converts pickled weights (.bin) to safetensors; a3 reads pickles only here.
 
-Torch's own unpickler for weights alone reads it: whatever else a file asks for is refused, not run.
+torch's weights-only unpickler reads them: it refuses everything else in a file and runs no code.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""The config of a GGUF file: every key of its architecture is used, or has to say what holds.
+"""The config of a GGUF file: every key of its architecture is used or checked.
 
-Keys are those of llama.cpp, which has a part of each architecture in its code; what a file says
-beyond them would change the model without a word, so it is refused by name.
+These are llama.cpp's keys; the rest of each architecture is in its code. Other keys in a file could
+silently change the model, so a3 refuses them by name.
 """
 
 import re

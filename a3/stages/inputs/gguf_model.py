@@ -1,4 +1,4 @@
-"""The model of a GGUF file: every tensor of the file is one of the model, and none is left out."""
+"""The model of a GGUF file: file and model must have exactly the same tensors."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Stage text: a source to documents."""
+"""Stage text: reads a source as documents."""
 
 import html
 import json
