@@ -45,7 +45,7 @@ class Matrix:
         return two_factors(self.W, R, min(rank, *self.W.shape), self.of_output)
 
     def rank_for(self, kept: float, multiple: int) -> int | None:
-        """As `rank_for` of its shape."""
+        """Like `rank_for` of its shape."""
         m, n = self.W.shape
         return rank_for((m, n), kept, multiple)
 

@@ -45,7 +45,7 @@ def identity(weights: AttentionWeights, rank: int) -> OVSolution:
 
 
 def axkv(weights: AttentionWeights, S: Tensor, rank: int) -> OVSolution:
-    """As `xkv` with R_p, the autocorrelation of the attention-weighted input.
+    """Like `xkv` with R_p, the autocorrelation of the attention-weighted input.
 
     W_vᵀ R_p,i W_v is the autocorrelation of head i's slice of the o_proj input: S (H, h, h).
     The heads of a group share one value factor, so the mean over heads is used (exact for MHA).

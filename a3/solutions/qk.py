@@ -59,12 +59,12 @@ def qk_cov(
 
 
 def q_only(weights: AttentionWeights, Gq: Tensor, rank: int) -> QKSolution:
-    """As `qk` with R_k = 1."""
+    """Like `qk` with R_k = 1."""
     return _share_keys(weights, Gq, weights.k.mT @ weights.k, rank)
 
 
 def k_only(weights: AttentionWeights, Gk: Tensor, rank: int) -> QKSolution:
-    """As `qk` with R_q = 1."""
+    """Like `qk` with R_q = 1."""
     return _share_keys(weights, weights.q.mT @ weights.q, Gk, rank)
 
 
@@ -102,7 +102,7 @@ def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> Q
 
 
 def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
-    """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
+    """Like `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
     score = pair_scores(weights, Gq, Gk)
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
 
@@ -172,7 +172,7 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
 
 
 def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """As `fisher_losses`; grouped (G, g, parts, F, parts, F).
+    """Like `fisher_losses`; grouped (G, g, parts, F, parts, F).
 
     Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
     the heads of a group drop the same pair at a time.
@@ -285,7 +285,7 @@ def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKS
 
 
 def abs_w(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
-    """As `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
+    """Like `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
     power = torch.ones(weights.o.shape[-1], dtype=Gk.dtype, device=Gk.device)
     return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
 

@@ -439,7 +439,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
     assert len(figure_names(tmp_path, experiments)) == 5
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
-    assert "rows with a per-component ratio or rank are there only" in captions[0]["caption"]
+    assert "only the right panel has rows with a per-component size" in captions[0]["caption"]
     svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
     for label in ("rxx-w-rxx  20%", "rxx-w-rxx  rank 6", "xkv  30%", "xkv  rank 4"):
         assert f"<!-- {label} -->" in svg

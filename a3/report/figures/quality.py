@@ -71,7 +71,7 @@ def _against(runs: list[Run]) -> str:
     uniform = [run for run in runs if run.place.nominal is not None]
     if not uniform:
         return kept
-    alone = "; rows with a per-component ratio or rank are only there" if uniform != runs else ""
+    alone = "; only the right panel has rows with a per-component size" if uniform != runs else ""
     return f"against the nominal compression ratio, left, and {kept}, right{alone}"
 
 

@@ -106,7 +106,7 @@ class LayerSolver:
     def solve_factors(
         self, component: str, layer: int, weights: Weights
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve_component`, each matrix on its own: two factors, or, where all of it is
+        """Like `solve_component`, each matrix on its own: two factors, or, where all of it is
         kept, as it was. The report has the rank of each product.
         """
         arch, adapter = self.arch, self.arch.adapter
