@@ -1,7 +1,7 @@
 """a3: training-free low-rank compression of transformer language models.
 
-`import a3` lets `transformers.AutoModelForCausalLM` load compressed folders, and costs
-milliseconds: nothing of transformers or torch is imported before it is used.
+After `import a3`, `transformers.AutoModelForCausalLM` can load compressed folders. The import takes
+milliseconds: transformers and torch are imported only when they are used.
 """
 
 from importlib import import_module
@@ -33,5 +33,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What completion in a shell offers."""
+    """Names that tab completion offers in an interactive Python shell."""
     return sorted(__all__)

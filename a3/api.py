@@ -1,31 +1,33 @@
-"""The Python interface: the stages of a3 for a model in memory, a folder or a name.
+"""The Python interface: a3's stages as functions, for a model in memory, a folder or a name.
 
     small = a3.compress(model, tokenizer, texts, ratio=0.2, preset="a3-plus")
     small.save_pretrained("small")
 
 Arguments that several functions have:
 
-- `model`: a loaded PreTrainedModel, a folder, a .gguf file, a name of the catalogue, or
-  owner/name@revision of the hub. A loaded model is saved to a temporary folder first (TMPDIR).
-- `tokenizer`: needed for a loaded dense model. Compressed models, folders and names have their own.
-- `texts`: strings, a datasets.Dataset with the column `text`, a file or folder, or a name of the
-  catalogue. All of them are read, since the seed shuffles documents.
-- `ratio`: share of each dimension to remove, in [0, 1). Not needed where each mode has its own.
+- `model`: a loaded PreTrainedModel, a folder, a .gguf file, a name from the catalogue, or
+  owner/name@revision on the hub. A loaded model is first saved to a temporary folder (in TMPDIR).
+- `tokenizer`: needed for a loaded dense model. Compressed models, folders and named models bring
+  their own tokenizer.
+- `texts`: strings, a datasets.Dataset with the column `text`, a file or folder, or a name from the
+  catalogue. All texts are read, because the seed shuffles the documents.
+- `ratio`: share of each dimension to remove, in [0, 1). Not needed if each mode has its own.
 - `preset`: modes of all components, `"a3"` (the paper's) or `"a3-plus"` (most accurate).
 - `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
   `"xkv@0.3"`, `"xkv@48"`, or `"dense"` to skip the component.
-- `tokens`, `block_length`: number of tokens, and of those that the model sees at once.
+- `tokens`, `block_length`: total number of tokens, and number of tokens that the model sees at
+  once.
 - `bos`: whether each block starts with BOS.
-- `seed`: order of the documents, and of examples that a task shows.
-- `multiple`: ranks are rounded to a multiple of it.
+- `seed`: determines the order of documents and the choice of a task's few-shot examples.
+- `multiple`: ranks are rounded to a multiple of this number.
 - `servable`: head sizes are rounded to those that serving runtimes support.
-- `dtype`, `device`: of the forward pass. The device is that of a loaded model unless given, else
-  the CPU.
+- `dtype`, `device`: for the forward pass. By default the device is that of a loaded model, else the
+  CPU.
 - `progress`: whether to show progress bars. Nothing else is printed: messages go to the logger
   "a3".
 
-Every function raises `a3.A3Error` for what the caller can correct: it says what was found, what was
-expected and what to do.
+Every function raises `a3.A3Error` for errors that the caller can correct. The message says what was
+found, what was expected and what to do.
 """
 
 from collections.abc import Sequence
@@ -75,7 +77,7 @@ class Sizes(TypedDict):
 
 
 class ScoredSizes(TypedDict):
-    """As `Sizes`, of a text that is scored."""
+    """Like `Sizes`, for a text that is scored."""
 
     tokens: int | str
     block_length: int
@@ -111,9 +113,9 @@ def compress(
 ) -> PreTrainedModel:
     """Collect statistics on `texts` and return the compressed model, as `a3 compress` makes it.
 
-    A loaded model is not changed, and the compressed one has its dtype and device; of a folder or
-    name it has the stored dtype and is on the CPU. `save_pretrained` of the result also writes the
-    tokenizer; transformers loads that folder after `import a3`.
+    A loaded model is not changed, and the compressed model has its dtype and device. For a folder
+    or name, the compressed model has the stored dtype and is on the CPU. `save_pretrained` of the
+    result also writes the tokenizer. transformers loads that folder after `import a3`.
     """
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
     sizes = sizes_of(tokens, block_length, bos, seed)
@@ -145,8 +147,8 @@ def collect(
 ) -> Path:
     """Write the statistics that the modes read to `<kind>.safetensors` in the folder `out`.
 
-    The statistics do not depend on the ratio. `stream` keeps one layer at a time in memory (None:
-    where all weights do not fit). Returns `out`.
+    The statistics do not depend on the ratio. `stream` keeps only one layer at a time in memory
+    (None: only if the weights do not fit). Returns `out`.
     """
     from a3.stages.collect.collect import collect
 
@@ -180,7 +182,8 @@ def allocate(
 ) -> dict[str, list[int]]:
     """Write the ranks of each layer for modes with ~ to `out` (JSON), and return them.
 
-    `rxx` is the folder that `collect` wrote; `uniform` components have one rank in all layers.
+    `rxx` is the folder that `collect` wrote; components listed in `uniform` get the same rank in
+    all layers.
     """
     from a3.stages.approx.allocate import allocate
 
@@ -244,10 +247,10 @@ def evaluate(
     """Return perplexity on `texts`, or the scores of a `task` of lm-eval: the record of `a3 eval`.
 
     The results are `perplexity` and `perplexity_stderr`, or `value` and `stderr`; the other keys
-    say how they were obtained. `tokens` may be "all", and `bos` "once" for BOS before the whole
-    text only. Of a task, `shots` examples are shown (None: the task's own number) and the first
-    `limit` items are asked (None: all). Raises A3Error unless exactly one of `texts` and `task` is
-    given.
+    say how they were obtained. `tokens` may be "all", and `bos` "once" puts BOS only before the
+    whole text. For a task, `shots` is the number of few-shot examples (None: the task's own
+    number), and only the first `limit` items are scored (None: all). Raises A3Error unless exactly
+    one of `texts` and `task` is given.
     """
     if (texts is None) == (task is None):
         raise A3Error("evaluate: expected either texts (perplexity) or task (lm-eval's).")
@@ -308,7 +311,7 @@ def export(
 ) -> Path:
     """Write the model to `out` for runtimes without a3: a .gguf file, or a Hugging Face folder.
 
-    `type` is that of a GGUF file's matrices: f32, f16, bf16, q8_0 … Returns `out`.
+    `type` is the type of a GGUF file's matrices: f32, f16, bf16, q8_0 … Returns `out`.
     """
     out = path_of("out", out)
     if out.suffix == ".gguf":
@@ -330,7 +333,7 @@ def export(
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a dense or compressed folder, in the dtype that is stored, and its tokenizer.
+    """Load the model of a dense or compressed folder, in its stored dtype, and its tokenizer.
 
     Raises A3Error for a folder that transformers would read only in part.
     """

@@ -1,4 +1,4 @@
-"""What callers of the Python interface give, as the folders, files and plans that stages read."""
+"""Converts arguments of the Python interface to the folders, files and plans that stages read."""
 
 import io
 import tempfile
@@ -38,9 +38,9 @@ CALLS = threading.RLock()
 
 @contextmanager
 def workplace(progress: bool) -> Iterator[Path]:
-    """Yield a temporary folder, inside which a3's progress bars are shown or not, and no others.
+    """Yield a temporary folder; inside the block only a3's progress bars are shown, if wanted.
 
-    Errors call what lies in it by the caller's words. Other threads wait.
+    Error messages name files in it by the caller's own names. Other threads wait.
     """
     with CALLS, tempfile.TemporaryDirectory(prefix="a3.") as name, bars(progress):
         verbosity = transformers_logging.get_verbosity()
@@ -60,7 +60,7 @@ def workplace(progress: bool) -> Iterator[Path]:
 
 @contextmanager
 def silent(wanted: bool) -> Iterator[None]:
-    """Throw away what is printed inside, for libraries that have no switch of their own."""
+    """Discard printed output inside the block, for libraries that cannot be silenced otherwise."""
     with ExitStack() as stack:
         if wanted:
             stack.enter_context(redirect_stdout(io.StringIO()))
@@ -70,17 +70,17 @@ def silent(wanted: bool) -> Iterator[None]:
 
 # --- models and texts -----------------------------------------------------------------------------
 def model_entry(model: Model, tokenizer: Tokenizer, work: Path) -> dict[str, Any]:
-    """What a caller calls a model, as an entry of the catalogue."""
+    """A caller's name for a model, as a catalogue entry."""
     if isinstance(model, str | Path) and tokenizer is None:
         return find_entry(str(model), "models")
     return {"source": {"path": str(model_folder(model, tokenizer, work))}}
 
 
 def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
-    """The Hugging Face folder of a model: the caller's own, or one made in `work`.
+    """The Hugging Face folder of a model: the caller's own, or a new one in `work`.
 
-    Raises A3Error for what is neither a PreTrainedModel nor names a model, or has no head that
-    predicts tokens, or no tokenizer.
+    Raises A3Error if the argument is neither a PreTrainedModel nor a model's name, if it has no
+    head that predicts tokens, or if there is no tokenizer.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise A3Error(
@@ -112,7 +112,7 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
 
 
 def named_folder(name: str, work: Path) -> Path:
-    """The folder that a name stands for: itself, or one made in `work`."""
+    """The folder for a name: the folder of that name, or a new one in `work`."""
     entry = find_entry(name, "models")
     path = Path(entry["source"].get("path", ""))
     if "path" in entry["source"] and not is_gguf(path):
@@ -124,7 +124,7 @@ def named_folder(name: str, work: Path) -> Path:
 
 
 def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
-    """The folder `out`: links to the files of `folder`, but another tokenizer's, and no records."""
+    """The folder `out`: links to the files of `folder`, another tokenizer, and no records."""
     left_out = {*tokenizer_files(folder), *RECORDS, HIDDEN_SEAL}
     out.mkdir()
     for path in folder.iterdir():
@@ -135,7 +135,7 @@ def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) 
 
 
 def text_entry(texts: Texts, work: Path) -> dict[str, Any]:
-    """What a caller gives as texts, as an entry of the catalogue."""
+    """A caller's texts, as a catalogue entry."""
     if isinstance(texts, str | Path):
         try:
             return find_entry(str(texts), "texts")
@@ -146,7 +146,7 @@ def text_entry(texts: Texts, work: Path) -> dict[str, Any]:
 
 
 def documents(texts: Texts, work: Path) -> Path:
-    """The file or folder of documents that texts stand for: the caller's own, or one in `work`."""
+    """The file or folder with the documents: the caller's own, or a new one in `work`."""
     entry = text_entry(texts, work)
     if "path" in entry["source"]:
         return Path(entry["source"]["path"])
@@ -179,7 +179,7 @@ def rows(texts: Iterable[Any]) -> Iterator[Document]:
 
 
 def name_of(texts: Texts) -> str:
-    """What a result calls the texts: the file's name, or only that."""
+    """The name of the texts in a result: the file's name, or "texts"."""
     return Path(texts).stem if isinstance(texts, str | Path) else "texts"
 
 
@@ -198,14 +198,14 @@ def plan_of(
 ) -> Plan:
     """The plan of a preset and a ratio, with other `modes` for some components.
 
-    Raises A3Error for what is not known, as the command line does.
+    Raises A3Error for unknown modes and presets, like the command line.
     """
     row = cells(preset, modes) | {"ratio": NO_RATIO if ratio is None else spelled(ratio)}
     return Plan(choose(row), servable, count_of("multiple", multiple))
 
 
 def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
-    """The statistics that modes read, which do not depend on the ratio."""
+    """The statistics that the modes read; they do not depend on the ratio."""
     found = cells(preset, modes)
     sized = all("@" in cell or cell == "dense" for cell in found.values())
     return Plan(choose(found | {"ratio": NO_RATIO if sized else "0.5"})).kinds()
@@ -223,7 +223,7 @@ def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def spelled(ratio: float | str) -> str:
-    """A ratio as tables spell it: 0.2 is "0.2"; raises A3Error outside [0, 1)."""
+    """A ratio as text for tables: 0.2 becomes "0.2"; raises A3Error outside [0, 1)."""
     try:
         text = ratio if isinstance(ratio, str) else f"{Decimal(str(ratio)).normalize():f}"
     except InvalidOperation:

@@ -16,9 +16,9 @@ from a3.stages.inputs.wheels import fetch_wheel
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
-    """Fetch the wheel of a catalogue entry into `wheels`, where its source is one.
+    """Fetch the wheel of a catalogue entry into `wheels`, if its source is a wheel.
 
-    Raises A3Error where the extra is not installed that reads what is in it.
+    Raises A3Error if the extra that reads the wheel's content is not installed.
     """
     wheel = entry["source"].get("wheel")
     if wheel:
@@ -33,8 +33,8 @@ def compress(
 ) -> None:
     """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
 
-    `settings` are those of `collect`. Raises A3Error where `out` exists already, and as the stages
-    do; then nothing is left behind.
+    `settings` are the arguments of `collect`. Raises A3Error if `out` already exists, and as the
+    stages do; no files are left behind then.
     """
     require_replaceable(out, NEW.seal)
     kinds = plan.kinds()
@@ -44,7 +44,7 @@ def compress(
         for entry in (model, text):
             find_source(entry, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
-        # Refused modes and sizes are said before the long work.
+        # Check modes and sizes before the long work.
         plan.check(work / "model")
         make_documents(text, work, None, work / "docs.jsonl")
         outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}
@@ -58,7 +58,7 @@ def compress(
 
 
 def known_as(entry: dict[str, Any]) -> str:
-    """What the user knows a model or text by: its path, the hub's name, or a wheel's member."""
+    """The user's name for a model or text: its path, the hub's name, or a wheel's member."""
     source = entry["source"]
     wheel = source.get("wheel", {})
     return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"

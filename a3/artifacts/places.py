@@ -1,8 +1,8 @@
-"""Names of rows and where their files lie: the one grammar of paths below a results folder.
+"""Names of rows and paths of their files. Only this module writes and parses paths of results.
 
-A row is spelled MODEL/dense, MODEL/CALIBRATION/QK+OV+MLP/RATIO, that and /QUANTISATION where it is
-quantised, or MODEL/CALIBRATION/MODE/SIZE of a surgery. `Place.format` writes it, `Place.parse`
-reads it back.
+A row is written as MODEL/dense or MODEL/CALIBRATION/QK+OV+MLP/RATIO, with /QUANTISATION added if it
+is quantised, or as MODEL/CALIBRATION/MODE/SIZE for a surgery. `Place.format` writes it,
+`Place.parse` reads it back.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,13 +13,13 @@ from a3.core.errors import A3Error
 from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED
 from a3.solutions.recipes import PLAIN
 
-# Below the statistics of a calibration: those of its shards.
+# Folder for the statistics of shards, inside the folder of a calibration's statistics.
 SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Names one row: a model and how it was compressed; by default not at all."""
+    """Names one row: a model and how it was compressed; by default the dense model."""
 
     model: str
     calibration: str = DENSE
@@ -27,12 +27,12 @@ class Place:
     ov: str = DENSE
     mlp: str = DENSE
     ratio: str = "0"
-    # What it was quantised by then (a3.solutions.recipes).
+    # How the compressed model was then quantised (a3.solutions.recipes).
     quantise: str = PLAIN
 
     @staticmethod
     def parse(text: str) -> "Place":
-        """The row that `format` spells so; raises A3Error for any other text."""
+        """The row that `format` writes as this text; raises A3Error for any other text."""
         match text.split("/"):
             case [model, how] if how == DENSE:
                 return Place(model)
@@ -48,12 +48,12 @@ class Place:
         )
 
     def format(self) -> str:
-        """The row as paths spell it."""
+        """The row as it is written in paths."""
         return "/".join((self.model, *self._how))
 
     @property
     def _how(self) -> tuple[str, ...]:
-        """What stands after the model."""
+        """The rest of the path, after the model."""
         if self.is_dense:
             return (DENSE,)
         own = (self.calibration, self.modes, self.ratio)
@@ -76,23 +76,23 @@ class Place:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether it is of low precision."""
+        """Whether the row is quantised."""
         return self.quantise != PLAIN
 
     @property
     def modes(self) -> str:
-        """The modes of QK, OV and MLP as paths spell them."""
+        """The modes of QK, OV and MLP as they are written in paths."""
         return f"{self.qk}+{self.ov}+{self.mlp}"
 
     @property
     def method(self) -> str:
-        """What was done, as tables say it: the modes, and what it was quantised by."""
+        """The method as shown in tables: the modes, and the quantisation if there is one."""
         done = [] if self.is_whole else [self.modes]
         return "+".join([*done, self.quantise] if self.is_quantised else done) or DENSE
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed components; None where one has its own ratio or rank."""
+        """The one ratio of all compressed components; None if one has its own ratio or rank."""
         return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
 
     @property
@@ -128,14 +128,14 @@ class Place:
     def rxx(self, results: Path, kind: str) -> Path:
         """The statistics of one kind that the solutions read.
 
-        A compressed model is quantised by its own.
+        Quantising a compressed model needs statistics of that model, not of the dense one.
         """
         own = not self.base.is_dense
         folder = self.base.format() if own else f"{self.model}/{self.calibration}"
         return results / "rxx" / folder / f"{kind}.safetensors"
 
     def allocation(self, results: Path) -> Path | None:
-        """The ranks of each layer, where some mode has an allocated ratio."""
+        """The ranks of each layer; needed if some mode has an allocated ratio."""
         shared = SHARED in self.modes and not self.is_quantised
         return results / "allocations" / f"{self.format()}.json" if shared else None
 
@@ -182,14 +182,14 @@ class SurgeryPlace(Place):
 # The columns that name a row of the surgeries.
 SURGERY_PLACE = ("model", "calibration", "mode", "size")
 
-# How many names stand after those of the row, by the folder that a path begins with.
+# Number of path components after those of the row, for each top-level folder.
 AFTER_ROW = {"checkpoints": 1, "quantised": 1, "exports": 2, "eval": 2}
 
 
 def place_of(results: Path, path: Path) -> Place:
     """The row of an allocation, checkpoint, export or result, by its path in a results folder.
 
-    Raises A3Error where the path names none.
+    Raises A3Error if the path names none.
     """
     top, *names = path.relative_to(results).parts
     if top == "allocations":
@@ -200,7 +200,7 @@ def place_of(results: Path, path: Path) -> Place:
 def collected_on(results: Path, statistics: Path) -> Place:
     """The row of the model that statistics were collected on, by their path.
 
-    Raises A3Error where the path names none.
+    Raises A3Error if the path names none.
     """
     model, calibration, *own = statistics.relative_to(results / "rxx").parts[:-1]
     if not own or own[0] == SHARDS:

@@ -1,14 +1,14 @@
-"""Which settings two results must share to stand in one table."""
+"""Which settings two results must share to appear in one table."""
 
 from collections.abc import Sequence
 
 from a3.core.errors import A3Error
 from a3.core.records import Record
 
-# Before the name of a metric: the items' values of a result are the mean of its logarithm.
+# Prefix of a metric's name if the items' values average to the logarithm of the result.
 LOG = "log_"
 
-# Two results of one model stand in one table only when they agree on all of these.
+# Two results of one model may appear in one table only if they agree on all of these.
 PERPLEXITY_PROTOCOL = (
     "source",
     "text_sha256",

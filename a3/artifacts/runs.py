@@ -1,4 +1,4 @@
-"""Rows with their files: weights and results, held to each other."""
+"""Rows with their files. Weights and results are checked against each other."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Run:
         return self.weights["size" if self.place.is_dense else "size.compressed"]
 
     def bits_per_weight(self, dense: "Run") -> float:
-        """Bits of the layers' matrices for each weight that the `dense` run has in them."""
+        """Bits of the layers' matrices, divided by their number of weights in the `dense` run."""
         if self.place.is_quantised:
             return self.weights["size.compressed.bits_per_weight"]
         weights = projection_weights(dense.weights.data)
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """What approx.json says of each layer; none for the dense model."""
+        """The entries of approx.json for each layer; none for the dense model."""
         return [] if self.place.is_dense else self.weights["layers"]
 
 
@@ -61,7 +61,7 @@ class SurgeryRun(Run):
     place: SurgeryPlace
 
 
-# Each model's dense run and its compressed ones.
+# The dense run of each model, and its compressed runs.
 Groups: TypeAlias = list[tuple[Run, list[Run]]]
 SurgeryGroups: TypeAlias = list[tuple[SurgeryRun, list[SurgeryRun]]]
 
@@ -101,7 +101,7 @@ def _read_places(
     perplexity: Sequence[str],
     harness: Sequence[str],
 ) -> list[tuple[R, list[R]]]:
-    """As `read_runs`, of places, as runs of this sort."""
+    """Like `read_runs`, for a list of places and a class of runs."""
     models: dict[Place, dict[Place, None]] = {}
     for place in all_places:
         rows = models.setdefault(place.dense, {})
@@ -128,7 +128,7 @@ def read_speeds(
 ) -> list[tuple[Place, str, Record]]:
     """The compressed rows' records of each entry `speed`, in order: place, entry's name, record.
 
-    Raises A3Error where one was taken from other weights than those that now lie beside it, dense
+    Raises A3Error if one was taken from other weights than those that now lie beside it, dense
     or compressed, two of one model and entry were taken by different protocols, or no row is of a
     compressed model.
     """
@@ -164,7 +164,7 @@ def check_speed(record: Record, weights: Record) -> None:
 def _read_run(
     sort: type[R], results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
 ) -> R:
-    """Read one row's files and hold each result to the weights it was taken from."""
+    """Read one row's files and check that each result belongs to the row's weights."""
     run = sort(
         place,
         Record.read(place.weights(results)),

@@ -1,9 +1,10 @@
-"""What each command writes, and what it may write over: nothing but what the same stage wrote.
+"""What each command writes. A command may overwrite only what the same stage wrote.
 
-The command line looks before it computes anything. A file may be written where there is none, or
-one that carries the stage's seal: a record, statistics, or a file that the record beside it names
-and that did not change since. A folder likewise (`whole_folder` looks once more).
-Whatever carries no seal (.csv, .md, .html, .gguf, .whl) is never written over.
+The command line checks this before it computes anything. A file may be written if the path is free
+or the existing file carries the stage's seal. Such a file is a record, statistics, or a file that
+the record beside it names and that has not changed since. The same holds for folders
+(`whole_folder` checks again). Files that carry no seal (.csv, .md, .html, .gguf, .whl) are never
+overwritten.
 """
 
 import json
@@ -22,31 +23,31 @@ from a3.core.files import (
     unseal,
 )
 
-# Longer headers are not of files that a3 wrote.
+# Files that a3 wrote do not have longer headers.
 LONGEST_HEADER = 100 * 2**20
 
-# Of the seconds that a stage took, in a record of their own.
+# Ending of the separate record with the seconds that a stage took.
 TIMING = "timing"
 
-# What other rules leave in the folder of a table.
+# Files and folders that other rules write to the folder of a table.
 TABLE = (
     *("results.csv", "comparisons.csv", "seeds.csv", "timings.csv", "results.md", "figures"),
     *("speed.csv", "speed.md", "surgery.csv", "surgery_layers.csv", "surgery.md"),
     *("surgery_figures", "report.html"),
 )
 
-# Folders that a command reads some files of, and may also write into.
+# Folders from which a command reads some files, and into which it may also write.
 SHARED = ("results", "wheels", "texts", "tables", "rxx")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A whole folder, put there at once; replaced where it has the seal."""
+    """A folder that is written as a whole; an existing one is replaced only if it has the seal."""
 
     seal: Seal | None = None
 
     def check(self, path: Path, sources: list[Path], shared: list[Path]) -> None:
-        """Raise A3Error where it may not be written."""
+        """Raise A3Error if it may not be written."""
         require_apart(path, sources, whole=True)
         for folder in shared:
             require_outside(path, folder)
@@ -55,14 +56,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class File:
-    """A file of one stage, and what lies beside it under the same name: {".timing.json": stage}."""
+    """A file of one stage, and files beside it with the same stem: {".timing.json": stage}."""
 
     stage: str | None = None
     beside: tuple[tuple[str, str], ...] = ()
     suffix: str = ""
 
     def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
-        """Raise A3Error where it may not be written."""
+        """Raise A3Error if it may not be written."""
         require_file(path, self.stage, sources)
         if self.suffix not in ("", path.suffix):
             raise A3Error(
@@ -74,21 +75,21 @@ class File:
 
 @dataclass(frozen=True)
 class Files:
-    """Files with names of their own, put into a folder in which nothing but `others` may lie."""
+    """Files with fixed names in a folder that may contain nothing else but `others`."""
 
     names: tuple[str, ...]
     others: tuple[str, ...]
     stage: str | None = None
 
     def check(self, path: Path, sources: list[Path], _: list[Path]) -> None:
-        """Raise A3Error where one of them may not be written."""
+        """Raise A3Error if one of them may not be written."""
         require_apart(path, [], whole=True)
         require_apart(path, [one for one in sources if one.is_dir()], whole=False)
         if path.exists() and not path.is_dir():
             raise A3Error(f"{path}: a file, expected a folder or nothing. Name another path.")
         known = (*self.names, *self.others)
         for one in sorted(path.iterdir()) if path.exists() else []:
-            # Other stages may be writing theirs, under hidden names.
+            # Other stages may be writing files there, under hidden names.
             if not any(one.match(name) or one.match(f".{name}.*") for name in known):
                 raise A3Error(
                     f"{path}: exists already and holds {one.name}, which is not of this stage. "
@@ -102,7 +103,7 @@ Target = Folder | File | Files
 
 
 def check(target: Target, options: dict[str, Any]) -> None:
-    """Raise A3Error where a command with these options may not write what they say under `out`."""
+    """Raise A3Error if a command with these options may not write what they say under `out`."""
     sources, shared = read_by(options)
     out = options["out"] if isinstance(options["out"], list) else [options["out"]]
     if len({path.stem for path in out}) < len(out):
@@ -114,7 +115,7 @@ def check(target: Target, options: dict[str, Any]) -> None:
 
 
 def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
-    """Every path that a command reads: those of its own, and folders that it may write into."""
+    """Every path that a command reads, including folders into which it may also write."""
     sources: list[Path] = []
     shared: list[Path] = []
     for name, value in options.items():
@@ -131,7 +132,7 @@ def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
 
 
 def require_outside(path: Path, folder: Path) -> None:
-    """Raise A3Error where a folder to be written is a folder that is read, or holds it."""
+    """Raise A3Error if a folder to be written is a folder that is read, or holds it."""
     target, source = path.resolve(), folder.resolve()
     if target == source or target in source.parents:
         raise A3Error(f"{path}: is or holds {folder}, which is an input. Name another path.")
@@ -150,7 +151,7 @@ def require_file(path: Path, stage: str | None, of: list[Path]) -> None:
 
 
 def stage_of(path: Path) -> str | None:
-    """The stage whose seal a file carries; None where there is none, or the file has changed."""
+    """The stage whose seal a file carries; None if it has no seal or has changed."""
     try:
         if path.suffix == ".safetensors" and (said := metadata(path)):
             return stage_in(unseal(said, path))
@@ -162,17 +163,17 @@ def stage_of(path: Path) -> str | None:
 
 
 def stage_in(record: dict[str, Any]) -> str | None:
-    """The stage that a record is of."""
+    """The stage that wrote a record."""
     made = record.get("provenance") or record.get("said", {}).get("provenance") or record
     return made.get("stage") or (TIMING if "seconds" in record else None)
 
 
 def stage_beside(path: Path) -> str | None:
-    """The stage whose record beside a file names it, with the hash that it has."""
+    """The stage whose record lies beside the file and names it with its present hash."""
     for beside in (path.with_suffix(".json"), path.with_name("split.json")):
         if beside.is_file():
             record = read_record(beside)
-            # Of a shard of a checkpoint the one file.
+            # A shard of a checkpoint has only one file.
             known = record.get("files") or {path.name: record.get("content_sha256")}
             if known.get(path.name) == sha256(path):
                 return stage_in(record)
@@ -180,7 +181,7 @@ def stage_beside(path: Path) -> str | None:
 
 
 def metadata(path: Path) -> dict[str, Any] | None:
-    """What statistics in a safetensors file say of themselves; None for other files."""
+    """The metadata of statistics in a safetensors file; None for other files."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length)) if length < LONGEST_HEADER else {}
@@ -202,7 +203,7 @@ OPERATED = Folder(Seal("approx.json", "surgery"))
 
 EXPORTED = Folder(Seal("export.json", "hf"))
 
-# Without a seal, or never made twice.
+# These have no seal, or are never written twice.
 NEW = Folder()
 
 STATISTICS = File("collect", TIMED, ".safetensors")

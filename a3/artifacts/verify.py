@@ -1,8 +1,8 @@
-"""a3 verify: every artifact of a results folder held to what is recorded of it and of its inputs.
+"""a3 verify: checks every artifact of a results folder against its record and its inputs.
 
-Each kind of artifact has its own seal or hashes; here they are read again, and held to one another:
-statistics to their model and text, checkpoints to their model and statistics, results to the
-weights and texts that they were taken from.
+Each kind of artifact has its own seal or hashes. This module reads them again and compares
+statistics with their model and text, checkpoints with their model and statistics, and results with
+their weights and texts.
 """
 
 import importlib.metadata
@@ -26,21 +26,22 @@ AGAIN = "Delete it and build it again."
 
 
 class Verifier:
-    """Checks one results folder; `problems`, `checked`, `missing` and `old` fill while it does."""
+    """Checks one results folder and fills `problems`, `checked`, `missing` and `old`."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
         self.problems: list[str] = []
-        # How many artifacts of each sort; of those, how many have no counterpart to hold them to.
+        # Number of artifacts of each sort, and how many of them have no input left to compare with.
         self.checked: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
-        # How many were made by other code or libraries than are here now.
+        # Number of artifacts that were made by other code or library versions than the present
+        # ones.
         self.old: Counter[str] = Counter()
         self.texts = self.hashes("texts/*/*.jsonl")
         self.items = self.hashes("items/*/items.jsonl")
 
     def run(self) -> None:
-        """Check everything; raises A3Error where there is nothing to check."""
+        """Check everything; raises A3Error if there is nothing to check."""
         jobs = list(self.artifacts())
         if not jobs:
             raise A3Error(f"{self.results}: no artifact of a3 in it. Name a folder of results.")
@@ -87,7 +88,7 @@ class Verifier:
             self.missing["record of a model's folder"] += len(bare)
 
     def paths(self, pattern: str) -> list[Path]:
-        """Files that match, without those that are being written."""
+        """Files that match, except those that are still being written."""
         found = (path for path in self.results.glob(pattern) if path.is_file())
         return sorted(p for p in found if not any(name.startswith(".") for name in p.parts))
 
@@ -109,7 +110,7 @@ class Verifier:
         return record
 
     def record(self, path: Path) -> Record:
-        """A sealed record, counted where it is old."""
+        """A sealed record; counts it if it is old."""
         record = Record.read(path)
         self.age(record["provenance"])
         return record
@@ -139,7 +140,7 @@ class Verifier:
             raise A3Error(f"{record.path}: made from {folder}, which changed since. {AGAIN}")
 
     def source(self, record: Record, section: str, source: dict[str, Any]) -> None:
-        """The wheel or the local files of a source; of these, also those that came later."""
+        """The wheel or the local files of a source, including files that were added later."""
         self.wheel(record.path, source)
         if "path" not in source:
             return
@@ -158,7 +159,7 @@ class Verifier:
             )
 
     def wheel(self, path: Path, source: dict[str, Any]) -> None:
-        """The wheel of a source, where it has one."""
+        """The wheel of a source, if it has one."""
         if wheel := source.get("wheel"):
             name = f"{wheel['name']}-{wheel['version']}.whl"
             self.same(path, f"wheel {name}", wheel["sha256"], self.results / "wheels" / name)
@@ -173,7 +174,7 @@ class Verifier:
         self.known(self.files(path), "provenance.text_sha256", self.texts)
 
     def trained(self, path: Path) -> None:
-        """A model trained here, and the text that it has read."""
+        """A model that the workflow trained, and its training text."""
         self.known(self.files(path), "provenance.text_sha256", self.texts)
 
     def rxx(self, path: Path) -> None:
@@ -258,7 +259,7 @@ class Verifier:
     # --- counterparts ---
 
     def made_of(self, record: Record, key: str, place: Place) -> None:
-        """Raise A3Error where an artifact was made of other weights than those of a row."""
+        """Raise A3Error if an artifact was made of other weights than those of a row."""
         base = place.weights(self.results)
         if not base.exists():
             self.missing["model or checkpoint"] += 1
@@ -271,7 +272,7 @@ class Verifier:
             )
 
     def statistics(self, record: Record, place: Place) -> None:
-        """Raise A3Error where an artifact was made of other statistics than those of its row."""
+        """Raise A3Error if an artifact was made of other statistics than those of its row."""
         for kind, said in record["provenance.statistics"].items():
             found = place.rxx(self.results, kind)
             if not found.exists():
@@ -283,7 +284,7 @@ class Verifier:
                 )
 
     def known(self, record: Record, key: str, known: dict[str, Path]) -> None:
-        """Raise A3Error where the content that an artifact was made of lies there no more."""
+        """Raise A3Error if the content that an artifact was made from is no longer there."""
         if not known:
             self.missing["text or items"] += 1
         elif record[key] not in known:
@@ -293,14 +294,14 @@ class Verifier:
             )
 
     def same(self, path: Path, key: str, expected: str, other: Path) -> None:
-        """Raise A3Error where a file that an artifact was made of has changed."""
+        """Raise A3Error if a file that an artifact was made of has changed."""
         if not other.exists():
             self.missing["text or items"] += 1
         elif (found := sha256(other)) != expected:
             raise A3Error(f"{path}: {key} is {expected}, but that of {other} is {found}. {AGAIN}")
 
     def age(self, made: dict[str, Any]) -> None:
-        """Count what other code or other libraries made than are here now."""
+        """Count the artifact if other code or other library versions made it."""
         if "code" not in made:
             return
         if made["code"] != code_now(made["modules"]):
@@ -311,7 +312,7 @@ class Verifier:
 
 
 def code_now(modules: list[str]) -> str | None:
-    """The fingerprint of modules; None where one of them is no more."""
+    """The fingerprint of modules; None if one of them no longer exists."""
     try:
         return fingerprint(*modules)
     except ValueError:
@@ -321,7 +322,7 @@ def code_now(modules: list[str]) -> str | None:
 def verify(results: Path) -> None:
     """Check all artifacts of a results folder, and print what was checked.
 
-    Raises A3Error where something is wrong: one line each, all of it.
+    Raises A3Error if anything is wrong, with one line for each problem.
     """
     verifier = Verifier(results)
     verifier.run()

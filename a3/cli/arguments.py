@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and what users name with them."""
+"""Arguments that several commands share, and the readers of their values."""
 
 import argparse
 from pathlib import Path
@@ -43,7 +43,7 @@ NAMED_TEXT = f"catalogue name, or {TEXT}"
 
 
 def folder(path: Path) -> Path:
-    """A model folder; raises A3Error where there is none, or a3 does not read it as a model."""
+    """A model folder; raises A3Error if it does not exist or is not a model that a3 reads."""
     if not path.is_dir():
         raise A3Error(
             f"{path}: no such folder; expected a Hugging Face folder. `a3 model NAME -o FOLDER` "
@@ -58,7 +58,7 @@ def folder(path: Path) -> Path:
 def entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-    JSON of an entry, or what `find_entry` knows; raises A3Error where it is nothing of these.
+    JSON of an entry, or a name that `find_entry` knows; raises A3Error for anything else.
     """
     from a3.experiments.config import validate_entry
     from a3.experiments.entries import SECTIONS, find_entry
@@ -72,7 +72,7 @@ def entry(name: str, section: str) -> dict[str, Any]:
 
 
 def ratio(word: str) -> str:
-    """A ratio as tables spell it; raises A3Error where it is none."""
+    """A ratio as it is written in tables; raises A3Error if the text is not a ratio."""
     if word != NO_RATIO:
         parse_ratio(word)
     return word
@@ -88,7 +88,7 @@ def shares(word: str) -> dict[str, float]:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default where there is one and the help does not mention it; keeps examples."""
+    """Shows a default that the help does not already mention; does not re-wrap examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         none = action.default is False or action.default in (None, [], {}, NO_RATIO)
@@ -96,7 +96,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if said else super()._get_help_string(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wrap each line but the indented ones, which a user copies."""
+        """Wrap each line except indented ones, which are examples to copy."""
         fill = super()._fill_text
         lines = text.split("\n")
         return "\n".join(x if x.startswith(" ") else fill(x, width, indent) for x in lines)
@@ -105,7 +105,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def add(
     commands: Any, name: str, command: Any, brief: str, about: str, example: str
 ) -> argparse.ArgumentParser:
-    """One command: its line in the list of commands, what it reads and writes, one call of it."""
+    """Add a command with its line in the list of commands, its description and an example."""
     one = commands.add_parser(
         name,
         help=brief,
@@ -195,7 +195,7 @@ def add_servable(one: argparse.ArgumentParser) -> None:
 
 
 def add_multiple(one: argparse.ArgumentParser, **several: Any) -> None:
-    """Sizes that hardware likes."""
+    """Option to round ranks to a multiple that hardware handles well."""
     text = "round ranks to a multiple of N (8, 16, 64 …)"
     options: dict[str, Any] = {"type": count(), "default": 1, "metavar": "N", "help": text}
     one.add_argument("--multiple", **options | several)

@@ -1,6 +1,6 @@
-"""What a shell completes: commands, options, modes, names of the catalogue, and files.
+"""Shell completion of commands, options, modes, names of the catalogue, and files.
 
-Imported only while a shell asks, which argcomplete tells by the variable _ARGCOMPLETE.
+Imported only if a shell asks for completions; argcomplete then sets the variable _ARGCOMPLETE.
 """
 
 import argparse
@@ -22,12 +22,12 @@ CATALOGUE = Path(__file__).parent.parent / "experiments" / "catalogue.yaml"
 
 
 def complete(top: argparse.ArgumentParser) -> None:
-    """Answer the shell and exit; returns only where no shell asks."""
+    """Answer the shell and exit; returns only if no shell asks for completions."""
     for one in commands(top):
         for action in one._actions:
             if completer := completer_of(action, one):
                 action.completer = completer  # type: ignore[attr-defined]
-    # Without a completer an option takes a number or JSON, of which no file is one.
+    # An option without a completer takes a number or JSON, so files must not be offered.
     argcomplete.autocomplete(top, default_completer=SuppressCompleter())
 
 
@@ -41,7 +41,7 @@ def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
 
 
 def completer_of(action: argparse.Action, one: argparse.ArgumentParser) -> Callable | None:
-    """What an argument may be; None where argparse knows its choices, or where nothing does."""
+    """What an argument may be; None if argparse knows its choices, or where nothing does."""
     entries = one.get_default("entries") or {}
     if action.dest in entries:
         return Names(list(load_yaml(CATALOGUE)[entries[action.dest]]))

@@ -84,10 +84,10 @@ def run(arguments: list[str] | None) -> int:
 
 
 def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[str, str]) -> None:
-    """Read what options name of the catalogue, and look where a command is to write.
+    """Read entries of the catalogue that options name, and check where the command may write.
 
-    `entries` says of which section an option names an entry. Raises A3Error for a wrong entry, and
-    where a file or folder of somebody else, or one that is read, would be written over.
+    `entries` maps an option to the section of its entry. Raises A3Error for a wrong entry, and if
+    the command would overwrite its input or a file or folder that it did not write.
     """
     for name, section in entries.items():
         options[name] = entry(options[name], section)
@@ -98,10 +98,10 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
 
 
 def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
-    """Quiet the libraries, fix the thread count before torch starts its threads, try the device.
+    """Silence the libraries, set the thread count before torch starts threads, test the device.
 
-    Raises A3Error where a password stands in HF_ENDPOINT, which the hub's client would log, and
-    where there is no such device.
+    Raises A3Error if HF_ENDPOINT contains a password, which the hub's client would log, and if the
+    device does not exist.
     """
     if "@" in urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc:
         raise A3Error(

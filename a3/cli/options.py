@@ -1,4 +1,4 @@
-"""What options of the command line may be: looked at as they are read, before anything runs."""
+"""Types of command-line options: values are checked while they are parsed, before anything runs."""
 
 import argparse
 import json
@@ -12,21 +12,20 @@ from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.jobs.settings import SETTINGS, settings_of
 
-# More is no number of tokens, blocks, threads … that a machine could have, and less than what
-# libraries in C can count.
+# No machine has more tokens, blocks, threads …, and C libraries can still count so far.
 MOST = 10**12
 
-# torch starts so many without a word, and then there are none left.
+# torch would start more without a warning and use up the threads of the system.
 MOST_THREADS = 1024
 
-# Of numpy's generator, to which lm-eval gives it.
+# Limit of numpy's generator, to which lm-eval passes the seed.
 LARGEST_SEED = 2**32 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments as everything else is said: one line, status 1.
+    """Reports wrong arguments like every other error: one line, exit status 1.
 
-    Whatever has no other type is text, which `text` reads, and a path is what `place` reads.
+    Options without another type are read by `text`, and paths by `place`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -89,26 +88,26 @@ def unicode(word: str) -> str:
 
 
 def text(word: str) -> str:
-    """Text of one character at least: an unset variable of the shell is an empty word."""
+    """Text of at least one character: an unset shell variable gives an empty argument."""
     if not word:
         raise argparse.ArgumentTypeError("expected text, found ''")
     return unicode(word)
 
 
 def place(word: str) -> Path:
-    """A path. Records name it, and Path itself would take an empty word for the working folder."""
+    """A path that is valid UTF-8 and not empty; Path itself would read "" as the working folder."""
     return Path(text(word))
 
 
 def device(word: str) -> str:
-    """The name of a device; whether it is there only torch can say (`require_device`)."""
+    """The name of a device; `require_device` later asks torch whether the device exists."""
     if not re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", word):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 …, found {shown(word)}")
     return word
 
 
 def read_json(word: str) -> Any:
-    """JSON given as an argument; raises A3Error where it is none, or has numbers that are none."""
+    """JSON given as an argument; raises A3Error if it is not JSON or contains NaN or Infinity."""
     try:
         return json.loads(word, parse_constant=refuse_constant)
     # Numbers of thousands of digits, and endless nesting.
@@ -117,7 +116,7 @@ def read_json(word: str) -> Any:
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """NaN and Infinity are no JSON, though Python reads them."""
+    """Refuse NaN and Infinity, which are not JSON, although Python reads them."""
     raise ValueError(f"{name} is no number")
 
 
@@ -129,10 +128,10 @@ def shown(word: str) -> str:
 def rows(
     *columns: str, others: tuple[str, ...] | None = None, least: int = 1
 ) -> Callable[[str], list[dict[str, str]]]:
-    """JSON of the rows of a table: each has all of `columns`, and none but them and `others`.
+    """JSON of the rows of a table: each has all of `columns` and possibly some of `others`.
 
-    Without `others` there may be any. Values are text; numbers become text. There are at `least`
-    so many rows.
+    If `others` is None, any other columns are allowed. Values are text; numbers become text. There
+    must be at least `least` rows.
     """
 
     def read(word: str) -> list[dict[str, str]]:
@@ -179,7 +178,7 @@ def jobs(word: str) -> list[dict[str, Any]]:
 
 
 def wrong_job(job: Any) -> str | None:
-    """What is wrong with one job; None where nothing is."""
+    """What is wrong with one job; None if it is valid."""
     if not isinstance(job, dict) or not {"model", "stage", "settings"} <= job.keys():
         return "each has model, stage and settings"
     if job.keys() - {"model", "stage", "settings", "count"} or not isinstance(job["model"], str):

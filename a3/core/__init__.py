@@ -1,1 +1,1 @@
-"""Errors, files, provenance, dtypes, memory: what knows nothing of models."""
+"""Code that does not depend on models: errors, files, provenance, dtypes, memory."""

@@ -4,13 +4,13 @@ from a3.core.errors import A3Error
 
 
 def require_device(name: str, dtype: str) -> None:
-    """Raise A3Error where there is no such device, or it does not compute in the dtype."""
+    """Raise A3Error if the device does not exist or cannot compute in the dtype."""
     import torch
 
     try:
         x = torch.ones(2, 2, dtype=getattr(torch, dtype), device=name)
         (x @ x).sum().item()
-    # What torch says of devices that are not there is of many types.
+    # torch raises many types of exceptions for missing devices.
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise A3Error(

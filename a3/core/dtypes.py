@@ -1,4 +1,4 @@
-"""Types of numbers and their bytes, in a module of its own that imports nothing."""
+"""Number types and their sizes in bytes; this module imports nothing."""
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -2,4 +2,4 @@
 
 
 class A3Error(Exception):
-    """A user-correctable error: says which file, key or layer; found; expected; what to do."""
+    """A user-correctable error: names the file, key or layer, and says what to do."""

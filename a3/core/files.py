@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their content hashes."""
+"""Atomic writing of files and folders, and their content hashes."""
 
 import errno
 import hashlib
@@ -18,17 +18,17 @@ from a3.core.errors import A3Error
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# The key of a record under which the hash of all its other keys stands.
+# A record's key for the hash of all its other keys.
 SEAL = "sha256"
 
-# What says of a folder, under "files", which content a stage wrote.
+# Records that list, under "files", the content that a stage wrote to a folder.
 RECORDS = ("arch.json", "approx.json", "train.json", "export.json")
 
-# In every folder that a stage made: its stage and files once more, for a record that is gone.
-# Snakemake deletes the records, which are outputs, before it has a stage make a folder again.
+# Every folder that a stage made has this copy of its stage and files. Snakemake deletes the
+# records, which are outputs, before it repeats a stage.
 HIDDEN_SEAL = ".a3.json"
 
-# Files of fewer bytes are hashed anew each time.
+# Smaller files are hashed each time; larger ones use the cache.
 SMALL = 2**20
 
 # Hash by device, inode, size and time of change.
@@ -37,10 +37,10 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` only when the block succeeds.
+    """Yield a temporary path beside `path`; rename it to `path` only if the block succeeds.
 
-    The name is unique to the process, so that two writers never share a half-written file.
-    Raises A3Error when the disk is full or the folder cannot be written; nothing is left behind.
+    The temporary name is unique to the process, so two writers never share a partial file. Raises
+    A3Error if the disk is full or the folder cannot be written; no file is left behind.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class Seal(NamedTuple):
-    """How a folder says which stage wrote it: the name of its record, and that record's stage."""
+    """Identifies the stage that wrote a folder: the name of the folder's record, and its stage."""
 
     record: str
     stage: str
@@ -73,13 +73,14 @@ class Seal(NamedTuple):
 
 @contextmanager
 def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it replaces `path` only when the block succeeds.
+    """Yield a temporary folder beside `path`; it replaces `path` only if the block succeeds.
 
-    Only a folder that is empty or has the `seal`, and nothing in it that its record does not name
-    (HIDDEN_SEAL, where the record was deleted), is replaced, and never one that is, holds or lies
-    in a model folder that it is made `of`. Of several writers at once, the last to be done wins,
-    whole. Raises A3Error otherwise, when the disk is full or the folder cannot be written; its
-    message names `path` and not the temporary folder. Nothing is left behind.
+    An existing folder is replaced only if it is empty, or if it has the `seal` and contains only
+    files that its record (or HIDDEN_SEAL, if the record was deleted) names. A folder that is,
+    contains or lies in one of the model folders `of` is never replaced. If several writers run at
+    once, the folder of the last one to finish stays. Raises A3Error for other folders, if the disk
+    is full, and if the folder cannot be written. The message names `path`, not the temporary
+    folder. No file is left behind.
     """
     require_apart(path, of, whole=True)
     require_replaceable(path, seal)
@@ -97,7 +98,7 @@ def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) 
             seal_folder(temporary, seal.record)
         for made in (temporary, *temporary.iterdir()):
             permit(made)
-        # Hours may have passed.
+        # Check again: hours may have passed.
         require_replaceable(path, seal)
         replace_folder(temporary, path)
     except BaseException as error:
@@ -110,10 +111,10 @@ def whole_folder(path: Path, seal: Seal | None = None, of: Iterable[Path] = ()) 
 
 @contextmanager
 def hidden_folder(path: Path, known: Mapping[str, Path | str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which is removed at the end.
+    """Yield a temporary folder beside `path` and remove it at the end.
 
-    Errors name what the user knows: for each of the names of `known` in the folder its value, and
-    for all else `path`.
+    Error messages use paths that the user knows. For a file named in `known` that is its value, for
+    all other files it is `path`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ def hidden_folder(path: Path, known: Mapping[str, Path | str]) -> Iterator[Path]
 
 @contextmanager
 def named(places: Mapping[Path, Path | str]) -> Iterator[None]:
-    """Let errors name each temporary place, and what is in it, by what the user knows it by."""
+    """Replace temporary paths in error messages by the paths that the user knows."""
     try:
         yield
     except A3Error as error:
@@ -144,10 +145,11 @@ def named(places: Mapping[Path, Path | str]) -> Iterator[None]:
 
 
 def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
-    """Raise A3Error where writing `path` would change what it is made `of`, or the place is none.
+    """Raise A3Error if writing `path` would change its inputs `of`, or if it is no valid path.
 
-    Links and `..` are followed. It may be none of `of`, and lie in none of these that are folders.
-    A `whole` folder may hold none of them, and not be or hold the working folder.
+    Links and `..` are resolved. `path` must not be one of `of`, nor lie in a folder of `of`. If
+    `path` is a `whole` folder, it must not contain any of `of`, and must not be or contain the
+    working folder.
     """
     require_place(path)
     target = path.resolve()
@@ -169,10 +171,10 @@ def require_apart(path: Path, of: Iterable[Path], whole: bool) -> None:
 
 
 def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
-    """Each link in or at `source`, and each place that it leads through: links of links, too."""
+    """Each link in or at `source`, and each path on the way to its target, for chains of links."""
     for link in (source, *source.rglob("*")):
         step, seen = link, set()
-        while step.is_symlink() and step not in seen:  # some are loops
+        while step.is_symlink() and step not in seen:  # some links form loops
             seen.add(step)
             to = step.parent / step.readlink()
             step = to.parent.resolve() / to.name
@@ -180,7 +182,7 @@ def links_in(source: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def require_place(path: Path) -> None:
-    """Raise A3Error where no file or folder can be made at `path`, whatever is there now."""
+    """Raise A3Error if `path` is not a possible path of a file or folder."""
     try:
         if path.is_symlink():
             raise A3Error(
@@ -191,11 +193,11 @@ def require_place(path: Path) -> None:
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
         there = next((folder for folder in resolved.parents if folder.exists()), resolved)
         longest = os.pathconf(there, "PC_NAME_MAX")
-        # What is written has a longer name at first.
+        # The temporary name is longer than the final one.
         names = [*resolved.relative_to(there).parts[:-1], f".{path.name}.timing.json.12345678"]
         if any(len(os.fsencode(name)) > longest for name in names):
             raise A3Error(f"{path}: the name is too long. Name a shorter one.")
-    except (OSError, RuntimeError) as error:  # loops of links are of type RuntimeError
+    except (OSError, RuntimeError) as error:  # loops of links raise RuntimeError
         reason = error.strerror if isinstance(error, OSError) else error
         raise A3Error(f"{path}: cannot write: {reason}. Name another path.") from error
     if not there.is_dir():
@@ -205,9 +207,9 @@ def require_place(path: Path) -> None:
 
 
 def require_replaceable(path: Path, seal: Seal | None) -> None:
-    """Raise A3Error unless `path` is free, an empty folder, or one with the seal and no more.
+    """Raise A3Error unless `path` is free, an empty folder, or a sealed one without other files.
 
-    Another writer of the same stage may replace the folder meanwhile: then it is looked at again.
+    If another writer of the same stage replaces the folder meanwhile, it is checked again.
     """
     while True:
         before = inode(path)
@@ -222,17 +224,17 @@ def require_replaceable(path: Path, seal: Seal | None) -> None:
 
 
 def inode(path: Path) -> tuple[int, int] | None:
-    """What tells a folder from one that is put in its place; None where there is none."""
+    """Identifies a folder, so that a replacement is noticed; None if there is no folder."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return None
-    # Numbers are used again.
+    # The system reuses inode numbers, so compare the time as well.
     return found.st_ino, found.st_ctime_ns
 
 
 def why_kept(path: Path, seal: Seal | None) -> str | None:
-    """Why a folder may not be replaced; None where it may."""
+    """Why a folder may not be replaced; None if it may."""
     if not path.is_dir():
         return "a file or link, expected a folder or nothing"
     found = sorted(path.iterdir())
@@ -255,21 +257,21 @@ def why_kept(path: Path, seal: Seal | None) -> str | None:
             read_record(one)
         elif name not in files or one.is_dir():
             return f"and holds {name}, which {seal.record} does not name"
-        # A link holds nothing: what it points to stays.
+        # A link has no content of its own, and its target stays.
         elif not one.is_symlink() and sha256(one) != files[name]:
             return f"and {name} in it was changed since it was written"
     return None
 
 
 def seal_folder(path: Path, record: str) -> None:
-    """Say once more, in a hidden file, what a folder's record says of its stage and files."""
+    """Copy the stage and files in a folder's record to a hidden file."""
     said = read_record(path / record)
     kept = {"provenance": {"stage": said["provenance"]["stage"]}, "files": said["files"]}
     write_record(path / HIDDEN_SEAL, kept)
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`, again and again while other writers put their own there."""
+    """Rename `new` to `path`; repeat while other writers put their folder there."""
     while True:
         try:
             new.replace(path)
@@ -277,7 +279,7 @@ def replace_folder(new: Path, path: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # A folder is in the way. Renamed, it is nobody else's: no writer deletes another's files.
+        # Rename the existing folder first, so that no writer deletes the files of another.
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             path.replace(aside)
@@ -288,7 +290,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def permit(path: Path) -> None:
-    """Give a file or folder the usual permissions: those of temporary files are private."""
+    """Give a file or folder the usual permissions; temporary files are private by default."""
     umask = os.umask(0)
     os.umask(umask)
     if not path.is_symlink():
@@ -298,7 +300,7 @@ def permit(path: Path) -> None:
 def is_disk_error(error: BaseException) -> bool:
     """Whether `error` says that the disk is full or a quota is used up.
 
-    safetensors reports it in an exception of its own, with the code in its text.
+    safetensors raises its own exception, with the error code only in the text.
     """
     if isinstance(error, OSError):
         return error.errno in DISK_ERRORS
@@ -309,18 +311,18 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, whole or not at all."""
+    """Write `value` atomically as indented JSON with sorted keys."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises A3Error that names the file when it is missing or not JSON."""
+    """Read a JSON file; raises A3Error that names the file if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise A3Error(f"{path}: no such file. Correct the path.") from None
-    # Beside what is not JSON or UTF-8: numbers of thousands of digits, and endless nesting.
+    # Raised for bad JSON or UTF-8, numbers of thousands of digits, and very deep nesting.
     except (ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid JSON ({error}). Delete it and build it again.") from error
     except OSError as error:
@@ -333,13 +335,13 @@ def load_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise A3Error(f"{path}: no such file. Correct the path.") from None
-    # Not UTF-8 and dates that there are not are of type ValueError.
+    # ValueError is raised for text that is not UTF-8 and for impossible dates.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise A3Error(f"{path}: not valid YAML: {error}") from error
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record with its seal as `write_json` does; A3Error where it is no record's place."""
+    """Write a record with its seal, like `write_json`; raises A3Error if `path` is not allowed."""
     if path.exists() and SEAL not in (read_json(path) if is_json(path) else {}):
         raise A3Error(f"{path}: exists already, and is not a record of a3. Name another path.")
     write_json(path, seal(record))
@@ -362,7 +364,7 @@ def seal(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def unseal(record: Any, path: Path) -> dict[str, Any]:
-    """The record, seal included; raises A3Error where it is not the one that was written."""
+    """The record, including its seal; raises A3Error if its content has changed since."""
     if not isinstance(record, dict) or SEAL not in record:
         found = f"no {SEAL}" if isinstance(record, dict) else type(record).__name__
         raise A3Error(
@@ -379,12 +381,12 @@ def unseal(record: Any, path: Path) -> dict[str, Any]:
 
 
 def content_hash(record: dict[str, Any]) -> str:
-    """Hex SHA-256 of a record as JSON, however it is spaced on disk."""
+    """Hex SHA-256 of a record's content; white space on disk does not matter."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content; of a large one only once while it stays as it is."""
+    """Hex SHA-256 of a file's content; a large file is hashed again only if it has changed."""
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if stat.st_size < SMALL or key not in _hashes:

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, and a refusal of what cannot fit into it."""
+"""How much memory this process may still use, and a check that a task fits into it."""
 
 import resource
 from pathlib import Path
@@ -7,7 +7,7 @@ from a3.core.errors import A3Error
 
 GIB = 2**30
 
-# Control groups of versions 1 and 2: the controller, and its files of limit and use.
+# Control groups of versions 1 and 2: the controller, and its files for limit and usage.
 CGROUPS = (
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ("", "memory.max", "memory.current"),
@@ -15,7 +15,7 @@ CGROUPS = (
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
-    """Raise A3Error where `needed` bytes for `what` are more than is at hand."""
+    """Raise A3Error if `what` needs more bytes (`needed`) than are available."""
     at_hand = memory_at_hand()
     if needed > at_hand:
         raise A3Error(
@@ -25,7 +25,7 @@ def require_memory(needed: int, what: str, advice: str) -> None:
 
 
 def memory_at_hand() -> int:
-    """Bytes that this process may still take, by machine, control group and its own limits."""
+    """Bytes that this process may still use, by limits of machine, control group and process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     left = [int(lines["MemAvailable"].split()[0]) * 1024]
     left += [limit - used for limit, used in map(group_memory, CGROUPS) if limit]
@@ -46,7 +46,7 @@ def group_memory(names: tuple[str, str, str]) -> tuple[int | None, int]:
         if controllers == controller:
             folder = Path("/sys/fs/cgroup", controller, path.lstrip("/"))
             text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
-            # Version 1 writes a number near 2^63 where there is no limit.
+            # Version 1 writes a number near 2^63 if there is no limit.
             if text != "max" and int(text) < 2**60:
                 return int(text), int((folder / used).read_text())
     return None, 0

@@ -1,6 +1,6 @@
-"""Progress bars, and what a stage says: a caller in Python can turn both off.
+"""Progress bars and messages of stages; a caller in Python can turn both off.
 
-A stage draws its progress with `Bar` and says everything else through `LOG`. The command line
+A stage shows progress with `Bar` and sends all messages to `LOG`. The command line
 shows both; in Python bars are shown unless `progress=False`, and messages go to the logger "a3",
 which prints nothing unless the program configures it.
 """
@@ -41,7 +41,7 @@ class Terminal(logging.Handler):
     """Writes messages between progress bars: warnings to stderr, all else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message; the streams are those of this moment, which tests replace."""
+        """Write one message to the current sys.stdout or sys.stderr, which tests replace."""
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         Bar.write(record.getMessage(), file=stream)
         stream.flush()
@@ -49,7 +49,7 @@ class Terminal(logging.Handler):
 
 @contextmanager
 def on_terminal() -> Iterator[None]:
-    """Show what stages say inside the block, as the command line does."""
+    """Print the messages of stages inside the block, as the command line does."""
     handler, level, propagate = Terminal(), LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)

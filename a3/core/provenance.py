@@ -1,4 +1,4 @@
-"""What made an artifact: a fingerprint of the sources of its stage, and the library versions."""
+"""Provenance of an artifact: a fingerprint of its stage's source code, and library versions."""
 
 import ast
 import hashlib
@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
 def _imports(path: Path) -> set[str]:
-    """Names of a3 modules that a file imports, at any depth of it, by whole or relative names."""
+    """Names of a3 modules that a file imports, also inside functions and by relative names."""
     names: set[str] = set()
     folders = ["a3", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -27,7 +27,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _path(module: str) -> Path | None:
-    """The file of a module of a3, or None where the name is not a module (a function, say)."""
+    """The file of a module of a3, or None if the name is not a module (a function, say)."""
     base = PACKAGE.joinpath(*module.split(".")[1:])
     candidates = (base.with_suffix(".py"), base / "__init__.py")
     return next((path for path in candidates if path.is_file()), None)
@@ -50,13 +50,13 @@ def sources(module: str) -> tuple[Path, ...]:
 
 @cache
 def fingerprint(*modules: str) -> str:
-    """Hash of the sources of a stage, and of what it loads otherwise than by importing it.
+    """Hash of the source files of a stage, including code that it loads without an import.
 
     Equal fingerprints mean the same code (16 hex digits). Snakemake does not follow Python imports,
-    so every rule carries this as a parameter. Code that is loaded by name (the compressed model's,
-    by transformers) is no import that could be followed: a stage names it in an import of its own,
-    or here. tests/artifacts/test_fingerprints.py compares each
-    stage with the modules that it has loaded at its end.
+    so every rule has the fingerprint as a parameter. Code that is loaded by name, as transformers
+    loads the compressed model, cannot be found by following imports. A stage therefore imports it
+    explicitly, or it is listed here. tests/artifacts/test_fingerprints.py compares each fingerprint
+    with the modules that the stage has really loaded.
     """
     digest = hashlib.sha256()
     for path in sorted({path for module in modules for path in sources(module)}):
@@ -71,7 +71,7 @@ def fingerprint(*modules: str) -> str:
 def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
     """The record that every artifact carries: stage, code fingerprint, versions and settings.
 
-    The first of the modules is the stage's, which has their last name.
+    The first module is that of the stage, and the last part of its name is the stage's name.
     """
     return {
         "stage": modules[0].rsplit(".", 1)[-1],

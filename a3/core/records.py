@@ -1,4 +1,4 @@
-"""Sealed JSON records, and what was recorded beside a file."""
+"""Sealed JSON records, and the records beside files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Record:
 
 
 def timing(path: Path) -> Path:
-    """The seconds beside a result: X.json has X.timing.json, approx.json has timing.json."""
+    """The timing record beside a result: X.timing.json for X.json, timing.json for approx.json."""
     if path.name == "approx.json":
         return path.with_name("timing.json")
     return path.with_name(f"{path.stem}.timing.json")

@@ -1,4 +1,4 @@
-"""Work in several shards: "0of4" to "3of4" of a number of blocks or layers."""
+"""Splits blocks or layers into shards, which are named "0of4" to "3of4"."""
 
 import re
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from a3.core.errors import A3Error
 
-# Files of weights are at most so large where a layer is not larger; a job holds one of them.
+# Largest size of a file of weights, unless a single layer is larger; a job holds one in memory.
 LARGEST_SHARD = 2**30
 
 
 def share(count: int, shard: str, what: str) -> range:
-    """The run of `count` things that is one shard; runs are as even as can be.
+    """The range of `count` items that belongs to a shard; ranges are as equal as possible.
 
-    Raises A3Error for another spelling, a number out of range, and more shards than there are
-    things, which `what` names.
+    Raises A3Error for another spelling, a number out of range, and more shards than items; `what`
+    names the items in the message.
     """
     found = re.fullmatch(r"(0|[1-9]\d*)of([1-9]\d*)", shard)
     index, shards = (int(group) for group in found.groups()) if found else (0, 0)

@@ -1,1 +1,1 @@
-"""What a configuration asks for: its rows, the catalogue, the paper's tables."""
+"""The configuration, the rows of experiment tables, the catalogue, and the paper's tables."""

@@ -1,4 +1,4 @@
-"""The workflow's configuration: validated against its schema, joined with the catalogue.
+"""Reads the workflow's configuration: validates it against the schema and adds the catalogue.
 
 Read by the Snakefile at every start, so nothing heavy is imported here.
 """
@@ -21,13 +21,13 @@ CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 # A link, so that an installed a3 has it too.
 SCHEMA = Path(__file__).parent / "config.schema.yaml"
 
-# What the catalogue has entries of.
+# Sections of the catalogue.
 SECTIONS = ("models", "texts", "perplexity", "harness", "quantisations")
 
-# Folders in which each entry of a section has one of its own.
+# For each section, the folder with one subfolder per entry.
 MADE = {"models": "models", "trained": "models", "texts": "texts", "items": "harness"}
 
-# A whole number has no point: 512.0 would pass for a number of tokens, and break what counts them.
+# Refuse floats as integers: 512.0 would pass as a number of tokens and fail later.
 STRICT = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
     type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
@@ -48,7 +48,7 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
     )
     if not errors:
         return
-    # Of alternatives (`oneOf`), the one that came closest says what is wrong.
+    # With alternatives (`oneOf`), report the error of the closest one.
     error = jsonschema.exceptions.best_match(errors)
     where = ".".join(str(key) for key in error.absolute_path) or "the top level"
     if error.validator == "additionalProperties":
@@ -69,15 +69,15 @@ def validate(config: Any, schema: dict[str, Any], what: str = "config") -> None:
 
 
 def validate_entry(entry: Any, name: str, what: str) -> None:
-    """Raise A3Error unless this is what the config calls a `name`: model, text, quantisation …"""
+    """Raise A3Error unless this is a valid entry of type `name`: model, text, quantisation …"""
     definitions = load_yaml(SCHEMA)["$defs"]
     validate(entry, {"$ref": f"#/$defs/{name}", "$defs": definitions}, what)
 
 
 def require_plain(value: Any, where: str, what: str) -> None:
-    """Raise A3Error for a key that is no text, as all keys of ours are, and for NaN and infinity.
+    """Raise A3Error for a key that is not a string, and for NaN and infinity.
 
-    Text is of characters that a path can have: neither NUL nor half a surrogate pair.
+    Strings must be usable in paths: neither NUL nor unpaired surrogates.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -96,8 +96,8 @@ def require_plain(value: Any, where: str, what: str) -> None:
 def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """Validate, add the catalogue's entries, and check that every name is defined.
 
-    Returns a new dictionary in which each calibration, perplexity and harness entry has all of
-    its keys (the schema's defaults where the file says nothing).
+    Returns a new dictionary in which each calibration, perplexity and harness entry has all of its
+    keys (with the schema's defaults for missing ones).
     """
     validate(config, schema)
     catalogue = load_yaml(CATALOGUE)
@@ -152,7 +152,7 @@ def defined(what: str, name: str, table: dict[str, Any], where: str) -> None:
 
 
 def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
-    """Raise A3Error where a source is or lies in what the workflow makes, of whatever entry."""
+    """Raise A3Error if a source lies in a folder that the workflow writes, for any entry."""
     path = config[section][name]["source"].get("path")
     if path is None:
         return
@@ -168,9 +168,9 @@ def check_outside(section: str, name: str, config: dict[str, Any]) -> None:
 
 
 def check_models_made(config: dict[str, Any]) -> None:
-    """Raise A3Error where a model's folder is there that no stage made.
+    """Raise A3Error if a model's folder exists that no stage made.
 
-    Snakemake deletes its config.json before a stage can refuse to write there.
+    Snakemake would delete its config.json before a stage could refuse to write there.
     """
     for name in config["models"]:
         made = Path(config["results"], "models", name)
@@ -182,7 +182,7 @@ def check_models_made(config: dict[str, Any]) -> None:
 
 
 def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ()) -> None:
-    """Raise A3Error where a mixture is of itself or of texts not defined, or its sum is not 1."""
+    """Raise A3Error if a mixture contains itself or undefined texts, or its sum is not 1."""
     shares = texts[name]["source"].get("mix", {})
     where = f"texts.{name}.source.mix"
     if shares and abs(sum(shares.values()) - 1) > 1e-6:
@@ -197,13 +197,13 @@ def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ())
 
 
 def members_of(name: str, texts: dict[str, Any]) -> list[str]:
-    """The texts that a text is a mixture of, at any depth; itself where it is none."""
+    """The texts in a mixture, at any depth; the text itself if it is not a mixture."""
     mix = texts[name]["source"].get("mix", {})
     return [member for other in mix for member in members_of(other, texts)] if mix else [name]
 
 
 def excluded(name: str, texts: dict[str, Any]) -> list[str]:
-    """The texts that a text excludes; of a mixture, all that it is of."""
+    """The texts that a text excludes; an excluded mixture counts as all its members."""
     found = [
         member for other in texts[name].get("exclude", []) for member in members_of(other, texts)
     ]
@@ -211,7 +211,7 @@ def excluded(name: str, texts: dict[str, Any]) -> list[str]:
 
 
 def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raise A3Error where a model is made from a text or model that is not there."""
+    """Raise A3Error if a model is made from a text or model that is not defined."""
     if "train" in source:
         text = source["train"]["text"]
         defined("text", text, config["texts"], f"models.{name}.source.train.text")
@@ -233,6 +233,6 @@ def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def prefer_own_scripts() -> None:
-    """Let rules find the `a3` of the environment that runs Snakemake, activated or not."""
+    """Make rules use the `a3` of the environment that runs Snakemake, activated or not."""
     scripts = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join((scripts, os.environ["PATH"]))

@@ -1,4 +1,4 @@
-"""Entries of the catalogue, and what else names a model, a text or a recipe."""
+"""Finds the entry for a name: from the catalogue, a local path, or the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
 
-# Of each section of the catalogue: what an entry is called in the config, and what else is one.
+# For each section of the catalogue: the word for an entry, and other values that are allowed.
 SECTIONS = {
     "models": ("model", "a folder, a .gguf file"),
     "texts": ("text", "a file or folder of text"),
@@ -21,8 +21,8 @@ LONGEST = 80
 def find_entry(name: str, section: str) -> dict[str, Any]:
     """The entry of the catalogue for what a user calls a model, a text or a recipe.
 
-    A local path, a name of the catalogue, or owner/name@revision; raises A3Error where it is
-    nothing of these.
+    A local path, a name from the catalogue, or owner/name@revision; raises A3Error for anything
+    else.
     """
     _, local = SECTIONS[section]
     catalogue = load_yaml(CATALOGUE)[section]
@@ -46,7 +46,7 @@ def find_entry(name: str, section: str) -> dict[str, Any]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; a name that is too long is none."""
+    """Whether the file or folder exists; False for a name that is too long."""
     try:
         return path.exists()
     except OSError:

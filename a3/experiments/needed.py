@@ -1,4 +1,4 @@
-"""What the workflow needs for the rows of a table: statistics, results, command options."""
+"""What rows of a table need: statistics, results, and options of commands."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ BOS_OPTIONS = {True: "--bos", False: "--no-bos", "once": "--bos-once"}
 
 
 def spectra_are_free(rows: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the rows need the statistics of which spectra are made anyway."""
+    """Whether the rows already need all statistics from which spectra are computed."""
     return set(SPECTRA_KINDS) <= set(kinds_of(rows))
 
 
@@ -31,7 +31,7 @@ def kinds_by_calibration(
 
 
 def is_partly_collected(folder: Path, kinds: Iterable[str]) -> bool:
-    """Whether a folder of Rxx, or one of its shards, has some of these kinds and lacks others."""
+    """Whether a folder of Rxx, or one of its shards, has some of these kinds but not all."""
     wanted = set(kinds)
     for place in (folder, *folder.glob("shards/*")):
         there = {kind for kind in wanted if (place / f"{kind}.safetensors").exists()}
@@ -43,7 +43,7 @@ def is_partly_collected(folder: Path, kinds: Iterable[str]) -> bool:
 def evaluations(
     places: Iterable[Place], results: Path, evaluate: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Every file that a table of these rows is made of: weights' records, scores and texts."""
+    """Every input file of a table of these rows: records of weights, scores and texts."""
     found: list[Path] = []
     for place in places:
         found.append(place.weights(results))
@@ -57,7 +57,7 @@ def evaluations(
 def option_words(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Options of the command line from an entry: {"block_length": 8} gives --block-length 8.
 
-    Keys that the entry lacks and flags that are false give none.
+    Missing keys and false flags give no option.
     """
     words: list[str] = []
     for name in names:
@@ -69,7 +69,7 @@ def option_words(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         elif isinstance(value, bool):
             words += [option] if value else []
         elif name in ("apply_chat_template", "system_instruction") and name in entry:
-            # Text of the user's may begin with a hyphen.
+            # The user's text may begin with a hyphen.
             words.append(f"{option}={value}")
         elif name in entry:
             words += [option, str(value)]

@@ -1,8 +1,8 @@
-"""The paper's tables: what each published figure is of, and which results of ours answer to it.
+"""The paper's tables: what each published number measures, and which of our results match it.
 
-`config/paper.yaml` holds what the tables share, `config/paper/<table>.yaml` one table or figure,
-and `config/paper/published/` the paper's figures as they are. Read by the Snakefile at every start,
-so nothing heavy is imported here.
+`config/paper.yaml` has what all tables share. `config/paper/<table>.yaml` describes one table or
+figure, and `config/paper/published/` has the published numbers. Read by the Snakefile at every
+start, so nothing heavy is imported here.
 """
 
 import csv
@@ -22,7 +22,7 @@ from a3.solutions.modes import COMPONENTS, DENSE
 # Sections of the workflow's configuration that paper.yaml adds to.
 SECTIONS = ("models", "texts", "calibrations", "perplexity", "harness", "speed")
 
-# Kinds of measures that are read from entries of a section.
+# Quantities whose results are read from entries of a config section.
 SECTION_OF = {"perplexity": "perplexity", "delta": "perplexity", "accuracy": "harness"}
 
 SPEED = ("prefill", "decode", "memory", "flops")
@@ -30,10 +30,11 @@ SPEED = ("prefill", "decode", "memory", "flops")
 
 @dataclass(frozen=True)
 class Row:
-    """What tells the rows of a model apart, in the paper's words.
+    """The keys that distinguish rows of one model, in the paper's terms.
 
-    `setting` is the attention implementation of a runtime, or the tokens read and written of a
-    decoding; `baseline` the dense model's tokens a second, which a decoding is compared with.
+    `setting` is the attention implementation of a runtime measurement, or the numbers of prompt and
+    generated tokens of a decoding measurement. `baseline` is the dense model's tokens per second,
+    with which decoding is compared.
     """
 
     component: str = "all"
@@ -49,7 +50,7 @@ KEYS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table: of a model (the paper's name, or ours), a row and a measure.
+    """One number of a table: its model (by the paper's name or ours), row and measure.
 
     A measure is a quantity and a name: `perplexity wikitext2`, `seconds qk`.
     """
@@ -65,7 +66,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of what: a text, a task, a component."""
+        """What it is measured on: a text, a task or a component."""
         return self.measure.partition(" ")[2]
 
     def agrees(self, where: dict[str, str]) -> bool:
@@ -76,10 +77,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A figure of ours: the cell, the row of results, and the entry that it is read from.
+    """One of our numbers: the cell, the row of results, and the entry from which it is read.
 
-    `timed` is the row whose record of speed it stands in: a compressed one, which has the dense
-    model's too.
+    `timed` is the row whose speed record has the number: a compressed row, whose record also has
+    the dense model's speed.
     """
 
     cell: Cell
@@ -88,7 +89,7 @@ class Wanted:
     timed: Place
 
     def files(self, results: Path) -> list[Path]:
-        """The results that it is read from; each model's dense ones are needed as well."""
+        """The results from which it is read; each model's dense results are needed as well."""
         quantity, place = self.cell.quantity, self.place
         if quantity in ("perplexity", "delta"):
             return [place.perplexity(results, self.entry)]
@@ -128,7 +129,7 @@ class Table:
         return own.pop("measure"), own
 
     def _published(self) -> Iterator[tuple[Cell, float]]:
-        """Every figure of the csv; raises A3Error for one that is there twice."""
+        """Every number of the csv; raises A3Error for duplicates."""
         spec, seen = self.spec, set()
         with self.source.open(newline="", encoding="utf-8") as stream:
             for line in csv.DictReader(stream):
@@ -151,10 +152,10 @@ class Table:
                         yield cell, number(value)
 
     def rows_of(self, name: str | None) -> list[tuple[Row, list[str]]]:
-        """Rows with their measures: those published of a model, or of any where it has no name.
+        """Rows with measures: those published for a model, or for any if it has no name.
 
-        With the further rows and measures of the table, and the dense model where its own figure
-        is not 0 or 1 by definition.
+        Includes the table's further rows and measures, and the dense model unless its value is 0 or
+        1 by definition.
         """
         found: dict[Row, dict[str, None]] = {}
         quantities = {measure.partition(" ")[0] for measure, _ in self.measures}
@@ -175,7 +176,7 @@ class Table:
 
 
 def number(text: str) -> float:
-    """A figure; minutes and seconds (46:55) become seconds."""
+    """A number; minutes and seconds (46:55) become seconds."""
     minutes, colon, seconds = text.partition(":")
     return 60 * float(minutes) + float(seconds) if colon else float(text)
 
@@ -197,7 +198,7 @@ class Paper:
         return config | {s: entries | config.get(s, {}) for s, entries in own.items()}
 
     def model(self, name: str) -> dict[str, Any]:
-        """A model's entry; raises A3Error, listing those there are, for an unknown one."""
+        """A model's entry; for an unknown model raises A3Error, which lists the known ones."""
         if name not in self.models:
             raise A3Error(
                 f"paper: {name!r} is not among the models of {self.path}: "
@@ -210,7 +211,7 @@ class Paper:
         return self.spec["protocols"][self.model(model).get("protocol", "paper")]
 
     def why_not(self, table: Table, model: str | None, row: Row) -> str | None:
-        """Why a row of a model (None: one without an entry) is not built; None where it can be."""
+        """Why a row of a model (None: a model without an entry) cannot be built; None if it can."""
         if table.not_built or model is None:
             return table.not_built or "no such model in config/paper.yaml"
         entry = self.model(model)
@@ -233,7 +234,7 @@ class Paper:
         return Place(model) if place.is_dense or row.ratio == "0" else place
 
     def wanted(self, table: Table, model: str) -> list[Wanted]:
-        """Every figure of a table that a model's group of rows can have; [] where it has none."""
+        """Every number of a table that a model's group of rows can have; [] if there is none."""
         entry, protocol = self.model(model), self.protocol(model)
         found: list[Wanted] = []
         for row, measures in table.rows_of(entry.get("paper")):
@@ -262,7 +263,7 @@ class Paper:
         ]
 
     def files(self, table: Table, model: str, results: Path) -> list[Path]:
-        """The results that a model's group of rows is made of, the dense ones included."""
+        """The results from which a model's group of rows is made, including the dense ones."""
         found = {Place(model).weights(results): None}
         for one in self.wanted(table, model):
             if one.cell.quantity in SECTION_OF:
@@ -271,11 +272,11 @@ class Paper:
         return list(found)
 
     def models_of(self, table: Table, chosen: list[str]) -> list[str]:
-        """Those of the chosen models that have rows in a table."""
+        """The chosen models that have rows in a table."""
         return [name for name in chosen if self.wanted(table, name)]
 
     def kinds(self) -> list[str]:
-        """Statistics that the paper's own modes read, of any kind of attention."""
+        """Statistics that the paper's modes read, for all attention types."""
         modes = self.spec["methods"]["a3"].values()
         return kinds_of([dict(zip(COMPONENTS, m, strict=True)) | {"ratio": "0"} for m in modes])
 
@@ -287,7 +288,7 @@ class Paper:
 
 
 def own_measures(measures: list[str], protocol: dict[str, dict[str, str]]) -> list[str]:
-    """The measures that a protocol knows; where it knows none of a quantity, its own instead."""
+    """The measures that a protocol has; for a quantity without any, the protocol's own measures."""
     found: dict[str, None] = {}
     for measure in measures:
         quantity, _, name = measure.partition(" ")

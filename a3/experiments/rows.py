@@ -16,12 +16,12 @@ COLUMNS = ("model", "calibration", *COMPONENTS, "ratio")
 
 SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
 
-# Of tables with quantised rows one more.
+# Tables with quantised rows have one more column.
 QUANTISE = "quantise"
 
 
 def texts_seen(row: dict[str, str], config: dict[str, Any]) -> dict[str, str]:
-    """Texts that calibration or training has used for one row: what used it, and its name."""
+    """Texts that a row has used for calibration or training: the use, and the text's name."""
     calibration = row["calibration"]
     seen = {f"calibration {calibration!r}": config["calibrations"][calibration]["text"]}
     model = row["model"]
@@ -45,7 +45,7 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         check_row(row, config, where)
-        # What a row says, however it is spelled: xkv@0.2 is xkv at the ratio 0.2.
+        # Compare rows by meaning, not by spelling: xkv@0.2 is the same as xkv at ratio 0.2.
         meaning = row["model"], row["calibration"], choose(row), row.get(QUANTISE, PLAIN)
         if meaning in seen:
             raise A3Error(f"{where}: means the same as row {seen.index(meaning) + 1}. Delete one.")
@@ -77,10 +77,10 @@ def read_surgeries(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
 def read_rows(
     path: Path, columns: tuple[str, ...], key: str, optional: str | None = None
 ) -> list[dict[str, str]]:
-    """Rows of a table, each with the keys `columns`, all text; `key` is what the config calls it.
+    """Rows of a table, each with the keys `columns`, all text; `key` is the config's key for it.
 
-    There may be one column more, `optional`. Raises A3Error where the file is missing, not a table,
-    has other columns or no rows.
+    The table may also have the column `optional`. Raises A3Error if the file is missing or not a
+    table, or if it has other columns or no rows.
     """
     try:
         with path.open(newline="") as stream:
@@ -117,7 +117,7 @@ def check_table(
 
 
 def check_reference(rows: list[dict[str, str]], reference: str | None) -> None:
-    """Raise A3Error where the method that rows are compared to is that of none of them."""
+    """Raise A3Error if no row has the method with which all rows are to be compared."""
     methods = sorted({Place(**row).method for row in rows})
     if reference is not None and reference not in methods:
         raise A3Error(
@@ -139,7 +139,7 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
 
 
 def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None:
-    """Raise A3Error for a model or calibration not defined, or text that is seen and scored."""
+    """Raise A3Error for an undefined model or calibration, or if a scored text was already seen."""
     try:
         defined("model", row["model"], config["models"], "model")
         defined("calibration", row["calibration"], config["calibrations"], "calibration")
@@ -154,10 +154,10 @@ def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None
 
 
 def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str, Any]) -> None:
-    """Raise A3Error where an entry is scored on a text that was `seen`, and does not leave it out.
+    """Raise A3Error if an entry scores a text that was `seen` and does not exclude it.
 
-    A protocol that scores all of a text, as published, leaves nothing out: only the same text is
-    refused there.
+    A published protocol scores all of a text and excludes nothing, so only the same text is refused
+    there.
     """
     entry, texts = config[section][name], config["texts"]
     text = entry.get("text")
@@ -177,12 +177,12 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
 
 
 def kinds_of(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Statistics of dense models that all rows read, sorted."""
+    """Statistics of dense models that the rows read together, sorted."""
     kinds = {kind for row in rows for kind in kinds_needed(choose(row))}
     places = [Place(**row) for row in rows if row.get(QUANTISE, PLAIN) != PLAIN]
     return sorted(kinds.union(*(kinds_to_quantise(place) for place in places if place.is_whole)))
 
 
 def kinds_to_quantise(place: Place) -> list[str]:
-    """Statistics of a row's base that it is quantised by; none where it is not."""
+    """Statistics of a row's base that quantisation reads; empty if the row is not quantised."""
     return parse_quantisation(place.quantise).kinds() if place.is_quantised else []

@@ -1,1 +1,1 @@
-"""Jobs: what they will cost, and cleaning up after a killed run."""
+"""Estimates of the cost of jobs, and clean-up after a killed run."""

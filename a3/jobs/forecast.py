@@ -1,7 +1,7 @@
 """a3 plan: memory, disk, FLOPs and time of jobs, from a model's shapes, before anything runs.
 
-Memory and FLOPs are those of `a3.models.cost`. Time is by this machine's clock: one layer of the
-model with made-up weights is run and solved here once, and multiplied.
+Memory and FLOPs come from `a3.models.cost`. Time is measured: one layer of the model with random
+weights is run and solved once on this machine, and the time is scaled up.
 """
 
 import shutil
@@ -25,7 +25,7 @@ from a3.solutions.plan import Plan
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
 SCORED = 16384
 
-# What tries each stage.
+# The function that estimates each stage.
 STAGES: dict[str, Callable[..., tuple[Cost, int, float]]] = {
     "collect": Trial.collect,
     "allocate": Trial.allocate,
@@ -36,7 +36,7 @@ STAGES: dict[str, Callable[..., tuple[Cost, int, float]]] = {
     "speed": Trial.speed,
 }
 
-# Estimates of memory are within 1.5 times: where this share of one is not there, it cannot do.
+# Memory estimates are at most 1.5 times too high: with less than this share, a job must fail.
 CERTAIN = 1 / 1.5
 
 
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of each of `count` jobs: bytes in memory, bytes that it leaves on disk, FLOPs, seconds."""
+    """For each of `count` jobs: bytes in memory, bytes that it leaves on disk, FLOPs, seconds."""
 
     model: str
     stage: str
@@ -86,7 +86,7 @@ def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> li
 
 
 def forecast(jobs: list[Job]) -> list[Estimate]:
-    """One estimate a job; raises A3Error for a model or mode that a3 would refuse.
+    """One estimate for each job; raises A3Error for a model or mode that a3 would refuse.
 
     Raises TypeError for settings that the stage does not have.
     """
@@ -106,7 +106,7 @@ def forecast(jobs: list[Job]) -> list[Estimate]:
 
 
 def table(estimates: list[Estimate], cores: int) -> str:
-    """What is expected, for people; `cores` jobs run at once."""
+    """The estimates as a readable table; `cores` jobs run at once."""
     frame = pd.DataFrame(
         {
             "model": e.model,
@@ -137,7 +137,7 @@ def minutes(seconds: float) -> str:
 
 
 def refuse(estimates: list[Estimate], results: Path, here: bool) -> None:
-    """Raise A3Error where disk, or (for jobs that run `here`) memory, cannot suffice."""
+    """Raise A3Error if there is not enough disk or, for jobs that run `here`, memory."""
     place = next(p for p in (results.absolute(), *results.absolute().parents) if p.exists())
     disk, free = sum(e.count * e.disk for e in estimates), shutil.disk_usage(place).free
     if disk > free:

@@ -1,7 +1,7 @@
 """After Snakemake was killed: cancel the cluster jobs that it left behind, and unlock its folder.
 
-Slurm's jobs go on without the Snakemake that submitted them, and nothing takes them up again. All
-jobs of one run have the same name, the run ID that stands in Snakemake's log.
+Slurm's jobs continue without the Snakemake that submitted them, and a new Snakemake does not find
+them. All jobs of one run have the same name: the run ID, which is in Snakemake's log.
 """
 
 import re
@@ -16,14 +16,14 @@ import psutil
 from a3.core.errors import A3Error
 from a3.core.progress import LOG
 
-PATIENCE = 120  # seconds for Slurm to end what it was told to cancel
+PATIENCE = 120  # seconds that Slurm has to end cancelled jobs
 
 
 def recover() -> None:
-    """Cancel what runs of the current folder left in Slurm's queue, wait for its end, and unlock.
+    """Cancel jobs that runs of this folder left in Slurm's queue, wait for them, and unlock.
 
-    Raises A3Error where Snakemake has not run here, where it still does (on this machine), where
-    Slurm's commands are missing, or where jobs do not end.
+    Raises A3Error if Snakemake has not run here or is still running (on this machine), if Slurm's
+    commands are missing, or if jobs do not end.
     """
     logs = sorted(Path(".snakemake/log").resolve().glob("*.snakemake.log"))
     if not logs:
@@ -43,16 +43,16 @@ def recover() -> None:
 
 
 def holder(logs: list[Path]) -> int | None:
-    """Process that writes one of the logs, if any."""
+    """The process that is writing one of the logs, if any."""
     for process in psutil.process_iter(["open_files"]):
-        opened = process.info["open_files"] or []  # None where it is another user's
+        opened = process.info["open_files"] or []  # None if it is another user's
         if any(Path(file.path) in logs for file in opened):
             return process.pid
     return None
 
 
 def cancel(runs: list[str]) -> None:
-    """Cancel the jobs of these runs and wait until none is left; A3Error where they stay."""
+    """Cancel the jobs of these runs and wait until none is left; A3Error if some remain."""
     if shutil.which("scancel") is None:
         raise A3Error("scancel not found. Run a3 recover where snakemake ran, on the login node.")
     end = time.monotonic() + PATIENCE
@@ -65,6 +65,6 @@ def cancel(runs: list[str]) -> None:
 
 
 def queued(runs: list[str]) -> list[str]:
-    """IDs of the jobs of these runs that wait, run or end."""
+    """IDs of the jobs of these runs that are pending, running or completing."""
     command = ["squeue", "--noheader", "--format=%i", f"--name={','.join(runs)}"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()

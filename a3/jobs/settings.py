@@ -1,9 +1,9 @@
-"""What the estimate of a job depends on, by its stage; the command line holds jobs to it."""
+"""The settings that the estimate of each stage needs; the command line checks jobs for them."""
 
-# Of every job.
+# Settings of every job.
 COMMON = ("threads", "device")
 
-# `row` has qk, ov, mlp and ratio, and is {} of the dense model; `jobs` share one checkpoint.
+# `row` has qk, ov, mlp and ratio; {} is the dense model. `jobs` is how many share a checkpoint.
 SETTINGS = {
     "collect": ("kinds", "tokens", "block_length", "dtype"),
     "allocate": ("row",),
@@ -16,5 +16,5 @@ SETTINGS = {
 
 
 def settings_of(stage: str) -> tuple[str, ...]:
-    """The keys of the settings of a stage's jobs: no more, and no fewer."""
+    """The exact set of keys in the settings of a stage's jobs."""
     return (*COMMON, *SETTINGS[stage])

@@ -1,4 +1,4 @@
-"""One layer with made-up weights, run and solved on this machine to time it."""
+"""Runs and solves one layer with random weights on this machine, to time it."""
 
 import math
 import tempfile
@@ -41,28 +41,28 @@ from a3.stages.collect.stream import empty_trunk
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
 START = 5.0
 
-# Of the harness: tokens of a short item with one of its four answers, and items a batch.
+# For the harness: tokens of a short item with one of its four answers, and items per batch.
 ITEM_TOKENS, BATCH = 20, 8
 
-# A pass with gradients, in passes without.
+# Cost of a pass with gradients, in passes without.
 BACKWARD = 3
 
-# A layer is tried with as many tokens, groups and channels as keep it to seconds.
+# Numbers of tokens, groups and channels that keep the trial of a layer to seconds.
 TRIAL_FLOPS, TRIAL_GROUPS, TRIAL_CHANNELS = 5e10, 4, 4096
 
-# And decompositions, whose time goes with the cube of it, with so many dimensions.
+# Number of dimensions for decompositions, whose time grows with its cube.
 TRIAL_SIZE = 512
 
 
 class Trial:
-    """A model's folder (config.json at least), one layer of which is tried here when needed."""
+    """A model's folder (at least config.json); one of its layers is timed here when needed."""
 
     def __init__(self, folder: Path, device: str, threads: int) -> None:
         self.folder = folder
         self.device = torch.device(device)
         self.arch = load_arch(folder) if (folder / "arch.json").exists() else sketch(folder)
         self.shapes = self.arch.to_json()
-        # Of one token, layer, component or parameter; each setting is tried once.
+        # Seconds for one token, layer, component or parameter; each setting is timed once.
         self.layer_seconds = cache(self._layer_seconds)
         self.head_seconds = cache(self._head_seconds)
         self.component_seconds = cache(self._component_seconds)
@@ -89,7 +89,7 @@ class Trial:
         return cost, disk, START + tokens * arch.layers * each
 
     def approx(self, row: dict[str, str], jobs: int) -> tuple[Cost, int, float]:
-        """One of `jobs` that share the layers of one checkpoint."""
+        """One of several `jobs` that divide the layers of one checkpoint."""
         plan = Plan(choose(row))
         ranks = plan.ranks(self.arch)
         written = self.compressed(row)["parameters"]
@@ -102,7 +102,7 @@ class Trial:
         return approx_cost(self.shapes, jobs, plan.kinds()), disk, START + seconds / jobs
 
     def allocate(self, row: dict[str, str]) -> tuple[Cost, int, float]:
-        """The losses of all ranks, which cost what the least one's solution does."""
+        """Losses at all ranks, which cost as much as the solution at the smallest rank."""
         plan = Plan(choose(row))
         seconds = 0.0
         for component, choice in plan.shared.items():
@@ -111,7 +111,7 @@ class Trial:
         return approx_cost(self.shapes, 1, plan.kinds()), 0, START + seconds
 
     def quantise(self, row: dict[str, str]) -> tuple[Cost, int, float]:
-        """As if the error of each matrix were decomposed by its input's statistic."""
+        """Quantisation, estimated as one decomposition of each matrix by its input's statistic."""
         parameters = self.compressed(row)["parameters"]
         kinds = [kind for component in COMPONENTS for kind in find_mode(component, "svd-llm").kinds]
         seconds = self.arch.layers * sum(
@@ -160,14 +160,14 @@ class Trial:
         return cost, 0, START + (repeats + 1) * len(attention) * each
 
     def token_seconds(self, row: dict[str, str], block_length: int, dtype: str) -> float:
-        """Of the forward pass with head and softmax; a compressed layer by its share of FLOPs."""
+        """Seconds of a forward pass with head and softmax; compressed layers scale by FLOPs."""
         head = 2 * self.arch.hidden_size * self.arch.vocab_size
         dense, own = (s["flops_per_token"] - head for s in (self.arch.size, self.compressed(row)))
         layers = self.arch.layers * self.layer_seconds(block_length, dtype, ())
         return layers * own / dense + self.head_seconds(block_length, dtype)
 
     def compressed(self, row: dict[str, str]) -> dict[str, int]:
-        """Sizes of a row's checkpoint, its biases counted as if they all stayed."""
+        """Sizes of a row's checkpoint; all biases are counted as if they were kept."""
         arch = self.arch
         plan = Plan(choose(row) if row else {})
         kept, factors = plan.dense_sizes(arch), plan.factors(arch)
@@ -185,7 +185,7 @@ class Trial:
     # --- trials, in seconds ---
 
     def _layer_seconds(self, block_length: int, dtype: str, kinds: tuple[str, ...]) -> float:
-        """Of one token in one layer, with the statistics of some kinds."""
+        """Seconds of one token in one layer, with statistics of these kinds."""
         trunk = self.one_layer(dtype)
         flops = self.arch.size["flops_per_token"] / self.arch.layers
         length = min(block_length, max(32, int(TRIAL_FLOPS / flops)))
@@ -196,7 +196,7 @@ class Trial:
         return self.clock(lambda: trunk(ids, use_cache=False)) / length
 
     def one_layer(self, dtype: str) -> nn.Module:
-        """The trunk with one layer; made-up weights, zero embeddings (which take no memory)."""
+        """The trunk with one layer; random weights, zero embeddings (which take no memory)."""
         config = load_config(self.folder)
         config.num_hidden_layers = 1
         trunk = empty_trunk(config, dtype, self.device).eval()
@@ -208,7 +208,7 @@ class Trial:
         return trunk
 
     def _head_seconds(self, block_length: int, dtype: str) -> float:
-        """Of one token: logits and their loss."""
+        """Seconds of one token: logits and their loss."""
         d, vocab = self.arch.hidden_size, self.arch.vocab_size
         rows = min(vocab, max(32, int(TRIAL_FLOPS / (2 * d * block_length))))
         where = {"dtype": getattr(torch, dtype), "device": self.device}
@@ -219,7 +219,7 @@ class Trial:
         return seconds * vocab / rows / block_length
 
     def _component_seconds(self, component: str, mode: str, rank: int) -> float:
-        """Of the solution of one component of a layer."""
+        """Seconds to solve one component of a layer."""
         if find_mode(component, mode).factors:
             return self.factor_seconds(component, mode)
         if component == "mlp":
@@ -234,7 +234,7 @@ class Trial:
         return self.clock(solve) * self.arch.kv_heads / groups
 
     def mlp_seconds(self, mode: str, rank: int) -> float:
-        """Of the solution of one layer's MLP, from a smaller one."""
+        """Seconds to solve one layer's MLP, extrapolated from a smaller one."""
         chosen = find_mode("mlp", mode)
         forms = [KINDS[kind].form for kind in chosen.kinds]
         full = "full" in forms
@@ -249,7 +249,7 @@ class Trial:
         return self.clock(partial(solver_of("mlp", mode), weights, *read, *prior, small)) / share
 
     def of_heads(self, kind: Kind, groups: int, heads: int) -> Tensor:
-        """A made-up statistic of attention with some of the heads."""
+        """A random attention statistic with some of the heads."""
         count, arch = groups if kind.site in "kv" else heads, self.arch
         if kind.form == "blocks":
             return gram(count, arch.head_dim)
@@ -263,7 +263,7 @@ class Trial:
         return random(arch.hidden_size)
 
     def factor_seconds(self, component: str, mode: str) -> float:
-        """Of the factors of a component's matrices, from smaller ones of the same proportions."""
+        """Seconds to factor a component's matrices, from smaller ones of the same proportions."""
         kinds, total = find_mode(component, mode).factors, 0.0
         for name, (m, columns) in self.arch.matrix_shapes(component).items():
             if name not in kinds:
@@ -276,7 +276,7 @@ class Trial:
         return 2 * total if mode in ALLOCATED else total
 
     def attention_weights(self, groups: int) -> AttentionWeights:
-        """Of some key/value heads and their queries."""
+        """Random weights of some key/value heads and their query heads."""
         arch = self.arch
         heads, d, h = groups * arch.heads // arch.kv_heads, arch.hidden_size, arch.head_dim
         gains = {}
@@ -293,14 +293,14 @@ class Trial:
         )
 
     def mlp_weights(self, channels: int) -> MLPWeights:
-        """Of some channels."""
+        """Random weights of some channels."""
         d, dtype = self.arch.hidden_size, getattr(torch, self.arch.dtype)
         gate = torch.zeros(d, channels, dtype=dtype) if self.arch.mlp == "3-layer" else None
         up, down = torch.zeros(d, channels, dtype=dtype), torch.zeros(channels, d, dtype=dtype)
         return MLPWeights(up, gate, down)
 
     def _copy_seconds(self) -> float:
-        """Of one parameter: half of reading it as float64, packing, writing and hashing it."""
+        """Seconds for one parameter: half of reading it as float64, packing, writing, hashing."""
         stored = torch.zeros(TRIAL_CHANNELS, 1024, dtype=getattr(torch, self.arch.dtype))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trial.safetensors")
@@ -313,7 +313,7 @@ class Trial:
             return self.clock(copy) / stored.numel() / 2
 
     def clock(self, call: Callable[[], Any]) -> float:
-        """Seconds of a call, the second of two: the first one warms up."""
+        """Seconds of the second of two calls; the first one warms up."""
         seconds = 0.0
         with torch.inference_mode():
             for _ in range(2):

@@ -1,1 +1,1 @@
-"""What model families look like, and the compressed model that Hugging Face loads."""
+"""Descriptions of model families, and the compressed model that transformers loads."""

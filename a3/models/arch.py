@@ -1,4 +1,4 @@
-"""What a dense model is: `Arch`, read from its config and safetensors, kept in arch.json."""
+"""`Arch`, the description of a dense model: read from its files and saved as arch.json."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,14 +22,14 @@ from a3.rxx.kinds import Kind, heads_of, shape_of
 
 @dataclass(frozen=True)
 class Arch:
-    """One dense model: all that collect and approx need to know of its shape.
+    """One dense model: everything that collect and approx need to know about its shape.
 
     `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated), and
-    `mlp_inputs` counts the matrices that read its input (gate and up may be fused);
-    `rope_layout` is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the
-    rotated dimensions of a head; `nope_layers` are layers without RoPE in a model that has it
-    elsewhere; `qk_norm` says over what q and k are normed before RoPE: head, layer or None;
-    `intermediate_size` is that of one expert where there are `experts`, 0 of them otherwise;
+    `mlp_inputs` counts the matrices that read its input (gate and up may be fused); `rope_layout`
+    is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the rotated
+    dimensions of a head; `nope_layers` are layers without RoPE in a model that has it elsewhere;
+    `qk_norm` says whether q and k are normed before RoPE, over each "head" or the whole "layer" (or
+    None); `intermediate_size` is that of one expert where there are `experts`, 0 of them otherwise;
     `scaling` is the softmax scale, which compression keeps.
     """
 
@@ -64,7 +64,7 @@ class Arch:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path) -> Self:
-        """The reverse of `to_json`, of a file's content; A3Error where a field is missing."""
+        """The inverse of `to_json`; raises A3Error if a field is missing."""
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in content]:
             raise A3Error(
@@ -78,11 +78,11 @@ class Arch:
         return self.rope_layout is not None and layer not in self.nope_layers
 
     def full_rank(self, component: str) -> int:
-        """The size that compression makes smaller: of a head, or the intermediate one."""
+        """The size that compression reduces: the head size or the intermediate size."""
         return self.intermediate_size if component == "mlp" else self.head_dim
 
     def matrix_shapes(self, component: str) -> dict[str, tuple[int, int]]:
-        """(in, out) of a component's projections; of fused ones together, by the first's name."""
+        """(in, out) of a component's projections; fused ones count as one (the first)."""
         d, n = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if component == "qk":
@@ -93,7 +93,7 @@ class Arch:
         return {together[0]: (d, n * len(together)) for together in fused} | {"down": (n, d)}
 
     def heads_of(self, site: str) -> int:
-        """Heads of an activation that statistics look at (a3.rxx.kinds.Kind)."""
+        """Number of heads of an activation from which statistics are taken (a3.rxx.kinds.Kind)."""
         return heads_of(site, vars(self))
 
     def statistic_shape(self, kind: Kind) -> tuple[int, ...]:
@@ -111,10 +111,10 @@ class Arch:
 
 
 class CompressedArch(Arch):
-    """A compressed model, as far as statistics of its projections' inputs are concerned.
+    """What collecting statistics of projections' inputs needs to know about a compressed model.
 
-    head_dim is the largest size of heads of OV, intermediate_size that of the MLPs; weights_sha256
-    and size are its own, all else is the dense model's.
+    head_dim is the largest OV head size, intermediate_size the largest MLP size. weights_sha256 and
+    size belong to the compressed model; all other fields are the dense model's.
     """
 
     def module(self, layer: int, projection: str) -> str:
@@ -124,12 +124,12 @@ class CompressedArch(Arch):
 
 
 def is_compressed(folder: Path) -> bool:
-    """Whether a folder is of a compressed model."""
+    """Whether a folder holds a compressed model."""
     return model_type(folder) == LazyConfig.model_type
 
 
 def modules_of(folder: Path) -> list[str]:
-    """Modules of a3 that transformers loads, by their names, to run the model of a folder."""
+    """Modules of a3 that transformers loads by name to run the model of a folder."""
     if not is_compressed(folder):
         return []
     quantised = "quantised" in load_config(folder).a3
@@ -139,8 +139,8 @@ def modules_of(folder: Path) -> list[str]:
 def describe(folder: Path) -> Arch:
     """Read a dense Hugging Face folder (config.json and *.safetensors).
 
-    Raises A3Error for a family that is not known, weights that are missing, truncated or of
-    another shape than the config says.
+    Raises A3Error for an unknown family, and for weights that are missing, truncated or of another
+    shape than in the config.
     """
     family = known_family(folder)
     checkpoint = Checkpoint(folder, family.prefix)
@@ -148,7 +148,7 @@ def describe(folder: Path) -> Arch:
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
     dtype = checkpoint.dtype(family.name(0, "q"))
-    # Without weights: what transformers finds missing of all else, norms and embeddings.
+    # A load without weights: reports other missing tensors, such as norms and embeddings.
     load_whole(folder, device_map="meta")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     return Arch(
@@ -160,9 +160,9 @@ def describe(folder: Path) -> Arch:
 
 
 def sketch(folder: Path) -> Arch:
-    """What `describe` says as far as config.json alone tells it: no weights have to be there.
+    """Like `describe`, but from config.json alone; no weights are needed.
 
-    weights_sha256 is empty. Raises A3Error for a family that is not known.
+    weights_sha256 is empty. Raises A3Error for an unknown family.
     """
     family, config = known_family(folder), load_config(folder)
     fields, model = described(folder, family, config)
@@ -174,7 +174,7 @@ def sketch(folder: Path) -> Arch:
 
 
 def model_hashes(folder: Path, arch: Arch) -> dict[str, str]:
-    """The hashes by which statistics are held to the model that they were collected from."""
+    """The hashes that identify the model from which statistics were collected."""
     return {
         "weights_sha256": arch.weights_sha256,
         "config_sha256": sha256(folder / "config.json"),
@@ -196,7 +196,7 @@ def known_family(folder: Path) -> Family:
 
 
 def made_already(folder: Path) -> A3Error:
-    """What is said where a3 does not take a folder because of what it made of it itself."""
+    """The error message for a folder that a3 refuses because a3 itself has already converted it."""
     said = read_json(folder / "config.json").get("a3")
     said = said if isinstance(said, dict) else {}
     if "quantised" in said:
@@ -212,7 +212,7 @@ def made_already(folder: Path) -> A3Error:
 
 
 def model_type(folder: Path) -> str:
-    """`model_type` of a Hugging Face folder; raises A3Error where there is no such config."""
+    """`model_type` of a Hugging Face folder; raises A3Error if there is no such config."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise A3Error(
@@ -224,7 +224,7 @@ def model_type(folder: Path) -> str:
 def read_config(
     folder: Path, family: Family, tensors: int
 ) -> tuple[dict[str, Any], PreTrainedModel]:
-    """As `described`, of a folder whose safetensors hold so many tensors.
+    """Like `described`, for a folder with this number of tensors in its safetensors.
 
     Raises A3Error for a config that transformers or the adapter cannot read.
     """
@@ -242,7 +242,7 @@ def described(
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """The fields of `Arch` that a folder's config decides, and the model without weights.
 
-    Raises A3Error where transformers or the adapter cannot read it, or they differ.
+    Raises A3Error if transformers or the adapter cannot read it, or they differ.
     """
     model = build(folder, config)
     fields = family.describe(config, model)
@@ -251,9 +251,9 @@ def described(
 
 
 def check_count(path: Path, what: str, count: Any, tensors: int) -> None:
-    """Raise A3Error where a config names more layers or experts than there are tensors.
+    """Raise A3Error if a config has more layers or experts than there are tensors.
 
-    Lists as long as that number are made of it, so that a wrong one would take all memory.
+    The code makes lists of that length, so a wrong number could use up all memory.
     """
     if isinstance(count, int | float) and count > tensors:
         raise A3Error(
@@ -263,7 +263,7 @@ def check_count(path: Path, what: str, count: Any, tensors: int) -> None:
 
 
 def load_arch(folder: Path) -> Arch:
-    """`Arch` of a dense folder: its arch.json where the model stage left one, else read afresh."""
+    """`Arch` of a dense folder: from arch.json if the model stage wrote it, else newly read."""
     path = folder / "arch.json"
     if not path.exists():
         return describe(folder)

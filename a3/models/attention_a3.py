@@ -1,8 +1,8 @@
-"""Attention of compressed models: heads of QK and OV have their own sizes.
+"""Attention of compressed models, with different head sizes for QK and OV.
 
-A module of this file stands in the place of a family's own; families whose layers call their
-attention, or rotate, in a way of their own have a class of their own here. This file needs nothing
-but torch and transformers, since it travels in every compressed folder beside modeling_a3.py.
+A module of this file replaces the family's attention module. A family has its own class here if its
+layers call attention or apply RoPE in a different way. This file needs only torch and transformers,
+because a copy of it is in every compressed folder, beside modeling_a3.py.
 """
 
 from collections.abc import Callable
@@ -21,20 +21,20 @@ Tables: TypeAlias = tuple[Tensor, Tensor]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in halves on the p kept pairs, which come first: x (..., L, r), cos, sin (..., L, p)."""
+    """Rotate the p kept pairs, which come first, in halves: x (..., L, r), cos, sin (..., L, p)."""
     pairs = cos.shape[-1]
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 def gather(table: Tensor, pairs: Tensor) -> Tensor:
-    """The pairs (G, p) that each group kept, of a table (B, L, h) of all: (B, G, L, p)."""
+    """Select the kept pairs (G, p) of each group from a full table (B, L, h): (B, G, L, p)."""
     kept = table.index_select(-1, pairs.flatten())
     return kept.unflatten(-1, pairs.shape).transpose(1, 2)
 
 
 def widen(x: Tensor, width: int) -> Tensor:
-    """Fill the last dimension with zeros up to `width`; they change no score and no output."""
+    """Pad the last dimension with zeros up to `width`; this changes no score and no output."""
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
@@ -48,7 +48,7 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., heads, r); computed in float32 at least, as by the families."""
+        """x (..., heads, r); computed in at least float32, as in the families' code."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(self.dims, keepdim=True) + self.eps)
         return (normed * self.weight).to(x.dtype)
@@ -59,8 +59,8 @@ class A3Attention(nn.Module):
 
     Pair indices are kept as integers and the family's own float32 cos/sin are gathered: inverse
     frequencies in bfloat16 would be off by radians at position 2048. `dense` is the family's module
-    in whose place this stands: windows and caps of the scores are taken from it. Subclasses have
-    the `forward` that the family's layers call.
+    that this one replaces; sliding windows and score caps are copied from it. Subclasses have the
+    `forward` that the family's layers call.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
@@ -75,7 +75,7 @@ class A3Attention(nn.Module):
         self.scaling = a3["scaling"]
         self.attention_dropout = dropout_of(dense)
         self.is_causal = True
-        # What the family hands over to attention functions beside the scale.
+        # Arguments, besides the scale, that the family passes to attention functions.
         self.options = {}
         if hasattr(dense, "sliding_window"):
             self.options["sliding_window"] = dense.sliding_window
@@ -100,7 +100,7 @@ class A3Attention(nn.Module):
         if a3["rope"] and layer_idx not in a3["nope_layers"]:
             pairs = torch.arange(a3["rope_pairs"][layer_idx]).expand(self.groups, -1).contiguous()
         self.register_buffer("rope_pairs", pairs)
-        # Whether cos and sin come as the kept pairs' already, gathered once for all layers.
+        # Whether cos and sin already contain only the kept pairs, gathered once for all layers.
         self.gathered = False
 
     def attend(
@@ -128,7 +128,7 @@ class A3Attention(nn.Module):
         )
         dropout = self.attention_dropout if self.training else 0.0
         if length > 1:
-            # The fused kernels want one head size; without it a prompt takes half as long again.
+            # Fused kernels need one head size; without padding, a prompt takes 1.5 times as long.
             q, k, v = (widen(x, max(self.qk_rank, self.ov_rank)) for x in (q, k, v))
         options = {"dropout": dropout, "scaling": self.scaling, **self.options, **kwargs}
         out, probabilities = scored(self, q, k, v, attention_mask, **options)
@@ -138,7 +138,7 @@ class A3Attention(nn.Module):
     def queries_and_keys(
         self, x: Tensor, position_embeddings: Tables | None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, L, d) to q (B, H, L, r) and k (B, G, L, r), normed and rotated as by the family."""
+        """x (B, L, d) to q (B, H, L, r) and k (B, G, L, r), normed and rotated as in the family."""
         heads = (*x.shape[:2], -1, self.qk_rank)
         q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
@@ -151,23 +151,23 @@ class A3Attention(nn.Module):
         return q.flatten(1, 2), k
 
     def tables(self, position_embeddings: Tables) -> Tables:
-        """The family's cos and sin (B, L, h) to those of the kept pairs, (B, G, L, p)."""
+        """cos and sin of the kept pairs, (B, G, L, p), from the family's tables (B, L, h)."""
         cos, sin = position_embeddings
         return gather(cos, self.rope_pairs), gather(sin, self.rope_pairs)
 
     def after_rotary(self, rotary: nn.Module, inputs: tuple, position_embeddings: Tables) -> Tables:
-        """`tables`, as a hook of the family's rotary module."""
+        """Calls `tables` as a hook of the family's rotary module."""
         return self.tables(position_embeddings)
 
 
 class UsualAttention(A3Attention):
-    """Most families' layers call their attention as `attend` is called."""
+    """For most families, whose layers call attention with the arguments of `attend`."""
 
     forward = A3Attention.attend
 
 
 class BloomAttention(A3Attention):
-    """BLOOM hands over ALiBi beside the mask, and wants the residual added."""
+    """BLOOM passes ALiBi separately from the mask and expects the residual to be added."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
         super().__init__(config, layer_idx, dense)
@@ -190,7 +190,7 @@ class BloomAttention(A3Attention):
 
 
 class MptAttention(A3Attention):
-    """MPT hands over ALiBi's bias for its longest context, and a mask that is true where hidden."""
+    """MPT passes ALiBi's bias for the longest context, and a mask that is true for hidden keys."""
 
     def forward(
         self,
@@ -209,7 +209,7 @@ class MptAttention(A3Attention):
 def scores_in_float32(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention of families that take it in float32 whatever the model's dtype is."""
+    """Eager attention of families that compute it in float32 for every dtype of the model."""
     out, probabilities = eager_attention_forward(
         module, q.float(), k.float(), v.float(), mask, **options
     )
@@ -238,7 +238,7 @@ class GPTNeoAttention(A3Attention):
 
 
 class GPTJAttention(A3Attention):
-    """GPT-J hands over positions; each of its layers has a table of their sines and cosines."""
+    """GPT-J passes positions; each of its layers has its own table of sines and cosines."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
         super().__init__(config, layer_idx, dense)
@@ -272,7 +272,7 @@ class Gemma2Attention(UsualAttention):
         self.options["softcap"] = dense.attn_logit_softcapping
 
 
-# Families whose layers call their attention, or rotate, in a way of their own.
+# Families whose layers call attention or apply RoPE in a different way.
 ATTENTION = {
     "bloom": BloomAttention,
     "cohere": CohereAttention,
@@ -285,7 +285,7 @@ ATTENTION = {
 
 
 def dropout_of(attention: nn.Module) -> float:
-    """Dropout of the attention probabilities, by whichever name a family has for it."""
+    """Dropout of the attention probabilities, under any of the names that families use."""
     names = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
     found = next((getattr(attention, name) for name in names if hasattr(attention, name)), 0.0)
     return found.p if isinstance(found, nn.Dropout) else found

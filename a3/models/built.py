@@ -1,7 +1,8 @@
-"""What transformers builds of a config, without weights: the family's own code decides what counts.
+"""Builds a config's model without weights, to check descriptions against the family's own code.
 
-A config may have keys that the code of its family ignores (`partial_rotary_factor`, `head_dim`), or
-obeys in some cases only. So an adapter's description is held to the modules that the code builds.
+A config may have keys that its family's code ignores, or uses only in some cases
+(`partial_rotary_factor`, `head_dim`). So an adapter's description is compared with the modules that
+the code builds.
 """
 
 from copy import deepcopy
@@ -27,24 +28,25 @@ PARTIAL = "partial_rotary_factor"
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The model that transformers makes of a config, dense or compressed, on the meta device.
+    """The model that transformers builds from a config, dense or compressed, on the meta device.
 
-    It has no weights, but can be run there: experts in bfloat16 only. Raises what transformers
-    raises, of any type, where it makes no model of the config.
+    It has no weights, but can run on the meta device (experts only in bfloat16). If transformers
+    cannot build the model, its exception is passed on; it can be of any type.
     """
     plain = deepcopy(config)
     plain.return_dict = True
     with torch.device("meta"):
-        # What attention a config asks for may not be installed, and its masks may ask for values.
+        # The attention that a config names may not be installed, and its masks may need real
+        # values.
         model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """`empty_model` of a dense folder's config; A3Error where there is none."""
+    """`empty_model` of a dense folder's config; raises A3Error if it cannot be built."""
     try:
         return empty_model(config)
-    # What the libraries say of values that make no sense is of any type.
+    # The libraries raise exceptions of any type for invalid values.
     except Exception as error:
         raise A3Error(
             f"{folder / 'config.json'}: transformers cannot build this model "
@@ -55,7 +57,7 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 def rotated_width(body: nn.Module) -> int:
     """How many dimensions of a head RoPE rotates: the width of the family's own tables.
 
-    Raises A3Error where layers have tables of different widths, or none.
+    Raises A3Error if layers have tables of different widths, or none.
     """
     widths = set()
     for name, table in body.named_buffers():
@@ -74,11 +76,11 @@ def rotated_width(body: nn.Module) -> int:
 def require_agreement(
     folder: Path, family: "Family", fields: dict[str, Any], model: PreTrainedModel
 ) -> None:
-    """Raise A3Error where the modules of `build` are others than `fields`, or do not fit together.
+    """Raise A3Error if the modules of `build` contradict `fields` or do not fit together.
 
-    `family` is the adapter and `fields` its description. Looked at are shapes and biases of
-    projections (of a mixture, those of attention), norms of q and k, softmax scales, and, where
-    a head is rotated in part, whether the code runs at all.
+    `family` is the adapter and `fields` its description. The check covers shapes and biases of
+    projections (in a mixture only those of attention), norms of q and k, and softmax scales. With
+    partial RoPE it also checks whether the code runs at all.
     """
     path = folder / "config.json"
     expected = family.shapes(fields)
@@ -100,7 +102,7 @@ def compared(
     model: PreTrainedModel,
     layer: int,
 ) -> dict[str, tuple[Any, Any]]:
-    """What a description says of a layer, and what was built, by name."""
+    """The described and the built values of a layer, by name."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for projection in family.projections:
         module = model.base_model.get_submodule(family.module(layer, projection))
@@ -118,17 +120,17 @@ def compared(
 
 
 def rotated_in_part(fields: dict[str, Any], config: PreTrainedConfig) -> bool:
-    """Whether RoPE rotates a part of a head, or the config says so in vain."""
+    """Whether RoPE rotates only a part of a head, or the config says so without effect."""
     said = getattr(config, "rope_parameters", None) or {}
     every = [said, *(each for each in said.values() if isinstance(each, dict))]
     return fields["rope_dims"] != fields["head_dim"] or any(PARTIAL in each for each in every)
 
 
 def require_runs(path: Path, model: PreTrainedModel) -> None:
-    """Raise A3Error where the family's own code fails on two tokens, on the meta device.
+    """Raise A3Error if the family's own code fails on two tokens, on the meta device.
 
-    Some codes build RoPE's tables for a part of a head and rotate it whole. Tables that grow with
-    the positions ask for values of these, and have the width that they begin with.
+    Some families' code builds RoPE's tables for a part of a head, but rotates the whole head.
+    Tables that grow with the positions need real position values; they keep their first width.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)

@@ -19,7 +19,7 @@ from a3.models.readable import DTYPES, INDEX, require_readable, shards
 # The model card.
 CARD = "README.md"
 
-# What transformers reads of a folder beside config and weights, where it is there.
+# Files that transformers reads from a folder besides config and weights, if they exist.
 READ = (
     *("generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.*", "vocab.*", "merges.txt", "spiece.model"),
@@ -30,7 +30,7 @@ FINITE_WEIGHTS = "finite weights. The checkpoint is damaged: fetch it again."
 
 CHANGED = f"Build the folder again; if it is meant, delete {' or '.join(RECORDS)} in it."
 
-# What wrappers put before the names of tensors, and how to save without it.
+# Prefixes that wrappers add to tensor names, and how to save without them.
 PREFIXES = {
     "base_model.model.": "peft: save what merge_and_unload() returns",
     "module.": "DataParallel, DeepSpeed: save model.module",
@@ -40,12 +40,13 @@ PREFIXES = {
 
 
 class Checkpoint:
-    """Tensors of one folder by name; a tensor is read from disk only when it is asked for.
+    """Tensors of one folder by name; a tensor is read from disk only when it is requested.
 
-    Checkpoints saved from a bare trunk lack its name; with `prefix` they get it ("transformer").
-    Of a folder that a stage wrote, the small files are held to its record at once, and a file of
-    weights when the first of its tensors is read. Raises A3Error as `require_readable` does, and
-    where the folder has no safetensors, or a file is missing, damaged or not the recorded one.
+    Tensor names of checkpoints that were saved from a bare trunk lack the trunk's name; `prefix`
+    ("transformer") adds it. If a stage wrote the folder, its small files are checked against the
+    record at once, and a file of weights when its first tensor is read. Raises A3Error like
+    `require_readable`, if the folder has no safetensors, and if a file is missing, damaged or
+    changed.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
@@ -77,7 +78,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> safe_open:
-        """One safetensors file; raises A3Error where it is truncated or damaged."""
+        """One safetensors file; raises A3Error if it is truncated or damaged."""
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -90,7 +91,7 @@ class Checkpoint:
         return sorted(self._where)
 
     def files(self) -> dict[str, dict[str, str]]:
-        """Of each file, its tensors: their keys in the file, and their names."""
+        """For each file its tensors: their keys in the file, and their names."""
         found: dict[str, dict[str, str]] = {file: {} for file in self._files}
         for name, (file, key) in self._where.items():
             found[file][key] = name
@@ -101,25 +102,25 @@ class Checkpoint:
         return [name for name in self.names() if self._where[name][0] == file]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype it is stored in."""
+        """One tensor, in its stored dtype."""
         self.shape(name)
         file, key = self._where[name]
         self.verify(file)
         return self._files[file].get_tensor(key)
 
     def verify(self, name: str) -> None:
-        """Raise A3Error where a file is not the one that the folder's record names; only once."""
+        """Raise A3Error if a file differs from the folder's record; each file is checked once."""
         if name in self._recorded:
             check_file(self.folder / name, self._recorded[name], CHANGED)
             del self._recorded[name]
 
     def verify_all(self) -> None:
-        """Hold every recorded file to its hash, for who reads the folder otherwise."""
+        """Check every recorded file against its hash, before other code reads the folder."""
         for name in list(self._recorded):
             self.verify(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it; raises A3Error where there is none."""
+        """Shape of one tensor, without reading it; raises A3Error if there is none."""
         if name not in self._where:
             raise A3Error(
                 f"{self.folder}: no tensor {name!r} in its safetensors{self.instead(name)}"
@@ -128,14 +129,14 @@ class Checkpoint:
         return tuple(self._files[file].get_slice(key).get_shape())
 
     def instead(self, name: str) -> str:
-        """The end of a sentence about a tensor that is missing: what there is, and what to do."""
+        """The end of an error message about a missing tensor: what exists, and what to do."""
         stored = [key for keys in self.files().values() for key in keys]
         words = name.split(".")
         ends = [".".join(words[skipped:]) for skipped in range(len(words) - 1)]
         for end in ends:
             found = [key.removesuffix(end) for key in stored if f".{key}".endswith(f".{end}")]
             there, meant = min(found, key=len, default=""), name.removesuffix(end)
-            # Of another layer, it is no other name of this tensor.
+            # A similar name in another layer is not another name of this tensor.
             if found and not re.search(r"\d", there + meant):
                 how = next((how for sign, how in PREFIXES.items() if sign in there), "rename them")
                 return (
@@ -166,7 +167,7 @@ class Checkpoint:
         return DTYPES[found]
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, in whatever dtypes they are stored."""
+        """Whether two tensors hold the same numbers, even if their stored dtypes differ."""
         if self.shape(name) != self.shape(other):
             return False
         one, two = self.tensor(name), self.tensor(other)
@@ -178,7 +179,7 @@ class Checkpoint:
         return self._files[file].get_slice(key).get_dtype()
 
     def sha256(self) -> str:
-        """Content hash of the weights: of the one file, or of the shards' hashes in order."""
+        """Content hash of the weights: that of a single file, or of the shards' hashes in order."""
         return self._sha256
 
     @cached_property
@@ -187,12 +188,12 @@ class Checkpoint:
 
 
 def combined(hashes: list[str]) -> str:
-    """Content hash of weights in several files: of the one, or of all hashes in order."""
+    """Content hash of weights: the hash of a single file, or of all files' hashes in order."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, str]:
-    """Hash of each file of a folder that its record names: all but records and seconds.
+    """Hash of each file of a folder except records and timings, for the folder's record.
 
     Files whose hash is `known` are not read.
     """
@@ -206,7 +207,7 @@ def hash_files(folder: Path, known: dict[str, str] | None = None) -> dict[str, s
 
 
 def recorded_files(folder: Path) -> dict[str, str]:
-    """Hash of each file as the folder's record says; none where no stage left one."""
+    """Hash of each file from the folder's record; empty if there is no record."""
     for name in RECORDS:
         if (folder / name).exists():
             record = read_record(folder / name)
@@ -217,9 +218,9 @@ def recorded_files(folder: Path) -> dict[str, str]:
 
 
 def check_small(folder: Path) -> dict[str, str]:
-    """Hold config, tokenizer and all else but weights to the folder's record; its hashes.
+    """Check all files except weights against the folder's record; return its hashes.
 
-    Raises A3Error where a file is not the recorded one.
+    Raises A3Error if a file has changed.
     """
     recorded = recorded_files(folder)
     for name, expected in recorded.items():
@@ -230,14 +231,14 @@ def check_small(folder: Path) -> dict[str, str]:
 
 
 def refuse_added(folder: Path, recorded: dict[str, str]) -> None:
-    """Raise A3Error where a file that transformers reads came to a recorded folder later."""
+    """Raise A3Error if a file that transformers reads was added to a recorded folder later."""
     found = {path.name for pattern in READ for path in folder.glob(pattern)} if recorded else set()
     if added := sorted(found - recorded.keys()):
         raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
 
 
 def check_file(path: Path, expected: str, what_to_do: str) -> None:
-    """Raise A3Error where a file is missing or its hash is another."""
+    """Raise A3Error if a file is missing or its hash differs."""
     if not path.is_file():
         raise A3Error(f"{path}: no such file, but its record is there. {what_to_do}")
     if (found := sha256(path)) != expected:
@@ -248,19 +249,19 @@ def check_file(path: Path, expected: str, what_to_do: str) -> None:
 
 
 def model_source(folder: Path) -> dict[str, Any] | None:
-    """Where a model came from (source, revision), which travels with it; None where unknown."""
+    """A model's origin (source, revision), which is copied along with it; None if unknown."""
     path = folder / "source.json"
     return read_json(path) if path.exists() else None
 
 
 def front_matter(card: Path) -> dict[str, Any]:
-    """The metadata of a model card; none where there is no card, or what it has is damaged."""
+    """The metadata of a model card; none if there is no card, or what it has is damaged."""
     if not card.is_file():
         return {}
     found = re.match(r"---\r?\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
     try:
         said = yaml.safe_load(found[1]) if found else None
-    # A date that there is not is of type ValueError.
+    # An impossible date raises ValueError.
     except (yaml.YAMLError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}

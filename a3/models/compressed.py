@@ -1,4 +1,4 @@
-"""A compressed model's folder: its config.json, its code, and what is known of it."""
+"""A compressed model's folder: its config.json, its code and its record."""
 
 import shutil
 from pathlib import Path
@@ -17,11 +17,11 @@ from a3.models.stock import dense_config
 
 
 def compressed_record(folder: Path) -> dict[str, Any]:
-    """The content of a compressed folder's approx.json, or as much of it as the folder itself says.
+    """The content of approx.json, or as much of it as can be read from the folder itself.
 
     That is `base`, the shapes of the dense model (its weights_sha256 is None), `size`, dense and
-    compressed, and weights_sha256. Raises A3Error where a file is not the recorded one, and where
-    the tensors are not those that the config describes.
+    compressed, and weights_sha256. Raises A3Error if a file has changed, and if the tensors do not
+    match the config.
     """
     checkpoint = Checkpoint(folder)
     path = folder / "approx.json"
@@ -32,13 +32,13 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """`compressed_record` of a folder that has no approx.json."""
     config = load_config(folder)
     check_count(folder / "config.json", "layers", config.num_hidden_layers, len(checkpoint.names()))
-    # Without weights; refuses sizes that the tensors do not have.
+    # A load without weights refuses sizes that the tensors do not have.
     model = load_whole(folder, device_map="meta")
     a3, dense = config.a3, dense_config(folder)
     require_lengths(folder, a3, config.num_hidden_layers)
     family = FAMILIES[a3["family"]]
     fields, dense_model = arch.described(folder, family, dense)
-    # Any matrix of attention: which of them are factored, the modes have decided.
+    # Any matrix of attention; the modes have decided which of them are factored.
     attention = f"{family.attention_module(0)}."
     dtype = checkpoint.dtype(
         next(n for n in checkpoint.names() if n.startswith(attention) and n.endswith(".weight"))
@@ -59,7 +59,7 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def require_lengths(folder: Path, a3: dict[str, Any], layers: int) -> None:
-    """Raise A3Error unless the config says the sizes of so many layers."""
+    """Raise A3Error unless the config has the sizes of this number of layers."""
     for key in ("qk_ranks", "ov_ranks", "mlp_ranks", "factors"):
         if len(a3[key]) != layers:
             raise A3Error(
@@ -98,14 +98,14 @@ def compressed_config(
 ) -> dict[str, Any]:
     """The content of a compressed model's config.json, from the dense one's.
 
-    `ranks`, `pairs` (kept RoPE pairs of a head, where a layer has RoPE) and `factors` (ranks of
-    factored matrices) have one item a layer. `down_bias`: the MLP's output gets a
-    bias, whether the family has one or not. `same_pairs`: all rotated layers kept the same.
+    `ranks`, `pairs` (kept RoPE pairs of a head, if a layer has RoPE) and `factors` (ranks of
+    factored matrices) have one item per layer. `down_bias`: the MLP's output gets a bias, even if
+    the family has none. `same_pairs`: all layers with RoPE keep the same pairs.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
     classes = modeling_a3.classes(arch.family)
-    # In the place of any code for the dense model, which does not travel.
+    # Replaces references to code of the dense model, which is not copied.
     config["auto_map"] = {
         auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}" for auto, own in classes.items()
     }
@@ -133,7 +133,7 @@ def compressed_config(
 
 
 def bring_code(folder: Path) -> None:
-    """Copy the code of compressed models, which `trust_remote_code=True` runs without a3."""
+    """Copy the code of compressed models, with which `trust_remote_code=True` runs without a3."""
     for code in map(Path, (attention_a3.__file__, modeling_a3.__file__)):
         shutil.copyfile(code, folder / code.name)
 

@@ -1,7 +1,7 @@
-"""What a job takes, memory and arithmetic, from the model's shapes alone.
+"""Estimates of a job's memory and FLOPs, from the model's shapes alone.
 
-Estimates to ask a cluster for, on the safe side: measured peaks are 0.7 to 1 of them
-(docs/scale.md). Read by the Snakefile at every start, so nothing heavy is imported here.
+Jobs request these from a cluster, so they are generous: measured peaks are 0.7 to 1 times the
+estimate (docs/scale.md). The Snakefile imports this at every start, so it imports nothing heavy.
 `arch` is `shapes` of arch.json throughout.
 """
 
@@ -29,20 +29,20 @@ SOLVERS = 400 * 2**20
 # lm-eval scores batches of 8; its local items are short, other tasks' items seldom longer.
 HARNESS_TOKENS = 8 * 96
 
-# Of a text that is scored whole: bytes a token, at least, and tokens where it is not there yet.
+# For a text that is scored whole: least bytes per token, and tokens if it does not exist yet.
 BYTES_PER_TOKEN = 3
 
 WHOLE_TEXT = 1_000_000
 
-# A step of generation reads all weights, and takes as long as one with so many sequences.
+# A generation step reads all weights, so it takes as long as a step with this many sequences.
 DECODE_ROWS = 16
 
-# Slow cores and cards: what is asked for is a limit, and jobs that pass it are killed.
+# Slow cores and GPUs: the requested time is a limit, and jobs that exceed it are killed.
 CPU_FLOPS = 1e10
 
 GPU_FLOPS = 1e13
 
-# What of arch.json is read here.
+# Fields of arch.json that are read here.
 FIELDS = (
     "dtype",
     "experts",
@@ -77,7 +77,7 @@ class Cost:
 
 
 def shapes(record: dict[str, Any]) -> dict[str, Any]:
-    """The shapes in an arch.json; raises KeyError or TypeError where they are not there."""
+    """The shapes in an arch.json; raises KeyError or TypeError if they are missing."""
     return {name: record[name] for name in FIELDS}
 
 
@@ -86,8 +86,8 @@ def collect_cost(
 ) -> Cost:
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
-    The float64 copies of the widest activation of one block are what a hook holds at a time.
-    Gradients need a pass of their own, which takes three times as long as one without, with the
+    A hook holds at most float64 copies of the widest activation of one block. Gradients need a
+    separate pass, which takes three times as long as one without gradients and keeps the
     activations of all layers and the gradients of all weights in memory.
     """
     h, kinds = arch["head_dim"], tuple(kinds)
@@ -98,7 +98,7 @@ def collect_cost(
     passes = 1.0
     forms = {KINDS[kind].form for kind in kinds}
     if forms & set(GRADIENT_FORMS):
-        # Of weights, or of activations alone.
+        # Gradients by weights, or only by activations.
         passes += 3 * ("fisher" in forms)
         passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
         memory += WIDTHS[dtype] * arch["size"]["parameters"]
@@ -120,13 +120,13 @@ def stream_cost(
 
 
 def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) -> Cost:
-    """Cost of one of `jobs` that share the layers: what it reads and makes, and one layer as well.
+    """Cost of one of `jobs` that divide the layers: its input and output, and one layer.
 
-    A job that makes the whole checkpoint writes it in files of 1 GiB, and holds one of them; what
-    it was made from is mapped, and counts while there is room. Attention is solved in float64.
-    Every product of a solution has a head's size h as its smallest dimension, so that arithmetic
-    goes as parameters times h; but those that read full matrices of statistics (`kinds`) factor
-    them and the weights.
+    A job that makes the whole checkpoint writes files of 1 GiB and holds one of them in memory. Its
+    input is memory-mapped and counts as used while there is room. Attention is solved in float64.
+    The smallest dimension of every product in a solution is the head size h, so FLOPs grow as
+    parameters times h. Solutions that read full statistics matrices (`kinds`) also factor these and
+    the weights.
     """
     parameters = arch["size"]["parameters"]
     width = WIDTHS[arch["dtype"]]
@@ -138,7 +138,7 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
     widest = max((shape_of(KINDS[kind], arch)[-1] for kind in full), default=0)
     flops = 10.0 * parameters * arch["head_dim"] + 10.0 * len(full) * arch["layers"] * widest**3
     if full:
-        # Some copies of the largest matrix, and of the layer's weights in float64.
+        # Several copies of the largest matrix, and the layer's weights in float64.
         memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]
     return Cost(SOLVERS + memory, flops / jobs)
 
@@ -146,8 +146,8 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
 def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> Cost:
     """Cost of rebuilding Q, K and V of a model, all layers' in memory at once where `together`.
 
-    Weights are decomposed, d or their outputs wide, twice where a budget asks for it; what is
-    rebuilt is held, and beside it a file of weights.
+    Weights are decomposed in d dimensions or in their number of outputs, twice if there is a
+    budget. The rebuilt matrices and one file of weights are in memory.
     """
     d, h = arch["hidden_size"], arch["head_dim"]
     outputs = (arch["heads"] + 2 * arch["kv_heads"]) * h
@@ -198,8 +198,8 @@ def speed_cost(
 ) -> Cost:
     """Cost of timing models, all of them in memory, and a round to warm up.
 
-    The products of generation are counted as those of DECODE_ROWS sequences at least: time is asked
-    for by them.
+    Products of generation count as those of at least DECODE_ROWS sequences, because the requested
+    time depends on them.
     """
     held = [
         batch * forward_memory(arch, prompt)
@@ -213,7 +213,7 @@ def speed_cost(
 
 
 def weights_memory(arch: dict[str, Any], dtype: str) -> int:
-    """Bytes of a model in `dtype`; another dtype on disk is in memory as well while it is read."""
+    """Bytes of a model in `dtype`; another dtype on disk counts as well, while it is read."""
     width = WIDTHS[dtype] + (WIDTHS[arch["dtype"]] if dtype != arch["dtype"] else 0)
     return width * arch["size"]["parameters"]
 

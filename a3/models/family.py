@@ -1,9 +1,9 @@
 """A family's adapter: where q, k, v, o and the MLP are in a checkpoint, and their biases.
 
-All weights leave an adapter in the row-vector convention of the paper (y = x W): those of attention
-in float64, one slice a head; those of the MLP, of which channels are kept or dropped and nothing
-else, in the dtype that they are stored in. Where the family has biases, W has the bias as one more
-row, as if x had a 1 at its end, which makes every formula exact.
+An adapter returns all weights in the paper's row-vector convention (y = x W). Attention weights are
+in float64, one slice per head. MLP weights keep their stored dtype, because their channels are only
+kept or dropped. If the family has biases, W has the bias as an additional row, as if x ended with a
+1; this makes every formula exact.
 """
 
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ from a3.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Weights of one layer's attention; d̂ is the hidden size, plus one where there are biases.
+    """Weights of one layer's attention; d̂ is the hidden size, plus one if there are biases.
 
-    q (H, d̂, h), k (G, d̂, h), v (G, d̂, h), o (H, h, d); head i belongs to group i // (H / G).
-    The first `rope_dims` of the h dimensions of q and k are rotated. Where q and k are normed
-    before, over each head or over the layer's heads together (`norm`), q_gain (H, h) and k_gain
-    (G, h) are the norm's gains.
+    q (H, d̂, h), k (G, d̂, h), v (G, d̂, h), o (H, h, d); head i belongs to group i // (H / G). The
+    first `rope_dims` of the h dimensions of q and k are rotated. If q and k are normed before RoPE,
+    over each head or over all heads together (`norm`), q_gain (H, h) and k_gain (G, h) are the
+    norm's gains.
     """
 
     q: Tensor
@@ -69,14 +69,14 @@ class Family:
     # a norm's gain is its weight plus `gain_offset`.
     qk_norm: ClassVar[str | None] = None
     gain_offset: ClassVar[float] = 0.0
-    # Whether those norms see heads before tokens.
+    # Whether those norms get tensors whose heads come before the tokens.
     norm_heads_first: ClassVar[bool] = False
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"
-    # The config's key for how many positions there are, where the model breaks beyond them.
+    # The config's key for the number of positions, if the model fails beyond them.
     positions: ClassVar[str | None] = None
-    # Weights stored as (in, out), GPT-2's Conv1D, where torch's Linear has (out, in).
+    # Whether weights are stored as (in, out), like GPT-2's Conv1D; torch's Linear has (out, in).
     transposed: ClassVar[bool] = False
     # Projections that share a module are fused in it, in this order.
     projections: ClassVar[dict[str, str]] = ATTENTION | {
@@ -84,7 +84,7 @@ class Family:
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     }
-    # The same of a mixture's experts, {} is their number, where they stand in the MLP's place.
+    # The same for a mixture's experts, which replace the MLP; {} is the expert's number.
     experts: ClassVar[dict[str, str]] = {}
 
     # --- what the config says ---
@@ -98,11 +98,11 @@ class Family:
         return config.intermediate_size
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """Number of experts, and how many a token goes to; none where the MLP is one."""
+        """Number of experts, and of experts per token; both 0 for an ordinary MLP."""
         return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
-        """Whether fused q, k, v alternate group by group instead of standing one after another."""
+        """Whether fused q, k, v alternate group by group instead of following one another."""
         return False
 
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
@@ -135,7 +135,7 @@ class Family:
         return attention.head_dim
 
     def describe(self, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any]:
-        """The fields of `Arch` that the config decides, of which `model` was built.
+        """The fields of `Arch` that follow from the config from which `model` was built.
 
         `model` may be without weights. Raises A3Error as `check` does.
         """
@@ -167,7 +167,7 @@ class Family:
             **self.biases(config),
             "qk_norm": self.qk_norm,
             "rope_layout": layout,
-            # The first ones of a head; the code, not the config, decides how many.
+            # The first dimensions of a head; the family's code, not the config, decides how many.
             "rope_dims": rotated_width(model.base_model) if layout else 0,
             "nope_layers": [layer for layer in layers if not self.rotates(attentions[layer])],
             "scaling": self.scaling(config, head_dim),
@@ -228,7 +228,7 @@ class Family:
         return [name for name in checkpoint.names() if name.startswith(f"{layers}{layer}.")]
 
     def packed_rest(self, name: str) -> str:
-        """Name in the compressed checkpoint of a tensor that no projection has."""
+        """Name in the compressed checkpoint of a tensor that belongs to no projection."""
         return name
 
     def queries(self, layer: int) -> str:
@@ -257,7 +257,7 @@ class Family:
 
     @property
     def repacked(self) -> bool:
-        """Whether q, k, v and o are stored otherwise than in the compressed model."""
+        """Whether the family stores q, k, v and o differently from the compressed model."""
         moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
         return moved or len(self.fused("q")) > 1
 
@@ -289,7 +289,7 @@ class Family:
         return expected
 
     def copies(self, projection: str, fields: dict[str, Any]) -> Iterable[int | None]:
-        """The numbers of the experts that have a projection; [None] where it is not theirs."""
+        """The numbers of the experts that have a projection; [None] if experts do not have it."""
         return range(fields["experts"]) if projection in self.experts else [None]
 
     # --- weights ---
@@ -313,7 +313,7 @@ class Family:
     def unfuse(self, rows: Tensor, projection: str, fields: dict[str, Any]) -> Tensor:
         """The rows of one projection in the tensor that it shares, (out, …) to (out', …).
 
-        RoPE pairs of q and k come out in halves, whatever the family's layout is.
+        RoPE pairs of q and k are returned in halves, for every layout of the family.
         """
         if projection in "qkv" and self.interleaved(fields):
             # Each group has its query heads, then its key head, then its value head.
@@ -385,7 +385,7 @@ class Family:
     def layer_tensors(
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """All tensors of one layer by their names in the trunk, as they are in memory.
+        """All tensors of one layer by their names in the trunk, laid out as in memory.
 
         transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n).
         """
@@ -417,7 +417,7 @@ class Family:
         fields: dict[str, Any],
         expert: int | None = None,
     ) -> dict[str, Tensor]:
-        """Checkpoint tensors of compressed projections, in the dtype that they come in.
+        """Checkpoint tensors of compressed projections, with unchanged dtype.
 
         `solved` has W by projection: (H, d̂, r) for q, k, v; (H, r, d) for o; (d̂, r) or (r, d) for
         the MLP; gains (H, r) as q_gain and k_gain. Biases of o and down are not in it: they are

@@ -1,7 +1,7 @@
-"""GGUF files, checked whole before anything of them is used.
+"""Reads GGUF files; the whole file is checked before any of its content is used.
 
-The libraries that read them believe every count and length of the header: a damaged one makes them
-loop or allocate without end, or take the weights of another tensor. A GGUF file has no checksum.
+Other libraries trust every count and length in the header. With a damaged header they loop or
+allocate without end, or return the weights of another tensor. A GGUF file has no checksum.
 """
 
 import mmap
@@ -26,15 +26,15 @@ FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q"
 
 STRING, ARRAY = 8, 9
 
-# Lists as long as these numbers are made of them.
+# The code makes lists of these lengths, so they are limited.
 COUNTS = (".block_count", ".expert_count")
 
-# What a matrix is stored in: no integers, which are no weights.
+# Types of matrices; integer types are not weights.
 INTEGERS = {GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64")}
 
 
 class Header:
-    """Reads the header of a GGUF file in order; A3Error where it goes beyond the file's end."""
+    """Reads the header of a GGUF file in order; A3Error beyond the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class Header:
         return A3Error(f"{self.path}: not a whole GGUF file: {why}. Fetch it again.")
 
     def skip(self, count: int) -> int:
-        """Go over `count` bytes; where they start."""
+        """Skip `count` bytes and return where they start."""
         start, self.place = self.place, self.place + count
         if self.place > len(self.data):
             raise self.fail(f"{count} bytes expected at {start}, it has {len(self.data)}")
@@ -57,7 +57,7 @@ class Header:
         return struct.unpack_from(f"<{form}", self.data, self.skip(struct.calcsize(f"<{form}")))[0]
 
     def string(self) -> str:
-        """A string, its length before it."""
+        """A string, preceded by its length."""
         start = self.skip(self.number("Q"))
         try:
             return self.data[start : self.place].decode()
@@ -122,7 +122,7 @@ class Gguf:
         return checked(self.path, key, self.values[key], expected)
 
     def needed(self, key: str) -> Any:
-        """A value that has to be there, of the architecture or the file."""
+        """A required value of the architecture or the file."""
         value = self.of_file(key) if key in FILE else self.own(key)
         if value is None:
             name = key if key in FILE else f"{self.architecture}.{key}"
@@ -143,8 +143,8 @@ class Gguf:
 def read_gguf(path: Path) -> Gguf:
     """The header of a GGUF file of version 2 or 3.
 
-    Raises A3Error unless header and tensors are there whole, each tensor's data follows the one's
-    before it, and the file holds a whole model: not one of several files, no adapter.
+    Raises A3Error unless header and tensors are complete, the tensors' data follow one another, and
+    the file holds a whole model: not one of several files and not an adapter.
     """
     if path.stat().st_size == 0:
         raise A3Error(f"{path}: an empty file, expected a GGUF file. Fetch it again.")
@@ -172,12 +172,12 @@ def read_gguf(path: Path) -> Gguf:
 
 
 def is_count(value: Any, most: int) -> bool:
-    """Whether a value is a number of things, at most so many."""
+    """Whether a value is an integer from 0 to a limit."""
     return isinstance(value, int) and 0 <= value <= most
 
 
 def require_whole_model(file: Gguf) -> None:
-    """Raise A3Error for a file that is no model of its own."""
+    """Raise A3Error for a file that is not a complete model."""
     if (count := file.of_file("split.count", 0)) > 1:
         raise A3Error(
             f"{file.path}: file {file.of_file('split.no', 0) + 1} of {count} that hold one model. "
@@ -193,7 +193,7 @@ def require_whole_model(file: Gguf) -> None:
 
 
 def tensor_places(header: Header, count: int, alignment: int) -> dict[str, Place]:
-    """Where the tensors lie that a header lists; A3Error where they are not whole."""
+    """Where the tensors lie that a header lists; A3Error if they are not whole."""
     places: dict[str, Place] = {}
     end = last = 0
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What the value of each key of a GGUF file's header has to be; no key is read without."""
+"""The expected value of each key in a GGUF header; no key is read without this check."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from a3.core.errors import A3Error
 
 TEMPLATE = "tokenizer.chat_template"
 
-# Each named template becomes a file of its name.
+# Each named template becomes a file with that name.
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
@@ -24,12 +24,12 @@ class Expected:
 
 
 def integer(value: Any) -> bool:
-    """Whether a value is a whole number, and no bool."""
+    """Whether a value is an integer and not a bool."""
     return type(value) is int
 
 
 def finite(value: Any) -> bool:
-    """Whether a value is a number, and no bool, NaN or infinity."""
+    """Whether a value is a finite number and not a bool."""
     return type(value) in (int, float) and isfinite(value)
 
 
@@ -96,7 +96,7 @@ OWN = {
     "attention.key_length": COUNT,
     "attention.value_length": COUNT,
     "attention.causal": BOOL,
-    # llama.cpp takes 0 as the usual one.
+    # llama.cpp reads 0 as the default.
     "attention.scale": NOT_NEGATIVE,
     "attention.layer_norm_epsilon": POSITIVE,
     "attention.layer_norm_rms_epsilon": POSITIVE,
@@ -110,7 +110,7 @@ OWN = {
     "rope.freq_base": POSITIVE,
     "rope.freq_base_swa": POSITIVE,
     "rope.scaling.type": TEXT,
-    # llama.cpp takes 0 as no scaling.
+    # llama.cpp reads 0 as no scaling.
     "rope.scaling.factor": NOT_NEGATIVE,
     "rope.scale_linear": NOT_NEGATIVE,
     "rope.scaling.attn_factor": POSITIVE,
@@ -124,7 +124,7 @@ OWN = {
 
 
 def checked(path: Path, key: str, value: Any, expected: Expected) -> Any:
-    """A value of a key; raises A3Error where it is not as expected."""
+    """A value of a key; raises A3Error if it is not as expected."""
     if not expected.holds(value):
         raise A3Error(
             f"{path}: {key} is {repr(value)[:60]}, expected {expected.words}. Fetch the file "

@@ -1,8 +1,8 @@
-"""RoPE of a GGUF file as transformers has it: the same angles.
+"""Converts RoPE of a GGUF file to transformers' parameters, with the same angles.
 
-llama.cpp divides the frequencies by a list of factors that lies in the file as a tensor, and by
-`rope.scaling.factor`. Of YaRN a file has the factor alone, of LongRoPE a list for short texts and
-one for long ones.
+llama.cpp divides the frequencies by a list of factors, which is a tensor in the file, and by
+`rope.scaling.factor`. For YaRN a file has only the factor; for LongRoPE it has one list for short
+texts and one for long ones.
 """
 
 from typing import Any
@@ -32,22 +32,22 @@ KEYS = (
     "rope.scaling.finetuned",
 )
 
-# Of YaRN, what llama.cpp takes for most architectures whatever the file says.
+# YaRN's values that llama.cpp uses for most architectures, independent of the file.
 BETAS = {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
 
 TYPES = ("none", "linear", "yarn", "longrope")
 
-# Llama 3's own; files hold its factors only.
+# Llama 3's parameters; files hold only the resulting factors.
 LOW, HIGH = 1.0, 4.0
 
 ORIGINAL = [2**k for k in range(5, 18)]
 
 
 def rope_parameters(file: Gguf, rotated: int) -> dict[str, Any]:
-    """What turns `rotated` dimensions of a head as llama.cpp does.
+    """RoPE parameters that rotate `rotated` dimensions of a head as llama.cpp does.
 
     Raises A3Error for factors of another size, and for scalings that llama.cpp's code of the
-    architecture would not take together.
+    architecture does not combine.
     """
     kind, theta = file.own("rope.scaling.type", "linear"), file.own("rope.freq_base", 10000.0)
     factor = file.own("rope.scaling.factor", file.own("rope.scale_linear", 0.0)) or 1.0
@@ -99,7 +99,7 @@ def yarn(file: Gguf, factor: float, original: int, scale: float) -> dict[str, An
 
 
 def simplest(divisors: Tensor, theta: float, length: int) -> dict[str, Any]:
-    """The best known RoPE whose frequencies are divided by `divisors`, (rotated / 2,)."""
+    """The simplest known RoPE type with frequencies divided by `divisors`, (rotated / 2,)."""
     rotated = 2 * len(divisors)
     if same(divisors, torch.ones_like(divisors)):
         return {"rope_type": "default"}
@@ -138,5 +138,5 @@ def longrope(short: Tensor, long: Tensor, original: int, scale: float) -> dict[s
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two lists of factors are equal to float32's rounding."""
+    """Whether two lists of factors are equal up to float32 rounding."""
     return torch.allclose(one, other, rtol=2e-6, atol=0)

@@ -1,8 +1,9 @@
-"""How byte-level BPE cuts text into words, by llama.cpp's names for it (`tokenizer.ggml.pre`).
+"""How byte-level BPE splits text into words, for llama.cpp's names (`tokenizer.ggml.pre`).
 
-llama.cpp has the rules of each name built in; those here are of the tokenizer.json that a name
-stands for, and were compared with llama.cpp on texts of many scripts. It composes no characters,
-and knows upper and lower case of ASCII alone for `tekken` and `gpt-4o`; else both are the same.
+llama.cpp has built-in rules for each name. The rules here come from the tokenizer.json that a name
+stands for, and were compared with llama.cpp on texts in many scripts. There are two differences:
+llama.cpp does not compose characters, and for `tekken` and `gpt-4o` it distinguishes upper and
+lower case only in ASCII.
 """
 
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ SEED = (
     BYTES,
 )
 
-# The first name of equal rules is the one that is written.
+# If several names have equal rules, exports write the first one.
 RULES = {
     "gpt-2": Rules((GPT2,)),
     "olmo": Rules((GPT2,), composed=True),
@@ -108,7 +109,7 @@ NAMES = RULES | {other: RULES[name] for name, others in SAME.items() for other i
 
 
 def normalizer(rules: Rules) -> Normalizer | None:
-    """The normalisation of text before it is split; None where there is none."""
+    """The normalisation of text before it is split; None if there is none."""
     return normalizers.NFC() if rules.composed else None
 
 
@@ -127,7 +128,7 @@ def built(step: str) -> PreTokenizer:
 
 
 def steps_in(rules: dict[str, Any] | None) -> tuple[Any, ...]:
-    """The rules of a tokenizer.json as RULES spells them, or as they are where it has no such."""
+    """The rules of a tokenizer.json in the notation of RULES; unknown rules are unchanged."""
     if rules is None:
         return ()
     if rules["type"] == "Sequence":
@@ -136,7 +137,7 @@ def steps_in(rules: dict[str, Any] | None) -> tuple[Any, ...]:
 
 
 def step_of(step: dict[str, Any]) -> Any:
-    """A rule as RULES spells it, or as it is where there is no such one."""
+    """A rule in the notation of RULES; an unknown rule is unchanged."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return GPT2 if step.get("use_regex", True) else BYTES
     if step["type"] == "Digits" and step["individual_digits"]:

@@ -1,7 +1,7 @@
-"""The files that models and texts are made from, where these are local: what has to be looked at.
+"""The local files from which models and texts are made, and how to tell whether they changed.
 
-Not their folders: the time of a folder changes when files come and go, not when they are written.
-Read by the Snakefile at every start, so nothing heavy is imported here.
+Files are listed, not their folders: a folder's time changes when files are added or removed, not
+when they are written. The Snakefile imports this at every start, so it imports nothing heavy.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ MODEL_FILES = [
 # Folders hold other formats of the same weights; consolidated files repeat the shards.
 NOT_MODEL_FILES = ["*/*", "consolidated*"]
 
-# Where transformers has chat templates that have names.
+# Folder in which transformers stores named chat templates.
 TEMPLATES = "additional_chat_templates"
 
-# Left by stages, where the source is one of their folders.
+# Files of stages, if the source is a folder that a stage wrote.
 LEFT = (*RECORDS, "source.json", "timing.json", HIDDEN_SEAL)
 
-# Of larger files only so many pieces, evenly spread, are read to tell whether they changed.
+# For larger files only this many evenly spaced pieces are read to detect changes.
 LARGE, PIECES, PIECE = 64 * 2**20, 64, 2**16
 
 
@@ -53,7 +53,7 @@ def model_inputs(path: Path) -> list[Path]:
 
 
 def text_inputs(path: Path) -> list[Path]:
-    """The files of a local text: those in a folder of types that are read, or the one."""
+    """The files of a local text: the readable files of a folder, or the single file."""
     if not path.is_dir():
         return [path]
     return [file for file in sorted(walk(path)) if inner(file.name)[1] in FILE_TYPES]
@@ -63,7 +63,7 @@ INPUTS = {"models": model_inputs, "texts": text_inputs}
 
 
 def local_inputs(section: str, source: Mapping[str, object]) -> list[Path]:
-    """The files that an entry of `models` or `texts` is made from; none unless they are local."""
+    """The local files from which an entry of `models` or `texts` is made; else empty."""
     return INPUTS[section](Path(str(source["path"]))) if "path" in source else []
 
 
@@ -79,10 +79,10 @@ def name_in(source: Mapping[str, object], path: Path) -> str:
 
 
 def marks(paths: Iterable[Path]) -> dict[str, str]:
-    """What tells whether files have changed, whatever their times are, of those that are there.
+    """Hashes that show whether the existing files have changed, independent of their times.
 
-    Times alone do not tell: another model's files, moved or linked here, may be older than the
-    results. Of files too large to be read at every start, some pieces are.
+    Times are not enough: files of another model that were moved or linked here may be older than
+    the results. Of files that are too large to read at every start, only some pieces are read.
     """
     return {str(path): mark(path) for path in paths if path.is_file()}
 

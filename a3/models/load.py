@@ -1,4 +1,4 @@
-"""Strict loading: missing tensors are errors, and no code of a model is run."""
+"""Strict loading: missing tensors are errors, and code that comes with a model never runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.readable import end_tokens, refuse_adapter
 
-# What a config.json may say of how a model is run, and a3 decides.
+# Keys of config.json about how a model runs; a3 decides these itself.
 PLAIN = {
     "_attn_implementation": None,
     "_experts_implementation": None,
@@ -37,23 +37,23 @@ PLAIN = {
 
 
 def load_config(folder: Path, **options: Any) -> PreTrainedConfig:
-    """The config of a folder; raises A3Error where it cannot be read."""
+    """The config of a folder; raises A3Error if it cannot be read."""
     return loaded(AutoConfig, folder, **options)
 
 
 def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; raises A3Error where it cannot be read."""
-    # Else the class would depend on whether mistral-common is installed.
+    """The tokenizer of a folder; raises A3Error if it cannot be read."""
+    # Otherwise the class would depend on whether mistral-common is installed.
     return loaded(AutoTokenizer, folder, mistral_format=False, **options)
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
-    """The model of a dense or compressed folder, every recorded file of it held to its hash.
+    """The model of a dense or compressed folder; every recorded file is checked against its hash.
 
-    It generates greedily: `generate` would take every option that its caller leaves out from
-    generation_config.json, so nothing of that file is kept but the end of a text.
-    Raises A3Error where its weights do not fit the memory at hand, a file changed, transformers
-    cannot read it, or a tensor is missing.
+    The model generates greedily. `generate` would read options that its caller omits from
+    generation_config.json, so only the end-of-text tokens of that file are kept. Raises A3Error if
+    the weights do not fit in the available memory, a file has changed, transformers cannot read it,
+    or a tensor is missing.
     """
     checkpoint = Checkpoint(folder)
     needed = count_parameters(folder) * WIDTHS[dtype]
@@ -64,13 +64,13 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
-    """A model of which no tensor is missing; raises A3Error as `load_model` does.
+    """Load a model without missing tensors; raises A3Error as `load_model` does.
 
-    transformers only warns of a tensor that is missing, and makes one up at random.
+    transformers only warns about a missing tensor, and initialises it at random.
     """
-    # Where peft is installed, transformers would load the adapter's model in place of this one.
+    # If peft is installed, transformers would load the adapter's base model instead of this one.
     refuse_adapter(folder)
-    # Without weights, tensors of another shape cost nothing and are named below.
+    # Without weights, tensors of another shape cost nothing; the error below names them.
     meta = options.get("device_map") == "meta"
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": meta}
     try:
@@ -99,7 +99,7 @@ def number_of_parameters(model: nn.Module) -> int:
 def count_parameters(folder: Path) -> int:
     """Parameters of the model, dense or compressed, that transformers loads from a folder.
 
-    Raises A3Error for a config of which transformers makes no model.
+    Raises A3Error for a config from which transformers cannot build a model.
     """
     config = load_config(folder)
     with readable(folder, "AutoModelForCausalLM"):
@@ -110,9 +110,9 @@ def count_parameters(folder: Path) -> int:
 def parameters_of(checkpoint: Checkpoint, model: PreTrainedModel) -> int:
     """Parameters of a model, which may be empty, with the weights of a checkpoint.
 
-    Not all numbers that its files hold: masks, frequencies and layers beyond those of the config
-    are no parameters, and a tied head that is stored once more is the embedding still. One that
-    differs from the embedding is a head of its own, whatever the config says.
+    This is not the count of all numbers in its files: masks, frequencies and layers beyond the
+    config's are not parameters, and a stored copy of a tied head counts as the embedding. A head
+    that differs from the embedding counts separately, whatever the config says.
     """
     untied = [
         target
@@ -125,7 +125,7 @@ def parameters_of(checkpoint: Checkpoint, model: PreTrainedModel) -> int:
 def tensors_of_model(folder: Path) -> frozenset[str]:
     """Names of the tensors that transformers loads for the model of a dense folder.
 
-    Those that they have in memory, and those in files of families that call them otherwise there.
+    Names of the modules in memory, and also the names in files if the family uses others there.
     """
     model = empty_model(load_config(folder))
     inside = model.state_dict()
@@ -133,9 +133,9 @@ def tensors_of_model(folder: Path) -> frozenset[str]:
 
 
 def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:
-    """Raise A3Error where a model, dense or compressed, has positions for fewer `tokens`.
+    """Raise A3Error if a model, dense or compressed, has fewer positions than `tokens`.
 
-    `said` is what the user calls their number.
+    `said` is the user's name for this number.
     """
     config = load_config(folder)
     name = config.a3["family"] if hasattr(config, "a3") else config.model_type
@@ -149,18 +149,18 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
 
 
 def loaded(of: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` of an auto class; A3Error for all that goes wrong, remote code among it."""
+    """`from_pretrained` of an auto class; every failure, also remote code, raises A3Error."""
     with readable(folder / options.get("gguf_file", ""), of.__name__):
-        # Left out, trust_remote_code makes transformers ask at the terminal.
+        # Without trust_remote_code=False, transformers would ask at the terminal.
         return of.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
 
 
 @contextmanager
 def readable(path: Path, reader: str) -> Iterator[None]:
-    """Raise A3Error for all that goes wrong where transformers' `reader` reads `path`."""
+    """Raise A3Error for every failure while transformers' `reader` reads `path`."""
     try:
         yield
-    # What the libraries say of files that they cannot read is of any type.
+    # The libraries raise exceptions of any type for files that they cannot read.
     except Exception as error:
         raise A3Error(
             f"{path}: {reader} of transformers cannot read "

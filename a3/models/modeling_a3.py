@@ -1,13 +1,13 @@
 """The compressed model that Hugging Face loads: its tensors really are smaller.
 
 A compressed folder has model_type "a3" and, under `a3` in its config, the family it was made of and
-the ranks of every layer. Its classes derive from the family's own: attention is replaced by
-`A3Attention`, the MLP's projections are resized, everything else is transformers' code. Heads of QK
-and OV have their own sizes, so the KV cache holds r_qk + r_ov numbers a key/value head.
+the ranks of every layer. Its classes derive from the family's own. `A3Attention` replaces
+attention, the MLP's projections are resized, and everything else is transformers' code. QK and OV
+have different head sizes, so the KV cache holds r_qk + r_ov numbers per key/value head.
 
-This file and attention_a3.py need nothing but torch and transformers: copies of them travel in
-every compressed folder, so that `trust_remote_code=True` loads them where a3 is not installed. The
-one imports the other by a relative name, by which transformers finds it. With a3, these are used.
+This file and attention_a3.py need only torch and transformers. Every compressed folder has copies
+of them, which `trust_remote_code=True` loads if a3 is not installed. This file imports the other by
+a relative name, so that transformers finds it. If a3 is installed, a3's own files are used.
 """
 
 import sys
@@ -49,10 +49,10 @@ PEFT = "peft.utils.constants"
 
 
 class LowRank(nn.Module):
-    """Two factors in the place of a linear layer: the encoder's, then another.
+    """Two factors in place of a linear layer: first the encoder, then the decoder.
 
-    The other has the linear layer's own name, so that adapters by name (LoRA of "q_proj") are on
-    it, and both are plain linear layers, on which adapters and quantisers know how to work.
+    The decoder has the original layer's name, so adapters that select by name (LoRA of "q_proj")
+    apply to it. Both are plain linear layers, which adapters and quantisers support.
     """
 
     def __init__(self, name: str, inputs: int, outputs: int, rank: int, bias: bool) -> None:
@@ -73,10 +73,10 @@ def product_name(linear: str) -> str:
 
 @cache
 def holder(dense: type, linears: tuple[str, ...]) -> type:
-    """A kind of the module `dense` whose code finds factored layers where it has `linears`.
+    """A class derived from that of `dense`, whose code finds factored layers in place of `linears`.
 
-    Libraries that go through a model's modules by name find the two factors of each, no product:
-    of a name that an adapter is for they take linear layers only.
+    Libraries that iterate over a model's modules find the two factors, and no module for their
+    product: under the names that adapters select they accept only linear layers.
     """
 
     def product(linear: str) -> property:
@@ -123,7 +123,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """A mixture's experts, each of its own size: those that few tokens reached are dense."""
+    """A mixture's experts, each with its own size; experts that few tokens reached are dense."""
 
     def __init__(self, dense: nn.Module, ranks: list[int]) -> None:
         super().__init__(Expert(dense.hidden_dim, rank) for rank in ranks)
@@ -153,22 +153,22 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
         if name := places.pop("experts", None):
             body.set_submodule(name, Experts(body.get_submodule(name), rank))
         for name in dict.fromkeys(places.values()):
-            # More than one where gate and up are fused.
+            # More than one if gate and up are fused.
             projections = [projection for projection in places if places[projection] == name]
             body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
-        # A product stands under the name of the first of the projections that are fused.
+        # A factored layer has the name of the first of its fused projections.
         places |= {projection: f"{where}.{projection}_proj" for projection in "qkvo"}
         factorise(body, {places[projection]: of for projection, of in a3["factors"][layer].items()})
     if a3["same_pairs"]:
         gather_once(body)
     record_attentions(body)
     if "quantised" in a3:
-        # Simulated by a3 only; such a folder does not load without it.
+        # Only a3 simulates low precision; such a folder does not load without a3.
         import_module("a3.models.quantised").simulate(body, a3["quantised"])
 
 
 def inside(name: str) -> str:
-    """The name of a module in the model without a head, from that in the one with it."""
+    """A module's name in the model without a head, from its name in the model with a head."""
     return name.partition(".")[2]
 
 
@@ -185,7 +185,7 @@ def resized(
 
 
 def gather_once(body: PreTrainedModel) -> None:
-    """Gather the kept pairs of cos and sin where they are made, and not in every layer."""
+    """Select the kept pairs of cos and sin once where they are computed, not in every layer."""
     rotary = getattr(body, "rotary_emb", None)
     rotated = [
         module
@@ -199,9 +199,9 @@ def gather_once(body: PreTrainedModel) -> None:
 
 
 def record_attentions(body: PreTrainedModel) -> None:
-    """Let transformers record our attention's probabilities where it records the family's.
+    """Let transformers record our attention's probabilities like those of the family.
 
-    It goes by the class of a module, in a table that each class of models has.
+    transformers selects modules by class, in a table of each model class.
     """
     for model in body.modules():
         table = getattr(model, "_can_record_outputs", None) or {}
@@ -214,10 +214,10 @@ def record_attentions(body: PreTrainedModel) -> None:
 class Compressed(PreTrainedModel):
     """Mixed into a family's classes of models: layers differ in size."""
 
-    # Flash attention's kernels want one head size for q, k and v.
+    # Flash attention needs one head size for q, k and v.
     _supports_flash_attn = False
 
-    # Files that stand beside the weights: of the tokenizer, where a3.compress made the model.
+    # Files to save beside the weights: the tokenizer's, if a3.compress made the model.
     beside: dict[str, bytes] = {}  # noqa: RUF012
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -237,7 +237,7 @@ class Compressed(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-# What loads a family's models, without a head and with those that families have.
+# The auto classes that load a family's models, without a head and with each type of head.
 AUTO = (
     (AutoModel, MODEL_MAPPING),
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -270,7 +270,7 @@ def classes(family: str) -> dict[str, type]:
             "a3": None,
             "model_type": "a3",
             "base_model_tp_plan": None,
-            # What save_pretrained writes has this file beside it, too.
+            # save_pretrained also copies this file.
             "_auto_class": "AutoConfig",
         },
     )
@@ -288,10 +288,10 @@ def classes(family: str) -> dict[str, type]:
 def model_class(
     dense: type[PreTrainedModel], config: type[PreTrainedConfig], auto: str
 ) -> type[PreTrainedModel]:
-    """The compressed kind of one of a family's classes of models, which an auto class loads."""
+    """The compressed version of a family's model class, which an auto class loads."""
     own = {"__module__": __name__, "config_class": config, "_auto_class": auto}
     model = type(f"A3{dense.__name__}", (Compressed, dense), own)
-    # What a family's files call otherwise than its modules, ours call alike.
+    # Compressed files use the modules' names, even if the family's files use others.
     renaming = get_checkpoint_conversion_mapping(dense.__name__)
     if renaming is not None:
         register_checkpoint_conversion_mapping(model.__name__, renaming, overwrite=True)
@@ -299,10 +299,11 @@ def model_class(
 
 
 def adapt_by_default(constants: ModuleType) -> None:
-    """Tell peft where adapters of a compressed model are if nobody says: where they are in Llama.
+    """Give peft default target modules for adapters of a compressed model: those of Llama.
 
-    `constants` is peft.utils.constants: tables of such modules, one a method, by model_type. The
-    modules of attention have Llama's names in every family's compressed models, others do not.
+    `constants` is peft.utils.constants, which has a table of such modules for each method, by
+    model_type. Attention modules of every compressed model have Llama's names; other modules do
+    not.
     """
     attention = {f"{projection}_proj" for projection in "qkvo"}
     tables = [
@@ -313,7 +314,7 @@ def adapt_by_default(constants: ModuleType) -> None:
             table["a3"] = table["llama"]
 
 
-# Where peft is imported later, a3 sees to it (a3/__init__.py).
+# If peft is imported later, a3/__init__.py calls this.
 if PEFT in sys.modules:
     adapt_by_default(sys.modules[PEFT])
 

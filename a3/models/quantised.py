@@ -1,9 +1,9 @@
-"""Low precision, simulated, in a compressed model: what its config says under `quantised`.
+"""Simulates low precision in a compressed model, by the entry `quantised` of its config.
 
-`modules` has, by name, the format of a linear layer's input `x` and its `rank`; weights lie in the
-checkpoint with the values that they have in their formats. `products` has the formats of the
-operands q, k, p and v of attention's two products. Arithmetic is that of the model's dtype: nothing
-here is faster than the model as it was.
+`modules` has, by name, the format of a linear layer's input `x` and its `rank`. Weights in the
+checkpoint are already rounded to their formats. `products` has the formats of the operands q, k, p
+and v of attention's two products. All arithmetic is in the model's dtype, so nothing runs faster
+than before.
 """
 
 from typing import Any
@@ -38,8 +38,8 @@ class QuantisedLinear(nn.Linear):
 class QuantisedProducts:
     """Eager attention whose operands are quantised: q, k and v along the head, p along the keys.
 
-    The published code has the blocks of k along the keys, sixteen tokens together, which no cache
-    could keep as it grows.
+    The published code groups k along the tokens, in blocks of sixteen; a growing cache could not
+    keep such blocks.
     """
 
     def __init__(self, formats: dict[str, str]) -> None:
@@ -58,7 +58,7 @@ class QuantisedProducts:
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """q (B, H, L, r), k and v (B, G, K, r), mask additive; (B, L, H, r') and p (B, H, L, K)."""
-        # A prompt's heads are filled up with zeros to one size.
+        # For a prompt, heads are padded with zeros to one size.
         q, k = (
             quantise(x[..., : module.qk_rank], self.formats[name])
             for x, name in ((q, "q"), (k, "k"))
@@ -90,12 +90,12 @@ def simulate(model: nn.Module, said: dict[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, A3Attention):
             module.eager = QuantisedProducts(said["products"])
-    # Fused kernels show no probabilities.
+    # Fused kernels do not expose the probabilities.
     model.config._attn_implementation = "eager"
 
 
 def sizes_of(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, whichever way its weight lies."""
+    """(in, out) of a linear layer, for both orientations of its weight."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
     return linear.nx, linear.nf

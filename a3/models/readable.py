@@ -1,6 +1,6 @@
-"""Whether a folder is a model that a3 reads: whole, no adapter, plain numbers, in safetensors.
+"""Checks that a3 can read a folder as a model: complete, not an adapter or quantised, safetensors.
 
-Every command, and `Checkpoint`, asks here before anything else is done with a folder.
+Every command, and `Checkpoint`, calls this before doing anything else with a folder.
 """
 
 import json
@@ -15,7 +15,7 @@ from a3.core.files import read_json
 
 PICKLED = "pytorch_model*.bin*"
 
-# What transformers reads of a folder as a JSON object, where it is there.
+# Files that transformers reads as JSON objects, if they exist.
 OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
@@ -23,26 +23,26 @@ OBJECTS = (
 
 INDEX = "model.safetensors.index.json"
 
-# What peft, the library `adapters`, MLX and diffusers call an adapter's files.
+# Names of adapter files in peft, the library `adapters`, MLX and diffusers.
 ADAPTER_CONFIG = "adapter_config.json"
 
 ADAPTERS = (ADAPTER_CONFIG, "*adapter*.safetensors", "*adapter*.bin", "pytorch_lora_weights.*")
 
-# Tensors that wrappers of trained adapters leave in what is saved with them.
+# Tensors that wrappers of trained adapters leave in saved checkpoints.
 ADAPTER_TENSORS = re.compile(
     r"\.(base_layer|lora_\w+|loras|ia3_l|adapters|prefix_tunings|prompt_encoder|hada_w\w+|lokr_w\w+"
     r"|vera_\w+|oft_\w+|boft_\w+|modules_to_save|original_module)(\.|$)"
 )
 
-# Kinds of peft that add tokens or prompts, and change no weight.
+# Methods of peft that add tokens or prompts and change no weight.
 PROMPTS = ("PROMPT", "P_TUNING", "PREFIX", "CPT")
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# Of buffers: kept RoPE pairs, positions, masks. GPT-2's masks are bytes and called bias.
+# Buffers: kept RoPE pairs, positions, masks. GPT-2's masks are bytes and are named bias.
 BUFFERS = ("I64", "BOOL")
 
-# Quantised checkpoints by the first of these that names one of their tensors.
+# Quantisation methods; the first whose names match a tensor of the checkpoint applies.
 METHODS = {
     r"\.qweight$": "GPTQ or AWQ",
     r"\.(SCB|weight_format)$|\.(absmax|quant_map|quant_state)\b": "bitsandbytes",
@@ -55,21 +55,21 @@ METHODS = {
     r"\.scales$": "MLX or other scaled integers",
 }
 
-# The most that safetensors itself reads.
+# The longest header that safetensors itself reads.
 LARGEST_HEADER = 100_000_000
 
-# Named so, a tensor scales numbers that have a plain dtype.
+# Tensors with these names are scales of numbers that have a plain dtype.
 SCALES = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|SCB|W_q|(weight|input)_(scale|zero_point)\w*)$"
 )
 
 
 def require_readable(folder: Path) -> None:
-    """Raise A3Error where a folder is, or holds, what a3 does not read as a model, and what to do.
+    """Raise A3Error, which says what to do, if a3 cannot read a folder as a model.
 
-    Configs that are no JSON objects or name no token as the end, an adapter that is not merged,
-    weights that are pickled or quantised, shards that are not there.
-    A folder without weights is no error here: config.json is enough for some commands.
+    Reasons are: a config that is not a JSON object or names an invalid end token, an unmerged
+    adapter, pickled or quantised weights, and missing shards. A folder without weights is no error
+    here, because config.json is enough for some commands.
     """
     refuse_wrong_objects(folder)
     refuse_adapter(folder)
@@ -80,7 +80,7 @@ def require_readable(folder: Path) -> None:
 
 # --- configs --------------------------------------------------------------------------------------
 def refuse_wrong_objects(folder: Path) -> None:
-    """Raise A3Error where a small file is no JSON object, or the end of a text no token's id."""
+    """Raise A3Error if a small file is not a JSON object, or an end token is not a token id."""
     for name in OBJECTS:
         path = folder / name
         found = read_json(path) if path.is_file() else {}
@@ -94,7 +94,7 @@ def refuse_wrong_objects(folder: Path) -> None:
 def end_tokens(folder: Path) -> list[int] | None:
     """Ids of the tokens that end a text: of generation_config.json, else of config.json, if any.
 
-    Raises A3Error where they are no ids.
+    Raises A3Error if they are no ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = config_beside(path).get("eos_token_id")
@@ -111,10 +111,10 @@ def end_tokens(folder: Path) -> list[int] | None:
 
 # --- adapters -------------------------------------------------------------------------------------
 def refuse_adapter(folder: Path) -> None:
-    """Raise A3Error, with how to merge it, for an adapter in a folder or, alone, in one below.
+    """Raise A3Error, which says how to merge it, for an adapter in a folder or its subfolders.
 
-    transformers applies one that lies beside the weights, where peft is installed, and does not
-    where it is not. Adapters below a folder that has weights of its own are read by nobody.
+    transformers applies an adapter beside the weights only if peft is installed. Adapters in
+    subfolders of a folder with weights are never read, so they are no error.
     """
     found = adapter_files(folder)
     if not found and not (folder / "config.json").exists():
@@ -143,7 +143,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def how_to_merge(folder: Path, said: dict[str, Any], kind: str) -> str:
-    """What to do with the adapter in a folder, by what its config has said."""
+    """Instructions for merging the adapter in a folder, from its config."""
     base = said.get("base_model_name_or_path") or said.get("model_name") or "BASE"
     if any(sign in kind.upper() for sign in PROMPTS):
         return (
@@ -163,7 +163,7 @@ def how_to_merge(folder: Path, said: dict[str, Any], kind: str) -> str:
 
 
 def refuse_adapter_tensors(folder: Path, names: Iterable[str]) -> None:
-    """Raise A3Error where an adapter was saved among the model's own tensors."""
+    """Raise A3Error if an adapter was saved among the model's own tensors."""
     found = next((name for name in names if ADAPTER_TENSORS.search(name)), None)
     if found is not None:
         raise A3Error(
@@ -186,7 +186,7 @@ def refuse_pickled(folder: Path) -> None:
 
 
 def refuse_missing_shards(folder: Path) -> None:
-    """Raise A3Error where a file of weights is a link to nothing, or a shard is not there."""
+    """Raise A3Error if a file of weights is a broken link, or a shard is missing."""
     for path in sorted(folder.glob("*.safetensors")):
         if not path.exists():
             raise A3Error(
@@ -195,7 +195,7 @@ def refuse_missing_shards(folder: Path) -> None:
                 f"{shlex.join(['a3', 'model', 'SOURCE', '-o', str(folder)])}"
             )
     present = {path.name for path in folder.glob("*.safetensors")}
-    # Without any, config.json may be all that is wanted.
+    # A folder without weights is allowed: config.json may be enough.
     if present and (folder / INDEX).exists():
         shards(folder / INDEX)
         return
@@ -210,7 +210,7 @@ def refuse_missing_shards(folder: Path) -> None:
 
 
 def shards(index: Path) -> list[str]:
-    """Names of the files in an index of shards; raises A3Error where one is not there."""
+    """Names of the files in an index of shards; raises A3Error if one is missing."""
     names = weight_map_files(index)
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
@@ -219,7 +219,7 @@ def shards(index: Path) -> list[str]:
 
 
 def weight_map_files(index: Path) -> list[str]:
-    """Names of the files in an index of shards; raises A3Error where it is not one."""
+    """Names of the files in an index of shards; raises A3Error if the index is invalid."""
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
@@ -231,16 +231,16 @@ def weight_map_files(index: Path) -> list[str]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file, and no path out of its folder."""
+    """Whether this is a plain file name, without a path."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
 
 # --- quantised ------------------------------------------------------------------------------------
 def refuse_quantised(folder: Path) -> None:
-    """Raise A3Error where the weights are quantised, by their tensors or by config.json.
+    """Raise A3Error if the weights are quantised, by their tensors or by config.json.
 
-    A config that says so above weights that are plain numbers is refused, too, with what to delete
-    in it: transformers would quantise them, or ask for a library that does.
+    A config that declares quantisation of plain weights is refused too, and the error says what to
+    delete: transformers would quantise them, or ask for a library that does.
     """
     tensors = stored_dtypes(folder)
     refuse_adapter_tensors(folder, tensors)
@@ -269,13 +269,13 @@ def refuse_quantised(folder: Path) -> None:
 
 
 def is_quantised(name: str, dtype: str) -> bool:
-    """Whether a tensor holds numbers of few bits, or scales of such."""
+    """Whether a tensor holds low-bit numbers or their scales."""
     plain = dtype in DTYPES or dtype in BUFFERS or name.endswith(".bias")
     return not plain or SCALES.search(name) is not None
 
 
 def method_of(names: Iterable[str]) -> str | None:
-    """What quantised a checkpoint with these tensors; None where they do not tell."""
+    """What quantised a checkpoint with these tensors; None if they do not tell."""
     found = list(names)
     return next(
         (method for sign, method in METHODS.items() if any(re.search(sign, n) for n in found)), None
@@ -286,7 +286,7 @@ def declared(config: dict[str, Any]) -> tuple[str | None, str]:
     """The key by which a config says that it is quantised, and the method; (None, "") for none."""
     for where, of in (("", config), ("text_config.", config.get("text_config") or {})):
         for key in ("quantization_config", "compression_config", "quantization"):
-            # transformers takes an empty one for a quantised model, too.
+            # transformers treats an empty entry as a quantised model, too.
             if isinstance(of, dict) and (said := of.get(key)) is not None:
                 method = said.get("quant_method") if isinstance(said, dict) else said
                 return where + key, str(method or ("MLX" if key == "quantization" else "unnamed"))
@@ -304,7 +304,7 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 
 
 def header(path: Path) -> dict[str, str]:
-    """Dtype of each tensor of a safetensors file; none of a damaged one, which opening it tells."""
+    """Dtype of each tensor of a safetensors file; empty if it is damaged (opening it fails)."""
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -320,6 +320,6 @@ def header(path: Path) -> dict[str, str]:
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where the file is not there or holds something else."""
+    """A JSON object; {} if the file is missing or holds something else."""
     content = read_json(path) if path.is_file() else {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Registers compressed models with transformers when it is first used."""
+"""Registers compressed models with transformers when transformers is first used."""
 
 import sys
 from importlib import import_module
@@ -9,10 +9,10 @@ import wrapt
 
 
 class LazyConfig:
-    """Stands for the compressed models' configurations, which transformers asks for by "a3".
+    """Placeholder for the config classes of compressed models, which transformers looks up as "a3".
 
-    The real classes derive from the families', and at the moment when transformers registers
-    configurations most of its own modules are still half imported.
+    The real classes derive from the families' classes, and when transformers registers configs,
+    most of its own modules are only partly imported.
     """
 
     model_type = "a3"
@@ -32,6 +32,6 @@ def _register(auto: ModuleType) -> None:
 
 @wrapt.when_imported("peft.utils.constants")
 def _adapt(constants: ModuleType) -> None:
-    # Whoever imports it later finds peft there.
+    # A later import of peft finds it here.
     if modeling := sys.modules.get("a3.models.modeling_a3"):
         modeling.adapt_by_default(constants)

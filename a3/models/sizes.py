@@ -9,7 +9,7 @@ from a3.core.dtypes import WIDTHS
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
 
-# Of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
+# The sizes of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks: TypeAlias = tuple[int, int, int | list[int]]
 
 
@@ -22,11 +22,11 @@ def sizes(
 ) -> dict[str, int]:
     """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
 
-    `ranks` has (QK head size, OV head size, MLP size) per layer; of experts a list, as if tokens
-    went to all alike. `factors` has the rank of each factored matrix, per layer;
-    keys that are so alone are cached as the product's middle (Palu). A multiply-add counts as two
-    FLOPs; attention products are counted against FLOPS_CONTEXT keys; router and LM head are
-    included.
+    `ranks` has (QK head size, OV head size, MLP size) per layer; for experts the MLP size is a
+    list, and tokens are assumed to reach all experts equally. `factors` has the rank of each
+    factored matrix, per layer. If only the keys are factored, the cache holds their latent (Palu).
+    A multiply-add counts as two FLOPs; attention products are counted against FLOPS_CONTEXT keys;
+    router and LM head are included.
     """
     width = WIDTHS[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
@@ -37,7 +37,7 @@ def sizes(
         shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
         shapes |= {"up": (d, n), "down": (n, d)}
         if fields["mlp"] == "3-layer":
-            # Fused with up, gate stands for both where it is a product.
+            # If up and gate are fused and factored, gate stands for both.
             shapes |= {"gate": (d, n)}
             if "gate" in own and "up" not in own:
                 shapes |= {"gate": (d, 2 * n), "up": (d, 0)}
@@ -56,7 +56,7 @@ def sizes(
 
 
 def projection_weights(arch: Mapping[str, Any]) -> int:
-    """Weights in the layers' matrices, of all experts: neither biases, norms nor embeddings."""
+    """Weights in all matrices of layers and experts, without biases, norms and embeddings."""
     d, h, n = arch["hidden_size"], arch["head_dim"], arch["intermediate_size"]
     attention = 2 * d * h * (arch["heads"] + arch["kv_heads"])
     matrices = 3 if arch["mlp"] == "3-layer" else 2
@@ -64,5 +64,5 @@ def projection_weights(arch: Mapping[str, Any]) -> int:
 
 
 def kv_bytes(size: dict[str, int], stored: str, dtype: str) -> int:
-    """KV-cache bytes a token of a model run in `dtype`, from its size as stored."""
+    """KV-cache bytes per token of a model that runs in `dtype`, from its size as stored."""
     return size["kv_bytes_per_token"] * WIDTHS[dtype] // WIDTHS[stored]

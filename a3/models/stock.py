@@ -1,9 +1,9 @@
-"""Models that their family's own code runs: what a compressed one needs for it, and as what.
+"""Converts compressed models to stock checkpoints, which their family's own code runs.
 
-Where all layers have the same sizes and keep the same RoPE pairs, a compressed model is one of its
-family with a smaller `head_dim`. The frequencies it keeps are no longer a geometric series, so they
-are written as factors on those that the smaller head would have (`longrope`), and the softmax
-scale, which stays the dense model's, goes into the queries.
+If all layers have the same sizes and keep the same RoPE pairs, a compressed model is a model of its
+family with a smaller `head_dim`. The kept frequencies are no longer a geometric series, so they are
+stored as factors on the frequencies of the smaller head (`longrope`). The softmax scale of the
+dense model is folded into the queries.
 """
 
 import re
@@ -29,7 +29,7 @@ from a3.models.load import load_config
 # Families whose own code takes `head_dim` and RoPE factors from the config.
 FAMILIES = ("llama", "mistral", "ministral", "qwen2")
 
-# RoPE whose frequencies are the same at every length; longrope where its two lists are.
+# RoPE types whose frequencies don't depend on the length; longrope only if its two lists agree.
 FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
@@ -38,13 +38,13 @@ K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
 
 PAIRS = ".rope_pairs"
 
-# What old checkpoints hold of RoPE, and models compute.
+# RoPE buffers in old checkpoints; models now compute them.
 COMPUTED = ".rotary_emb.inv_freq"
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-# Where configs of different ages have RoPE's parameters. (Of these families only some kinds of RoPE
-# obey the last.)
+# Keys under which configs of different versions have RoPE's parameters. (In these families only
+# some types of RoPE use the last one.)
 ROPE_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -53,7 +53,7 @@ ROPE_KEYS = (
     "partial_rotary_factor",
 )
 
-# Numbers of a row that llama.cpp's quantised caches store together.
+# Block size of llama.cpp's quantised caches, along a row.
 BLOCK = 32
 
 HOW = "One that it can: a3 compress MODEL --qk uniform-global --ov xkv --mlp rxx-w --ratio 0.25"
@@ -63,10 +63,10 @@ HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x,
 
 @dataclass(frozen=True)
 class Stock:
-    """A folder, dense or compressed, as a model of its family.
+    """A folder, dense or compressed, converted to a model of its family.
 
-    `content` is that of its config.json then, `q_scale` what its queries are multiplied by, and
-    `frequencies` (head_dim / 2,) are the angles that RoPE turns each pair by, a position, float32.
+    `content` is the content of the new config.json, `q_scale` the factor on its queries, and
+    `frequencies` (head_dim / 2,) the angles per position by which RoPE rotates each pair, float32.
     """
 
     folder: Path
@@ -76,12 +76,12 @@ class Stock:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The content as the family reads it."""
+        """The content as a config object of the family."""
         return CONFIG_MAPPING[self.content["model_type"]].from_dict(self.content)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The tensors of the folder, by the family's own names but for the kept pairs."""
+        """The tensors of the folder under the family's own names, except the kept pairs."""
         return Checkpoint(self.folder, "model")
 
     @property
@@ -96,7 +96,7 @@ class Stock:
 
     @property
     def rope_factors(self) -> Tensor:
-        """What divides the frequencies that RoPE has without scaling, (head_dim / 2,) float64."""
+        """Divisors of RoPE's unscaled frequencies, (head_dim / 2,) float64."""
         return geometric(self.theta, self.head_dim) / self.frequencies.double()
 
     @cached_property
@@ -107,7 +107,7 @@ class Stock:
 
     @property
     def folded(self) -> str:
-        """What becomes of low precision, for the user; empty where there is none."""
+        """A message about what happens to simulated low precision; empty if there is none."""
         if not self.repaired:
             return ""
         stored = {self.checkpoint.dtype(f"{name}.weight") for name in self.repaired}
@@ -117,9 +117,9 @@ class Stock:
         )
 
     def names(self) -> list[str]:
-        """Names of the tensors that the family's code reads, which are all that are to be kept.
+        """Names of the tensors that the family's code reads; only these are kept.
 
-        Raises A3Error where a folder has others: what they do would be lost.
+        Raises A3Error if a folder has other tensors, because their effect would be lost.
         """
         read = set(empty_model(self.config).state_dict())
         used = {f"{name}.{factor}" for name in self.repaired for factor in "AB"}
@@ -133,13 +133,13 @@ class Stock:
         return [name for name in names if name in read]
 
     def ignored(self, name: str) -> bool:
-        """Whether a tensor is nothing that a model reads: it is computed, or of a dropped layer."""
+        """Whether a model does not read a tensor: it is computed, or belongs to a dropped layer."""
         layer = LAYER.match(name)
         dropped = layer is not None and int(layer[1]) >= self.config.num_hidden_layers
         return dropped or name.endswith((PAIRS, COMPUTED))
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype that it is stored in; computed in float64 where it changes."""
+        """One tensor, in its stored dtype; changes are computed in float64."""
         value = self.checkpoint.tensor(name)
         module, scaled = name.removesuffix(".weight"), self.q_scale != 1 and Q.search(name)
         repaired = name.endswith(".weight") and module in self.repaired
@@ -152,14 +152,14 @@ class Stock:
         return (exact * self.q_scale if scaled else exact).to(value.dtype)
 
     def files(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of one file after the other; no more are in memory."""
+        """The tensors, file by file; only one file is in memory at a time."""
         read = set(self.names())
         for names in self.checkpoint.files().values():
             yield {name: self.tensor(name) for name in names.values() if name in read}
 
 
 def stock(folder: Path) -> Stock:
-    """A dense or compressed folder as a model of its family.
+    """Convert a dense or compressed folder to a model of its family.
 
     Raises A3Error, with all reasons and how to make one that is, where it is none.
     """
@@ -175,13 +175,13 @@ def stock(folder: Path) -> Stock:
     if len(kept) < len(frequencies):
         rope = kept_rope(dense, geometric(rope["rope_theta"], rank) / frequencies[kept].double())
     scaling = read_json(folder / "config.json")["a3"]["scaling"]
-    # A head of the whole size has the family's own scale, to the last bit.
+    # A full-size head has exactly the family's own scale.
     q_scale = 1.0 if len(kept) == len(frequencies) else scaling * rank**0.5
     return Stock(folder, content | {"rope_parameters": rope}, q_scale, frequencies[kept])
 
 
 def llama_cpp_cache(head_dim: int) -> str:
-    """Types of KV cache with which llama.cpp computes rightly, for heads of this size."""
+    """The KV-cache types that work in llama.cpp for this head size."""
     if head_dim % BLOCK == 0:
         return "every type of KV cache"
     return (
@@ -192,7 +192,7 @@ def llama_cpp_cache(head_dim: int) -> str:
 
 
 def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
-    """RoPE's parameters where its frequencies are those of a smaller head divided by `factors`."""
+    """RoPE's parameters for the frequencies of a smaller head divided by `factors`."""
     return {
         "rope_type": "longrope",
         "rope_theta": dense.rope_parameters["rope_theta"],
@@ -206,8 +206,8 @@ def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
 
 
 def obstacles(folder: Path) -> list[str]:
-    """Why the code of its family cannot run a folder, dense or compressed; none where it can."""
-    load_config(folder)  # refuses what is no config at all
+    """Reasons why the family's code cannot run a folder, dense or compressed; empty if it can."""
+    load_config(folder)  # refuses an invalid config
     config = dense_config(folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -218,13 +218,13 @@ def obstacles(folder: Path) -> list[str]:
 
 
 def quantised(folder: Path) -> dict[str, Any]:
-    """What a folder's config says of simulated low precision: `modules` and `products`."""
+    """The config's entry for simulated low precision: `modules` and `products`."""
     a3 = read_json(folder / "config.json").get("a3") or {}
     return a3.get("quantised") or {"modules": {}, "products": {}}
 
 
 def precision_obstacles(said: dict[str, Any]) -> list[str]:
-    """What low precision does as a model runs, which no weights can; `said` as of `quantised`."""
+    """Effects of low precision that weights cannot store; `said` is from `quantised`."""
     rounded = {name: one["x"] for name, one in said["modules"].items() if one["x"] != "none"}
     found = []
     if rounded:
@@ -236,7 +236,7 @@ def precision_obstacles(said: dict[str, Any]) -> list[str]:
 
 
 def size_obstacles(a3: dict[str, Any]) -> list[str]:
-    """Sizes of a compressed model that no family has; `a3` is its config's entry."""
+    """Reasons in the sizes, which no family supports; `a3` is the entry of the config."""
     ranks = {"QK": a3["qk_ranks"], "OV": a3["ov_ranks"], "MLP": a3["mlp_ranks"]}
     found = [
         f"ranks of {component} differ between layers, {min(of)} to {max(of)}"
@@ -262,7 +262,7 @@ def pair_obstacles(folder: Path) -> list[str]:
 
 
 def rope_obstacles(config: PreTrainedConfig) -> list[str]:
-    """Scalings of RoPE that depend on the length or change the scores' size."""
+    """RoPE scalings that depend on the length or change the magnitude of scores."""
     rope = config.rope_parameters
     kind = rope["rope_type"]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -277,19 +277,19 @@ def rope_obstacles(config: PreTrainedConfig) -> list[str]:
 
 
 def all_pairs(folder: Path) -> list[Tensor]:
-    """The RoPE pairs (G, r / 2) that each layer of a folder keeps; none of a dense one."""
+    """The RoPE pairs (G, r / 2) that each layer of a folder keeps; empty for a dense one."""
     checkpoint = Checkpoint(folder)
     return [checkpoint.tensor(name) for name in checkpoint.names() if name.endswith(PAIRS)]
 
 
 def kept_pairs(folder: Path) -> Tensor | None:
-    """The pairs (r / 2,) that a folder keeps in all layers; None of a dense one."""
+    """The pairs (r / 2,) that a folder keeps in all layers; None for a dense one."""
     found = all_pairs(folder)
     return found[0][0] if found else None
 
 
 def own_content(folder: Path) -> dict[str, Any]:
-    """config.json of a folder as its family has it, RoPE and code that may lie there left out."""
+    """config.json of a folder in its family's form, without RoPE and references to code."""
     content = read_json(folder / "config.json")
     for key in (*ROPE_KEYS, "auto_map"):
         content.pop(key, None)
@@ -311,7 +311,7 @@ def dense_config(folder: Path) -> PreTrainedConfig:
     family = content.pop("a3")["family"]
     try:
         return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
-    # What transformers says of values that do not go together is of any type.
+    # transformers raises exceptions of any type for values that contradict each other.
     except Exception as error:
         raise A3Error(
             f"{folder / 'config.json'}: not the config of a compressed {family} "
@@ -320,7 +320,7 @@ def dense_config(folder: Path) -> PreTrainedConfig:
 
 
 def rotary(config: PreTrainedConfig) -> Any:
-    """The family's own module that makes RoPE's tables: `inv_freq`, `attention_scaling`."""
+    """The family's own module that computes RoPE's tables: `inv_freq`, `attention_scaling`."""
     name, family = type(config).__name__.removesuffix("Config"), config.model_type
     module = import_module(f"transformers.models.{family}.modeling_{family}")
     return getattr(module, f"{name}RotaryEmbedding")(config)

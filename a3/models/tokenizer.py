@@ -1,4 +1,4 @@
-"""How a folder tokenises: AutoTokenizer reads the same files otherwise beside another config."""
+"""Keeps a folder's tokenisation: AutoTokenizer reads the same files differently by config.json."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from a3.core.files import read_json
 from a3.models.load import load_config, load_tokenizer
 from a3.models.registry import LazyConfig
 
-# One of them says what the tokens are.
+# A tokenizer needs one of these files, which define its tokens.
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -24,7 +24,7 @@ VOCABULARIES = (
 
 CONFIG = "tokenizer_config.json"
 
-# All that a tokenizer's save_pretrained may write, of any class.
+# All files that save_pretrained of any tokenizer class may write.
 FILES = (
     *VOCABULARIES,
     CONFIG,
@@ -32,15 +32,15 @@ FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 
-# What of CONFIG a compressed folder replaces; under KEPT it says what the dense folder has there.
+# Keys of CONFIG that a compressed folder replaces; under KEPT it stores the dense folder's values.
 REPLACED = ("tokenizer_class", "auto_map")
 
 KEPT = "a3"
 
-# The class that takes tokenizer.json at its word, as transformers 5 and 4 call it.
+# The class that uses tokenizer.json unchanged, by its names in transformers 5 and 4.
 PLAIN = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
-# Beside the rules: what decides on special tokens, prompts, padding and decoded text.
+# Besides the rules, these settings determine special tokens, prompts, padding and decoding.
 ATTRIBUTES = (
     "special_tokens_map",
     "extra_special_tokens",
@@ -65,26 +65,26 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """Names of a folder's files that say how it tokenises."""
+    """Names of a folder's files that determine its tokenisation."""
     more = sorted(folder.glob("additional_chat_templates/*.jinja"))
     names = [name for name in FILES if (folder / name).is_file()]
     return names + [path.relative_to(folder).as_posix() for path in more]
 
 
 def keep_reading(source: Path, folder: Path) -> None:
-    """Make AutoTokenizer read `folder`, to which all files of `source` were copied, as `source`.
+    """Make AutoTokenizer read `folder`, a copy of all files of `source`, exactly like `source`.
 
-    transformers chooses the class of a tokenizer by model_type and tokenizer_class together, and
-    has none for a compressed model's. So a compressed folder names the class that the dense one
-    gets, where it does not yet, and says beside it what stood there, which an export puts back.
-    Raises A3Error where either cannot be read, or they are read otherwise.
+    transformers chooses a tokenizer's class by model_type and tokenizer_class together, and has no
+    class for a compressed model's model_type. So a compressed folder names the class that the dense
+    folder gets, and stores the replaced values, which an export restores. Raises A3Error if either
+    folder cannot be read, or if they tokenise differently.
     """
     if not has_tokenizer(source):
         return
     of, to = (read_json(each / "config.json")["model_type"] for each in (source, folder))
     compressed = to == LazyConfig.model_type
     if of == to and not compressed:
-        return  # beside the same family the same files are read alike
+        return  # the same files are read in the same way for the same family
     tokenizer = load_tokenizer(source)
     path = folder / CONFIG
     given = read_json(path) if path.exists() else {}
@@ -93,7 +93,8 @@ def keep_reading(source: Path, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
     found = differences(tokenizer, load_tokenizer(folder))
     if "rules" in found and tokenizer.is_fast:
-        # Mistral's may be mended when they are loaded, but only where model_type is Mistral's.
+        # transformers may correct Mistral's tokenizers on loading, but only for Mistral's
+        # model_type.
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         found = differences(tokenizer, load_tokenizer(folder))
     if found:
@@ -105,7 +106,7 @@ def keep_reading(source: Path, folder: Path) -> None:
 
 
 def naming(given: dict[str, Any], wanted: str) -> dict[str, Any]:
-    """A tokenizer_config.json that names the class `wanted`, and no code, which does not travel."""
+    """A tokenizer_config.json that names the class `wanted` and no code (which is not copied)."""
     wanted = PLAIN.get(wanted, wanted)
     named = (given.get("tokenizer_class") or "").removesuffix("Fast")
     if named == wanted.removesuffix("Fast") and "auto_map" not in given:
@@ -116,7 +117,7 @@ def naming(given: dict[str, Any], wanted: str) -> dict[str, Any]:
 
 
 def restored(given: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json with what the dense folder has, where `naming` replaced it."""
+    """A tokenizer_config.json with the dense folder's values, which `naming` had replaced."""
     if KEPT not in given:
         return given
     rest = {key: value for key, value in given.items() if key not in (KEPT, *REPLACED)}
@@ -124,13 +125,13 @@ def restored(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> list[str]:
-    """Names of what makes two tokenizers differ in ids, special tokens, prompts or text."""
+    """Names of the properties in which two tokenizers differ."""
     first, second = reading(one), reading(other)
     return [name for name in first if first[name] != second[name]]
 
 
 def reading(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """All that decides on a tokenizer's ids, special tokens, prompts and decoded text."""
+    """Everything that determines a tokenizer's ids, special tokens, prompts and decoded text."""
     said = {name: getattr(tokenizer, name, None) for name in ATTRIBUTES}
     fast = tokenizer.is_fast
     rules = tokenizer.backend_tokenizer.to_str() if fast else tokenizer.get_vocab()
@@ -138,7 +139,7 @@ def reading(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def require_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> None:
-    """Raise A3Error, which names them, where token ids (any shape) have no row in the embedding."""
+    """Raise A3Error, which names them, if token ids (any shape) have no embedding row."""
     rows = load_config(folder).vocab_size
     if ids.numel() and ids.max() >= rows:
         beyond = ids[ids >= rows].unique().tolist()
@@ -151,9 +152,10 @@ def require_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, ids: Tensor) 
 
 
 def hold_to_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make `model` raise as `require_rows` does for whatever it is given, where that can occur.
+    """Make `model` check all its input with `require_rows`, if such tokens can occur.
 
-    Where the padding token has no row, which is no matter for what is masked, EOS takes its place.
+    If the padding token has no row, EOS replaces it; padding is masked, so the token does not
+    matter.
     """
     rows = load_config(folder).vocab_size
     if len(tokenizer) <= rows:

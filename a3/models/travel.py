@@ -1,4 +1,4 @@
-"""What goes with a model's weights into another folder: tokenizer, chat templates, licence …"""
+"""Copies the files that accompany a model's weights: tokenizer, chat templates, licence …"""
 
 import shutil
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 from a3.models.inputs import files_of
 from a3.models.tokenizer import keep_reading
 
-# Text, the model card among it; neither weights nor pickles nor code. Mistral has names such as
+# Text, including the model card, but no weights, pickles or code. Mistral has names such as
 # tokenizer.model.v3.
 TRAVELS = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.md", "LICENSE*", "NOTICE*")
 
 
 def bring(source: Path, folder: Path, *without: str) -> None:
-    """Copy what travels from `source` to `folder`, whose config.json is written or travels too.
+    """Copy accompanying files of `source` to `folder`, whose config.json exists or is copied.
 
-    `without` are names of files that do not. `folder` then tokenises as `source` does. Raises
-    A3Error as `keep_reading` does.
+    Files named in `without` are not copied. `folder` then tokenises like `source`. Raises A3Error
+    as `keep_reading` does.
     """
     for path in files_of(source):
         if path.name not in without and travels(path):
@@ -31,6 +31,6 @@ def copy(path: Path, source: Path, folder: Path) -> None:
 
 
 def travels(path: Path) -> bool:
-    """Whether a file of one folder goes to the next."""
+    """Whether a file is copied to the new folder."""
     text = any(path.match(pattern) for pattern in TRAVELS)
     return text and not path.name.startswith(".") and ".index." not in path.name

@@ -1,6 +1,6 @@
-"""Number formats of few bits, simulated: a tensor comes back with the values it would have in one.
+"""Simulated low-bit number formats: a tensor is rounded to the values that a format can represent.
 
-Blocks and groups lie along the last dimension; the last one may be short. Spelled in configs:
+Blocks and groups are along the last dimension; the last one may be short. Names in configs:
 
 - `bfp4/16`: block floating point (MXINT; LQER's `block_fp`): 16 numbers share an exponent of 8 bits
   and have a sign and 3 bits each. The exponent is the least e with max |x| ≤ 2^e, from -127 to 128;
@@ -9,13 +9,13 @@ Blocks and groups lie along the last dimension; the last one may be short. Spell
 - `uint4/128`: affine: integers from 0 to 15 less a zero point of 4 bits, times such a scale.
 - `e4m3`: minifloat, sign, exponent and mantissa, with subnormals; all codes are finite numbers, and
   what is larger saturates. e2m1, e2m3 and e3m2 are those of the OCP MX formats.
-- `none`: as it is.
+- `none`: unchanged.
 
-`row` in place of a number is the whole row. Ties go to the even neighbour throughout. Where the
-published code differs (Zhang et al. 2024, arXiv 2402.02446, ChengZhang-98/lqer): it adds 1e-9 to
-each |x|, which rounds small numbers up, and a minifloat that rounds up to the next power of two
-stays below it. Libraries have some of these formats, of other widths, blocks or rounding (float8 of
-torch has one NaN in e4m3, MX blocks of torchao are 32 long with the exponent rounded down).
+`row` in place of a number means the whole row. Ties are always rounded to even. The published code
+differs (Zhang et al. 2024, arXiv 2402.02446, ChengZhang-98/lqer): it adds 1e-9 to each |x|, which
+rounds small numbers up, and a minifloat that rounds up to the next power of two stays below it.
+Libraries have some of these formats, of other widths, blocks or rounding (float8 of torch has one
+NaN in e4m3, MX blocks of torchao are 32 long with the exponent rounded down).
 """
 
 import re
@@ -48,7 +48,7 @@ class Format:
     def bits(self, rows: int, columns: int, plain: int) -> int:
         """Bits of `rows` rows of `columns` numbers, blocks' exponents, scales and zeros included.
 
-        `plain` is the width of a number that stays as it is.
+        `plain` is the width in bits of an unchanged number.
         """
         if self.encoding == "none":
             return rows * columns * plain
@@ -59,7 +59,7 @@ class Format:
 
 @cache
 def parse_format(spelled: str) -> Format:
-    """A format from its spelling; raises A3Error where it is none."""
+    """A format from its name; raises A3Error for an invalid name."""
     if spelled == "none":
         return Format("none")
     found = re.fullmatch(SPELLED, spelled)
@@ -117,7 +117,7 @@ def symmetric(blocks: Tensor, width: int) -> Tensor:
 
 
 def affine(blocks: Tensor, width: int) -> Tensor:
-    """blocks (..., n), each with one scale and a zero point; 0 itself is always a value."""
+    """blocks (..., n), each with one scale and a zero point; 0 can always be represented."""
     top = 2**width - 1
     low, high = (x.unsqueeze(-1) for x in blocks.aminmax(dim=-1))
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -127,7 +127,7 @@ def affine(blocks: Tensor, width: int) -> Tensor:
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """A scale as its 16 bits hold it; 1 for a group of zeros."""
+    """A scale, rounded to 16 bits; 1 for a group of zeros."""
     stored = scale.to(torch.bfloat16).to(scale.dtype)
     return torch.where(stored > 0, stored, 1.0)
 

@@ -1,9 +1,9 @@
-"""The numerics of every solution: Gram matrices, one small core, CR selection.
+"""Numerics shared by all solutions: Gram matrices, low-rank approximation, CR selection.
 
-Pure functions on float64 tensors; nothing here knows a model. Row-vector convention y = x W, and
-leading dimensions are batch dimensions (heads, groups). Why no d × d matrix is ever formed, let
-alone decomposed: R^½ W has h columns, so all that a solution needs of R and W is the h × h Gram
-matrix Wᵀ R W, and that is the autocorrelation of x W, biases included.
+Pure functions on float64 tensors, independent of models. The convention is y = x W with row
+vectors; leading dimensions are batch dimensions (heads, groups). No d × d matrix is ever formed or
+decomposed: R^½ W has only h columns, so a solution needs only the h × h Gram matrix Wᵀ R W. This is
+the autocorrelation of x W, biases included.
 """
 
 import torch
@@ -16,15 +16,15 @@ NOISE = 1e-14
 def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
     """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
 
-    The columns are first scaled to unit length, so that a channel's scale costs no precision.
-    A singular G (fewer tokens than dimensions, a dead channel) is lifted at the level of its
-    rounding noise, so that C⁻¹ C = 1 and full rank returns the weights it was given.
+    The columns are first scaled to unit length, so that a channel's scale costs no precision. If G
+    is singular (fewer tokens than dimensions, a dead channel), eigenvalues below its rounding noise
+    are raised to that level, so that C⁻¹ C = 1 and full rank returns the original weights.
     """
     scale = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(G / (scale[..., :, None] * scale[..., None, :]))
     floor = values[..., -1:].clamp(min=0) * NOISE
-    # An all-zero G sees nothing: any basis is as good as any other, so take the identity.
+    # If G is zero, all bases are equally good, so take the identity.
     values = torch.where(floor > 0, torch.maximum(values, floor), 1.0)
     root = values.sqrt()
     C = root[..., None] * vectors.mT * scale[..., None, :]
@@ -34,19 +34,19 @@ def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
 def shared_subspace(G: Tensor, K: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-r replacement of a product S W P, as an encoder and a decoder of W P.
 
-    Given G = Wᵀ Sᵀ S W and K = Σᵢ Pᵢ Pᵢᵀ (both (..., h, h)), returns E (..., h, r) and
-    D (..., r, h) that minimise Σᵢ ‖S W (1 − E D) Pᵢ‖²: W becomes W E and every Pᵢ becomes D Pᵢ.
-    This is the paper's R^-½ SVD_r(R^½ W P) (Theorems 2 and 3), and its joint SVD over the heads
-    of a group: with G = Cᵀ C, the left singular vectors U of S W [P₁ … P_g] are those of
-    C [P₁ … P_g], that is the eigenvectors of the h × h matrix C K Cᵀ; E = C⁻¹ U_r, D = U_rᵀ C.
-    Only C, which is h × h, is inverted; K may be singular. A direction is as large in E as in D,
-    so that one which the statistics hardly see (1e7 times larger in E) fits half precision.
+    Given G = Wᵀ Sᵀ S W and K = Σᵢ Pᵢ Pᵢᵀ (both (..., h, h)), returns E (..., h, r) and D (..., r,
+    h) that minimise Σᵢ ‖S W (1 − E D) Pᵢ‖²: W becomes W E and every Pᵢ becomes D Pᵢ. This is the
+    paper's R^-½ SVD_r(R^½ W P) (Theorems 2 and 3), and its joint SVD over the heads of a group:
+    with G = Cᵀ C, the left singular vectors U of S W [P₁ … P_g] are those of C [P₁ … P_g], that is
+    the eigenvectors of the h × h matrix C K Cᵀ; E = C⁻¹ U_r, D = U_rᵀ C. Only C, which is h × h, is
+    inverted; K may be singular. Directions are scaled to be equally large in E and D. Otherwise one
+    that has hardly any energy would be 1e7 times larger in E and overflow half precision.
     """
     C, inverse = gram_factor(G)
     core = C @ K @ C.mT
     U = torch.linalg.eigh(_symmetric(core)).eigenvectors.flip(-1)[..., :rank]
     E, D = inverse @ U, U.mT @ C
-    # By powers of two, which round nothing.
+    # Scaling by powers of two is exact.
     size = torch.exp2((D.norm(dim=-1).log2() - E.norm(dim=-2).log2()).div(2).round())
     return E * size[..., None, :], D / size[..., None]
 
@@ -83,7 +83,7 @@ def two_factors(
 
 
 def _symmetric(G: Tensor) -> Tensor:
-    """G without the rounding that makes it differ from its transpose."""
+    """G made exactly symmetric, without rounding errors."""
     return (G + G.mT) / 2
 
 
@@ -93,7 +93,7 @@ def ridge_leverage(C: Tensor, ridge: float) -> Tensor:
 
 
 def ridge_of(C: Tensor, share: float) -> float:
-    """λ for the autocorrelation C (n, n), as a share of its mean square; not 0, also where C is."""
+    """λ for the autocorrelation C (n, n), as a share of its mean square; not 0, even if C = 0."""
     return share * C.diagonal().mean().item() or 1.0
 
 
@@ -101,9 +101,9 @@ def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
     """Least-squares refit of the kept rows of W: W_S + (C_SS + λ 1)⁻¹ C_SD W_D.
 
     C (n, n) is the autocorrelation of the input of W (n, d); S are the `kept` (r,) channels, D the
-    others. The ridge λ pulls towards W_S, and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is lifted
-    at the level of its rounding noise, after its channels are scaled alike. Where nothing is
-    dropped W comes back as it is.
+    others. The ridge λ pulls towards W_S, and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is
+    regularised at the level of its rounding noise, after its channels are scaled to equal size. If
+    nothing is dropped, W is returned unchanged.
     """
     dropped = torch.ones(len(C), dtype=torch.bool, device=C.device)
     dropped[kept] = False
@@ -132,14 +132,14 @@ def root_of(M: Tensor) -> Tensor:
 
 
 def relative(error: Tensor, total: Tensor) -> Tensor:
-    """error / total; 0 where there is nothing to lose."""
+    """error / total; 0 if total is 0."""
     return torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
 
 
 def keep_best(score: Tensor, count: int) -> Tensor:
     """Ascending indices of the `count` largest scores along the last dimension.
 
-    Ties go to the lower index, so that equal inputs always give equal choices.
+    Ties go to the lower index, so equal inputs always give equal choices.
     """
     order = torch.sort(score, dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values

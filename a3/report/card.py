@@ -1,4 +1,4 @@
-"""Perplexities in a compressed model's card."""
+"""Adds perplexities to a compressed model's card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +12,15 @@ from a3.models.checkpoint import CARD, Checkpoint, check_file, recorded_files
 from a3.models.compressed import compressed_record
 from a3.stages.approx.card import is_own_card, write_card
 
-# What of a result the card says.
+# Fields of a result that the card shows.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
 
 
 def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Path]) -> None:
-    """Put results of `a3 eval ppl`, dense and compressed of each text, into a folder's card.
+    """Add results of `a3 eval ppl`, dense and compressed for each text, to a folder's card.
 
-    They replace those that were there. Raises A3Error where a result is of other weights, two of
-    one text were taken by different protocols, or README.md is a card that a3 did not write.
+    They replace earlier ones. Raises A3Error if a result belongs to other weights, if the two
+    results of a text have different protocols, or if a3 did not write README.md.
     """
     if len(dense) != len(compressed):
         raise A3Error(
@@ -39,7 +39,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
     for both in zip(dense, compressed, strict=True):
         read = dict(zip(weights, map(Record.read, both), strict=True))
         for kind, one in read.items():
-            # Of a model that was saved again, the dense one is not known.
+            # If transformers saved the model again, the dense weights are not known.
             if weights[kind] is not None:
                 require_weights(one, weights[kind], kind)
         same_protocol(read["dense"], read["compressed"], PERPLEXITY_PROTOCOL)
@@ -56,7 +56,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
 
 
 def require_own_card(folder: Path) -> None:
-    """Raise A3Error where README.md is not as a3 wrote it, of a folder that has no record of it."""
+    """Raise A3Error if README.md is not as a3 wrote it; for folders without a record of it."""
     if (folder / CARD).exists() and not is_own_card(folder / CARD):
         raise A3Error(
             f"{folder / CARD}: a3 did not write this card, or it was changed since. Move it, "

@@ -1,4 +1,4 @@
-"""The report: one HTML file with tables, figures, protocol and provenance; needs no network."""
+"""The report: one HTML file with tables, figures, protocol and provenance, to read offline."""
 
 import base64
 import json
@@ -58,13 +58,13 @@ def build_report(
         results: the folder that all runs write to, as Snakemake's targets spell it.
         experiments: as `build_tables` takes them, and `perplexity`, `harness` and `reference` too.
         tables: folder of this table: its .csv files are listed, with their hashes, among what can
-            be rebuilt, and its figures/ are shown; speed.csv, and surgery.csv with
-            surgery_figures/, where they are there.
-        config: the configuration that was run; shown as it is.
+            be rebuilt, and its figures/ are shown; also speed.csv, and surgery.csv with
+            surgery_figures/, if they exist.
+        config: the configuration of the run; shown unchanged.
         out: the HTML file.
 
     Raises:
-        A3Error: a file of the table is missing, and as `build_tables` does.
+        A3Error: a file of the table is missing, or `build_tables` would raise it.
     """
     check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness)
@@ -99,13 +99,13 @@ def build_report(
 
 
 def _speed(tables: Path) -> list[Column]:
-    """The table of speeds; none where it has not been built."""
+    """The table of speeds; empty if it has not been built."""
     path = tables / "speed.csv"
     return free_columns(read_csv(path, ())) if path.is_file() else []
 
 
 def _surgery(tables: Path) -> dict[str, Any] | None:
-    """Tables, note and figures of surgeries; None where the table has none."""
+    """Tables, note and figures of surgeries; None if the table has none."""
     if not (tables / "surgery.csv").is_file():
         return None
     frame = read_surgery_table(tables / "surgery.csv")
@@ -131,7 +131,7 @@ def _template() -> Any:
 
 # --- the summary ---
 def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
-    """What the table says of a model: dense figures, and the best row at each ratio."""
+    """A summary of one model's rows: the dense scores, and the best row at each ratio."""
     said = [f"{dense.place.model}: {len(runs)} compressed rows beside the dense model."]
     for text in perplexity[:1]:
         record = dense.perplexity[text]
@@ -151,10 +151,10 @@ def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
 
 
 def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
-    """The least perplexity at a ratio among the smallest models: all components are compressed.
+    """The best perplexity at a ratio among the smallest models, which compress all components.
 
-    A row that compresses one component loses less and saves less: not what to compare with.
-    Methods that the blocks do not tell from the best are named beside it.
+    A row that compresses only one component loses less but also saves less, so it is left out.
+    Methods whose difference from the best is not significant over the blocks are also named.
     """
     fewest = min(run.size["parameters"] for run in runs)
     smallest = [run for run in runs if run.size["parameters"] <= 1.005 * fewest]
@@ -162,7 +162,7 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     first, place = best.perplexity[text], best.place
     level = {run.place.method for run in smallest if _is_level(first, run.perplexity[text])}
     level -= {place.method}
-    also = f" (not told from it by two standard errors: {', '.join(sorted(level))})"
+    also = f" (within two standard errors of it: {', '.join(sorted(level))})"
     kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
     return (
         f"at {float(place.ratio):g}, {first['perplexity']:.2f} "
@@ -173,13 +173,13 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
 
 
 def _is_level(best: Record, other: Record) -> bool:
-    """Whether the blocks do not tell another result from the best one."""
+    """Whether another result is not significantly worse than the best one over the blocks."""
     found = differences(best["block_nll"], other["block_nll"])
     return verdict(**found, lower_is_better=True) != WORSE
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:
-    """Captions and SVGs as data URIs: nothing to fetch, and no identifiers that clash."""
+    """Captions and SVGs as data URIs, so that nothing is fetched and no identifiers clash."""
     for figure in read_json(folder / "captions.json"):
         path = folder / f"{figure['name']}.svg"
         if not path.is_file():
@@ -197,7 +197,7 @@ def _records(run: Run) -> list[Record]:
 
 
 def _provenance(runs: Sequence[Run]) -> list[Column]:
-    """One row for each stage, code and set of libraries, with how many files came from it."""
+    """One row for each stage, code and set of libraries, with the number of files it made."""
     found = [provenance(__name__)]
     for record in (record for run in runs for record in _records(run)):
         if made := record.data.get("provenance"):
@@ -225,9 +225,9 @@ def _calibration(runs: Sequence[Run]) -> list[Column]:
 
 
 def checkout() -> dict[str, Any] | None:
-    """Commit of the checkout that this code lies in, and whether it was changed since.
+    """Commit of the checkout that contains this code, and whether it has uncommitted changes.
 
-    None where there is no git, or the code is not tracked by the repository around it.
+    None if git is not installed, or if the repository around this code does not track it.
     """
 
     def git(*words: str) -> str | None:
@@ -243,7 +243,7 @@ def checkout() -> dict[str, Any] | None:
 
 
 def _root(results: Path) -> Path:
-    """The results folder as targets spell it: nothing of this machine."""
+    """The results folder as targets name it, without paths of this machine."""
     return Path(results.name) if results.is_absolute() else results
 
 

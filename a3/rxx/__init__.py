@@ -1,1 +1,1 @@
-"""Statistics (Rxx): the kinds that there are, and their container."""
+"""Statistics (Rxx): their kinds and their container."""

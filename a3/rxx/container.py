@@ -1,7 +1,7 @@
-"""The Rxx container: accumulate, merge, save, load. Knows no model, only named sites and layers.
+"""The Rxx container: accumulate, merge, save, load. It is independent of models.
 
-A kind is one statistic of one site of every layer and one file. Files hold plain float64 sums
-Σ xᵀx, so that two files merge by addition; dividing by `tokens` gives R.
+Each kind is one statistic of one site in every layer, stored in one file. Files hold plain float64
+sums Σ xᵀx, so two files merge by addition; dividing by `tokens` gives R.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
 
 
 def join(one: Tensor, other: Tensor, form: str) -> Tensor:
-    """Into `one`, what is kept of two runs of blocks: their sum, or the larger of two peaks."""
+    """Merge `other` into `one`: their sum, or the larger of two peaks."""
     return torch.maximum(one, other, out=one) if form == "peak" else one.add_(other)
 
 
@@ -58,7 +58,7 @@ class Accumulator:
         self._add(f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads))
 
     def add_sum(self, layer: int, value: Tensor) -> None:
-        """Add a block's sum that was taken elsewhere, float64."""
+        """Add a block's sum that was computed elsewhere, float64."""
         self._add(f"layers.{layer}", value)
 
     def add_experts(self, layer: int, sums: Tensor, counts: Tensor) -> None:
@@ -74,17 +74,17 @@ class Accumulator:
         join(known, value.to(known.device), KINDS[self.kind].form)
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
-        """Write whole or not at all; `record` (tokens, hashes, settings) becomes the metadata.
+        """Write the file atomically; `record` (tokens, hashes, settings) becomes the metadata.
 
-        Raises A3Error, naming the layer, where a sum is not finite.
+        Raises A3Error, which names the layer, if a sum is not finite.
         """
         save(path, self.tensors, {"kind": self.kind, **record})
 
 
 def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write sums and their sealed record whole or not at all; A3Error where one is not finite.
+    """Write sums and their sealed record atomically; raises A3Error if a sum is not finite.
 
-    The record has the hash of each sum, so that no damage of the file goes unseen.
+    The record has the hash of each sum, so that any damage of the file is noticed.
     """
     for key, value in sums.items():
         require_finite(value, f"{path}: tensor {key!r}", FINITE_SUMS)
@@ -104,9 +104,9 @@ def sum_hash(value: Tensor) -> str:
 
 
 def merge(shards: list["Rxx"], out: Path) -> None:
-    """Add the sums of all shards of one collection, in their order, so that the bytes are given.
+    """Add the sums of all shards of one collection, in order, so that the bytes are deterministic.
 
-    Raises A3Error where a shard is missing, stands twice or was collected otherwise than the first.
+    Raises A3Error if a shard is missing, occurs twice, or was collected with other settings.
     """
     records = [shard.settings for shard in shards]
     for shard, record in zip(shards, records, strict=True):
@@ -139,11 +139,11 @@ class Rxx:
     """One statistics file: `R` of each layer, divided by the token count, float64.
 
     Raises A3Error for a damaged file, another kind than asked for, another model's statistics,
-    and NaN or Inf. A sum is held to its hash when it is read.
+    and NaN or Inf. Each sum is checked against its hash when it is read.
     """
 
     def __init__(self, path: Path, kind: str, **model: str) -> None:
-        """`model` is what the record has to say of it: weights_sha256, config_sha256."""
+        """`model` has the values that the record must match: weights_sha256, config_sha256."""
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
@@ -194,7 +194,7 @@ class Rxx:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The settings and the record's seal, for who reads the statistics."""
+        """The settings and the record's seal, for the provenance of what reads the statistics."""
         return self.settings | {SEAL: self.record[SEAL]}
 
     def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
@@ -215,7 +215,7 @@ class Rxx:
         return {key: self._file.get_slice(key).get_shape() for key in self.names()}
 
     def sums(self, key: str) -> Tensor:
-        """One sum as it was written; raises A3Error where there is none or it was damaged."""
+        """One sum as it was written; raises A3Error if it is missing or damaged."""
         if key not in self.record["sums"]:
             raise A3Error(f"{self.path}: no tensor {key!r}. Collect again.")
         value = self._file.get_tensor(key)

@@ -1,6 +1,6 @@
-"""The kinds of statistics: what is looked at, what is kept of it, and how large it is.
+"""The kinds of statistics: the observed activation, the accumulated sum, and its size.
 
-In a module of its own without torch: the workflow reads it at every start.
+This module does not import torch, because the workflow reads it at every start.
 """
 
 import math
@@ -11,15 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """Which activation x is looked at, and which sum over tokens is kept of it.
+    """Which activation x is observed, and which sum over tokens is accumulated.
 
     `site` is the output of q, k or v (before RoPE) or of down (before its bias), or the input of
     attention, o, the MLP or down. `form` is blocks (Σ xᵀx, one h × h block a head), full (Σ xᵀx),
-    diagonal (Σ x²), abs (Σ |x|), mean (Σ x), or peak, which is no sum: the largest of the means of
-    |x| that blocks of text have. Of the form fisher, gradients are looked at: Σ over blocks of the
-    squared gradients of weights, summed over each row (collect.fisher). Likewise of the forms
-    gradient (Σ gᵀg, g by the output of o or down) and factors (one matrix a query head, by a
-    complex factor of each RoPE pair; collect.gradients).
+    diagonal (Σ x²), abs (Σ |x|), mean (Σ x), or peak, which is not a sum: the maximum over blocks
+    of text of the mean of |x|. Three forms observe gradients instead. fisher is Σ over blocks of
+    the squared gradients of weights, summed over each row (collect.fisher). gradient is Σ gᵀg, g by
+    the output of o or down. factors is one matrix per query head, by a complex factor of each RoPE
+    pair (collect.gradients).
     """
 
     site: str
@@ -32,7 +32,7 @@ class Kind:
         return (width, width) if self.form == "full" else (width,)
 
 
-# With q = x W_q, the block of a head is W_qᵀ R W_q: all that a solution needs of R (linalg.py).
+# With q = x W_q, the block of a head is W_qᵀ R W_q, and solutions need no more of R (linalg.py).
 KINDS = {
     "q_blocks": Kind("q", "blocks"),
     "k_blocks": Kind("k", "blocks"),
@@ -59,19 +59,19 @@ KINDS = {
     "down_mean": Kind("down_input", "mean"),
     "down_output": Kind("down", "full"),
     "down_fisher": Kind("down", "fisher"),
-    # For modes past the paper.
+    # For modes beyond the paper.
     "k_mean": Kind("k", "mean"),
     "attention_gradient": Kind("o", "gradient"),
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
 }
 
-# Gradients by activations, which are taken of one block in so many.
+# Gradients by activations, which are computed for one block in this many.
 GRADIENT_BLOCKS = 4
 
 SAMPLED_FORMS = ("gradient", "factors")
 
-# What a backward pass gives.
+# Statistics that need a backward pass.
 GRADIENT_FORMS = ("fisher", *SAMPLED_FORMS)
 
 
@@ -90,7 +90,7 @@ def width_of(site: str, arch: Mapping[str, Any]) -> int:
 def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of one layer's statistic."""
     if kind.form == "fisher":
-        # Up and gate, or up alone; families that fuse them have one matrix of both.
+        # Up and gate, or only up; families that fuse them have one matrix for both.
         matrices = {"qkv": (3,), "mlp": (arch["mlp_inputs"],)}
         site = "down_input" if kind.site == "down" else kind.site
         return *matrices.get(kind.site, ()), width_of(site, arch)
@@ -103,10 +103,10 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def statistics_memory(arch: Mapping[str, Any], kinds: Iterable[str]) -> int:
-    """Bytes of the sums of some kinds of all layers."""
+    """Bytes of the sums of these kinds over all layers."""
     sizes = (math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
     return 8 * arch["layers"] * sum(sizes)
 
 
-# Statistics that spectra are made of.
+# Statistics from which spectra are computed.
 SPECTRA_KINDS = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")

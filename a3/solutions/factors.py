@@ -1,7 +1,8 @@
-"""Two factors in the place of one matrix: the baselines that look at matrices one by one.
+"""Two factors in place of one matrix: the baselines that compress each matrix separately.
 
-They differ in nothing but the metric R of a matrix's input, by which the product A B (rank r) is
-the nearest to W (m, n): min ‖R^½ (W - A B)‖. Which statistic that is stands in a3.solutions.modes:
+They differ only in the metric R of a matrix's input. The product A B (rank r) is the best
+approximation of W (m, n) in this metric: min ‖R^½ (W - A B)‖. a3.solutions.modes says which
+statistic R is:
 
 - `svd`: R = 1.
 - `fwsvd`: a diagonal, the Fisher information of a row: Σ (∂L/∂W_ij)² over j (Hsu et al. 2022,
@@ -14,7 +15,7 @@ the nearest to W (m, n): min ‖R^½ (W - A B)‖. Which statistic that is stand
   each matrix (Wang et al. 2025, arXiv 2503.12340, algorithm 1).
 
 Palu's K without fusion (`palu-rope`; Chang et al. 2024, arXiv 2407.21118, section 3: joint heads)
-is `svd-llm` of the key projection alone, with the latent of r / h of the keys' size cached.
+is `svd-llm` of only the key projection; the cache holds the latent, r / h of the keys' size.
 """
 
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Matrix:
         return two_factors(self.W, R, min(rank, *self.W.shape), self.of_output)
 
     def rank_for(self, kept: float, multiple: int) -> int | None:
-        """As `rank_for` of its shape."""
+        """Like `rank_for` of its shape."""
         m, n = self.W.shape
         return rank_for((m, n), kept, multiple)
 
@@ -58,7 +59,7 @@ class Factors:
 
 
 def rank_for(shape: tuple[int, int], kept: float, multiple: int = 1) -> int | None:
-    """The rank whose factors have `kept` of the weights of a matrix (m, n); None where all stay.
+    """The rank whose factors have `kept` of the weights of a matrix (m, n); None if all stay.
 
     m n weights become r (m + n), so that r is kept · m n / (m + n), rounded to a `multiple`.
     """
@@ -67,7 +68,7 @@ def rank_for(shape: tuple[int, int], kept: float, multiple: int = 1) -> int | No
 
 
 def factorise(matrices: Mapping[str, Matrix], ranks: Mapping[str, int | None]) -> Factors:
-    """Factor each matrix that has a rank; the others stay, and lose nothing."""
+    """Factor each matrix that has a rank; the others are unchanged and have no error."""
     factors = {}
     lost = whole = torch.zeros((), dtype=torch.float64)
     for name, matrix in matrices.items():
@@ -81,12 +82,12 @@ def factorise(matrices: Mapping[str, Matrix], ranks: Mapping[str, int | None]) -
 
 
 def shares(losses: list[float], kept: float) -> list[float]:
-    """What each of several matrices of one type keeps, where all together keep `kept`.
+    """The share that each of several matrices of one type keeps, if they keep `kept` in total.
 
-    `losses` are the least ‖X (W - A B)‖ over the calibration tokens X when all keep alike. SVD-LLM
-    v2, algorithm 1: the share to remove is in proportion to 1 / log(loss), so that the matrices
-    that lose much are spared. Raises A3Error where a loss is not above 1, for which the published
-    formula has no meaning.
+    `losses` are the minimal ‖X (W - A B)‖ over the calibration tokens X if all keep the same share.
+    SVD-LLM v2, algorithm 1: the share to remove is proportional to 1 / log(loss), so less is
+    removed from matrices that lose much. Raises A3Error if a loss is not above 1, for which the
+    published formula has no meaning.
     """
     if min(losses) <= 1:
         raise A3Error(

@@ -1,14 +1,14 @@
-"""Low-rank repair of a quantised matrix: W ≈ W_q + A B, y = x_q W_q + (x_q A) B.
+"""Low-rank error correction of a quantised matrix: W ≈ W_q + A B, y = x_q W_q + (x_q A) B.
 
-All methods take the best rank-k product in place of the error E = W - W_q (m, n), y = x W, and
-differ in the metric R of the input by which it is the best: min tr((E - A B)ᵀ R (E - A B)).
+All methods approximate the error E = W - W_q (m, n), y = x W, by the best rank-k product. They
+differ in the metric R of the input: min tr((E - A B)ᵀ R (E - A B)).
 
-- `none`: no A B: the quantised matrix alone.
+- `none`: no A B, only the quantised matrix.
 - `lqer-svd`: R = 1 (Zhang et al. 2024, arXiv 2402.02446, L²QER without S).
-- `lqer-act`: R = S², S the diagonal of activation magnitudes: of each block of calibration text
-  the mean of |x_i|, and of those the largest, at least 1e-4 (the same, appendix A). The published
-  scale is also divided by sqrt(min · max), which changes nothing.
-- `qera`: R = E[xᵀx], so that the layer's expected output error is the least there is at this rank
+- `lqer-act`: R = S², where S is the diagonal of activation magnitudes: the maximum over blocks of
+  calibration text of the mean of |x_i|, at least 1e-4 (the same paper, appendix A). The published
+  scale is also divided by sqrt(min · max), which does not change the result.
+- `qera`: R = E[xᵀx], so that the layer's expected output error is minimal for this rank
   (Zhang et al. 2025, arXiv 2410.06040, theorem 1: R^-½ SVD_k(R^½ E)).
 """
 
@@ -38,9 +38,9 @@ def qera(E: Tensor, statistic: Tensor) -> Tensor:
 def repair(E: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (m, rank) and B (rank, n) of the error E (m, n) by a metric R, (m,) or (m, m), float64.
 
-    B has the first right singular vectors V of R^½ E as its rows, and A = E V: E V Vᵀ is the best
-    approximation, and needs no inverse of R. Rows of B of one size lose least where blocks of
-    numbers along k share an exponent; A's blocks are of one column each.
+    The rows of B are the first right singular vectors V of R^½ E, and A = E V: E V Vᵀ is the best
+    approximation and needs no inverse of R. Rows of B with equal norms lose least if blocks of
+    numbers along k share an exponent; each block of A lies in one column.
     """
     _, B, _ = two_factors(E, R, rank)
     size = B.norm(dim=1, keepdim=True)
@@ -49,5 +49,5 @@ def repair(E: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def output_error(E: Tensor, W: Tensor, R: Tensor) -> float:
-    """tr(Eᵀ R E) / tr(Wᵀ R W): the share of the output's power that an error E of W makes."""
+    """tr(Eᵀ R E) / tr(Wᵀ R W): the share of the output's power lost to an error E of W."""
     return relative((E * (R @ E)).sum(), (W * (R @ W)).sum()).item()

@@ -16,18 +16,18 @@ from a3.numerics.linalg import (
     take_over,
 )
 
-# An expert that fewer calibration tokens reached is not compressed: the mean squares of its
-# channels would be known to no better than sqrt(2 / 256) = 9 %.
+# Experts that received fewer calibration tokens are not compressed: the relative error of their
+# channels' mean squares would exceed sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
 
-# Damping of elimination, and so of what it says is lost, as a share of a channel's mean square. It
-# weighs the MLP against attention where ranks are allocated, whatever the calibration's size.
+# Damping of elimination, and so of the predicted loss, as a share of a channel's mean square. In
+# allocation it weighs the MLP against attention, so it must not depend on the calibration's size.
 ELIMINATION = 0.03
 
-# MoDeGPT's ridge, as a share of the mean square of a channel; its paper leaves it open.
+# MoDeGPT's ridge, as a share of a channel's mean square; the paper does not specify it.
 MODEGPT_RIDGE = 1e-2
 
-# Columns of W_down that are in float64 at a time.
+# Number of columns of W_down that are converted to float64 at a time.
 CHUNK = 256
 
 
@@ -36,8 +36,8 @@ class MLPSolution:
     """up and gate (d̂, r), down (r, d); channels (r,) kept, ascending.
 
     `relative_error` is the dropped share of Σ_j ‖r_j‖² ‖w_j‖²: the functional error without the
-    cross terms between dropped channels, which the diagonal of R cannot tell. `bias` (d,) is to be
-    added to the output; None for nothing.
+    cross terms between dropped channels, which the diagonal of R does not contain. `bias` (d,) is
+    added to the output; None for no bias.
     """
 
     up: Tensor
@@ -58,12 +58,12 @@ def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
 
 
 def rxx(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
-    """Score ‖r_j‖² alone; R is the diagonal (n,)."""
+    """Score ‖r_j‖² only; R is the diagonal (n,)."""
     return _keep_channels(weights, R, R * row_power(weights.down), rank)
 
 
 def abs_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
-    """Score Σ_k |w_jk| over row j of W_down; R, the diagonal (n,), is for the error alone."""
+    """Score Σ_k |w_jk| over row j of W_down; R, the diagonal (n,), is used only for the error."""
     return _keep_channels(weights, row_sums(weights.down), R * row_power(weights.down), rank)
 
 
@@ -79,8 +79,8 @@ def wanda(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:
 def flap(weights: MLPWeights, R: Tensor, mean: Tensor, rank: int) -> MLPSolution:
     """Score Var(x_j) ‖w_j‖²; the means of dropped channels go into the output's bias.
 
-    FLAP (An et al. 2023, arXiv 2312.11983, equations 4 and 6), with the same ratio in all layers.
-    R and mean (n,) are E[x_j²] and E[x_j]. `relative_error` is of what is left after the bias.
+    FLAP (An et al. 2023, arXiv 2312.11983, equations 4 and 6), with the same ratio in all layers. R
+    and mean (n,) are E[x_j²] and E[x_j]. `relative_error` is the error that remains after the bias.
     """
     power = (R - mean.square()).clamp(min=0) * row_power(weights.down)
     solution = _keep_channels(weights, power, power, rank)
@@ -104,10 +104,10 @@ def modegpt(weights: MLPWeights, C: Tensor, rank: int) -> MLPSolution:
 
 
 def ls(weights: MLPWeights, C: Tensor, damping: float, rank: int) -> MLPSolution:
-    """Channels as `rxx_w` chooses them, and W_down refitted to the output by least squares.
+    """The channels of `rxx_w`, with W_down refitted to the output by least squares.
 
-    C (n, n) is the autocorrelation of the down-projection's input; the refit uses what dropped
-    channels have in common with those that stay. `damping` is λ as a share of C's mean square.
+    C (n, n) is the autocorrelation of the down-projection's input; the refit uses the correlation
+    of dropped with kept channels. `damping` is λ as a share of C's mean square.
     """
     kept = keep_best(C.diagonal() * row_power(weights.down), rank)
     return _refitted(weights, C, kept, ridge_of(C, damping))
@@ -116,9 +116,9 @@ def ls(weights: MLPWeights, C: Tensor, damping: float, rank: int) -> MLPSolution
 def obs(weights: MLPWeights, C: Tensor, F: Tensor, damping: float, rank: int) -> MLPSolution:
     """Channels eliminated one after another, W_down refitted each time (optimal brain surgeon).
 
-    The loss is that of the model to second order: errors of the output count by F (d, d), the
-    autocorrelation of the loss's gradients there. `damping` is λ of the last refit as a share of
-    C's mean square.
+    The loss is the second-order loss of the model: F (d, d), the autocorrelation of the loss's
+    gradients at the output, weights the output's errors. `damping` is λ of the last refit as a
+    share of C's mean square.
     """
     gone, _ = obs_losses(weights, C, F, rank)
     kept = torch.ones(len(C), dtype=torch.bool, device=C.device)

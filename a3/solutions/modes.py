@@ -1,7 +1,7 @@
-"""The registry of modes: what each reads, where it fits, and how a size becomes a rank.
+"""The registry of modes: which statistics each needs, what it fits, and how a size becomes a rank.
 
-The mode `rxx-w` of the component `mlp` is the function `rxx_w` of `a3.solutions.mlp`. Only names
-stand here, so that the workflow and the command line read this table without importing torch.
+The mode `rxx-w` of the component `mlp` is the function `rxx_w` of `a3.solutions.mlp`. This table
+has only names, so that the workflow and the command line can read it without importing torch.
 """
 
 import re
@@ -25,29 +25,30 @@ COMPONENTS = ("qk", "ov", "mlp")
 # The projections of each component.
 PROJECTIONS = {"qk": ("q", "k"), "ov": ("v", "o"), "mlp": ("gate", "up", "down")}
 
-# Sizes of heads that fused attention kernels of serving runtimes have.
+# Head sizes that fused attention kernels of serving runtimes support.
 SERVABLE = (64, 80, 96, 112, 120, 128, 256)
 
-# The name, in every place where a mode is named, for a component that stays as it is.
+# Written in place of a mode for a component that is not compressed.
 DENSE = "dense"
 
-# Characters; paths hold it.
+# Longest text of a size, in characters, because paths contain it.
 LONGEST_RATIO = 20
 
-# Stands for the ratio where every compressed component has its own ratio or rank.
+# Written in place of the ratio if every compressed component has its own ratio or rank.
 NO_RATIO = "-"
 
 # Least squares overfits a short calibration. It is ridge-regularised, equivalent to so many
 # pseudo-tokens of uncorrelated inputs of the same mean square (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
-# After a mode: its size is an average, allocated across layers and components (`a3 allocate`).
+# Suffix of a mode whose size is an average, allocated across layers and components (a3 allocate).
 SHARED = "~"
 
-# The modes that can be: they say what the model loses at each rank, in the same unit.
+# Modes that support allocation: they predict the model's loss at each rank, in the same unit.
 SHARING = {"qk": "fisher", "ov": "joint", "mlp": "obs"}
 
-# The modes of the paper, and those past it that win together (docs/log.md), as options say them.
+# The paper's modes, and the most accurate combination beyond it (docs/log.md), as options name
+# them.
 PRESETS = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
     "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
@@ -56,13 +57,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Mode:
-    """The statistics that a solution reads, in its order, and the types it fits.
+    """The statistics that a solution reads, in argument order, and the types that it fits.
 
-    Of modes that make two factors of each projection, `factors` has the kind that is its metric, by
-    name (a3.solutions.factors), None for none; ranks are such that as many weights
-    stay as in the modes that make heads or the intermediate size smaller by the same ratio. Where
-    the product between the factors is what is cached (`latent`), it has the heads' smaller size.
-    Where it is ridge-regularised, the solution also reads `prior` over the number of tokens of the
+    For modes that replace each projection by two factors, `factors` maps the projection to the kind
+    of its metric (a3.solutions.factors), None for no metric. Their ranks keep as many weights as
+    modes that shrink heads or the intermediate size at the same ratio. With `latent`, the cache
+    holds the product of the input and the first factor, which has the size of a smaller head. If
+    the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
     first kind.
     """
 
@@ -75,9 +76,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a component: its mode, and the ratio to remove (Decimal) or rank to keep.
+    """How to compress a component: its mode, and the ratio to remove (Decimal) or rank to keep.
 
-    Where it is `shared`, the ratio is that of the model's shared components together.
+    If it is `shared`, the ratio is the average over all shared components of the model.
     """
 
     mode: str
@@ -86,11 +87,11 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The mode as a table spells it: `xkv`, `obs~`."""
+        """The mode as it is written in tables: `xkv`, `obs~`."""
         return self.mode + SHARED * self.shared
 
     def __str__(self) -> str:
-        """As a table spells it: `xkv@0.3`."""
+        """The form used in tables: `xkv@0.3`."""
         return f"{self.name}@{self.size}"
 
 
@@ -101,8 +102,8 @@ def two_factors(component: str, metrics: dict[str, str] | None = None) -> Mode:
     return Mode(kinds, MLPS if component == "mlp" else NOPE + ROPE, named)
 
 
-# Which statistic is the metric of a matrix's input. With less output than input, that of the output
-# says as much (a3.numerics.linalg.two_factors), and is smaller.
+# Which statistic is the metric of a matrix's input. If the output is smaller than the input, the
+# output's statistic is equivalent (a3.numerics.linalg.two_factors) and smaller.
 METRICS: dict[str, dict[str, str] | None] = {
     "svd": None,
     "fwsvd": dict.fromkeys("qkv", "attention_fisher")
@@ -170,7 +171,7 @@ MODES: dict[str, dict[str, Mode]] = {
 
 
 def find_mode(component: str, name: str) -> Mode:
-    """The mode of a component; raises A3Error, listing those that exist, for a name not known."""
+    """The mode of a component; for an unknown name raises A3Error, which lists the known ones."""
     if name not in MODES[component]:
         raise A3Error(
             f"{component} mode {name!r} is not known. Modes of {component}: "
@@ -180,7 +181,7 @@ def find_mode(component: str, name: str) -> Mode:
 
 
 def check_fit(component: str, name: str, layer_type: str) -> None:
-    """Raise A3Error where the mode does not fit the attention or MLP type, naming those that do."""
+    """Raise A3Error, which lists the modes that fit, if this one does not fit the type."""
     if layer_type not in find_mode(component, name).fits:
         fitting = [other for other, mode in MODES[component].items() if layer_type in mode.fits]
         raise A3Error(
@@ -199,10 +200,9 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
     """The choice for each component that a row (qk, ov, mlp, ratio) compresses.
 
     A component is `dense`, a mode, which takes the row's ratio, or a mode with its own size:
-    `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` shares the row's ratio out over its layers, and
-    with the other components that have a `~`. The ratio is `-` where no component takes it. Raises
-    A3Error for a mode that is not known, and a size that is missing, without use or not spelled as
-    it should be.
+    `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` allocates the row's ratio across layers and all
+    components with `~`. The ratio is `-` if no component uses it. Raises A3Error for an unknown
+    mode, and for a size that is missing, unused or malformed.
     """
     ratio = row["ratio"]
     cells = {component: row[component] for component in COMPONENTS if row[component] != DENSE}
@@ -256,8 +256,8 @@ def parse_size(text: str, where: str) -> Decimal | int:
 def parse_ratio(text: str) -> Decimal:
     """A compression ratio from text, exactly.
 
-    Raises A3Error outside [0, 1), and for `0.20` or `.2`: paths hold the ratio as it is spelled,
-    and a checkpoint has one path.
+    Raises A3Error outside [0, 1), and for `0.20` or `.2`: paths contain the ratio's text, and each
+    checkpoint must have only one path.
     """
     if len(text) > LONGEST_RATIO:
         raise A3Error(f"ratio {text[:LONGEST_RATIO]!r} …: expected fewer digits, such as 0.125.")
@@ -276,9 +276,8 @@ def rank_of(full: int, size: Decimal | int, multiple: int = 1, least: int = 1) -
     """The rank that a size leaves of `full` dimensions.
 
     A ratio leaves (1 - ratio) · full to the nearest multiple (of 2 for whole RoPE pairs), ties up,
-    and no more than `full`.
-    Raises A3Error where less than `least` would be left (2 where a RoPE pair has to stay), and for
-    a rank that is not a multiple from `least` to `full`.
+    and no more than `full`. Raises A3Error if less than `least` would be left (2 if a RoPE pair
+    must remain), and for a rank that is not a multiple between `least` and `full`.
     """
     if isinstance(size, Decimal):
         rank = int((1 - size) * full / multiple + Decimal("0.5")) * multiple

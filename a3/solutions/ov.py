@@ -17,8 +17,8 @@ from a3.numerics.linalg import (
     take_over,
 )
 
-# Damping of elimination, and so of what it says is lost, as a share of the o_proj input's mean
-# square: that of `fisher`, with which it shares the cache.
+# Damping of elimination, and so of the predicted loss, as a share of the o_proj input's mean
+# square. It equals that of `fisher`, because QK and OV share the budget of the cache.
 ELIMINATION = 1e-2
 
 
@@ -40,15 +40,15 @@ def xkv(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
 
 
 def identity(weights: AttentionWeights, rank: int) -> OVSolution:
-    """As `xkv` with R = 1: looks at the weights alone (CLOVER)."""
+    """Like `xkv` with R = 1: uses only the weights (CLOVER)."""
     return _solve(weights, weights.v.mT @ weights.v, rank)
 
 
 def axkv(weights: AttentionWeights, S: Tensor, rank: int) -> OVSolution:
-    """As `xkv` with R_p, the autocorrelation of the attention-weighted input.
+    """Like `xkv` with R_p, the autocorrelation of the attention-weighted input.
 
     W_vᵀ R_p,i W_v is the autocorrelation of head i's slice of the o_proj input: S (H, h, h).
-    The heads of a group share one value factor, so their mean takes its place (exact for MHA).
+    The heads of a group share one value factor, so the mean over heads is used (exact for MHA).
     """
     return _solve(weights, weights.grouped(S).mean(1), rank)
 
@@ -64,24 +64,24 @@ def palu(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
     """Low-rank values, head by head, their second factor fused into the output projection.
 
     Palu (Chang et al. 2024, arXiv 2407.21118, section 3: whitened SVD of W_v; "multi-head"
-    decomposition). It does not look at W_o, which `relative_error` does, as in `xkv`.
+    decomposition). It does not use W_o; `relative_error` does, as in `xkv`.
     """
     alone = torch.eye(Gv.shape[-1], dtype=Gv.dtype, device=Gv.device).expand_as(Gv)
     return _shrink(weights, Gv, *shared_subspace(Gv, alone, rank))
 
 
 def joint(weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, rank: int) -> OVSolution:
-    """Directions of each group's values eliminated, all heads' W_o refitted together each time.
+    """Eliminate value directions of each group; refit W_o of all heads together each time.
 
-    R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses what heads
-    have in common, where `axkv` takes each alone. F (d, d) is the autocorrelation of the loss's
-    gradients at the output, by which errors count. `damping` is λ of the last refit as a share of
-    R's mean square.
+    R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses the
+    correlation between heads, while `axkv` treats each head alone. F (d, d), the autocorrelation of
+    the loss's gradients at the output, weights the errors. `damping` is λ of the last refit as a
+    share of R's mean square.
     """
     basis, _ = joint_losses(weights, R, F, rank)
     H, h, _ = weights.o.shape
     T = torch.block_diag(*basis.repeat_interleave(H // len(basis), dim=0))
-    # In the new coordinates, those to keep come first in each head.
+    # In the new coordinates, the kept dimensions of each head come first.
     kept = torch.arange(H, device=R.device)[:, None] * h + torch.arange(rank, device=R.device)
     W, C = T.T @ weights.o.flatten(0, 1), T.T @ R @ T
     o = take_over(C, kept.flatten(), W, ridge_of(R, damping))

@@ -2,8 +2,8 @@
 
 After edwinhere/surgery, which names no paper. Convention y = x W, W (d, n), the transpose of a
 torch weight: the samples of the PCA are the n columns of W (the rows of a torch weight), each a
-vector over the d inputs, and their mean is one vector (d,). Matrices of one input share components
-when they stand side by side. Only a matrix on its own with more outputs than inputs is taken the
+vector over the d inputs, and their mean is one vector (d,). Matrices with the same input share
+components if they are concatenated. A single matrix with more outputs than inputs is treated the
 other way: its samples are the d rows of W, and its mean is one vector over the n outputs.
 
 With the metric R = E[xᵀx], variance is that of the outputs: tr(W̃ᵀ R W̃) of the centred W̃ in place
@@ -21,10 +21,10 @@ from a3.numerics.linalg import gram_factor, relative
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """Principal components of some matrices, and what so many of them make of each.
+    """Principal components of some matrices, and the matrices rebuilt from them.
 
-    energy (c,) is the variance that each explains; `parameters_each` is what one stores in all
-    matrices, and `parameters_mean` what the mean does.
+    energy (c,) is the variance that each component explains. `parameters_each` counts the stored
+    numbers of one component in all matrices, `parameters_mean` those of the mean.
     """
 
     energy: Tensor
@@ -44,13 +44,13 @@ class PrincipalComponents:
     def left(self) -> Tensor:
         """The share of the variance that 0, 1, 2 … components leave, (c + 1,).
 
-        Summed from the smallest, so that what is left of very little is exact too.
+        Summed from the smallest, so that very small remainders are exact too.
         """
         tail = self.energy.flip(0).cumsum(0).flip(0)
         return relative(torch.cat((tail, tail.new_zeros(1))), self.energy.sum())
 
     def count(self, left: float) -> int:
-        """The fewest components that leave no more than so large a share of the variance."""
+        """The fewest components that leave at most this share of the variance."""
         return int((self.left > left).sum())
 
     def parameters(self, count: int, mean: bool) -> int:
@@ -142,9 +142,9 @@ def many_inputs(matrices: Sequence[Tensor], R: Sequence[Tensor] | None = None) -
 
 
 def affordable(found: Sequence[PrincipalComponents], budget: float, mean: bool) -> float | None:
-    """The least share of the variance that all can leave alike with `budget` numbers stored.
+    """The smallest share of variance that all sets can leave if `budget` numbers are stored.
 
-    None where one component of each does not fit beside the means.
+    None if one component of each does not fit beside the means.
     """
     shares = sorted({left for each in found for left in each.left[1:].tolist()}, reverse=True)
     low, high = 0, len(shares)

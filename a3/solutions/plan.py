@@ -1,4 +1,4 @@
-"""What an experiment asks of a model, checked before anything long runs."""
+"""The plan of an experiment for a model; it is checked before anything long runs."""
 
 import math
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from a3.solutions.modes import (
     rank_of,
 )
 
-# No component of a layer that shares out a ratio keeps less than this share: a second-order loss
-# says nothing so far away.
+# Allocation keeps at least this share of a component in each layer: a second-order loss is not
+# reliable for larger changes.
 LEAST = 0.125
 
 
@@ -32,8 +32,9 @@ LEAST = 0.125
 class Plan:
     """What to do to each component that is compressed: {"qk": choice, …}.
 
-    `servable`: heads get the nearest of the sizes that fused kernels of serving runtimes have.
-    `multiple`: a ratio leaves the nearest multiple of it, which hardware may like better.
+    `servable`: head sizes are rounded to the nearest that fused kernels of serving runtimes
+    support. `multiple`: ranks from a ratio are rounded to the nearest multiple of it, which may run
+    faster.
     """
 
     choices: dict[str, Choice]
@@ -60,24 +61,24 @@ class Plan:
         return kinds_needed(self.choices)
 
     def check(self, model_folder: Path) -> None:
-        """Raise A3Error for what allocate or approx would refuse of it, before they run.
+        """Raise A3Error now for everything that allocate or approx would refuse later.
 
-        A mode does not fit the model, a component would vanish, or it cannot share a ratio.
+        That is: a mode does not fit the model, a component would vanish, or it cannot be allocated.
         """
         arch = load_arch(model_folder)
         self.ranks(arch)
         self.check_sharing(arch)
 
     def check_sharing(self, arch: Arch) -> None:
-        """Raise A3Error where a component with an allocated ratio cannot do so in this model."""
+        """Raise A3Error if a component with an allocated ratio cannot do so in this model."""
         for component, choice in self.shared.items():
             if component == "qk":
                 require_whole_rope(arch)
-            # What the ratio leaves before it is rounded makes the budget.
+            # The budget is the size at this ratio before rounding.
             require_room(arch, component, component_rank(arch, component, choice, 1), self.multiple)
 
     def ranks(self, arch: Arch) -> dict[str, int]:
-        """Rank of each compressed component; raises A3Error where its mode or size does not fit."""
+        """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         ranks = {
@@ -126,14 +127,14 @@ def factor_ranks(
 
 
 def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) -> int:
-    """Rank of one component; raises A3Error where its mode or size does not fit the model.
+    """Rank of one component; raises A3Error if its mode or size does not fit the model.
 
-    What a ratio leaves is rounded to a `multiple`; where matrices are factored, their ranks are.
+    The rank from a ratio is rounded to a `multiple`; for factored matrices, their ranks are.
     """
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(component, choice.mode, mlp if component == "mlp" else arch.attention)
     full = arch.full_rank(component)
-    # A head that is rotated whole consists of pairs.
+    # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
     if isinstance(choice.size, Decimal) and not find_mode(component, choice.mode).factors:
         step = math.lcm(step, multiple)
@@ -165,7 +166,7 @@ def least_rank(arch: Arch, component: str) -> int:
 
 
 def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
-    """Raise A3Error where the same rank for all layers is none that a layer may get."""
+    """Raise A3Error if the same rank for all layers is none that a layer may get."""
     step = math.lcm(multiple, 2) if component == "qk" else multiple
     least = -(-least_rank(arch, component) // step) * step
     if rank < min(least, arch.full_rank(component)):
@@ -179,7 +180,7 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
     """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
-    A component that keeps all stays. Raises A3Error where no size is smaller than the dense one.
+    A component at full size is unchanged. Raises A3Error if no size is smaller than the dense one.
     """
     heads = {p: ranks[p] for p in ("qk", "ov") if ranks.get(p, arch.head_dim) < arch.head_dim}
     if not heads:

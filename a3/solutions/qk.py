@@ -1,8 +1,8 @@
 """QK: a smaller head for the attention scores q·k.
 
 Without RoPE a head's scores are one low-rank matrix W_q W_kᵀ (paper section 3.1); with RoPE only
-whole pairs of dimensions can go (section 3.4). The statistics are the autocorrelations of each
-head's queries and keys before RoPE, Gq = W_qᵀ R W_q (H, h, h) and Gk (G, h, h).
+whole pairs of dimensions can be removed (section 3.4). The statistics are the autocorrelations of
+each head's queries and keys before RoPE, Gq = W_qᵀ R W_q (H, h, h) and Gk (G, h, h).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ RIDGE = 1e-2
 class QKSolution:
     """q (H, d̂, r), k (G, d̂, r); pairs (G, r / 2): kept RoPE pairs, ascending; None without RoPE.
 
-    q_gain (H, r) and k_gain (G, r) of the norms of q and k, None where there are none.
+    q_gain (H, r) and k_gain (G, r) of the norms of q and k, None if there are none.
     `relative_error` is the share of Σᵢ ‖R_q^½ W_q,i W_kᵀ R_k^½‖² that is lost, with the R's of the
     mode.
     """
@@ -49,27 +49,27 @@ def qk(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSoluti
 def qk_cov(
     weights: AttentionWeights, Gq: Tensor, Gk: Tensor, mean: Tensor, rank: int
 ) -> QKSolution:
-    """As `qk` with the covariance of the keys in the place of their autocorrelation.
+    """Like `qk`, with the covariance of the keys in place of their autocorrelation.
 
-    What all keys have in common adds one number to all scores of a query, which the softmax takes
-    away again: no rank is spent on it. `mean` (G · h,) is E[k].
+    The mean of the keys adds the same number to all scores of a query, and softmax cancels it, so
+    no rank is spent on it. `mean` (G · h,) is E[k].
     """
     common = mean.view(len(Gk), -1)
     return _share_keys(weights, Gq, Gk - common[:, :, None] * common[:, None, :], rank)
 
 
 def q_only(weights: AttentionWeights, Gq: Tensor, rank: int) -> QKSolution:
-    """As `qk` with R_k = 1."""
+    """Like `qk` with R_k = 1."""
     return _share_keys(weights, Gq, weights.k.mT @ weights.k, rank)
 
 
 def k_only(weights: AttentionWeights, Gk: Tensor, rank: int) -> QKSolution:
-    """As `qk` with R_q = 1."""
+    """Like `qk` with R_q = 1."""
     return _share_keys(weights, weights.q.mT @ weights.q, Gk, rank)
 
 
 def identity(weights: AttentionWeights, rank: int) -> QKSolution:
-    """As `qk` with both R = 1: looks at the weights alone (CLOVER)."""
+    """Like `qk` with both R = 1: uses only the weights (CLOVER)."""
     return _share_keys(weights, weights.q.mT @ weights.q, weights.k.mT @ weights.k, rank)
 
 
@@ -84,8 +84,8 @@ def palu(weights: AttentionWeights, Gk: Tensor, rank: int) -> QKSolution:
     """Low-rank keys, head by head, their second factor fused into the queries.
 
     Palu (Chang et al. 2024, arXiv 2407.21118, section 3: whitened SVD of W_k; "multi-head"
-    decomposition), which without RoPE needs no more at run time than a smaller head. It looks at
-    the keys alone: `relative_error` is the share of Σ ‖R^½ W_k‖² that is lost.
+    decomposition), which without RoPE needs only a smaller head at run time. It uses only the keys:
+    `relative_error` is the lost share of Σ ‖R^½ W_k‖².
     """
     alone = torch.eye(Gk.shape[-1], dtype=Gk.dtype, device=Gk.device).expand_as(Gk)
     E, D = shared_subspace(Gk, alone, rank)
@@ -102,22 +102,21 @@ def rxx_w_rxx(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> Q
 
 
 def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
-    """As `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
+    """Like `rxx_w_rxx`, with one index for the whole layer: scores summed over all heads."""
     score = pair_scores(weights, Gq, Gk)
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
 
 
 def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: int) -> QKSolution:
-    """RoPE pairs eliminated by their effect on the loss; those that stay make up for the others.
+    """Eliminate RoPE pairs by their effect on the loss; the kept pairs compensate for the others.
 
-    A pair's share in the scores of a query is linear in its two query dimensions, so that any
-    complex factor of them (a rotation and a scale, which commute with RoPE) is free at run
-    time. To second order the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C
-    (H, 2 F, 2 F) the autocorrelation of the loss's gradients by them
-    (`a3.stages.collect.gradients`; real parts first): e is 1 for a dropped pair, and the
-    others' are refitted. Where queries are normed, factors go into the norm's gains and are
-    real. Pairs are one set a group, as in `rxx_w_rxx`; so are the partial rotations' other
-    dimensions.
+    A pair's contribution to the scores is linear in its two query dimensions, so any complex factor
+    on them (a rotation and a scale, which commute with RoPE) is free at run time. To second order
+    the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C (H, 2 F, 2 F) the
+    autocorrelation of the loss's gradients by them (`a3.stages.collect.gradients`; real parts
+    first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
+    factors go into the norm's gains and are real. Each group has one set of pairs, as in
+    `rxx_w_rxx`, and with partial RoPE one set of other dimensions.
     """
     order, _ = fisher_losses(weights, C, least=1)
     return _eliminated(weights, Gq, Gk, C, order, rank)
@@ -128,8 +127,8 @@ def uniform_global(
 ) -> QKSolution:
     """As `fisher`, with one index for the whole model: pairs go in the `order` (F,) of all layers.
 
-    Where only a part of the head is rotated, it keeps its share of the rank, so that all layers
-    have as many pairs.
+    With partial RoPE, the rotated part keeps its share of the rank, so that all layers have the
+    same number of pairs.
     """
     share = int(rank * weights.rope_dims / weights.k.shape[-1] / 2 + 0.5)
     return _eliminated(weights, Gq, Gk, C, order.expand(len(weights.k), -1), rank, share)
@@ -173,7 +172,7 @@ def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Ten
 
 
 def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """As `fisher_losses`; grouped (G, g, parts, F, parts, F).
+    """Like `fisher_losses`; grouped (G, g, parts, F, parts, F).
 
     Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
     the heads of a group drop the same pair at a time.
@@ -206,7 +205,7 @@ def _pair_costs(P: Tensor, V: Tensor, left: Tensor) -> Tensor:
     parts = P.shape[-1] // pairs
     own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
     own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
-    # Of pairs that are gone nothing is left in P.
+    # Dropped pairs are zero in P.
     own = own.where(left[:, None, :, None, None], torch.eye(parts, dtype=P.dtype, device=P.device))
     factors = V.unflatten(2, (parts, pairs))[..., 0].mT  # (G, g, F, parts)
     cost = (factors * torch.linalg.solve(own, factors)).sum((1, 3))
@@ -286,7 +285,7 @@ def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKS
 
 
 def abs_w(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:
-    """As `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
+    """Like `rxx_w_rxx` with R = 1: keeps the RoPE pairs of the largest weights."""
     power = torch.ones(weights.o.shape[-1], dtype=Gk.dtype, device=Gk.device)
     return _keep_pairs(weights, Gq, Gk, rank, _magnitudes(weights, power))
 
@@ -294,7 +293,7 @@ def abs_w(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSol
 def wanda(
     weights: AttentionWeights, Gq: Tensor, Gk: Tensor, power: Tensor, rank: int
 ) -> QKSolution:
-    """As `rxx_w_rxx` with no more than the diagonal of R, which is what Wanda looks at.
+    """Like `rxx_w_rxx` with only the diagonal of R, which is all that Wanda uses.
 
     Wanda's importance of a weight is |w_ij| ‖x_i‖ (Sun et al. 2023, arXiv 2306.11695, equation 1);
     a column's is the root of its squares' sum, and a pair's that of CR: products of query and key

@@ -1,6 +1,6 @@
-"""What a table says of quantisation: a recipe of number formats, a method, a rank.
+"""The column `quantise` of a table: a recipe of number formats, a method, a rank.
 
-In a module of its own without torch: the workflow reads it at every start.
+This module does not import torch, because the workflow reads it at every start.
 """
 
 import re
@@ -17,10 +17,10 @@ FORMATS = ("W", "x", "A", "B", "bias")
 # Operands of attention's two products: q kᵀ and p v.
 PRODUCTS = ("q", "k", "p", "v")
 
-# Stands in a table for a row that is not quantised.
+# Written in a table for a row that is not quantised.
 PLAIN = "-"
 
-# The form of the statistics that each method reads beside full ones, by which errors are reported.
+# The form of the statistics that each method reads, besides full ones for reporting errors.
 METHODS = {"none": None, "lqer-svd": None, "lqer-act": "peak", "qera": "full"}
 
 # The input of each projection, by the names of statistics.
@@ -46,7 +46,7 @@ class Quantisation:
 
 
 def parse_quantisation(cell: str) -> Quantisation:
-    """A cell of the column `quantise`; raises A3Error for one that is spelled otherwise."""
+    """Parse a cell of the column `quantise`; raises A3Error for an invalid one."""
     found = re.fullmatch(r"([\w.-]+)\+([a-z-]+)(?:@([1-9]\d{0,5}))?", cell)
     if found is None:
         raise A3Error(
@@ -59,7 +59,7 @@ def parse_quantisation(cell: str) -> Quantisation:
 
 
 def check_method(method: str, rank: int | None) -> None:
-    """Raise A3Error for a method that is not known, or a rank where there is none, or without."""
+    """Raise A3Error for an unknown method, a missing rank, or an unused rank."""
     if method not in METHODS:
         raise A3Error(
             f"method {method!r} of quantisation is not known. Methods: {', '.join(METHODS)}."
@@ -83,7 +83,7 @@ def kinds_read(method: str) -> list[str]:
 def complete_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe with `none` for every format that it does not name.
 
-    Raises A3Error for keys that it cannot have, and expressions that are none.
+    Raises A3Error for unknown keys and invalid regular expressions.
     """
     layers, products = recipe.get("layers"), recipe.get("products", {})
     if not isinstance(layers, list) or not isinstance(products, dict):

@@ -1,8 +1,8 @@
-"""PCA surgery: its modes, and how a size is spelled.
+"""PCA surgery: its modes, and the notation of sizes.
 
-An ablation in the dense shapes, after edwinhere/surgery: W_q, W_k and W_v are replaced by what
-their leading principal components make of them. Read by the Snakefile at every start, so nothing
-heavy is imported here; a3.solutions.pca has the numerics.
+An ablation in the dense shapes, after edwinhere/surgery: W_q, W_k and W_v are rebuilt from their
+leading principal components. The Snakefile imports this at every start, so it imports nothing
+heavy; a3.solutions.pca has the numerics.
 """
 
 import re
@@ -11,13 +11,13 @@ from decimal import Decimal
 
 from a3.core.errors import A3Error
 
-# The projections that are operated on.
+# The projections that are rebuilt.
 PROJECTIONS = ("q", "k", "v")
 
 # The statistic that is the metric of modes with one.
 METRIC = "attention_input"
 
-# What the others are compared to at equal size: each matrix on its own.
+# The baseline at equal size, in which each matrix has its own components.
 SEPARATE = "pca-separate"
 
 VARIANCE, PARAMETERS = "variance", "parameters"
@@ -58,7 +58,7 @@ SURGERIES = {
     "pca-separate-rxx": Surgery(metric=True),
     "pca-shared-kv-rxx": Surgery("kv", metric=True),
     "pca-shared-layers-rxx": Surgery("layers", metric=True),
-    # As edwinhere/surgery: the mean is taken off before, and stays off.
+    # As in edwinhere/surgery: the mean is subtracted and not added back.
     "pca-separate-no-mean": Surgery(mean=False),
     "pca-shared-kv-no-mean": Surgery("kv", mean=False),
 }

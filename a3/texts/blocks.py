@@ -122,7 +122,7 @@ def scored_blocks(
 def check_blocks(
     tokenizer: PreTrainedTokenizerBase, block_length: int, tokens: int | None, bos: bool | str
 ) -> None:
-    """Raise A3Error where no block can be cut, or there is no BOS for each block."""
+    """Raise A3Error if no block can be cut, or there is no BOS for each block."""
     if block_length - (bos is True) < 1 or (tokens is not None and tokens < block_length):
         raise A3Error(
             f"tokens {tokens}, block_length {block_length}: expected at least one block, of two "

@@ -1,7 +1,7 @@
-"""Files of a text by their names: which of a folder are read, and of what type each is.
+"""Selects the files of a text by their names, and the type of each.
 
-In a module of its own, since the Snakefile and the records of models look at files without reading
-them: a change of the readers makes nothing stale that only lists files.
+This is a separate module because the Snakefile and the records of models only list files. So a
+change of the readers does not make them stale.
 """
 
 import bz2
@@ -42,7 +42,7 @@ def text_files(path: Path, types: Iterable[str] = FILE_TYPES.values()) -> list[P
     """The files that a text is read from: itself, or those in a folder of these `types`, sorted.
 
     Folders in it too; links are followed. Hidden files and other types are left out; of the latter
-    it is said. Raises A3Error where there is none, and for a name that is not UTF-8.
+    it is said. Raises A3Error if there is none, and for a name that is not UTF-8.
     """
     if not path.is_dir():
         return [require_name(path)]
@@ -61,7 +61,7 @@ def text_files(path: Path, types: Iterable[str] = FILE_TYPES.values()) -> list[P
 
 
 def require_name(path: Path) -> Path:
-    """The path; raises A3Error where its name is not UTF-8: it is a title, and records hold it."""
+    """The path; raises A3Error if its name is not UTF-8: it is a title, and records hold it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

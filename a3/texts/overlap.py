@@ -1,4 +1,4 @@
-"""Which documents occur in other texts: by title, by 13 words in a row, or as a whole."""
+"""Finds documents that occur in other texts: by title, 13 consecutive words, or as a whole."""
 
 import hashlib
 import re
@@ -54,7 +54,7 @@ INVERSE = pow(BASE, -1, 2**64)
 
 
 def exclusions(found: Sequence[Document], excluded: Sequence[Document]) -> list[str | None]:
-    """Why each document may not be used: one of REASONS, or None where it may.
+    """Why each document may not be used: one of REASONS, or None if it may.
 
     That is where its title is one of `excluded`, where 13 words in a row of it occur there, or
     where all of it, however short, is a document or a line there. An empty title or document is

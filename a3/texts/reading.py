@@ -1,7 +1,7 @@
-"""Texts on disk as documents. What a file is follows from its name, in every command alike.
+"""Reads texts as documents. In every command the file's name determines its type.
 
-A file is prose, one document, or records, each a document. The Snakefile may import this: nothing
-heavy is.
+A file is either prose, which is one document, or records, each of which is a document. The
+Snakefile imports this, so it imports nothing heavy.
 """
 
 import csv
@@ -125,7 +125,7 @@ def decode(content: bytes, name: str) -> str:
 
 # --- documents ------------------------------------------------------------------------------------
 def type_of(name: str) -> str:
-    """The type of a file, as its name says; raises A3Error where it says none."""
+    """The type of a file, as its name says; raises A3Error if it says none."""
     suffix = inner(name)[1]
     if suffix and suffix not in FILE_TYPES:
         raise A3Error(
@@ -140,7 +140,7 @@ def parse(
 ) -> list[Document]:
     """Documents of a file's content; of records `column` (default text) is the text.
 
-    Without `as_type` it is the name's. Raises A3Error where the content is of another, or the name
+    Without `as_type` it is the name's. Raises A3Error if the content is of another, or the name
     says none.
     """
     file_type = as_type or type_of(name)
@@ -158,7 +158,7 @@ def parse(
 
 
 def refuse_records(text: str, name: str) -> None:
-    """Raise A3Error where a file that is called prose holds records."""
+    """Raise A3Error if a file that is called prose holds records."""
     start = text.lstrip()
     found, first = None, start.split("\n", 1)[0]
     if start[0] in "{[" and (is_json(start) or (start[0] == "{" and is_json(first))):
@@ -288,7 +288,7 @@ def table_records(name: str, content: bytes, column: str) -> Iterator[tuple[str,
 
 
 def refuse_doubtful_quotes(text: str, name: str) -> None:
-    """Raise A3Error where quotes in a .tsv may be its cells' own, or such as tables put around.
+    """Raise A3Error if quotes in a .tsv may be its cells' own, or such as tables put around.
 
     Some programs write cells as they are, others quote like .csv: all of the header, or none but
     cells that need it. Where both readings are the same, or the file is as the latter write it, it

@@ -218,7 +218,7 @@ def test_a_figure_of_each_models_spectra(tmp_path):
     write_results(tmp_path, experiments)
     found = drawn(tmp_path, experiments, [said(tmp_path, "b", digest("b"))])
     assert [name for name in found if name.startswith("spectra")] == ["spectra-b-wiki"]
-    assert "Values: spectra/b/wiki.json" in found["spectra-b-wiki"]
+    assert "Data: spectra/b/wiki.json" in found["spectra-b-wiki"]
 
 
 def test_spectra_of_other_weights_are_refused(tmp_path):

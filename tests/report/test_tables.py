@@ -439,7 +439,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     assert cells[2:4] == ["rxx-w-rxx@6 + xkv@0.3 + dense", "–"]
     assert len(figure_names(tmp_path, experiments)) == 5
     captions = json.loads((tmp_path / "figures" / "captions.json").read_text())
-    assert "rows with a per-component ratio or rank are there only" in captions[0]["caption"]
+    assert "only the right panel has rows with a per-component size" in captions[0]["caption"]
     svg = (tmp_path / "figures" / "layer-error-a.svg").read_text()
     for label in ("rxx-w-rxx  20%", "rxx-w-rxx  rank 6", "xkv  30%", "xkv  rank 4"):
         assert f"<!-- {label} -->" in svg
@@ -530,7 +530,7 @@ def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
     experiments = [experiment("small"), experiment("small", qk="other")]
     write_results(tmp_path, experiments)
     path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
-    level = "by other+xkv+rxx-w (not told from it by two standard errors: rxx-w-rxx+xkv+rxx-w), "
+    level = "by other+xkv+rxx-w (within two standard errors of it: rxx-w-rxx+xkv+rxx-w), "
     for nll, expected in (([3.1, 3.4], level), ([3.045, 3.455], "by other+xkv+rxx-w, which keeps")):
         change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
         assert expected in Page(report(tmp_path, experiments)).text

@@ -1,4 +1,4 @@
-"""The families that a3 knows, as data plus narrow adapters, and those that it refuses.
+"""The supported families, as data plus small adapters, and the unsupported ones.
 
 A new family is one subclass in llama.py or gpt.py and one row in FAMILIES; it inherits the whole
 adapter test suite.

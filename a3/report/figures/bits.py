@@ -13,7 +13,7 @@ Measure = Callable[[Run], tuple[float, float | None]]
 
 
 def bits_drawing(dense: Run, runs: list[Run], panels: Mapping[str, Measure]) -> Drawing:
-    """Panels by their names along y: what one measures of a run, and its standard error."""
+    """One panel for each entry of `panels`: y label → a run's value and its standard error."""
     curves = curves_of(runs)
     legend = 0.6 + 0.22 * -(-(len(curves) + 1) // 2)
     figure = Figure(figsize=(9, 3.6 * len(panels) + legend), layout="constrained")
@@ -28,7 +28,8 @@ def bits_drawing(dense: Run, runs: list[Run], panels: Mapping[str, Measure]) -> 
                 values,
                 yerr=[error or 0.0 for error in errors],
                 color=colour,
-                # A colour's second curve is told by hollow markers: it may be a single point.
+                # Hollow markers for a colour's second curve: it may be a single point, where the
+                # line style does not show.
                 markerfacecolor=colour if index < len(COLOURS) else "white",
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
@@ -48,21 +49,22 @@ def bits_drawing(dense: Run, runs: list[Run], panels: Mapping[str, Measure]) -> 
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=2.6)
     caption = (
-        f"{dense.place.model}: quality against the bits that the layers' matrices take for each "
-        "weight that the dense model has in them: those of blocks' exponents, scales and the "
-        "low-rank products among them. A curve is one method over ranks or ratios; the dashed line "
-        "is the dense model. Bars are one standard error, shared by all curves."
+        f"{dense.place.model}: quality against bits per weight. The bits of the layers' matrices, "
+        "including exponents, scales and low-rank products, are divided by the number of weights "
+        "of these matrices in the dense model. Each curve is one method at several ranks or "
+        "ratios; the dashed line is the dense model. Bars are one standard error; the errors of "
+        "the curves are correlated."
     )
     return Drawing(f"bits-{dense.place.model}", caption, figure)
 
 
 def values_of(axes: Axes) -> list[float]:
-    """All that is drawn along y."""
+    """All y values that are drawn."""
     return [value for line in axes.get_lines() for value in line.get_ydata()]
 
 
 def curves_of(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs of one method, by bits: over ranks where the model is whole, and over ratios else."""
+    """Runs of one method, sorted by size: over ranks if the model is whole, else over ratios."""
     curves: dict[str, list[Run]] = {}
     for run in runs:
         place, label = run.place, []

@@ -49,7 +49,7 @@ def _model(
 ) -> list[Drawing]:
     """All figures of one model."""
     drawings = []
-    # Of quantised rows, how many numbers they have says little.
+    # The number of parameters says little about quantised rows.
     whole = [run for run in runs if not run.place.is_quantised]
     if perplexity and (whole or not runs):
         drawings.append(_perplexity(dense, whole, perplexity))

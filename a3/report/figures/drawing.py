@@ -49,7 +49,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 
-# How figures are written: without dates or versions, so that equal figures are equal files.
+# Options for writing figures: no dates or versions, so that equal figures give identical files.
 FORMATS: dict[str, dict[str, Any]] = {
     "svg": {"metadata": {"Date": None, "Creator": None}},
     "png": {"dpi": 160, "metadata": {"Software": None}},
@@ -61,7 +61,7 @@ CLIP = re.compile(r'<clipPath id="(\w+)">\s*(.*?)\s*</clipPath>', re.DOTALL)
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, the name of its files and what one sees in it."""
+    """A figure, the name of its files and its caption."""
 
     name: str
     caption: str
@@ -70,14 +70,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a heat map: the layers' errors (layers), or a map of its own (layers × …)."""
+    """A row of a heat map: one value per layer (layers), or a whole map (layers × …)."""
 
     label: str
     values: np.ndarray
 
 
 def styled() -> AbstractContextManager[None]:
-    """Inside of it figures have the look of a3, whatever matplotlibrc says."""
+    """A context in which figures have a3's style, independent of the user's matplotlibrc."""
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
 
@@ -92,7 +92,7 @@ def save_drawings(drawings: Sequence[Drawing], out: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> None:
-    """Write a figure in one of FORMATS; equal figures are equal files."""
+    """Write a figure in one of FORMATS; equal figures give byte-identical files."""
     figure.savefig(path, format=kind, **FORMATS[kind])
     if kind == "svg":
         path.write_text(name_clips(path.read_text()))
@@ -119,9 +119,10 @@ def shown(size: Decimal | int) -> str:
 
 
 def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[Row]:
-    """Rows of a heat map, equal ones once.
+    """Rows of a heat map, each distinct row once.
 
-    They are labelled by the component's mode and size, and by the rest only where that tells more.
+    The label is the component's mode and size; the whole method is added only if rows would
+    otherwise have the same label.
     """
     several = len({run.place.calibration for run, _ in found}) > 1
     groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
@@ -146,7 +147,7 @@ def name_model(figure: Figure, dense: Run) -> None:
 
 
 def colour_map(name: str) -> Colormap:
-    """One of matplotlib's, with grey for what is not there."""
+    """A colour map of matplotlib, with grey for missing values."""
     return matplotlib.colormaps[name].with_extremes(bad=ABSENT)
 
 
@@ -181,9 +182,10 @@ def points(
 
 
 def log_if_wide(axes: Axes, values: list[float], limit: float = math.inf) -> None:
-    """A logarithmic axis where the worst is over five times the best, up to `limit` times it.
+    """Make the y axis logarithmic if the largest value is over five times the smallest.
 
-    Values that there are not (NaN) do not count; where one is 0 or less the axis stays as it is.
+    The axis ends at `limit` times the smallest value. NaN is ignored; if a value is 0 or less, the
+    axis does not change.
     """
     values = [value for value in values if not math.isnan(value)]
     span = max(values) / min(values) if values and min(values) > 0 else 1.0

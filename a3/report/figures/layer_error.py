@@ -61,16 +61,16 @@ def _layer_error(dense: Run, errors: dict[str, list[Row]]) -> Drawing:
         bar.locator = LogLocator(subs=(1, 2, 5), numticks=99)
     bar.minorticks_off()
     caption = (
-        f"{dense.place.model}: share of each component's function that is lost on the calibration "
-        "text (squared norm, as the mode's own objective measures it), by layer; 0 is nearest the "
-        "input. Rows are the component's mode and its compression ratio or rank; darker is worse; "
-        "all rows share one scale. Grey: not compressed, or nothing lost."
+        f"{dense.place.model}: relative error of each component on the calibration text, by layer; "
+        "layer 0 is nearest the input. The error is the lost share of the squared norm, as in the "
+        "mode's own objective. Each row is a mode with its compression ratio or rank; darker is "
+        "worse; all rows share one colour scale. Grey: not compressed, or no error."
     )
     return Drawing(f"layer-error-{dense.place.model}", caption, figure)
 
 
 def _scale(values: np.ndarray) -> Normalize:
-    """Logarithmic where positive values span over a factor of twenty, linear from 0 else."""
+    """Logarithmic if the positive values span more than a factor of 20, else linear from 0."""
     positive = values[np.isfinite(values) & (values > 0)]
     if positive.size and positive.max() > 20 * positive.min():
         return LogNorm(positive.min(), positive.max())

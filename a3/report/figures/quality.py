@@ -43,8 +43,8 @@ def _perplexity(dense: Run, runs: list[Run], texts: Sequence[str]) -> Drawing:
     caption = (
         f"{dense.place.model}: perplexity (lower is better) {_against(runs)}. The dashed "
         "line is the dense model. Bars are one standard error over the blocks of text; "
-        "they are shared by all curves, so differences between curves are surer than they suggest. "
-        f"Curves that leave the top end beyond {OFF_SCALE} times the best."
+        "all curves use the same text, so differences between curves are more certain than the "
+        f"bars suggest. The y axis ends at {OFF_SCALE} times the best perplexity."
     )
     return Drawing(f"perplexity-{dense.place.model}", caption, figure)
 
@@ -71,7 +71,7 @@ def _against(runs: list[Run]) -> str:
     uniform = [run for run in runs if run.place.nominal is not None]
     if not uniform:
         return kept
-    alone = "; rows with a per-component ratio or rank are there only" if uniform != runs else ""
+    alone = "; only the right panel has rows with a per-component size" if uniform != runs else ""
     return f"against the nominal compression ratio, left, and {kept}, right{alone}"
 
 

@@ -14,7 +14,7 @@ SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 
 def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
-    """What each layer keeps of each component, a line a run; None where no run was allocated."""
+    """What each layer keeps of each component, a line a run; None if no run was allocated."""
     shared = [
         run
         for run in runs
@@ -39,8 +39,8 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
     grid[-1].set_xlabel("layer")
     grid[0].legend(loc="upper left", bbox_to_anchor=(1, 1), title="removed in all")
     caption = (
-        f"{dense.place.model}: the head size of QK and OV and the intermediate size that each "
-        "layer keeps where one budget of parameters and KV cache was allocated across layers and "
+        f"{dense.place.model}: the head sizes of QK and OV and the intermediate size that each "
+        "layer keeps, if one budget of parameters and KV cache is allocated across layers and "
         "components."
     )
     return Drawing(f"ranks-{dense.place.model}", caption, figure)

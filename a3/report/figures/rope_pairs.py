@@ -28,7 +28,7 @@ MOST_PANELS = 9  # KV groups that get a map each
 def rope_drawings(dense: Run, runs: list[Run]) -> list[Drawing]:
     """Maps of the kept pairs over all KV groups, and of each group where they differ.
 
-    None where QK is dense or has no RoPE.
+    None if QK is dense or has no RoPE.
     """
     maps = _pair_rows(dense, runs)
     if not maps:
@@ -94,7 +94,7 @@ def _rope_pairs(dense: Run, rows: list[Row], wide: int) -> Drawing:
     caption = (
         f"{dense.place.model}: RoPE pairs that QK keeps, by layer. Dark: every KV group of the "
         "layer keeps the pair; white: none does. A column that is white from top to bottom is a "
-        "rotation speed that the model hardly uses. Grey: the layer's QK was left dense."
+        "rotation frequency that the model hardly uses. Grey: QK of this layer is dense."
     )
     return Drawing(f"rope-pairs-{dense.place.model}", caption, figure)
 
@@ -119,7 +119,7 @@ def _rope_groups(dense: Run, rows: list[Row]) -> Drawing:
     _name_axes(figure)
     caption = (
         f"{dense.place.model}: RoPE pairs that each KV group keeps (dark), by layer. Modes that "
-        "keep the same pairs in all groups are left out. Grey: the layer's QK was left dense."
+        "keep the same pairs in all groups are left out. Grey: QK of this layer is dense."
     )
     return Drawing(f"rope-groups-{dense.place.model}", caption, figure)
 

@@ -17,16 +17,16 @@ from a3.core.records import Record
 from a3.report.figures.drawing import Drawing, colour_bar, colour_map, no_frame
 from a3.solutions.modes import COMPONENTS
 
-# Less lost energy than this is drawn as this.
+# Smaller values of lost energy are drawn as this value.
 LEAST = 1e-4
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def spectra_drawing(dense: Run, path: Path) -> Drawing:
-    """Lost energy by layer and kept rank: maps above, a curve a layer below, a column a component.
+    """Lost energy by layer and kept rank: maps above, one curve per layer below.
 
-    Raises A3Error where `path` was made of other weights than the dense model's.
+    Raises A3Error if `path` was made of other weights than the dense model's.
     """
     record = _record(dense, path)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -34,7 +34,7 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
     model, calibration = dense.place.model, path.stem
     figure.suptitle(f"{model}, {calibration}", x=0.01, ha="left", fontsize=11)
     for component, above, below in zip(COMPONENTS, maps, curves, strict=True):
-        # Without full rank, where nothing is lost.
+        # The last rank is the full one, where nothing is lost.
         ranks, full = record["ranks"][component][:-1], record["full"][component]
         lost = np.stack([_mean(layer, len(ranks)) for layer in record["lost"][component]])
         shares = np.array(ranks) / full
@@ -55,17 +55,17 @@ def spectra_drawing(dense: Run, path: Path) -> Drawing:
     bar.locator = MaxNLocator(6, integer=True)
     bar.minorticks_off()
     caption = (
-        f"{model}, {calibration}: share of the energy (squared norm) of each layer's functional "
-        "matrices that is lost where a rank is kept, as the statistics alone tell it: squared "
-        "singular values of the scores' matrix (QK; with RoPE the scores of the pairs) and of "
-        "values times outputs (OV), and the scores of the channels (MLP); mean over the groups of "
-        f"a layer. Less than {LEAST:g} is drawn as {LEAST:g}. Values: spectra/{model}/{path.name}"
+        f"{model}, {calibration}: share of the energy (squared norm) that each layer loses at each "
+        "kept rank, computed from the statistics alone. Energies are the squared singular values "
+        "of the score matrix (QK; with RoPE the scores of the pairs) and of values times outputs "
+        "(OV), and the scores of the channels (MLP), averaged over the groups of a layer. Values "
+        f"below {LEAST:g} are drawn as {LEAST:g}. Data: spectra/{model}/{path.name}"
     )
     return Drawing(f"spectra-{model}-{calibration}", caption, figure)
 
 
 def _record(dense: Run, path: Path) -> Record:
-    """The spectra of a file; raises A3Error where they are of other weights than the dense run."""
+    """The spectra of a file; raises A3Error if they are of other weights than the dense run."""
     record = Record.read(path)
     found, expected = record["provenance.weights_sha256"], dense.weights["weights_sha256"]
     if found != expected:

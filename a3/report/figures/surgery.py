@@ -25,7 +25,7 @@ from a3.report.figures.drawing import (
 )
 from a3.solutions.surgeries import PROJECTIONS, SURGERIES, VARIANCE, parse_size
 
-# A mode keeps its sharing's colour; its line and marker say the metric and the mean.
+# The colour shows which matrices share components; line and marker show the metric and the mean.
 SHARINGS = ("", "kv", "layers")
 
 
@@ -72,12 +72,13 @@ def perplexity_drawing(dense: SurgeryRun, runs: list[SurgeryRun], texts: Sequenc
     lines = [handle[0] for handle in handles]
     figure.legend(lines, labels, loc="outside lower left", ncols=3, handlelength=2.6)
     caption = (
-        f"{dense.place.model}: perplexity (lower is better) after W_q, W_k and W_v were rebuilt "
-        "from their leading principal components: against the share of the variance that they "
-        "explain, left, which is of the weights or, with -rxx, of their outputs, so not the same; "
-        "and against the parameters of Q, K and V if factors and means were stored, right, where "
-        "all rows stand. The dashed line is the dense model. Bars are one standard error over the "
-        "blocks of text; they are shared by all curves, so differences are surer than they suggest."
+        f"{dense.place.model}: perplexity (lower is better) after W_q, W_k and W_v are rebuilt "
+        "from their leading principal components. Left: against the share of the variance that "
+        "the components explain; this is the variance of the weights or, with -rxx, of their "
+        "outputs, so the two are not comparable. Right: against the parameters of Q, K and V if "
+        "factors and means were stored; this panel has all rows. The dashed line is the dense "
+        "model. Bars are one standard error over the blocks of text; all curves use the same "
+        "text, so differences between curves are more certain than the bars suggest."
     )
     return Drawing(f"surgery-perplexity-{dense.place.model}", caption, figure)
 
@@ -131,8 +132,8 @@ def dimensions_drawing(dense: SurgeryRun, runs: list[SurgeryRun]) -> Drawing:
         no_frame(axes)
     colour_bar(figure, image, grid, "components")
     caption = (
-        f"{dense.place.model}: principal components that explain a share of the variance, by layer "
-        "and matrix; of shared sets the same number stands in each of their matrices. A query "
+        f"{dense.place.model}: number of principal components that explain a share of the "
+        "variance, by layer and matrix. Matrices that share a set show the same number. A query "
         f"matrix has {dense.weights['heads'] * dense.weights['head_dim']} outputs, a key or value "
         f"matrix {dense.weights['kv_heads'] * dense.weights['head_dim']}, of "
         f"{dense.weights['hidden_size']} inputs."

@@ -1,4 +1,4 @@
-"""Columns of tables for people: what a frame has in full precision, rounded and under a heading."""
+"""Columns of readable tables: values of a frame, rounded, with a heading."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

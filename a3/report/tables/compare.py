@@ -1,4 +1,4 @@
-"""Paired differences between the rows of a table, and the same rows over calibration seeds."""
+"""Paired differences between rows of a table, and statistics of rows over calibration seeds."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from a3.report.tables.frames import named
 
 BETTER, WORSE, SAME = "better", "worse", "no difference"
 
-# A difference counts from so many of its standard errors on.
+# A difference is significant from this many standard errors on.
 ERRORS = 2
 
 # Keys of a statistics record that do not say how its text was read.
@@ -39,9 +39,9 @@ def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, fl
 
 
 def verdict(delta: float, delta_stderr: float, lower_is_better: bool | None) -> str:
-    """What a difference says; nothing ("") where one pair leaves it without a standard error.
+    """Better, worse or the same; "" if a single pair leaves no standard error.
 
-    Nor where it is not known (None) what is better.
+    Also "" if it is not known (None) whether higher or lower is better.
     """
     if math.isnan(delta_stderr) or lower_is_better is None:
         return ""
@@ -55,9 +55,9 @@ def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
 
     Differences are row − reference, paired over the same blocks (nll, nats a token) or items (what
     the items' values are the mean of: the task's metric, or its logarithm where it is a
-    perplexity). Of a metric that is no mean over items, the difference of the two scores stands
-    without an error and a verdict. A verdict is about the row. Rows without a reference beside them
-    are left out. Raises A3Error where scores are not one an item.
+    perplexity). For a metric that is not a mean over items, the difference of the scores has no
+    error and no verdict. A verdict is about the row. Rows without a matching reference are left
+    out. Raises A3Error if scores are not one an item.
     """
     if reference is None:
         return []
@@ -131,7 +131,7 @@ def _unpaired(before: Record, after: Record) -> dict[str, Any]:
 
 
 def _require_items(record: Record, scores: list[list[float]]) -> None:
-    """Raise A3Error where the scores of two results are not one an item."""
+    """Raise A3Error if the scores of two results are not one an item."""
     if {len(each) for each in scores} != {record["items"]}:
         raise A3Error(
             f"{record.path}: item_scores has {len(scores[1])} scores, that of the reference "

@@ -1,7 +1,7 @@
-"""Stage paper: one model's group of rows from its results, and ours beside the published figures.
+"""Stage paper: compares our results with the published numbers.
 
-A group of rows (`<model>.csv`) has one figure a line. The comparison takes every group that is
-there, so that a table of the paper grows as models are built.
+A group of rows (`<model>.csv`) has one number per line. The comparison uses every existing group,
+so a table of the paper grows as models are built.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from a3.report.tables.frames import read_csv
 
 
 def read_definition(path: Path) -> tuple[Paper, Table]:
-    """A table of the paper by config/paper/<table>.yaml; raises A3Error where there is none."""
+    """A table of the paper by config/paper/<table>.yaml; raises A3Error if there is none."""
     shared = path.resolve().parent / f"../{path.resolve().parent.name}.yaml"
     if not path.is_file() or not shared.is_file():
         raise A3Error(

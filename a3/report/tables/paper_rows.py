@@ -118,9 +118,9 @@ def delta(dense: Record, run: Record) -> tuple[float, float]:
 
 
 def speed(run: Run, one: Wanted, record: Record, results: Path) -> float | None:
-    """A figure of a speed record; None where the device does not measure it.
+    """A figure of a speed record; None if the device does not measure it.
 
-    Of a row whose setting is an attention implementation, that one's. Raises A3Error where the
+    Of a row whose setting is an attention implementation, that one's. Raises A3Error if the
     record is of other weights.
     """
     check_speed(record, Record.read(one.timed.weights(results)))

@@ -1,4 +1,4 @@
-"""Result tables: every compressed figure beside its dense figure and the protocol of both."""
+"""Result tables: each compressed result with its dense result and their protocol."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,7 +97,7 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
 
 
 def _calibration_tokens(run: Run) -> int | None:
-    """Tokens that the statistics were summed over; None where the modes read none.
+    """Tokens that the statistics were summed over; None if the modes read none.
 
     Gradients by activations are of a share of the blocks, and no mode reads them alone.
     """
@@ -134,7 +134,7 @@ def _perplexity(dense: Record, record: Record) -> dict[str, Any]:
 def _harness(dense: Record, record: Record) -> dict[str, Any]:
     """A task's value, its standard error, and its distance to the dense model's.
 
-    None where lm-eval has no such number.
+    None if lm-eval has no such number.
     """
     values = (record["value"], dense["value"])
     return {

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Rounds numbers for readable tables."""
 
 import math
 from typing import Any

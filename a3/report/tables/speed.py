@@ -1,6 +1,6 @@
 """The table of speeds: each compressed run beside the dense model that was timed with it.
 
-It is apart from results.csv, which two runs make alike to the byte.
+It is separate from results.csv, which is byte-identical in two runs.
 """
 
 from pathlib import Path

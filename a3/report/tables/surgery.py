@@ -1,4 +1,4 @@
-"""The tables of surgeries: what is kept, what it costs the model, and the factors' parameters."""
+"""The tables of surgeries: kept components, loss of quality, and the factors' parameters."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,7 @@
-"""Stage allocate: allocate one budget across layers and components by what the model loses in each.
+"""Stage allocate: allocates one budget across layers and components by their predicted loss.
 
-Each solution that can share says, for each rank of a layer, what the model loses to second order
-(nats a token): from weights and Rxx alone. The ranks are those of the least sum under the budget.
+For each layer and rank, a mode that supports allocation predicts the model's second-order loss
+(nats per token) from weights and Rxx alone. The chosen ranks minimise the sum under the budget.
 """
 
 import time
@@ -25,7 +25,7 @@ from a3.stages.approx.budget import Curve, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.statistics import read_statistics
 
-# What is budgeted, as `cost` counts it.
+# The limited quantities, in the order of `cost`.
 COSTS = ("parameters", "cached_numbers")
 
 
@@ -40,10 +40,10 @@ def allocate(
     """Write each layer's ranks of the components with an allocated ratio (`plan.shared`), and the
     seconds that it took beside them.
 
-    The budget: no more parameters, and no more KV cache, than with that ratio everywhere; FLOPs,
-    which are those of weights and attention products, follow. Ranks are multiples of
-    `plan.multiple`, and of `uniform` components the same in all layers. Raises A3Error where
-    no mode is marked ~, a mode does not fit, or statistics are missing or damaged.
+    The budget allows as many parameters and as much KV cache as with the same ratio everywhere.
+    This also limits FLOPs, which come from weights and attention products. Ranks are multiples of
+    `plan.multiple`; components in `uniform` get the same rank in all layers. Raises A3Error if no
+    mode is marked ~, a mode does not fit, or statistics are missing or damaged.
     """
     start = time.perf_counter()
     if not plan.shared:
@@ -78,9 +78,9 @@ def allocate(
 
 
 def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> dict[str, Any]:
-    """The ranks of least loss, by component and layer, at no higher cost than the uniform ones.
+    """The ranks with the lowest loss, by component and layer, that cost no more than uniform ranks.
 
-    Also their budget, what they spend of it, and the losses that are predicted for both.
+    Also returns the budget, its used part, and the predicted losses of both.
     """
     uniform = [uniform_ranks[curve.component] for curve in curves]
     budget = cost(curves, uniform)
@@ -120,19 +120,19 @@ def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]
 
 
 def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
-    """Parameters, and numbers cached a token, of one rank of a component in one layer."""
+    """Parameters, and cached numbers per token, for one rank of a component in one layer."""
     if component == "mlp":
         inputs = 2 if arch.mlp == "3-layer" else 1
         return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
     heads = arch.heads + arch.kv_heads
-    # Gains of norms are one a head; biases of queries, keys and values have their dimensions.
+    # Each rank also has a norm gain per head, and an element of the biases of q, k and v.
     own = heads * bool(arch.qk_norm) if component == "qk" else 0
     biased = heads if component == "qk" else arch.kv_heads
     return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
 
 
 def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error where a component that is to be uniform has no mode marked ~."""
+    """Raise A3Error if a component that is to be uniform has no mode marked ~."""
     if others := [component for component in uniform if component not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: has no mode marked ~. Remove it, or write "

@@ -12,7 +12,7 @@ from a3.solutions.plan import Plan
 def read_allocation(path: Path | None, arch: Arch, plan: Plan) -> dict[str, list[int]]:
     """Ranks of each component with an allocated ratio, one a layer.
 
-    Raises A3Error where there is no such file, or it was made for another model, other modes or
+    Raises A3Error if there is no such file, or it was made for another model, other modes or
     another ratio.
     """
     asked = {component: str(choice) for component, choice in plan.shared.items()}

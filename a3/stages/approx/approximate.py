@@ -1,8 +1,8 @@
-"""Stage approx: weights and Rxx to a checkpoint whose tensors really are smaller.
+"""Stage approx: makes a checkpoint with smaller tensors from weights and Rxx.
 
-Solutions of different layers know nothing of each other but what the statistics of all say, so that
-one checkpoint can be made in several shards, each a run of layers, by as many jobs;
-a3.stages.approx.assemble makes a folder of them.
+Layers are solved independently, except for values computed from the statistics of all layers. So
+several jobs can each make a shard of the checkpoint, a range of consecutive layers.
+a3.stages.approx.assemble joins the shards to a folder.
 """
 
 from pathlib import Path
@@ -29,29 +29,30 @@ from a3.stages.approx.statistics import made_from, read_statistics
 def approximate(
     model_folder: Path, rxx_folder: Path, plan: Plan, out: Path, allocation: Path | None = None
 ) -> None:
-    """Solve every layer and write the compressed Hugging Face folder `out`, whole or not at all.
+    """Solve every layer and write the compressed Hugging Face folder `out` atomically.
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
     components with an allocated ratio from `allocation` (a3.stages.approx.allocate). Beside
     weights, config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and
-    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error where a
+    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error if a
     mode does not fit, the statistics are another model's or damaged, or weights are not finite.
     """
     write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)
 
 
 def repack(model_folder: Path, out: Path) -> None:
-    """The dense model as a compressed one of full ranks: the same function, in the folder `out`."""
+    """Write the dense model as a compressed model with full ranks: the same function."""
     arch = load_arch(model_folder)
     checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
     write_checkpoint(LayerSolver(arch, checkpoint, {}, {}, {}), Plan({}), out)
 
 
 def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
-    """Solve every layer and write the folder `out`, whole or not at all."""
+    """Solve every layer and write the folder `out` atomically."""
     arch, dense = solver.arch, solver.checkpoint.folder
     if has_tokenizer(dense):
-        load_tokenizer(dense)  # or the folder cannot be assembled: said before the long work
+        # Raises before the long work if the folder could not be assembled later.
+        load_tokenizer(dense)
     size = arch.size["parameters"] * WIDTHS[arch.dtype]
     count = min(arch.layers, -(-size // LARGEST_SHARD))
     numbers = [f"{i}of{count}" for i in range(count)]
@@ -73,10 +74,10 @@ def approximate_shard(
     out: Path,
     allocation: Path | None = None,
 ) -> None:
-    """Solve a run of layers, "0of4" to "3of4", and write them to the file `out`.
+    """Solve a range of layers, "0of4" to "3of4", and write them to the file `out`.
 
-    It has all tensors of its layers, also those that stay, and of "0of1" those that are in no
-    layer; what is said of them lies beside it in JSON. Raises A3Error as `approximate` does.
+    The file has all tensors of its layers, including unchanged ones; "0of1" also has those outside
+    the layers. A JSON file beside it has their report. Raises A3Error as `approximate` does.
     """
     solve_shard(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
 

@@ -1,4 +1,4 @@
-"""Shards of a compressed model, each a run of layers, to one Hugging Face folder."""
+"""Joins shards of a compressed model, each a range of layers, to one Hugging Face folder."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from a3.stages.approx.shards import Shard, read_shards
 
 
 def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
-    """Make the Hugging Face folder `out` of all shards of a model, whole or not at all.
+    """Make the Hugging Face folder `out` from all shards of a model, atomically.
 
     Raises A3Error as `read_shards` does, and for the shards of another model.
     """
@@ -90,7 +90,7 @@ def assemble(
         },
     }
     hashes = dict(zip(names, (shard.content_sha256 for shard in shards), strict=False))
-    # Of several shards, one file more has what is in no layer.
+    # With several shards, an additional file has the tensors outside the layers.
     hashes |= {name: sha256(folder / name) for name in names if name not in hashes}
     record["weights_sha256"] = combined([hashes[name] for name in names])
     write_card(folder, record)
@@ -98,7 +98,7 @@ def assemble(
 
 
 def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
-    """The shards as they are; of several, also a file of what is in no layer, and an index."""
+    """Put the shards in place; for several, also write the tensors outside layers, and an index."""
     names = weight_files(len(paths))
     for path, name in zip(paths, names, strict=False):
         path.rename(folder / name)
@@ -139,7 +139,7 @@ def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[s
 def names_to_keep(
     checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int | None
 ) -> list[str]:
-    """Tensors of a layer, or of none, that the model has: those `known`.
+    """Tensors of a layer (or outside the layers) that the model has, by `known`.
 
     Older checkpoints hold masks and RoPE's frequencies, too.
     """
@@ -149,7 +149,7 @@ def names_to_keep(
 
 
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor that stays as it is; raises A3Error where it is not finite."""
+    """An unchanged tensor; raises A3Error if it is not finite."""
     value = checkpoint.tensor(name)
     require_finite(value, f"{checkpoint.folder}: tensor {name!r}", FINITE_WEIGHTS)
     return value
@@ -160,8 +160,8 @@ def staying(
 ) -> dict[str, Tensor]:
     """Tensors of a layer that are `known` and not `solved`; all RoPE pairs where none were chosen.
 
-    Attention gets the compressed model's names; repacked q, k, v, o and experts, which are always
-    packed anew, are left out.
+    Attention tensors get the compressed model's names. Repacked q, k, v, o and experts are left
+    out, because they are always packed again.
     """
     renamed = new_names(arch, layer)
     names = names_to_keep(checkpoint, arch, known, layer)
@@ -180,7 +180,7 @@ def staying(
 def in_products(
     tensors: dict[str, Tensor], arch: Arch, layer: int, report: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """A layer's tensors as the model has them: factors lie below the name of their matrix.
+    """A layer's tensors under the model's names: factors are below the name of their matrix.
 
     They come as if a product were a linear layer with an encoder: `q_proj.encoder.weight`,
     `q_proj.weight`, `q_proj.bias`.
@@ -202,12 +202,12 @@ def in_products(
 
 
 def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
-    """Compressed names of a layer's projections by dense ones; None for what is packed anew."""
+    """Compressed names of a layer's projections by dense names; None for those packed again."""
     adapter = arch.adapter
     renamed: dict[str, str | None] = {}
     for projection in "qkvo":
         for field in ("weight", "bias"):
-            # The bias of o is in no solution, and is stored alike everywhere.
+            # No solution contains the bias of o; all models store it in the same way.
             drop = adapter.repacked and (projection, field) != ("o", "bias")
             name = adapter.packed_name(layer, projection, field)
             renamed[adapter.name(layer, projection, field)] = None if drop else name
@@ -220,7 +220,7 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
 def write_config(
     dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
 ) -> None:
-    """The config, the code that loads it, and all that travels: tokenizer, chat template …"""
+    """Write the config, the code that loads it, and copied files: tokenizer, chat template …"""
     every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
     kept = [report.get("qk", {}).get("rope_pairs", every) for report in reports]
     rotated = [pairs for layer, pairs in enumerate(kept) if arch.has_rope(layer)]

@@ -1,4 +1,4 @@
-"""Shares ranks out: the least predicted loss under one budget of parameters."""
+"""Allocates ranks: minimises the predicted loss under one budget."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from a3.core.errors import A3Error
 from a3.solutions.plan import LEAST
 
-# Bisections of a multiplier, which goes by powers of two from the least to the largest slope.
+# Bisection steps for a multiplier, a power of two between the smallest and largest slope.
 HALVINGS = 60
 
 
@@ -17,8 +17,8 @@ HALVINGS = 60
 class Curve:
     """Ranks that a component of some layers may have, descending, and the loss at each.
 
-    Losses are in nats a token. `parameters` and `cache` are what one rank costs: weights, and
-    numbers cached a token.
+    Losses are in nats a token. `parameters` and `cache` are the cost of one rank: weights, and
+    cached numbers per token.
     """
 
     component: str
@@ -35,7 +35,7 @@ def at(curve: Curve, rank: int) -> float:
 
 
 def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
-    """One curve in place of all layers' for each component in `uniform`."""
+    """Merge the curves of all layers into one, for each component in `uniform`."""
     joined = [curve for curve in curves if curve.component not in uniform]
     for component in uniform:
         own = [curve for curve in curves if curve.component == component]
@@ -60,11 +60,11 @@ def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
 
 
 def least_loss(curves: list[Curve], budget: tuple[int, int]) -> list[int]:
-    """The rank of each curve: of the least sum of losses within a budget of parameters and cache.
+    """The ranks that minimise the total loss within a budget of parameters and cache.
 
-    By Lagrange multipliers: with a price on each parameter, and on each cached number, every curve
-    chooses for itself; prices are the lowest that keep to the budget. What is then left of it goes
-    where it gains most.
+    Uses Lagrange multipliers: given a price per parameter and per cached number, each curve chooses
+    its rank independently. Prices are the lowest that keep to the budget. The remaining budget is
+    spent where it reduces the loss most.
     """
 
     def choose(price: float, cache_price: float) -> list[int]:
@@ -105,7 +105,7 @@ def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int
 
 
 def fill(curves: list[Curve], ranks: list[int], budget: tuple[int, int]) -> list[int]:
-    """Raise ranks step by step, where a parameter gains most, as long as the budget allows."""
+    """Raise ranks step by step where the gain per parameter is largest, within the budget."""
     ranks = list(ranks)
     while True:
         best, which = 0.0, None

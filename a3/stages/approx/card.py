@@ -1,7 +1,7 @@
-"""The model card of a compressed folder: README.md, written anew from approx.json alone.
+"""The model card of a compressed folder: README.md, always written from approx.json alone.
 
-Of a folder that transformers saved again it says what the folder itself tells
-(a3.models.compressed), and that the rest is unknown.
+If transformers saved the folder again, approx.json is missing. The card then has what
+a3.models.compressed can read from the folder, and says that the rest is unknown.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
 MADE = f"Made from {{name}} without training, by closed-form low-rank solutions ({PAPER})"
 
 SAVED_AGAIN = (
-    f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), and saved again since, so "
-    "perhaps trained"
+    f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), then saved again by "
+    "another program, so perhaps fine-tuned"
 )
 
 SMALLER = (
     ": the same layers with smaller heads, a smaller intermediate size and a smaller KV cache."
 )
 
-# Of every card that is written here.
+# Tags of every card.
 TAGS = ("a3", "compressed", "low-rank")
 
-# What a base model's card says that holds for the compressed one.
+# Fields of the base model's card that also hold for the compressed model.
 CARRIED = ("license", "license_name", "license_link", "language")
 
 NAMES = {"qk": "QK (attention scores)", "ov": "OV (attention output)", "mlp": "MLP"}
@@ -57,10 +57,10 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def base_of(model: dict[str, Any] | None, card: Path) -> dict[str, Any]:
-    """What is known of the base model: its name, where it is from, licence and language.
+    """What is known about the base model: its name, source, licence and language.
 
-    `model` is the content of its source.json, None where there is none; `card` its README.md,
-    which may not be there.
+    `model` is the content of its source.json, or None if there is none. `card` is the path of its
+    README.md, which need not exist.
     """
     said = front_matter(card)
     carried = {key: said[key] for key in CARRIED if is_text(said.get(key))}
@@ -71,13 +71,13 @@ def base_of(model: dict[str, Any] | None, card: Path) -> dict[str, Any]:
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a string, or some of them; YAML reads dates and truth values, too."""
+    """Whether this is a string or a list of strings; YAML also yields dates and booleans."""
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(isinstance(one, str) for one in values)
 
 
 def base_name(source: dict[str, Any]) -> str | None:
-    """What a source calls its model; of a local one the last name of its path."""
+    """The model's name in its source; for a local path, the name of the folder or file."""
     if "hub" in source:
         return source["hub"]
     if "wheel" in source:
@@ -88,7 +88,7 @@ def base_name(source: dict[str, Any]) -> str | None:
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """Write README.md by a record as `compressed_record` has it, whole or not at all."""
+    """Write README.md from a record of `compressed_record`, atomically."""
     base = base_card(record)
     data = ModelCardData(
         base_model=base["name"],
@@ -110,7 +110,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
-        # The code that travels does not simulate low precision.
+        # The code in the folder does not simulate low precision, so it needs a3.
         USE.format(without="" if "matrices" in record else WITHOUT),
         *llama_cpp(record),
         "## Licence and provenance",
@@ -123,18 +123,18 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
 
 
 def sign(text: str) -> str:
-    """The last line of a card, which renders as nothing: the hash of all before it."""
+    """The last line of a card: an invisible comment with the hash of everything before it."""
     return f"\n<!-- a3 wrote this, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 def is_own_card(card: Path) -> bool:
-    """Whether a card is as it was written here."""
+    """Whether a3 wrote this card and nobody has changed it since."""
     text, mark, _ = card.read_text(errors="replace").rpartition(sign("").split("SHA")[0])
     return bool(mark) and card.read_bytes() == (text + sign(text)).encode()
 
 
 def base_card(record: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the base model; nothing where a record says nothing."""
+    """What the record says about the base model; name and commit are None if it says nothing."""
     return record.get("base_card") or {"name": None, "commit": None}
 
 
@@ -159,14 +159,14 @@ def components_table(record: dict[str, Any]) -> str:
 
 
 def low_precision(record: dict[str, Any]) -> str:
-    """What a3 quantise did, and the errors of outputs that it left."""
+    """What a3 quantise did, and the remaining errors of outputs."""
     said, errors = record["provenance"], [m["relative_error"] for m in record["matrices"].values()]
     rank = "" if said["rank"] is None else f" of rank {said['rank']}"
     bits = record["size"]["compressed"]["bits_per_weight"]
     return (
         f"Low precision, simulated (values are rounded, nothing runs faster): {len(errors)} "
-        f"matrices, repaired by `{said['method']}`{rank}; {bits:.2f} bits for each weight of the "
-        f"dense model's matrices. Relative error of their outputs: mean {mean(errors):.3g}, "
+        f"matrices, error correction `{said['method']}`{rank}; {bits:.2f} bits for each weight of "
+        f"the dense model's matrices. Relative error of their outputs: mean {mean(errors):.3g}, "
         f"largest {max(errors):.3g}."
     )
 
@@ -181,7 +181,7 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
 
 
 def llama_cpp(record: dict[str, Any]) -> list[str]:
-    """Which KV caches are right in llama.cpp, where heads of all layers have one size."""
+    """Which KV-cache types work in llama.cpp; empty unless all layers have one head size."""
     if "layers" not in record:
         return []
     dense = record["base"]["head_dim"]
@@ -192,19 +192,19 @@ def llama_cpp(record: dict[str, Any]) -> list[str]:
     }
     if record["base"]["family"] not in FAMILIES or len(sizes) != 1:
         return []
-    return [f"As a file for llama.cpp (`a3 export gguf`), KV cache: {llama_cpp_cache(*sizes)}."]
+    return [f"KV cache in llama.cpp (after `a3 export gguf`): {llama_cpp_cache(*sizes)}."]
 
 
 def calibration(record: dict[str, Any]) -> str:
-    """The text that statistics were taken of: those of quantisation, where it is quantised."""
+    """The calibration text; of a quantised model, the one that quantisation used."""
     if "provenance" not in record:
-        return "Calibration, modes and errors are unknown: it was saved without its approx.json."
+        return "Calibration, modes and errors are unknown: the folder has no approx.json."
     statistics = record["provenance"]["statistics"]
     if not statistics:
-        return "No calibration text: the modes go by the weights alone."
-    # Gradients are of a share of the tokens.
+        return "No calibration text: the modes use only the weights."
+    # Gradient statistics use only a share of the tokens; report the largest number.
     said = max(statistics.values(), key=lambda one: one["tokens"])
-    # Statistics of earlier versions do not name it.
+    # Statistics of earlier versions do not name the text.
     name = said.get("text", "a text")
     return (
         f"Calibration: {said['tokens']:,} tokens of {name} (SHA-256 "
@@ -215,7 +215,7 @@ def calibration(record: dict[str, Any]) -> str:
 def perplexities(pairs: list[dict[str, Any]]) -> str:
     """Perplexity before and after, one row a text."""
     if not pairs:
-        return "Not measured yet; `a3 eval ppl` measures it, `a3 card` writes it here."
+        return "Not measured yet. Measure it with `a3 eval ppl` and add it here with `a3 card`."
     rows = [
         "| text | tokens scored | dense | compressed |",
         "|---|---|---|---|",
@@ -232,19 +232,19 @@ def perplexities(pairs: list[dict[str, Any]]) -> str:
 
 
 def licence(base: dict[str, Any], name: str) -> str:
-    """The base model's licence, which holds for what is made from it."""
+    """The base model's licence, which also applies to the compressed model."""
     if "license" in base:
         return f"The licence of {name} applies: {base.get('license_name', base['license'])}."
-    return f"The licence of {name} applies; a3 does not know which it is."
+    return f"The licence of {name} applies; a3 could not determine which licence that is."
 
 
 def provenance(record: dict[str, Any]) -> str:
-    """What made the folder, as far as it is known."""
+    """The folder's provenance, as far as it is known."""
     commit, dense = base_card(record)["commit"], record["base"]["weights_sha256"]
     lines = [
         *([f"- base model's commit `{commit}`"] if commit else []),
         *([f"- base model's weights, SHA-256 `{dense}`"] if dense else []),
-        f"- weights here, SHA-256 `{record['weights_sha256']}`",
+        f"- compressed weights, SHA-256 `{record['weights_sha256']}`",
     ]
     if "provenance" in record:
         made = record["provenance"]

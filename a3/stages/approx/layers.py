@@ -33,7 +33,7 @@ REPLACED = {
 
 
 class LayerSolver:
-    """Solves one layer at a time; holds no weights between layers."""
+    """Solves one layer at a time; keeps no weights between layers."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class LayerSolver:
         ranks: Mapping[str, int | list[int]],
         multiple: int = 1,
     ) -> None:
-        """`ranks`: one a component, or one a layer; those of factors are of a `multiple`."""
+        """`ranks`: one per component or per layer; ranks of factors are multiples of `multiple`."""
         self.arch = arch
         self.checkpoint = checkpoint
         self.statistics = statistics
@@ -69,7 +69,8 @@ class LayerSolver:
                 weights = self.mlp_weights(layer) if component == "mlp" else attention()
                 solved, said = self.solve_component(component, layer, weights)
             elif component != "mlp" and self.arch.adapter.repacked:
-                # The compressed model has its own layout of attention, also where it is kept.
+                # The compressed model has its own attention layout, even for uncompressed
+                # attention.
                 solved, said = self.pack(layer, attention(), REPLACED[component]), {}
             else:
                 continue
@@ -82,7 +83,7 @@ class LayerSolver:
     def solve_component(
         self, component: str, layer: int, weights: Weights
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compressed tensors of one component of a layer, and what approx.json says of it."""
+        """Compressed tensors of one component of a layer, and its report for approx.json."""
         name = self.layer_mode(component, layer)
         if find_mode(component, name).factors:
             return self.solve_factors(component, layer, weights)
@@ -105,7 +106,7 @@ class LayerSolver:
     def solve_factors(
         self, component: str, layer: int, weights: Weights
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve_component`, each matrix on its own: two factors, or, where all of it is
+        """Like `solve_component`, each matrix on its own: two factors, or, where all of it is
         kept, as it was. The report has the rank of each product.
         """
         arch, adapter = self.arch, self.arch.adapter
@@ -133,7 +134,7 @@ class LayerSolver:
     def matrices(self, component: str, layer: int, weights: Weights) -> dict[str, Matrix]:
         """The matrices of a component without their biases, and their metrics; float64.
 
-        Matrices of the MLP that lie in one are factored as one, by the name of the first.
+        Fused matrices of the MLP are factored as one, under the name of the first.
         """
         d = self.arch.hidden_size
         if isinstance(weights, MLPWeights):
@@ -153,7 +154,7 @@ class LayerSolver:
         }
 
     def metric(self, kind: str | None, name: str, layer: int) -> tuple[Tensor | None, bool]:
-        """The metric of one matrix, and whether it is that of its output."""
+        """The metric of one matrix, and whether it belongs to the matrix's output."""
         if kind is None:
             return None, False
         R = self.rxx(kind, layer)
@@ -163,13 +164,13 @@ class LayerSolver:
         return R, kind == "down_output"
 
     def allocate(self, component: str) -> None:
-        """Share out what a component keeps among the layers, each projection for itself."""
+        """Allocate the kept share of a component across layers, separately for each projection."""
         # The same in all layers, so far.
         kept = self.rank(component, 0) / self.arch.full_rank(component)
         if kept == 1:
             return
         losses: dict[str, list[float]] = {}
-        # Modes that share out have a metric for each matrix.
+        # Modes that allocate across layers have a metric for each matrix.
         factors = find_mode(component, self.modes[component]).factors
         kinds = {name: kind for name, kind in factors.items() if kind is not None}
         for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {component}"):
@@ -190,7 +191,7 @@ class LayerSolver:
         return {name: bias.to(getattr(torch, self.arch.dtype))}
 
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `solve_component`, of experts: each on its own, copied where few tokens reached it.
+        """Like `solve_component`, for experts: each separately; copied if few tokens reached it.
 
         The report has each expert's tokens and rank.
         """
@@ -233,7 +234,7 @@ class LayerSolver:
     def layer_mode(self, component: str, layer: int) -> str:
         """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.
 
-        Where matrices are factored one by one, rotations make no difference.
+        For modes that factor each matrix separately, RoPE makes no difference.
         """
         nope = component == "qk" and layer in self.arch.nope_layers
         factored = find_mode(component, self.modes[component]).factors
@@ -244,13 +245,13 @@ class LayerSolver:
         return self.mlp_weights(layer) if component == "mlp" else self.attention_weights(layer)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Dense weights of attention, float64; A3Error where they are not finite."""
+        """Dense weights of attention, float64; A3Error if they are not finite."""
         weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         self.require_finite(weights, layer)
         return weights
 
     def mlp_weights(self, layer: int, expert: int | None = None) -> MLPWeights:
-        """Dense weights of the MLP, or of one expert; A3Error where they are not finite."""
+        """Dense weights of the MLP, or of one expert; A3Error if they are not finite."""
         weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
         self.require_finite(weights, layer)
         return weights
@@ -263,7 +264,7 @@ class LayerSolver:
                 require_finite(W, what, FINITE_WEIGHTS)
 
     def read(self, component: str, name: str, layer: int) -> list[Tensor | float]:
-        """What the solution of a mode takes between weights and rank."""
+        """The statistics that a mode's function takes, between weights and rank."""
         mode = find_mode(component, name)
         read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
         if mode.prior:
@@ -278,7 +279,7 @@ class LayerSolver:
 
     @cached_property
     def order(self) -> Tensor:
-        """The order in which RoPE pairs go, where they go from all layers alike."""
+        """The order in which RoPE pairs are dropped, if all layers drop the same ones."""
         layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
         C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
         return qk.global_order(C, self.arch.qk_norm is not None)

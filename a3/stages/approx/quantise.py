@@ -1,7 +1,7 @@
-"""Stage quantise: a model to low precision, with the low-rank products that repair its matrices.
+"""Stage quantise: simulates low precision, with low-rank products that correct the errors.
 
-Takes a dense folder or a compressed one, and makes a compressed one: approx.json says what became
-of each matrix, and how many bits the model has for each weight of the dense model's matrices.
+It reads a dense or compressed folder and writes a compressed one. approx.json records what was done
+to each matrix, and the number of bits for each weight of the dense model's matrices.
 """
 
 import json
@@ -43,7 +43,7 @@ from a3.solutions.recipes import (
 from a3.stages.approx.approximate import repack
 from a3.stages.approx.statistics import made_from, read_statistics
 
-# What is said of the compressed model, where it is known, and holds for the quantised one.
+# Keys of the compressed model's record that also hold for the quantised model.
 KEPT = ("base", "base_card", "modes", "ranks", "layers")
 
 
@@ -55,12 +55,12 @@ def quantise_model(
     rank: int | None,
     out: Path,
 ) -> None:
-    """Quantise the matrices that a recipe names, repair each by `method`, and write `out` whole.
+    """Quantise the matrices in a recipe, correct each error by `method`, and write `out`.
 
     Reads `<kind>.safetensors` of the folder's own model from `rxx_folder`: for the method, and the
-    full autocorrelation of each input for the reported errors. Raises A3Error for formats and
-    names that are not known, factored matrices, experts, statistics of another
-    model, and a recipe that fits no matrix.
+    full autocorrelation of each input for the reported errors. Raises A3Error for unknown formats
+    and names, factored matrices, experts, statistics of another model, and a recipe that matches no
+    matrix.
     """
     check_method(method, rank)
     recipe = complete_recipe(recipe)
@@ -106,7 +106,7 @@ class Quantiser:
         self.arch = compressed_arch(folder)
         self.checkpoint = Checkpoint(folder)
         self.config = load_config(folder).a3
-        # What was known of the model before.
+        # The record of the model before quantisation.
         self.source = compressed_record(folder)
         self.statistics = statistics
         self.recipe = recipe
@@ -114,11 +114,11 @@ class Quantiser:
         self.rank = rank
         # Entry, projection and layer of each matrix by its module's name.
         self.found = self.find()
-        # What is said of each matrix, by the same.
+        # The report of each matrix, by its module's name.
         self.report: dict[str, dict[str, Any]] = {}
 
     def find(self) -> dict[str, tuple[dict[str, Any], str, int]]:
-        """The matrices that the recipe names, each once; of fused ones by the first."""
+        """The matrices in the recipe, each once; fused ones under the first projection's name."""
         found: dict[str, tuple[dict[str, Any], str, int]] = {}
         for name, (projection, layer) in matrices(self.arch).items():
             if entry := entry_for(self.recipe, name):
@@ -137,7 +137,7 @@ class Quantiser:
         return found
 
     def require_smaller(self, name: str, entry: dict[str, Any]) -> None:
-        """Raise A3Error where A and B of a matrix would hold as many numbers as itself, or more."""
+        """Raise A3Error if A and B of a matrix would hold as many numbers as it, or more."""
         rank = 0 if self.rank is None else entry.get("rank", self.rank)
         m, n = self.checkpoint.shape(f"{name}.weight")
         most = (m * n - 1) // (m + n)
@@ -164,7 +164,7 @@ class Quantiser:
         write_record(folder / "timing.json", {"seconds": seconds, "layers": []})
         kept = {key: self.source[key] for key in KEPT if key in self.source}
         record = kept | {
-            # None of a model that was trained after it was compressed.
+            # None if the model was trained after compression.
             "approx": self.source.get("provenance"),
             "provenance": said,
             "matrices": self.report,
@@ -216,7 +216,7 @@ class Quantiser:
         return self.statistics[kind].R(layer, (width, width) if full else (width,))
 
     def metric_of_method(self, projection: str, layer: int, E: Tensor) -> Tensor:
-        """The metric by which E (m, n) is repaired."""
+        """The metric in which E (m, n) is approximated."""
         form = METHODS[self.method]
         kind = f"{INPUTS[projection]}_peak" if form == "peak" else INPUTS[projection]
         statistic = None if form is None else self.metric(kind, layer, len(E))
@@ -248,7 +248,7 @@ class Quantiser:
         }
 
     def bits_per_weight(self) -> float:
-        """Bits of the layers' matrices for each weight that the dense model has in them."""
+        """Bits of the layers' matrices for each weight of these matrices in the dense model."""
         dense = projection_weights(self.source["base"])
         before, after = (self.source["size"][of]["parameters"] for of in ("dense", "compressed"))
         removed = before - after
@@ -258,7 +258,7 @@ class Quantiser:
         return (bits + rest) / dense
 
     def write_config(self, folder: Path) -> None:
-        """The config, with what is simulated when the model runs."""
+        """Write the config, with the number formats that are simulated at run time."""
         config = read_json(self.folder / "config.json")
         # The code that travels with compressed models does not simulate low precision.
         config.pop("auto_map", None)

@@ -1,4 +1,4 @@
-"""Runs of layers on disk, each of them solved by one job."""
+"""Shards on disk: ranges of layers, each solved by one job."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from a3.models.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Shard:
-    """What is said of a shard: its plan and provenance, and each layer's report and seconds.
+    """The description of a shard: its plan, provenance, and each layer's report and seconds.
 
     `content_sha256` is the hash of the tensors' file.
     """
@@ -28,16 +28,16 @@ class Shard:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
-    """Write the tensors of some layers to `path`, and what is said of them beside it in JSON."""
+    """Write the tensors of some layers to `path`, and their description beside it in JSON."""
     with whole_file(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
     write_record(path.with_suffix(".json"), asdict(Shard(**said, content_sha256=sha256(path))))
 
 
 def read_shard(path: Path) -> Shard:
-    """What is said of the shard in the file `path`, of which no more than the header is read.
+    """The description of the shard in the file `path`; only the header of the file is read.
 
-    Whoever reads the weights later holds them to the hash that is said here. Raises A3Error where
+    Later readers check the weights against the hash in the description. Raises A3Error if
     the file or the JSON beside it is missing, truncated, damaged or of another kind.
     """
     beside = path.with_suffix(".json")
@@ -54,10 +54,10 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_shards(paths: list[Path]) -> list[Shard]:
-    """What is said of all shards of one model, in order.
+    """The descriptions of all shards of one model, in order.
 
-    Raises A3Error as `read_shard` does, and where a shard is missing, stands twice or was made
-    otherwise than the first.
+    Raises A3Error as `read_shard` does, and if a shard is missing, occurs twice, or was made with
+    other settings.
     """
     shards = [read_shard(path) for path in paths]
     numbers = [shard.number for shard in shards]

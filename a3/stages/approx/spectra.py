@@ -1,6 +1,6 @@
 """Stage spectra: how quickly the energy of each layer's functional matrices falls with the rank.
 
-What the solutions would lose at every rank, from the statistics alone; no model runs.
+Computes the loss of the solutions at every rank from statistics alone; no model runs.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from a3.solutions.modes import COMPONENTS
 from a3.solutions.qk import pair_scores, with_gains
 from a3.stages.approx.statistics import made_from, read_statistics
 
-# Ranks at which curves are given: so many steps from nothing to full rank.
+# Number of steps from zero to full rank at which curves are stored.
 STEPS = 20
 
 
@@ -30,16 +30,16 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
     """Write the energy that is lost at each rank, by component, layer and group, to `out` (JSON).
 
     Energy is the squared norm of a functional matrix, split among the directions that a solution
-    keeps or drops, largest first. Of each group of query heads with its key and value head:
+    keeps or drops, largest first. For each group of query heads with its key and value head:
 
     - qk: squared singular values of R_q^½ W_q W_kᵀ R_k^½, heads stacked (paper, Theorem 2); with
       RoPE the scores of the pairs (section 3.4), each shared by its two dimensions;
     - ov: squared singular values of R^½ W_v [W_o,1 … W_o,g] (Theorem 3);
-    - mlp: scores ‖r_j‖² ‖w_j‖² of the channels (section 3.3); of experts one curve each, without
-      those that too few tokens reached to be compressed.
+    - mlp: scores ‖r_j‖² ‖w_j‖² of the channels (section 3.3); one curve for each expert, without
+      experts that are not compressed because they received too few tokens.
 
     `lost` has for each component its layers' curves, (curves, ranks): the share of the energy
-    beyond each of `ranks`. Raises A3Error where a statistic is missing, damaged or another model's.
+    beyond each of `ranks`. Raises A3Error if a statistic is missing, damaged or another model's.
     """
     arch = load_arch(model_folder)
     rxx = read_statistics(rxx_folder, SPECTRA_KINDS, model_folder, arch)
@@ -66,7 +66,7 @@ def ranks_of(full: int) -> list[int]:
 
 
 def lost_beyond(energy: Tensor, ranks: list[int]) -> Tensor:
-    """Share of the energy (…, n), largest first, that is beyond each rank, (…, ranks).
+    """Share of the energies (…, n), largest first, that is lost at each rank, (…, ranks).
 
     Summed from the smallest, so that what is left of very little is exact too.
     """
@@ -99,7 +99,7 @@ def energies(
 def qk_energy(weights: AttentionWeights, Gq: Tensor, Gk: Tensor) -> Tensor:
     """(G, h), largest first, of Gq (H, h, h) and Gk (G, h, h).
 
-    Where a head is rotated in part, its pairs stand among the singular values of the rest.
+    With partial RoPE, the pairs' energies are merged with the singular values of the rest.
     """
     pairs = pair_scores(weights, Gq, Gk) / 2
     Gq, Gk = with_gains(weights, Gq, Gk)

@@ -1,4 +1,4 @@
-"""The statistics that a stage reads: opened, held to the model they are for, and recorded."""
+"""Opens the statistics that a stage reads, checks that they match the model, and records them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +14,14 @@ def read_statistics(
 ) -> dict[str, Rxx]:
     """Open `<kind>.safetensors` in `folder` for each of the kinds.
 
-    Raises A3Error as `Rxx` does, also where one was collected from another model.
+    Raises A3Error as `Rxx` does, also if one was collected from another model.
     """
     model = model_hashes(model_folder, arch)
     return {kind: Rxx(folder / f"{kind}.safetensors", kind, **model) for kind in kinds}
 
 
 def made_from(model_folder: Path, arch: Arch, statistics: dict[str, Rxx]) -> dict[str, Any]:
-    """What a record says of its inputs: the model's hashes and source, and the statistics."""
+    """The inputs for a record: the model's hashes and source, and the statistics."""
     return {
         **model_hashes(model_folder, arch),
         "model": model_source(model_folder),

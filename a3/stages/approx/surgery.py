@@ -1,7 +1,7 @@
 """Stage surgery: W_q, W_k and W_v rebuilt from principal components, in the dense shapes.
 
-What comes out is an ordinary checkpoint of the family: nothing is smaller, but for the ranks. It
-tells how low-dimensional the weights are, and what they would take if their factors were stored.
+The result is an ordinary checkpoint of the family; only the ranks are lower. It shows how
+low-dimensional the weights are, and how many parameters stored factors would take.
 """
 
 import shutil
@@ -35,13 +35,13 @@ Matrix = tuple[int, str]
 
 
 def surgery(model_folder: Path, rxx_folder: Path | None, mode: str, size: Size, out: Path) -> None:
-    """Operate on a model and write a Hugging Face folder of its own family, whole or not at all.
+    """Rebuild a model's Q, K and V and write a Hugging Face folder of its own family, atomically.
 
-    Every set of components (of a matrix, a layer or the model) keeps as many as
-    explain one share of the variance: the size's, or the largest for which so many parameters are
-    enough. Biases stay. Beside the files of the dense folder it writes approx.json (components,
-    errors, parameters if the factors were stored, provenance) and timing.json. Raises A3Error for
-    a mode that is not known, statistics that are missing, damaged or another model's, weights that
+    Every set of components (of a matrix, a layer or the model) keeps as many as explain the same
+    share of the variance: that of the size, or the largest share within the budget of parameters.
+    Biases are unchanged. Beside the files of the dense folder it writes approx.json (components,
+    errors, parameters if the factors were stored, provenance) and timing.json. Raises A3Error for a
+    mode that is not known, statistics that are missing, damaged or another model's, weights that
     are not finite, and a size that leaves nothing.
     """
     start = time.perf_counter()
@@ -80,7 +80,7 @@ class Operation:
 
     @property
     def stacks(self) -> list[list[Matrix]]:
-        """Matrices that have components together."""
+        """Groups of matrices that share components."""
         return self.surgery.stacks(self.arch.layers)
 
     @property
@@ -90,7 +90,7 @@ class Operation:
         return self.arch.layers * d * sum(adapter.width(name, self.fields) for name in PROJECTIONS)
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """One matrix W (d, n), float64; raises A3Error where it is not finite."""
+        """One matrix W (d, n), float64; raises A3Error if it is not finite."""
         tensor, rows = self.where(layer, name)
         W = tensor[rows].T.double()
         require_finite(W, f"{self.checkpoint.folder}: layer {layer}, {name}", FINITE_WEIGHTS)
@@ -122,7 +122,7 @@ class Operation:
         return many_inputs(side_by_side, metrics)
 
     def left_by(self, size: Size) -> float:
-        """The least share of the variance that is left by a share of the parameters."""
+        """The smallest unexplained share of the variance for a share of the parameters."""
         found = [forget(self.principal_components(s)) for s in Bar(self.stacks, desc="variance")]
         budget = float(size.share) * self.dense_parameters
         left = affordable(found, budget, self.surgery.mean)
@@ -134,7 +134,7 @@ class Operation:
         return left
 
     def operate(self, left: float) -> tuple[dict[Matrix, Tensor], list[dict[str, Any]]]:
-        """The rebuilt matrices W (d, n) in the model's dtype, and what is said of each stack."""
+        """The rebuilt matrices W (d, n) in the model's dtype, and the report of each stack."""
         rebuilt: dict[Matrix, Tensor] = {}
         sets = []
         for stack in Bar(self.stacks, desc="surgery"):
@@ -195,7 +195,7 @@ class Operation:
 
 
 def forget(found: PrincipalComponents) -> PrincipalComponents:
-    """What is needed to count: all but the matrices."""
+    """A copy without the matrices, which is enough for counting."""
     return PrincipalComponents(found.energy, found.mean, found.parameters_each)
 
 

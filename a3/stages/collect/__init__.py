@@ -1,1 +1,1 @@
-"""Stage collect: model and text to statistics (Rxx)."""
+"""Stage collect: computes statistics (Rxx) of a model on a text."""

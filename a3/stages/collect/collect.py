@@ -1,4 +1,4 @@
-"""Stage collect: model and text to Rxx files, in one pass over the calibration blocks."""
+"""Stage collect: computes Rxx files in one pass of the model over the calibration blocks."""
 
 import math
 import time
@@ -35,11 +35,11 @@ from a3.stages.collect.stream import fits, run_streamed
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents, text_sha256
 
-# An h × h block has rank h from h tokens on. Of N it is known, in its worst direction, to about
-# 2 sqrt(h / N): to a half or so with ten tokens a dimension.
+# An h × h block has full rank from h tokens on. With N tokens, its relative error in the worst
+# direction is about 2 sqrt(h / N): about one half with ten tokens per dimension.
 TOKENS_A_DIMENSION = 10
 
-# And a mean square to about sqrt(2 / N): to 9 %, as with fewer tokens experts are not compressed.
+# The relative error of a mean square is about sqrt(2 / N): 9 % at the limit used for experts.
 TOKENS_A_DIAGONAL = 256
 
 
@@ -59,13 +59,13 @@ def collect(
 ) -> None:
     """Sum the statistics of each kind in `outputs` over `tokens` calibration tokens.
 
-    Blocks of `block_length` tokens without padding, BOS first where `bos`, each run alone, as at
-    evaluation; gradients by activations are taken of one block in GRADIENT_BLOCKS, since they cost
-    three times as much and need be known less well. Of `shard` "0of4" only the first of four runs
-    of blocks. With `stream`, and where the weights do not fit the memory at hand, one layer at a
-    time is in memory. Writes one safetensors file a kind, and its seconds in `<kind>.timing.json`.
-    Raises A3Error for an unknown kind, a text too short for one block a shard, blocks longer than
-    the model has positions, or sums that are not finite.
+    Blocks have `block_length` tokens without padding, start with BOS if `bos`, and are run one by
+    one, as in evaluation. Gradients by activations use only one block in GRADIENT_BLOCKS, because
+    they cost three times as much and need less precision. `shard` "0of4" uses only the first
+    quarter of the blocks. With `stream`, or if the weights do not fit in the available memory, only
+    one layer at a time is in memory. Writes one safetensors file per kind, and its seconds to
+    `<kind>.timing.json`. Raises A3Error for an unknown kind, a text too short for one block a
+    shard, blocks longer than the model has positions, or sums that are not finite.
     """
     require_known(outputs)
     arch = dense_or_compressed(model_folder)
@@ -106,7 +106,7 @@ def collect(
 
 @dataclass(frozen=True)
 class Passes:
-    """The statistics that are collected, by the kind of pass over the blocks that makes them."""
+    """The statistics to collect, by the type of pass over the blocks that computes them."""
 
     # Sums of activations.
     forward: dict[str, Accumulator] = field(default_factory=dict)
@@ -132,7 +132,7 @@ def passes_of(arch: Arch, kinds: Iterable[str]) -> Passes:
 def run_resident(
     model: PreTrainedModel, arch: Arch, passes: Passes, blocks: Tensor, sampled: Tensor
 ) -> None:
-    """Collect all statistics from a model that is in memory; `sampled` is for the gradients."""
+    """Collect all statistics from a model in memory; gradients use only the blocks `sampled`."""
     if passes.forward:
         run(model.base_model, arch, passes.forward, blocks)
     if passes.fisher:
@@ -170,9 +170,9 @@ def calibration_blocks(
 
 
 def of_shard(blocks: Tensor, shard: str | None) -> tuple[Tensor, Tensor]:
-    """The blocks (N, L) of a shard, or all, and those of them that gradients are taken of.
+    """The blocks (N, L) of a shard (or all), and those of them that are used for gradients.
 
-    Which ones these are does not depend on how many shards there are.
+    The blocks used for gradients do not depend on the number of shards.
     """
     run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
     blocks = blocks[run_of.start : run_of.stop]
@@ -180,14 +180,14 @@ def of_shard(blocks: Tensor, shard: str | None) -> tuple[Tensor, Tensor]:
 
 
 def require_known(kinds: Iterable[str]) -> None:
-    """Raise A3Error for a kind that there is not."""
+    """Raise A3Error for an unknown kind."""
     for kind in kinds:
         if kind not in KINDS:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
 
 
 def require_sampled(passes: Passes, blocks: Tensor, sampled: Tensor, shard: str | None) -> None:
-    """Raise A3Error where a shard has no block that gradients are taken of."""
+    """Raise A3Error if a shard has no block that is used for gradients."""
     if passes.gradients and not len(sampled):
         raise A3Error(
             f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "
@@ -196,12 +196,12 @@ def require_sampled(passes: Passes, blocks: Tensor, sampled: Tensor, shard: str 
 
 
 def streams(arch: Arch, dtype: str) -> bool:
-    """Whether one layer at a time is in memory where nobody says: if all are too many, and can."""
+    """Whether to stream by default: if the model does not fit in memory and can be streamed."""
     return not isinstance(arch, CompressedArch) and not fits(arch, dtype)
 
 
 def require_streamable(model_folder: Path, arch: Arch, passes: Passes) -> None:
-    """Raise A3Error for what one layer at a time in memory does not do."""
+    """Raise A3Error for statistics and models that cannot be streamed."""
     if isinstance(arch, CompressedArch):
         raise A3Error(
             f"{model_folder}: a compressed model is not read layer by layer yet. Remove --stream."
@@ -214,9 +214,9 @@ def require_streamable(model_folder: Path, arch: Arch, passes: Passes) -> None:
 
 
 def text_source(text: Path) -> str:
-    """Where a text is from as the record beside it says; its file's name where there is none.
+    """The text's source from the record beside it; the file's name if there is no record.
 
-    A file of that name without a seal is another of the user's, or the text itself.
+    A file with the record's name but without a seal is the user's, or the text itself.
     """
     record = text.with_suffix(".json")
     if text.suffix != ".jsonl" or not record.is_file() or SEAL.encode() not in record.read_bytes():
@@ -225,7 +225,7 @@ def text_source(text: Path) -> str:
 
 
 def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
-    """Raise A3Error for statistics that a mixture of experts or a compressed model has not."""
+    """Raise A3Error for statistics that a mixture of experts or a compressed model lacks."""
     for kind in kinds:
         site, form = KINDS[kind].site, KINDS[kind].form
         if form == "factors" and not arch.rope_layout:
@@ -246,7 +246,7 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
 
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
-    """Say what the run will cost before it starts."""
+    """Print the estimated cost before the run starts."""
     total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
     LOG.info(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
@@ -257,7 +257,7 @@ def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: boo
 
 
 def warn_if_short(arch: Arch, outputs: Iterable[str], tokens: int) -> None:
-    """Say on stderr where so few tokens leave statistics that are singular or mostly noise."""
+    """Warn on stderr if there are so few tokens that statistics are singular or mostly noise."""
     forms = {KINDS[kind].form for kind in outputs}
     advised = max(
         TOKENS_A_DIMENSION * arch.head_dim if "blocks" in forms else 0,

@@ -1,8 +1,8 @@
 """Autocorrelations of the loss's gradients by activations: a backward pass for each block.
 
-With labels drawn from the model's own prediction they are the Fisher information, and hence the
-Hessian of the divergence from the dense model, with tokens' errors taken as independent: where an
-activation is off by e, the model loses about ½ eᵀ E[gᵀg] e nats a token.
+Labels are drawn from the model's own prediction. The autocorrelations are then the Fisher
+information, which is the Hessian of the divergence from the dense model if the errors of tokens are
+independent. An error e of an activation costs about ½ eᵀ E[gᵀg] e nats per token.
 """
 
 from functools import partial
@@ -23,8 +23,8 @@ def run_gradients(
     """Add Σ gᵀg of each kind over the tokens of each block: blocks (N, L).
 
     The loss is the sum over a block's tokens, each with a label drawn from the model's prediction;
-    the block's own tokens seed the draw, so that no shard decides on it. No gradient of a weight is
-    taken; the activations of one block are in memory.
+    the block's own tokens seed the draw, so it does not depend on sharding. Gradients of weights
+    are not computed; the activations of one block are in memory.
     """
     model.requires_grad_(False)
     handles = [
@@ -51,7 +51,7 @@ def draw(logits: Tensor, seed: int) -> Tensor:
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> list:
-    """Hook one statistic of one layer onto the module whose output's gradient it looks at."""
+    """Hook one statistic of one layer onto the module whose output's gradient it uses."""
     site = KINDS[accumulator.kind].site
     if KINDS[accumulator.kind].form == "factors" and not arch.has_rope(layer):
         shape = arch.statistic_shape(KINDS[accumulator.kind])

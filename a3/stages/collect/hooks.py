@@ -1,4 +1,4 @@
-"""Hooks that read the activations which statistics are made of."""
+"""Hooks that read the activations from which statistics are computed."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from a3.models.arch import Arch
 from a3.rxx.container import Accumulator, outer_sum
 from a3.rxx.kinds import KINDS
 
-# Projections whose inputs are looked at; other sites are the outputs of those they name.
+# Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
 
 
 def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:
-    """Push every block (blocks (N, L)) through the trunk with the statistics hooked on."""
+    """Run every block (blocks (N, L)) through the trunk with the hooks attached."""
     handles = [
         handle
         for layer in range(arch.layers)
@@ -40,7 +40,7 @@ def attach_all(
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
-    """Hook one statistic of one layer onto the projection whose output or input it looks at."""
+    """Hook one statistic of one layer onto the projection whose output or input it uses."""
     site = KINDS[accumulator.kind].site
     if site == "down_input" and arch.experts:
         return attach_experts(trunk, arch, layer, accumulator)
@@ -67,7 +67,7 @@ def attach_experts(
 ) -> RemovableHandle:
     """Hook the input of the experts' down projections, each token with its routing weight.
 
-    No module has that input to itself, so up and gate are computed once more.
+    No module has exactly that input, so up and gate are computed again.
     """
 
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -88,7 +88,7 @@ def attach_experts(
 def activation(output: Tensor, projection: str, arch: Arch) -> Tensor:
     """q, k or v (tokens, width), float64, of the output (1, L, …) of the module that makes it.
 
-    Where q and k are normed, they are so here, without the norm's gains.
+    If the model norms q and k, the result is normed, without the norm's gains.
     """
     x = arch.adapter.unfuse(output.flatten(0, -2).T, projection, vars(arch)).T.double()
     if projection == "v" or arch.qk_norm is None:

@@ -1,9 +1,9 @@
-"""Collect for models larger than memory: one decoder layer at a time goes over all blocks.
+"""Collects from models larger than memory: runs all blocks through one layer at a time.
 
-Peak memory is one layer, the embeddings, and the hidden states of the calibration blocks, which
-lie in a file that the system may write out. Each layer is called by the model's own forward, with
-the masks and positions that it makes: layers before the present one hand on what is stored, and
-the pass ends behind it. So the statistics are, byte for byte, those of the resident model.
+Peak memory is one layer, the embeddings, and the hidden states of the calibration blocks, which are
+in a memory-mapped file. The model's own forward calls each layer with its masks and positions:
+layers before the present one return stored hidden states, and the pass ends after the present
+layer. So the statistics are byte-identical to those of a model in memory.
 """
 
 import tempfile
@@ -25,16 +25,16 @@ from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
 
-# Share of the memory at hand that resident weights may take: activations need some as well.
+# Share of the available memory for weights; activations need the rest.
 RESIDENT_SHARE = 0.6
 
 
 class BehindLayerError(Exception):
-    """Ends a forward pass behind the layer of interest."""
+    """Ends a forward pass after the layer of interest."""
 
 
 class Stored(nn.Module):
-    """In a decoder layer's place: hands on the hidden states that it left for each block."""
+    """Replaces a decoder layer and returns its stored hidden states of each block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class Stored(nn.Module):
         self.tuple_of: int | None = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """The stored hidden states (1, L, d), in a tuple where the family's layers give one."""
+        """The stored hidden states (1, L, d), in a tuple if the family's layers return one."""
         if self.tuple_of is None:
             return self.hidden
         return (self.hidden, *[None] * (self.tuple_of - 1))
 
 
 class Present(nn.Module):
-    """Around the layer of interest: keeps what it gives, and ends the pass."""
+    """Wraps the layer of interest: stores its output and ends the pass."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Present(nn.Module):
         self.output: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        """What models look up on their layers (their attention's type, say)."""
+        """Attributes that models read from their layers (for example the attention's type)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -76,7 +76,7 @@ def run_streamed(
     blocks: Tensor,
     dtype: str,
 ) -> None:
-    """Push every block (blocks (N, L)) through one layer after the other.
+    """Run all blocks (N, L) through one layer after the other.
 
     `attach(trunk, layer)` hooks the statistics of a layer onto it and returns the handles.
     """
@@ -113,7 +113,7 @@ def run_streamed(
 
 
 def output_of(trunk: nn.Module, present: Present, block: Tensor, stored: Stored) -> Tensor:
-    """Hidden states (L, d) behind the present layer, for a block (L,)."""
+    """Hidden states (L, d) after the present layer, for a block (L,)."""
     try:
         trunk(block[None], use_cache=False)
     except BehindLayerError:
@@ -149,7 +149,7 @@ def load(trunk: nn.Module, tensors: dict[str, Tensor], dtype: str, device: torch
 
 
 def require_loaded(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Raise A3Error where the checkpoint gave a parameter no value."""
+    """Raise A3Error if the checkpoint gave a parameter no value."""
     if lost := sorted(name for name, value in parameters.items() if value.is_meta):
         raise A3Error(f"{folder}: no tensor for {', '.join(lost)}. Fetch or build it again.")
 

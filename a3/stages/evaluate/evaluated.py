@@ -1,4 +1,4 @@
-"""What the stages of evaluation share: the model of a folder, and the record of a result."""
+"""Shared code of evaluation stages: loads the model of a folder and writes a result's record."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from a3.models.load import load_model, load_tokenizer
 
 @dataclass
 class Evaluated:
-    """A dense or compressed folder that is evaluated; raises A3Error where it is damaged."""
+    """A dense or compressed folder that is evaluated; raises A3Error if it is damaged."""
 
     folder: Path
     checkpoint: Checkpoint = field(init=False)
@@ -43,7 +43,7 @@ def load(folder: Path, dtype: str, device: str) -> PreTrainedModel:
 
 
 def hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """What tells the model of a result from others: the hashes of its weights and its config."""
+    """Identifies a result's model: the hashes of its weights and its config."""
     return {
         "checkpoint_sha256": checkpoint.sha256(),
         "config_sha256": sha256(checkpoint.folder / "config.json"),

@@ -1,4 +1,4 @@
-"""Stage eval generation: what a dense or compressed folder says to a prompt, greedily."""
+"""Stage eval generation: continues a prompt greedily with a dense or compressed folder."""
 
 import time
 from pathlib import Path
@@ -16,9 +16,9 @@ def generation(
 ) -> None:
     """Write what follows a prompt to `out` (JSON): `new_tokens` at most, the likeliest each time.
 
-    The prompt is taken as it is; tokens that it spells, such as <|im_start|>, are those tokens.
-    Raises A3Error for a prompt that is empty, or longer with what follows than the model has
-    positions.
+    The prompt is used unchanged, without a chat template; special tokens written in it, such as
+    <|im_start|>, become those tokens. Raises A3Error for an empty prompt, and if prompt and new
+    tokens exceed the model's positions.
     """
     subject = Evaluated(model_folder)
     tokenizer = subject.tokenizer

@@ -60,7 +60,7 @@ def harness(
     the hub. `metric` is the score reported, by default the task's first. `limit` takes the first
     items only, of each task of a group. The last three are lm-eval's: a chat template (True, or its
     name), examples as turns of the chat, and a system's turn, or text before the prompt. Raises
-    A3Error where lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
+    A3Error if lm-eval knows no such task or metric, cannot build its prompts, or the tokenizer
     has no such template: before the model is loaded. Nor may a task have `items` and `yaml`.
     """
     if items is not None and yaml is not None:
@@ -100,8 +100,9 @@ def evaluate(
     model: HFLM, loaded: dict[str, Any], limit: int | None, prompting: Prompting, seed: int
 ) -> dict[str, Any]:
     """Run loaded tasks with lm-eval: what it finds."""
-    # Of lm-eval: resample in this process. Its pool takes every core, and never ends where a
-    # worker is told to while it starts, since it has the command line's handler of SIGTERM.
+    # An option of lm-eval: resample in this process. Its process pool uses every core, and hangs if
+    # a worker is terminated while it starts, because workers inherit the command line's SIGTERM
+    # handler.
     os.environ["DISABLE_MULTIPROC"] = "1"
     seed_all(seed)
     with torch.inference_mode():
@@ -119,7 +120,7 @@ def evaluate(
 def require_metrics(config: dict[str, Any], path: Path) -> None:
     """Raise A3Error for a metric of a local task that lm-eval itself does not have.
 
-    It would look for one at the hub, and run the code that it finds.
+    lm-eval would look for such a metric on the hub and run its code.
     """
     entries = config.get("metric_list") or []
     for entry in entries if isinstance(entries, list) else [entries]:
@@ -170,9 +171,9 @@ def one_line(where: str, own: bool) -> Iterator[None]:
 
 
 def require_end(tokenizer: PreTrainedTokenizerBase, folder: Path, needed: bool) -> None:
-    """Give a tokenizer that names no end of a text the model's, since lm-eval stops there.
+    """Give a tokenizer without an EOS token the model's, because lm-eval stops at it.
 
-    Raises A3Error where it is `needed` and the folder says none.
+    Raises A3Error if it is `needed` and the folder says none.
     """
     if tokenizer.eos_token_id is not None:
         return
@@ -186,10 +187,10 @@ def require_end(tokenizer: PreTrainedTokenizerBase, folder: Path, needed: bool) 
 
 
 def wrap(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> HFLM:
-    """The model as lm-eval takes it."""
+    """The model, wrapped for lm-eval."""
     model = load(folder, dtype, device)
     hold_to_rows(folder, model, tokenizer)
-    # HFLM ties weights anew, by the config alone: it would replace a head that is stored apart.
+    # HFLM ties weights again by the config alone, which would replace a separately stored head.
     model.tie_weights = lambda *_, **__: None
     return HFLM(
         pretrained=model,
@@ -219,7 +220,7 @@ def find_task(
             raise A3Error(f"{yaml}: nothing in {', '.join(empty)}. Correct data_files.")
         require_metrics(config, yaml)
         config |= {"task": task, "dataset_kwargs": config["dataset_kwargs"] | {"cache_dir": cache}}
-        # Where the YAML says 0, lm-eval would take it for the last word.
+        # If the YAML says 0, lm-eval would not let the caller change it.
         return config | ({} if shots is None else {"num_fewshot": shots}), local, files
     manager = TaskManager()
     if task not in (*manager.all_subtasks, *manager.all_groups):

@@ -1,4 +1,4 @@
-"""The task that lm-evaluation-harness runs on items of `a3 items`: all of it is local."""
+"""The task that lm-evaluation-harness runs on items of `a3 items`, entirely from local files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from a3.texts.reading import read_text
 def load_items(path: str, **_: Any) -> DatasetDict:
     """Items of an items.jsonl as the test split; lm-eval calls it, with the task's metadata too.
 
-    Held in memory: no data set cache is written, and none can be stale.
+    Items are held in memory, so no data set cache is written that could become stale.
     Raises A3Error when the file is missing, empty, or a line is not an item.
     """
     lines = read_text(Path(path)).split("\n")

@@ -90,7 +90,7 @@ def summarise(losses: Tensor, tokens: int, size: int) -> dict[str, Any]:
 
 
 def require_finite(losses: Tensor, folder: Path, text: Path) -> None:
-    """Raise A3Error where a model's loss of a block of text is no number."""
+    """Raise A3Error if a model's loss on a block of text is not finite."""
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
         block = int(bad[0].item())

@@ -1,4 +1,4 @@
-"""How the harness puts a question: chat template, examples as turns, a system instruction."""
+"""How harness prompts are built: chat template, examples as turns, a system instruction."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
 
-# Templates that put today's date into the prompt (Llama 3's) get this one, which Llama's own falls
-# back to: results of two days could not be compared otherwise.
+# Templates that put today's date into the prompt (Llama 3's) get this date, which is the default of
+# Llama's own template. Otherwise results of two days could not be compared.
 NOW = "strftime_now"
 
 PINNED = f"{{%- macro {NOW}(format) -%}}26 Jul 2024{{%- endmacro -%}}"
@@ -57,10 +57,10 @@ def stand_in(tokenizer: PreTrainedTokenizerBase) -> SimpleNamespace:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, prompting: Prompting, folder: Path) -> None:
-    """Make the template that is asked for the tokenizer's only one.
+    """Make the requested template the tokenizer's only one.
 
-    lm-eval passes no name on: it would take the default one. Raises A3Error where the tokenizer of
-    `folder` has no such template, or it leaves the system instruction out.
+    lm-eval does not pass on the template's name, and would use the default one. Raises A3Error if
+    the tokenizer of `folder` has no such template, or it leaves the system instruction out.
     """
     asked = prompting.apply_chat_template
     if not asked:

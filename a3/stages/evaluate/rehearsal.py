@@ -1,4 +1,4 @@
-"""What can be known of a harness task before the model is loaded: examples, prompts, metrics."""
+"""Checks a harness task before the model is loaded: examples, prompts, metrics."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from a3.stages.evaluate.scores import number
 
 ROLLING = "loglikelihood_rolling"
 
-# Some answer of a model to one request, by the task's kind.
+# A dummy answer of a model to one request, by the task's type.
 ANSWERS = {
     "loglikelihood": (-1.0, False),
     "multiple_choice": (-1.0, False),
@@ -47,7 +47,7 @@ def rehearse(
         check_examples(each)
         each.set_fewshot_seed(seed)
         each.build_all_requests(limit=1, rank=0, world_size=1, **options)
-        # Drawing the examples of that item took from the seed.
+        # Drawing examples for that item has advanced the random generator.
         each.set_fewshot_seed(seed)
         check_metric(each, metric if group is None else None)
         if local:
@@ -75,7 +75,7 @@ def check_kind(task: Task, options: dict[str, Any]) -> None:
 def set_shots(task: Task, shots: int | None) -> None:
     """Set how many examples are shown, by default the task's own number, or none.
 
-    Raises A3Error where the task's own definition allows none.
+    Raises A3Error if the task's own definition allows none.
     """
     own = task.get_config("num_fewshot")
     if shots and own == 0:
@@ -88,7 +88,7 @@ def set_shots(task: Task, shots: int | None) -> None:
 
 
 def check_examples(task: Task) -> None:
-    """Raise A3Error where the examples are too few, or the item itself would be among them."""
+    """Raise A3Error if the examples are too few, or the item itself would be among them."""
     shots = task.get_config("num_fewshot")
     if not shots or not isinstance(task, ConfigurableTask):
         return
@@ -111,7 +111,7 @@ def check_examples(task: Task) -> None:
 
 
 def check_metric(task: Task, metric: str | None) -> None:
-    """Raise A3Error where a task whose scores are lm-eval's own has no such metric.
+    """Raise A3Error if a task whose scores are lm-eval's own has no such metric.
 
     `metric` is as lm-eval names it, with a filter or without.
     """
@@ -140,9 +140,9 @@ def check_metric(task: Task, metric: str | None) -> None:
 
 
 def check_answers(task: Task) -> None:
-    """Raise A3Error where an item's right answer is none of its choices: always wrong, to lm-eval.
+    """Raise A3Error if an item's right answer is not among its choices (lm-eval scores it wrong).
 
-    It is a choice's place or its text; of several right ones their places.
+    The answer is a choice's index or its text; several right answers are indices.
     """
     if task.OUTPUT_TYPE != "multiple_choice":
         return

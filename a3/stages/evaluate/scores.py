@@ -1,4 +1,4 @@
-"""What lasts of lm-eval's results: scores, their errors, and a value of each item, if any."""
+"""The reproducible part of lm-eval's results: scores, their errors, and values of items."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ def scores(
     aggregates: Mapping[str, Mapping[str, Aggregate]],
     metric: str | None = None,
 ) -> dict[str, Any]:
-    """The lasting part of lm-eval's results: no dates, machine or timings.
+    """The reproducible part of lm-eval's results, without dates, machine and timings.
 
     A score that lm-eval has no number for ("N/A", NaN) is None, as is its standard error. Of a
     group, `value` and `stderr` are lm-eval's aggregate over its tasks, and items are theirs, task
     after task. `item_scores` are one value an item, in the documents' order, whose mean is what
-    `item_measure` says: the metric, or its logarithm where the metric is a perplexity; None where
+    `item_measure` says: the metric, or its logarithm where the metric is a perplexity; None if
     the metric is no mean over items (bleu, f1, mcc, a median). `aggregates` are the tasks'
-    aggregations by metric. Raises A3Error where the task has no such metric.
+    aggregations by metric. Raises A3Error if the task has no such metric.
     """
     # lm-eval calls a score "metric,filter"; the first is the task's main one.
     results, samples = found["results"][task], found["samples"]
@@ -87,7 +87,7 @@ def items_of(
     samples: Mapping[str, list[dict[str, Any]]],
     aggregates: Mapping[str, Mapping[str, Aggregate]],
 ) -> tuple[str | None, list[float | None] | None]:
-    """What the items' values of a score are, and the values; None and None where there are none."""
+    """What the items' values of a score are, and the values; None and None if there are none."""
     name, _, kind = main.partition(",")
     used = {aggregates[leaf].get(name, mean) for leaf in samples}
     values: list[float | None] = []
@@ -132,7 +132,7 @@ def task_hash(samples: list[dict[str, Any]]) -> str:
 
 
 def prompts_hash(samples: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Hash of all that the model was asked: every prompt and answer, and how answers are made."""
+    """Hash of everything that the model was asked: prompts, answers, generation options."""
     asked = {
         leaf: [each["arguments"] for each in sorted(found, key=lambda each: each["doc_id"])]
         for leaf, found in samples.items()

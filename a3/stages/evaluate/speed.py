@@ -1,9 +1,9 @@
 """Stage eval speed: prefill and decode tokens/s of several models, interleaved in one process.
 
-Models are compared fairly only where what else the machine does hits all alike: every repeat runs
-each attention implementation on each model in turn, after a round to warm up, and ratios are taken
-within a repeat. The seconds are this machine's at this time, and no two runs give the same bytes: a
-record of speed is never part of results.csv.
+A comparison is fair only if other load on the machine affects all models equally. So every repeat
+runs each attention implementation on each model in turn, after a warm-up round, and ratios are
+taken within a repeat. Timings depend on the machine and are not reproducible, so a speed record is
+never part of results.csv.
 """
 
 import platform
@@ -125,7 +125,7 @@ def announce(
     device: str,
     settings: dict[str, int],
 ) -> None:
-    """Print what the timing takes; raises A3Error where the models do not fit the memory."""
+    """Print what the timing takes; raises A3Error if the models do not fit the memory."""
     shapes = [candidate.timed for candidate in candidates]
     cost = speed_cost(shapes, len(attention), dtype=dtype, **settings)
     LOG.info(
@@ -154,7 +154,7 @@ def some_ids(candidates: list[Candidate], batch: int, prompt: int) -> Tensor:
 
 # --- timing ---
 class Clock:
-    """Reads the time when the device has done all that it was given."""
+    """Reads the time after the device has finished all submitted work."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
@@ -175,7 +175,7 @@ class Seconds:
     layers: float
 
     def extrapolated(self, times: float) -> float:
-        """As if there were so many times the layers."""
+        """The seconds with this many times the layers."""
         return self.whole + (times - 1) * self.layers
 
 
@@ -298,7 +298,7 @@ def forget(subjects: Sequence[Subject]) -> None:
 
 
 def set_attention(model: PreTrainedModel, name: str, said: str) -> None:
-    """Choose transformers' attention implementation; raises A3Error where the family has it not.
+    """Choose transformers' attention implementation; raises A3Error if the family has it not.
 
     Some families cannot change it after loading, and keep the one that they come with.
     """
@@ -332,7 +332,7 @@ def rates(
 
 
 def device_name(device: str) -> str:
-    """What the hardware calls itself: seconds mean nothing without it."""
+    """The name of the hardware, without which timings mean nothing."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

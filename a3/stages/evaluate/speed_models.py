@@ -1,4 +1,4 @@
-"""Models to be timed: folders, and made-up ones of a config's shapes."""
+"""Models to be timed: folders, and random ones with a config's shapes."""
 
 import itertools
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the samples of a speed record amount to."""
+"""Summarises the samples of a speed record."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def compared(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a readable table."""
     frame = pd.DataFrame(
         {
             "model": row["name"],

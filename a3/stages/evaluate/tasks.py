@@ -9,20 +9,20 @@ from typing import Any
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 
-# What `datasets` reads of local files; anything else it would look for at the hub.
+# Local file types that `datasets` reads; it would look for anything else on the hub.
 READERS = ("csv", "json", "parquet")
 
 # Keys under which lm-eval and `datasets` look for other files than the data files.
 ELSEWHERE = ("include", "use_prompt", "data_dir")
 
-# Without them lm-eval cannot ask anything.
+# Keys without which lm-eval cannot build a prompt.
 NEEDED = ("doc_to_text", "doc_to_target")
 
 
 def read_task(path: Path) -> dict[str, Any]:
     """The YAML of a local task; all of the task is in it and in its data files.
 
-    Raises A3Error where it cannot be read, has Python in it (`!function`) or runs some, reads
+    Raises A3Error if it cannot be read, has Python in it (`!function`) or runs some, reads
     another file, has no local data, or does not say what is asked.
     """
     task = load_yaml(path)

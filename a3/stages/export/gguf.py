@@ -1,4 +1,4 @@
-"""a3 export gguf: a folder as one file that llama.cpp loads, of its architecture `llama`."""
+"""a3 export gguf: converts a folder to a file for llama.cpp, with the architecture `llama`."""
 
 from math import prod
 from pathlib import Path
@@ -101,7 +101,7 @@ def names(model: Stock) -> list[str]:
 
 
 def tensor_name(model: Stock, name: str) -> str:
-    """llama.cpp's name of a tensor; raises A3Error where it has none."""
+    """llama.cpp's name of a tensor; raises A3Error if it has none."""
     known = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     found = known.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:

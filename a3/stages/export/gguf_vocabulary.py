@@ -42,7 +42,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 
 def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
-    """Whether BOS goes before, and EOS after each text; A3Error where other tokens do."""
+    """Whether BOS goes before, and EOS after each text; A3Error if other tokens do."""
     inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     for bos, eos in product((False, True), repeat=2):
         if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
@@ -68,7 +68,7 @@ def merges_of(content: dict[str, Any], path: Path) -> list[str]:
 
 
 def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None, folder: Path) -> None:
-    """Write chat templates, one or several by their names; A3Error where one is no
+    """Write chat templates, one or several by their names; A3Error if one is no
     text, or its name cannot be that of a file."""
     named = dict(templates) if isinstance(templates, dict) else {"default": templates or ""}
     if not all(isinstance(one, str) for pair in named.items() for one in pair):

@@ -1,4 +1,4 @@
-"""a3 export hf: a compressed folder as an ordinary checkpoint of its family, which needs no a3."""
+"""a3 export hf: converts a compressed folder to an ordinary checkpoint, which needs no a3."""
 
 import json
 from pathlib import Path
@@ -22,11 +22,11 @@ from a3.models.travel import bring
 def export_hf(folder: Path, out: Path) -> None:
     """Write the compressed `folder` as a checkpoint of its family to `out`, whole or not at all.
 
-    Tensors are as they are, but for the queries, which take up the softmax scale, and weights that
-    a quantised model's A B are added to; tokenizer, chat template, model card and generation config
-    travel. export.json says of what it was made, with the hash of each file. Raises A3Error, with
-    all reasons, where the family's code cannot run it, where a tensor is left that it does not
-    read, and where `out` is another's folder.
+    Tensors are unchanged, with two exceptions: the softmax scale is folded into the queries, and a
+    quantised model's A B is added to its weights. Tokenizer, chat template, model card and
+    generation config are copied. export.json records the source and the hash of each file. Raises
+    A3Error, with all reasons, where the family's code cannot run it, where a tensor is left that it
+    does not read, and where `out` is another's folder.
     """
     if not is_compressed(folder):
         raise A3Error(f"{folder}: an ordinary checkpoint already. Name a compressed folder.")
@@ -58,7 +58,7 @@ def export_hf(folder: Path, out: Path) -> None:
 def older_names(rope: dict[str, Any]) -> dict[str, Any]:
     """RoPE's parameters as transformers 4, and servers built on it, look for them.
 
-    They know no rope_parameters, and would turn by other angles without a word.
+    They ignore rope_parameters, and would silently rotate by other angles.
     """
     scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
     return {"rope_theta": rope["rope_theta"], **scaling}

@@ -20,7 +20,7 @@ UNKNOWN = "modes, errors and calibration are unknown: saved again without approx
 
 
 def inspect(folder: Path) -> str:
-    """What a dense or compressed folder is, as text; raises A3Error where it cannot be read."""
+    """What a dense or compressed folder is, as text; raises A3Error if it cannot be read."""
     compressed = is_compressed(folder)
     content = read_json(folder / "config.json")
     lines = compressed_lines(folder, content) if compressed else dense_lines(folder)
@@ -136,7 +136,7 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
 
 
 def no_llama(folder: Path) -> str | None:
-    """Why llama.cpp cannot have a folder that other runtimes can; None where it can."""
+    """Why llama.cpp cannot have a folder that other runtimes can; None if it can."""
     path = folder / "tokenizer.json"
     try:
         require_llama(stock(folder))

@@ -1,8 +1,8 @@
-"""What llama.cpp can be given, of models and of tokenizers; others are refused with the reason.
+"""Checks which models and tokenizers llama.cpp supports; others are refused with the reason.
 
-llama.cpp knows a tokenizer's way of cutting text into words by a name, and has it built in; a file
-whose name is wrong loads and reads text otherwise. So the name is found by the rules in
-tokenizer.json, and rules that have none are refused.
+llama.cpp has built-in rules for splitting text into words, which a file selects by name. A file
+with a wrong name loads, but tokenises differently. So the name is derived from the rules in
+tokenizer.json, and rules without a name are refused.
 """
 
 import json
@@ -50,7 +50,7 @@ def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]
 
 
 def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
-    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error where there is none."""
+    """llama.cpp's name for the rules of a tokenizer.json; raises A3Error if there is none."""
     kind = tokenizer["model"]["type"]
     if kind != "BPE" or tokenizer["model"].get("byte_fallback"):
         raise A3Error(

@@ -1,6 +1,6 @@
-"""a3 convert: pickled weights (.bin) to safetensors, the one place where a3 reads a pickle.
+"""a3 convert: converts pickled weights (.bin) to safetensors; a3 reads pickles only here.
 
-Torch's own unpickler for weights alone reads it: whatever else a file asks for is refused, not run.
+torch's weights-only unpickler reads them: it refuses everything else in a file and runs no code.
 """
 
 import re
@@ -33,7 +33,7 @@ def convert(source: dict[str, Any], out: Path) -> None:
     """Make the Hugging Face folder `out`: the weights of a folder or hub repository as safetensors.
 
     One safetensors file for each .bin, with the same names, and the small files beside them; whole
-    or not at all. Raises A3Error where `out` exists, there are no pickled weights or others beside
+    or not at all. Raises A3Error if `out` exists, there are no pickled weights or others beside
     them, or a file holds anything but tensors by their names.
     """
     folder = source_folder(source)
@@ -67,7 +67,7 @@ def source_folder(source: dict[str, Any]) -> Path:
 
 
 def pickled_files(folder: Path) -> dict[str, str]:
-    """Names of the files of weights, and those that they get; A3Error where one is not there."""
+    """Names of the files of weights, and those that they get; A3Error if one is not there."""
     names = [WHOLE]
     if not (folder / WHOLE).exists() and (folder / INDEX).exists():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))

