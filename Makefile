@@ -1,5 +1,7 @@
 # Every target sets up what it needs. Needs Python 3.11 or newer with pip and venv.
 PYTHON ?= python3
+# The two environments are made side by side.
+MAKEFLAGS += --jobs=2
 export SNAKEMAKE_PROFILE ?= workflow/profiles/default
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/.ready

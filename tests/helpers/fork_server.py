@@ -1,8 +1,8 @@
-"""A server that forks a child for each `a3` of a workflow's jobs; the libraries are imported once.
+"""A server that forks a child for each `a3` and `snakemake`; the libraries are imported once.
 
 A job imports torch, transformers and what they import for seconds, and computes for less than one;
 tests of the workflow start hundreds. The child imports a3 itself from the project's own folder, as
-the program does. The program itself runs in test_cli.py and in the tests of Slurm.
+the program does. The programs themselves run in test_cli.py and in the tests of Slurm.
 """
 
 import atexit
@@ -24,13 +24,15 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "pandas",
     "matplotlib.pyplot",
+    "snakemake.cli",
 )
+PROGRAMS = ("a3", "snakemake")
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 socket.send_fds(server, [b" "], [0, 1, 2])
-request = {{"words": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ)}}
+request = {{"program": {program!r}, "words": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ)}}
 server.sendall(json.dumps(request).encode() + b"\\n")
 status = server.makefile().readline()
 sys.exit(int(status) if status else 137)
@@ -39,7 +41,7 @@ sys.exit(int(status) if status else 137)
 
 @cache
 def python() -> str:
-    """A Python beside which `a3` is the client of a server, which is started.
+    """A Python beside which PROGRAMS are clients of a server, which is started.
 
     Snakemake puts the folder of its own Python first in the PATH of jobs.
     """
@@ -50,9 +52,11 @@ def python() -> str:
     mine.symlink_to(sys.executable)
     (folder / "lib").symlink_to(Path(sys.prefix, "lib"))
     (folder / "pyvenv.cfg").write_bytes(Path(sys.prefix, "pyvenv.cfg").read_bytes())
-    client = folder / "bin" / "a3"
-    client.write_text(CLIENT.format(python=Path(sys.executable).resolve(), address=address))
-    client.chmod(0o755)
+    own = Path(sys.executable).resolve()
+    for program in PROGRAMS:
+        client = folder / "bin" / program
+        client.write_text(CLIENT.format(python=own, address=address, program=program))
+        client.chmod(0o755)
     environ = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     server = subprocess.Popen(
         [mine, __file__, address], stdout=subprocess.PIPE, env=environ, text=True
@@ -96,15 +100,15 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environ"])
-    sys.argv = ["a3", *request["words"]]
+    sys.argv = [request["program"], *request["words"]]
     sys.path[:1] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     opened: set[str] = set()
     sys.addaudithook(lambda event, said: event == "open" and opened.add(str(said[0])))
     status = 1
     try:
-        status = importlib.import_module("a3.cli.main").main()
+        status = run(request["program"]) or 0
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         traceback.print_exc()
     if used := os.environ.get("A3_USED"):
@@ -114,6 +118,12 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
     sys.stderr.flush()
     connection.sendall(f"{status}\n".encode())
     os._exit(status)
+
+
+def run(program: str) -> int | None:
+    """Run a program in this process."""
+    name = {"a3": "a3.cli.main", "snakemake": "snakemake.cli"}[program]
+    return importlib.import_module(name).main()
 
 
 if __name__ == "__main__":

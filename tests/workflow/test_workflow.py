@@ -89,9 +89,11 @@ class Project:
         """
         words = ["--profile", f"workflow/profiles/{profile}", *arguments]
         words += [] if plan else ["--no-hooks"]
-        python = fork_server.python() if profile == "default" else sys.executable
+        program = [sys.executable, "-m", "snakemake"]
+        if profile == "default":
+            program = [Path(fork_server.python()).with_name("snakemake")]
         done = subprocess.run(
-            [python, "-m", "snakemake", *words],
+            [*program, *words],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(self.folder)},
             capture_output=True,
