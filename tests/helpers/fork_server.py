@@ -32,7 +32,8 @@ import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 socket.send_fds(server, [b" "], [0, 1, 2])
-request = {{"program": {program!r}, "words": sys.argv[1:], "folder": os.getcwd(), "environ": dict(os.environ)}}
+request = {{"program": {program!r}, "words": sys.argv[1:]}}
+request |= {{"folder": os.getcwd(), "environ": dict(os.environ)}}
 server.sendall(json.dumps(request).encode() + b"\\n")
 status = server.makefile().readline()
 sys.exit(int(status) if status else 137)

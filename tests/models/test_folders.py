@@ -486,7 +486,7 @@ def test_a_recovered_model_is_inspected_scored_timed_and_quantised(work, recover
         run("card", folder, "--dense", scores["dense"], "--compressed", scores[name])
         card = (folder / "README.md").read_text()
         assert f"{json.loads(scores[name].read_text())['perplexity']:.2f} ±" in card
-        assert "perhaps trained" in card
+        assert "perhaps fine-tuned" in card
         assert "without training" not in card
     assert "modes and errors are unknown" in (again / "README.md").read_text()
     assert (

@@ -491,7 +491,7 @@ def test_the_report_has_a_section(results, capsys):
     assert "pca-shared-layers-rxx" in text
     numbers = re.findall(r"<figcaption>Figure (\d+)\. ", text)
     assert numbers == [str(number + 1) for number in range(len(numbers))]
-    assert f"Figure {len(numbers)}. tiny: principal components" in text
+    assert f"Figure {len(numbers)}. tiny: number of principal components" in text
     run("show", table)
     shown = capsys.readouterr().out
     assert "| pca-shared-kv-no-mean" in shown
