@@ -96,7 +96,7 @@ rule report:
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
         reference=["--reference", C["reference"]] if "reference" in C else [],
-        tables=TABLE,
+        tables=subpath(output[0], parent=True),
         config=CONFIGURED,
         code=fingerprint("a3.report.page"),
     shell:
