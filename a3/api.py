@@ -46,6 +46,7 @@ from a3.given import (
     Model,
     Texts,
     Tokenizer,
+    call,
     count_of,
     device_of,
     documents,
@@ -341,7 +342,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_dir():
         raise A3Error(f"{path}: no such folder. Name that of a dense or compressed model.")
     require_readable(path)
-    with workplace(progress=False):
+    with call(progress=False):
         return loaded_as(path, path), load_tokenizer(path)
 
 

@@ -38,20 +38,27 @@ CALLS = threading.RLock()
 
 @contextmanager
 def workplace(progress: bool) -> Iterator[Path]:
-    """Yield a temporary folder; inside the block only a3's progress bars are shown, if wanted.
+    """Yield a temporary folder, inside a `call`.
 
-    Error messages name files in it by the caller's own names. Other threads wait.
+    Error messages name files in it by the caller's own names.
     """
-    with CALLS, tempfile.TemporaryDirectory(prefix="a3.") as name, bars(progress):
-        verbosity = transformers_logging.get_verbosity()
-        drawn = transformers_logging.is_progress_bar_enabled()
+    with call(progress), tempfile.TemporaryDirectory(prefix="a3.") as name:
         work = Path(name)
         known = {work / "model": "model", work / "docs.jsonl": "texts", work / "small": "result"}
+        with named(known):
+            yield work
+
+
+@contextmanager
+def call(progress: bool) -> Iterator[None]:
+    """Inside the block only a3's progress bars are shown, if wanted, and other threads wait."""
+    with CALLS, bars(progress):
+        verbosity = transformers_logging.get_verbosity()
+        drawn = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            with named(known):
-                yield work
+            yield
         finally:
             transformers_logging.set_verbosity(verbosity)
             if drawn:

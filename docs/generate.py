@@ -3,7 +3,6 @@
 python docs/generate.py
 """
 
-import argparse
 import inspect
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import a3.api
+from a3.cli.arguments import parsers
 from a3.cli.main import parser
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
@@ -53,18 +53,9 @@ def command_line() -> str:
     text = f"{MADE}# Command line\n\n"
     # The width that argparse wraps to.
     with patch.dict(os.environ, COLUMNS="100"):
-        for one in commands(parser()):
+        for one in parsers(parser()):
             text += f"## {one.prog}\n\n```text\n{one.format_help()}```\n\n"
     return text
-
-
-def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and all below it."""
-    yield top
-    for action in top._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for one in action.choices.values():
-                yield from commands(one)
 
 
 def python() -> str:

@@ -8,10 +8,10 @@ from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
+from a3.solutions.modes import COMPONENTS
+
 # How much of a failed job's log is shown.
 TAIL = 20
-
-COMPONENTS = ("qk", "ov", "mlp")
 
 
 def perplexity(record: dict[str, Any]) -> str:

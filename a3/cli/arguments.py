@@ -1,6 +1,7 @@
 """Arguments that several commands share, and the readers of their values."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def shares(word: str) -> dict[str, float]:
     found = values.read_json(word)
     validate_entry(found, "text/properties/split", f"shares {values.shown(word)}")
     return found
+
+
+def parsers(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of all its commands."""
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from parsers(one)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -4,40 +4,31 @@ Imported only if a shell asks for completions; argcomplete then sets the variabl
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import argcomplete
 from argcomplete.completers import ChoicesCompleter, FilesCompleter, SuppressCompleter
 
+from a3.cli.arguments import parsers
 from a3.core.files import load_yaml
+from a3.experiments.entries import CATALOGUE
 from a3.rxx.kinds import KINDS
 from a3.solutions.modes import COMPONENTS, DENSE, METRICS, MODES, SHARED, SHARING
 from a3.solutions.surgeries import SURGERIES
 
 FILES = FilesCompleter()
 
-CATALOGUE = Path(__file__).parent.parent / "experiments" / "catalogue.yaml"
-
 
 def complete(top: argparse.ArgumentParser) -> None:
     """Answer the shell and exit; returns only if no shell asks for completions."""
-    for one in commands(top):
+    for one in parsers(top):
         for action in one._actions:
             if completer := completer_of(action, one):
                 action.completer = completer  # type: ignore[attr-defined]
     # An option without a completer takes a number or JSON, so files must not be offered.
     argcomplete.autocomplete(top, default_completer=SuppressCompleter())
-
-
-def commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and those of its commands."""
-    yield top
-    for action in top._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for one in action.choices.values():
-                yield from commands(one)
 
 
 def completer_of(action: argparse.Action, one: argparse.ArgumentParser) -> Callable | None:

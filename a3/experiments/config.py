@@ -15,8 +15,7 @@ import jsonschema
 
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, load_yaml
-
-CATALOGUE = Path(__file__).parent / "catalogue.yaml"
+from a3.experiments.entries import CATALOGUE
 
 # A link, so that an installed a3 has it too.
 SCHEMA = Path(__file__).parent / "config.schema.yaml"

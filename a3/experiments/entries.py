@@ -5,7 +5,8 @@ from typing import Any
 
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
-from a3.experiments.config import CATALOGUE
+
+CATALOGUE = Path(__file__).parent / "catalogue.yaml"
 
 # For each section of the catalogue: the word for an entry, and other values that are allowed.
 SECTIONS = {

@@ -7,10 +7,10 @@ from collections import defaultdict
 
 import pytest
 
-from a3.cli.completion import commands
+from a3.cli.arguments import parsers
 from a3.cli.main import GROUPS, parser
 
-ALL = {one.prog: one for one in commands(parser()) if one.prog != "a3"}
+ALL = {one.prog: one for one in parsers(parser()) if one.prog != "a3"}
 # Of one name, but not of one kind: several, or what the command itself writes or scores.
 SEVERAL = {"--ratio": {"a3 eval speed"}, "--multiple": {"a3 eval speed"}}
 OWN = {"-h", "-o", "--items", "--prompt", "--model"}

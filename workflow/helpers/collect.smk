@@ -5,10 +5,13 @@ from a3.experiments.needed import is_partly_collected
 
 def one_pass():
     """The instances that collect several kinds: name to (kinds, calibrations)."""
+    collected = {(row["model"], row["calibration"]) for row in [*ROWS, *PAPER_ROWS]}
     partly = {
-        row["calibration"]
-        for row in [*ROWS, *PAPER_ROWS]
-        if is_partly_collected(Path(RXX.format(**row)), TOGETHER.get(row["calibration"], ()))
+        calibration
+        for model, calibration in collected
+        if is_partly_collected(
+            Path(RXX.format(model=model, calibration=calibration)), TOGETHER.get(calibration, ())
+        )
     }
     groups = {}
     for calibration, kinds in TOGETHER.items():

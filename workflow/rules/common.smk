@@ -69,7 +69,8 @@ WEIGHTS = weight_files(C["approx_jobs"])
 # and part of every table.
 TOGETHER = kinds_by_calibration(ROWS, OPERATIONS)
 if PAPER:
-    TOGETHER |= {c: PAPER.kinds() for c in PAPER.spec["calibrations"] if c not in TOGETHER}
+    own = [name for name in PAPER.spec["calibrations"] if name not in TOGETHER]
+    TOGETHER |= dict.fromkeys(own, PAPER.kinds())
 # Every row of the table, each model's dense row included.
 PLACES = list(dict.fromkeys(place for row in ROWS for place in (Place(row["model"]), Place(**row))))
 # Compressed models that are quantised, by statistics of their own.
