@@ -22,8 +22,8 @@ $(STUDIES:%=study-%): study-%: $(READY)  ## a study of config/studies/
 study-%:
 	@echo "there is no study $*; config/studies/ has $(STUDIES)" >&2; exit 1
 
-test: $(READY) lint  ## the whole test suite, on two cores: a third worker while others wait
-	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: $(READY) lint  ## the whole test suite, on two cores: two more workers while others wait
+	OMP_NUM_THREADS=1 python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and apt
 	tests/cluster/run
