@@ -5,8 +5,8 @@
     python benchmarks/compress.py dense --text docs.jsonl --before daac38b --svd-llm SVD-LLM
 
 Each compresses the same model by the same ratio with the same text and number of tokens, one after
-the other in processes of their own: wall seconds, CPU seconds and peak memory. `--before` is a commit
-of this repository; `--svd-llm` is a clone of github.com/AIoT-MLSys-Lab/SVD-LLM (Wang et al. 2024,
+the other in processes of their own: wall seconds, CPU seconds and peak memory. `--before` is a
+commit of this repository; `--svd-llm` is a clone of github.com/AIoT-MLSys-Lab/SVD-LLM (Wang et al. 2024,
 arXiv 2403.07378), whose `profle_svdllm` and `whitening` run here on the CPU in float32. Then the
 perplexity of both builds' models on `--score`, with the paired standard error of their difference.
 """
@@ -40,7 +40,9 @@ from SVDLLM import profle_svdllm, whitening
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32).eval()
 blocks = torch.load({blocks!r})
-loader = [{{"input_ids": block[None], "attention_mask": torch.ones_like(block)[None]}} for block in blocks]
+loader = [
+    {{"input_ids": block[None], "attention_mask": torch.ones_like(block)[None]}} for block in blocks
+]
 metric = profle_svdllm("llama", model, loader, "cpu")
 whitening("llama", model, metric, 1 - {ratio}, "cpu")
 torch.save(model.state_dict(), {out!r})
