@@ -77,7 +77,7 @@ def test_what_is_read_is_what_was_added(tmp_path, kind, case):
 
 @pytest.mark.parametrize("kind", ["down_input", "v_blocks", "down_diagonal"])
 def test_finished_layers_are_on_disk_and_the_file_has_the_same_bytes(tmp_path, kind):
-    paths = [tmp_path / f"{i}/it.safetensors" for i in range(3)]
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
     filled(kind).save(paths[0], RECORD)
     one = filled(kind, spool=tmp_path / "spool")
     for layer in (5, 11, 0):

@@ -30,7 +30,7 @@ def blocks_of(case, n, dtype=torch.float32, length=LENGTH):
         noise = torch.randn(BLOCKS, length, half, generator=draw)
         x[..., half : 2 * half] = x[..., :half] * (1 + 1e-4 * noise)
     if case == "dead channel":
-        x[..., 3] = 0
+        x[..., -1] = 0
     if case == "one token":
         x = x[:1]
     return list(x.to(dtype))
@@ -66,8 +66,6 @@ def stored(blocks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_sums_are_within_their_bound_of_float64(case, dtype):
-    if case == "scales" and dtype == torch.float16:
-        pytest.skip("float16 has no such scales")
     blocks = blocks_of(case, WIDTH, dtype)
     error = (whole(summed(blocks)) - exact(blocks).tril()).abs()
     sizes = sum(x.double().abs().T @ x.double().abs() for x in blocks).tril()
@@ -92,8 +90,6 @@ def test_products_are_of_full_precision_whatever_else_is_chosen():
 @pytest.mark.parametrize("n", [1, 2, PANEL, PANEL + 1, WIDTH])
 @pytest.mark.parametrize("case", CASES)
 def test_packed_sums_are_within_half_a_step(case, n):
-    if n <= 3 and case == "dead channel":
-        pytest.skip("no such channel")
     triangle = summed(blocks_of(case, n))
     diagonal, packed = pack(triangle)
     assert (diagonal.dtype, packed.dtype) == (torch.float64, torch.uint8)
@@ -108,7 +104,7 @@ def test_packed_sums_are_within_half_a_step(case, n):
     assert beyond.max() <= 1e-5 * sizes.max()
     error = (found.tril() - S).abs()
     assert (error <= sizes / (2 * STEPS) + beyond).all()
-    assert n == 1 or case == "one token" or error.max() > 0
+    assert n < PANEL or case == "one token" or error.max() > 0
 
 
 def test_a_triangle_unpacks_to_what_packs_to_it():
@@ -138,17 +134,19 @@ def test_the_same_channels_are_eliminated(case):
     n = 96
     blocks = blocks_of(case, n)
     W = torch.randn(n, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    orders = []
+    found = []
     for C in (exact(blocks), stored(blocks)):
         gone, losses = eliminate(C, W, 64, ridge_of(C, mlp.ELIMINATION))
-        orders.append((gone.tolist(), losses))
-    assert orders[0][0] == orders[1][0]
-    torch.testing.assert_close(orders[1][1], orders[0][1], rtol=1e-6, atol=0)
+        found.append((gone.tolist(), losses))
+    (order, losses), (order_stored, losses_stored) = found
+    assert order_stored == order
+    all_of_it = (W * (exact(blocks) @ W)).sum().item()
+    torch.testing.assert_close(losses_stored, losses, rtol=1e-6, atol=1e-7 * all_of_it)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_objectives_are_those_of_exact_sums(case):
-    """a3-plus: of W_down and of W_o, each as measured by the exact sums."""
+    """a3-plus: of W_down by the exact sums, and as said of both; 1e-7 is of the zero solution."""
     attended = attention()
     heads, h, d = attended.o.shape
     n = 96
@@ -156,19 +154,21 @@ def test_objectives_are_those_of_exact_sums(case):
     channels = MLPWeights(up=down.T.contiguous(), gate=None, down=down)
     inputs, values = blocks_of(case, n), blocks_of(case, heads * h)
     gradients = blocks_of("random", d)
-    lost = []
+    found = []
     for read in (exact, stored):
         C, R, F = read(inputs), read(values), read(gradients)
-        small = mlp.obs(channels, C, F, 0.02, 60)
+        small, head = mlp.obs(channels, C, F, 0.02, 60), ov.joint(attended, R, F, 0.02, 5)
         left = down.clone()
         left[small.channels] -= small.down
-        head = ov.joint(attended, R, F, 0.02, 5)
-        joint = attended.v.repeat_interleave(heads // len(attended.v), 0) @ attended.o
-        joint -= head.v.repeat_interleave(heads // len(attended.v), 0) @ head.o
-        lost.append(((left * (exact(inputs) @ left @ exact(gradients))).sum(), joint, small, head))
-    (loss, joint, small, head), (loss_p, joint_p, small_p, head_p) = lost
-    assert torch.equal(small.channels, small_p.channels)
-    assert loss_p.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert small_p.relative_error == pytest.approx(small.relative_error, rel=1e-6, abs=1e-9)
-    assert head_p.relative_error == pytest.approx(head.relative_error, rel=1e-6, abs=1e-9)
-    torch.testing.assert_close(joint_p, joint, rtol=1e-4, atol=1e-4 * joint.abs().max().item())
+        found.append((small, head, lost(left, exact(inputs), exact(gradients))))
+    (small, head, loss), (small_stored, head_stored, loss_stored) = found
+    assert torch.equal(small_stored.channels, small.channels)
+    zero = lost(down, exact(inputs), exact(gradients))
+    assert loss_stored == pytest.approx(loss, rel=1e-6, abs=1e-7 * zero)
+    for one, other in ((small_stored, small), (head_stored, head)):
+        assert one.relative_error == pytest.approx(other.relative_error, rel=1e-6, abs=1e-7)
+
+
+def lost(X, C, F):
+    """The objective tr(Xᵀ C X F) of what is lost of the weights."""
+    return (X * (C @ X @ F)).sum().item()
