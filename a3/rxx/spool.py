@@ -50,7 +50,7 @@ class Spool:
         """
         types: dict[str, tuple[str, list[int]]] = {}
         hashes: dict[str, str] = {}
-        found = {}
+        found: dict[str, Any] = {}
         for layer in self.layers():
             file, said = open_sealed(self._path(layer), "Collect again.")
             types |= types_of(file)

@@ -6,7 +6,7 @@ from test_solutions import attention
 
 from a3.models.family import MLPWeights
 from a3.numerics.elimination import eliminate
-from a3.numerics.linalg import ridge_of
+from a3.numerics.linalg import ridge_of, take_over
 from a3.rxx.kinds import PANEL
 from a3.rxx.packed import STEPS, pack, square, unpack
 from a3.rxx.sums import Triangle
@@ -167,6 +167,21 @@ def test_objectives_are_those_of_exact_sums(case):
     assert loss_stored == pytest.approx(loss, rel=1e-6, abs=1e-7 * zero)
     for one, other in ((small_stored, small), (head_stored, head)):
         assert one.relative_error == pytest.approx(other.relative_error, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refits_without_a_ridge_withstand_the_rounding_of_sums(case):
+    """Singular sums may be indefinite as stored; no worse than exact sums with a tiny ridge."""
+    n, one = 96, torch.eye(24, dtype=torch.float64)
+    down = torch.randn(n, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    channels = MLPWeights(up=down.T.contiguous(), gate=None, down=down)
+    C, R = exact(blocks_of(case, n)), stored(blocks_of(case, n))
+    small = mlp.modegpt(channels, R, 60)
+    assert torch.equal(small.channels, mlp.modegpt(channels, C, 60).channels)
+    left, ridged = down.clone(), down.clone()
+    left[small.channels] -= small.down
+    ridged[small.channels] -= take_over(C, small.channels, down, ridge_of(C, 1e-6))
+    assert lost(left, C, one) <= lost(ridged, C, one) + 1e-5 * lost(down, C, one)
 
 
 def lost(X, C, F):
