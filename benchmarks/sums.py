@@ -3,11 +3,11 @@
     python benchmarks/sums.py --device cpu --threads 1 --repeats 5
 
 In one process, in turn, at the widths of SmolLM2-135M's and Llama-3.1-8B's MLP: x.double() and
-x.T @ x added to a float64 matrix; and a3.rxx.sums.Triangle. Prints seconds a block, the median
-ratio within a repeat, the share of the machine's float32 rate that the triangle reaches (n² L
-operations a block, over the rate of a plain float32 product of as many), and its largest error,
-as a share of sqrt(S_ii S_jj) (of 256 columns, for wide ones). Then, with --pack, seconds to pack
-and to unpack a triangle.
+x.T @ x added to a float64 matrix; and a3.rxx.sums.Triangle. Prints seconds a block (on a CPU, of
+all its threads), the median ratio within a repeat, the share of the machine's float32 rate that the
+triangle reaches (n² L operations a block, over the rate of a plain float32 product), and the
+largest error of 256 columns, as a share of sqrt(S_ii S_jj). Then, with --pack, seconds to pack and
+to unpack a triangle.
 """
 
 import argparse
@@ -37,12 +37,13 @@ def activations(tokens: int, n: int, device: str) -> Tensor:
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call, finished on its device."""
-    start = time.perf_counter()
+    """CPU time of one call, or the wall time until a GPU has finished it."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
     call()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def rate(device: str, size: int = 2048) -> float:
@@ -93,11 +94,11 @@ def packing(n: int) -> dict[str, object]:
     """Seconds to pack and unpack, and the rate in bytes of the float64 matrix."""
     triangle = Triangle(n)
     triangle.add(activations(512, n, "cpu"))
-    start = time.perf_counter()
+    start = time.process_time()
     stored = pack(triangle)
-    half = time.perf_counter()
+    half = time.process_time()
     whole = square(*stored)
-    end = time.perf_counter()
+    end = time.process_time()
     bytes_, packed = 8 * n * n, sum(part.numel() * part.element_size() for part in stored)
     return {
         "n": n,
