@@ -51,10 +51,17 @@ class Triangle:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 at its full precision, whatever the process has chosen for others."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products of float32 at its full precision, whatever the process has chosen for others.
+
+    The setting of each backend, because torch's common one cannot be read after one of these is
+    set.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, chosen in zip(backends, before, strict=True):
+            backend.fp32_precision = chosen

@@ -80,6 +80,7 @@ def test_finished_layers_are_on_disk_and_the_file_has_the_same_bytes(tmp_path, k
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
     filled(kind).save(paths[0], RECORD)
     one = filled(kind, spool=tmp_path / "spool")
+    assert one.finished == []
     for layer in (5, 11, 0):
         one.finish(layer)
         assert layer not in one.tensors | one.triangles

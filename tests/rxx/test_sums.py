@@ -76,15 +76,15 @@ def test_sums_are_within_their_bound_of_float64(case, dtype):
 
 
 def test_products_are_of_full_precision_whatever_else_is_chosen():
-    blocks = blocks_of("random", 64)
-    expected = whole(summed(blocks))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    """On processors that multiply bfloat16, float32 products would be of those."""
+    blocks, chosen = blocks_of("random", 512), torch.backends.mkldnn.matmul
+    expected, before = whole(summed(blocks)), chosen.fp32_precision
+    chosen.fp32_precision = "bf16"
     try:
         assert torch.equal(whole(summed(blocks)), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert chosen.fp32_precision == "bf16"
     finally:
-        torch.set_float32_matmul_precision(before)
+        chosen.fp32_precision = before
 
 
 @pytest.mark.parametrize("n", [1, 2, PANEL, PANEL + 1, WIDTH])
