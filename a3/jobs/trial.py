@@ -1,6 +1,5 @@
 """Runs and solves one layer with random weights on this machine, to time it."""
 
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.load import load_config
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS, Kind
+from a3.rxx.kinds import GRADIENT_BLOCKS, GRADIENT_FORMS, KINDS, SAMPLED_FORMS, Kind, stored_bytes
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import solver_of
 from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
@@ -76,8 +75,7 @@ class Trial:
         """One pass over `tokens` tokens; layer by layer where the weights do not fit."""
         arch = self.arch
         cost = collect_cost(self.shapes, tokens, block_length, dtype, kinds)
-        disk = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in kinds)
-        disk *= 8 * arch.layers
+        disk = sum(stored_bytes(self.shapes, kind) for kind in kinds)
         if cost.memory > memory_at_hand():
             cost = stream_cost(self.shapes, tokens, block_length, dtype, kinds)
             disk += tokens * arch.hidden_size * WIDTHS[dtype]

@@ -17,8 +17,9 @@ from a3.rxx.kinds import (
     GRADIENT_FORMS,
     KINDS,
     SAMPLED_FORMS,
+    layer_memory,
     shape_of,
-    statistics_memory,
+    stored_bytes,
 )
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
@@ -94,7 +95,7 @@ def collect_cost(
     widest = max(arch["intermediate_size"], arch["heads"] * h)
     copies = 3 * 8 * block_length * widest
     memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
-    memory += statistics_memory(arch, kinds)
+    memory += arch["layers"] * sum(layer_memory(arch, kind) for kind in kinds)
     passes = 1.0
     forms = {KINDS[kind].form for kind in kinds}
     if forms & set(GRADIENT_FORMS):
@@ -163,9 +164,9 @@ def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> 
 
 
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
-    """Cost of adding one kind's sums of all shards, of which two files are in memory at once."""
-    size = statistics_memory(arch, [kind])
-    return Cost(LIBRARIES + 2 * size, 100.0 * shards * size / 8)
+    """Cost of adding one kind's sums of all shards: one layer's, and as stored before and after."""
+    sums, stored = layer_memory(arch, kind), stored_bytes(arch, kind) // arch["layers"]
+    return Cost(LIBRARIES + sums + 2 * stored, 100.0 * shards * arch["layers"] * sums / 8)
 
 
 def gather_cost(arch: dict[str, Any]) -> Cost:

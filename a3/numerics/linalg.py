@@ -102,8 +102,9 @@ def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
 
     C (n, n) is the autocorrelation of the input of W (n, d); S are the `kept` (r,) channels, D the
     others. The ridge λ pulls towards W_S, and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is
-    regularised at the level of its rounding noise, after its channels are scaled to equal size. If
-    nothing is dropped, W is returned unchanged.
+    regularised at the level of its rounding noise, after its channels are scaled to equal size:
+    that of float64, or of stored sums (a3.rxx.packed) if it made an eigenvalue negative. If nothing
+    is dropped, W is returned unchanged.
     """
     dropped = torch.ones(len(C), dtype=torch.bool, device=C.device)
     dropped[kept] = False
@@ -113,7 +114,11 @@ def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
     lift = NOISE * len(kept) + ridge / scale.square() + (power <= 0).to(C.dtype)
     C_SS.diagonal().add_(lift)
     C_SD = C[kept][:, dropped] / scale[:, None]
-    moved = torch.cholesky_solve(C_SD @ W[dropped], torch.linalg.cholesky(C_SS)) / scale[:, None]
+    root, failed = torch.linalg.cholesky_ex(C_SS)
+    if failed:
+        C_SS.diagonal().sub_(2 * torch.linalg.eigvalsh(C_SS)[0])
+        root = torch.linalg.cholesky(C_SS)
+    moved = torch.cholesky_solve(C_SD @ W[dropped], root) / scale[:, None]
     return W[kept] + moved
 
 

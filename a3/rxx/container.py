@@ -1,25 +1,25 @@
 """The Rxx container: accumulate, merge, save, load. It is independent of models.
 
-Each kind is one statistic of one site in every layer, stored in one file. Files hold plain float64
-sums Σ xᵀx, so two files merge by addition; dividing by `tokens` gives R.
+Each kind is one statistic of one site in every layer, stored in one file. Files hold plain sums
+over tokens, so two files merge by addition; dividing by `tokens` gives R. Sums are in float64,
+except that of a full Σ xᵀx the triangle is packed (a3.rxx.packed).
 """
 
-import hashlib
-import json
-from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, seal, unseal, whole_file
+from a3.core.files import SEAL, hidden_folder
 from a3.core.shards import require_all
 from a3.numerics.finite import require_finite
-from a3.rxx.kinds import KINDS
+from a3.rxx.files import open_sealed, sum_hash, types_of
+from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS
+from a3.rxx.packed import pack, square, unpack
+from a3.rxx.spool import Spool
+from a3.rxx.sums import Triangle
 
 # What `require_finite` expects of statistics.
 FINITE_SUMS = (
@@ -33,8 +33,6 @@ def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
     if form == "blocks":
         per_head = x.unflatten(1, (heads, -1)).movedim(1, 0)
         return per_head.mT @ per_head
-    if form == "full":
-        return x.T @ x
     if form == "peak":
         return x.abs().mean(0)
     return {"diagonal": x.square, "abs": x.abs, "mean": lambda: x}[form]().sum(0)
@@ -46,67 +44,109 @@ def join(one: Tensor, other: Tensor, form: str) -> Tensor:
 
 
 class Accumulator:
-    """Sums of one kind over all layers; float64 throughout, one product per block of tokens."""
+    """Sums of one kind over all layers, added in float64.
 
-    def __init__(self, kind: str, heads: int) -> None:
+    Σ xᵀx is of float32 products (a3.rxx.sums), and everything else of float64 throughout. When a
+    layer's sums are complete, `finish` packs them, writes them to disk and frees their memory, so
+    that only the sums of unfinished layers are in memory. The disk is the folder `spool`, where a
+    later Accumulator finds the finished layers, or else a temporary folder.
+    """
+
+    def __init__(self, kind: str, heads: int, spool: Path | None = None) -> None:
         self.kind = kind
+        self.form = KINDS[kind].form
         self.heads = heads
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[int, dict[str, Tensor]] = {}
+        self.triangles: dict[int, Triangle] = {}
+        self.spool = Spool(kind, spool)
+
+    @property
+    def finished(self) -> list[int]:
+        """The layers whose sums are complete."""
+        return self.spool.layers()
 
     def add(self, layer: int, x: Tensor) -> None:
-        """Add a block's tokens: x (tokens, width), float64."""
-        self._add(f"layers.{layer}", outer_sum(x, KINDS[self.kind].form, self.heads))
+        """Add a block's tokens: x (tokens, width), in the model's own dtype."""
+        x = x.detach()
+        if self.form in TRIANGULAR_FORMS:
+            self._triangle(layer, x.shape[1], x.device).add(x)
+        else:
+            self.add_sum(layer, outer_sum(x.double(), self.form, self.heads))
 
     def add_sum(self, layer: int, value: Tensor) -> None:
         """Add a block's sum that was computed elsewhere, float64."""
-        self._add(f"layers.{layer}", value)
+        self._add(layer, f"layers.{layer}", value)
 
     def add_experts(self, layer: int, sums: Tensor, counts: Tensor) -> None:
         """Add a block's sums over the tokens of each expert (E, …), and their counts (E,)."""
-        self._add(f"layers.{layer}", sums)
-        self._add(f"layers.{layer}.counts", counts)
+        self._add(layer, f"layers.{layer}", sums)
+        self._add(layer, f"layers.{layer}.counts", counts)
 
-    def _add(self, key: str, value: Tensor) -> None:
-        if key not in self.tensors:
-            self.tensors[key] = value
+    def add_stored(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        """Add what a file holds of a layer; of packed triangles exactly what they unpack to."""
+        if self.form not in TRIANGULAR_FORMS:
+            for key, value in tensors.items():
+                self._add(layer, key, value)
             return
-        known = self.tensors[key]
-        join(known, value.to(known.device), KINDS[self.kind].form)
+        diagonal, packed = tensors[f"layers.{layer}.diagonal"], tensors[f"layers.{layer}"]
+        triangle = self._triangle(layer, len(diagonal), diagonal.device)
+        for (_, _, known), (_, _, rows) in zip(triangle, unpack(diagonal, packed), strict=True):
+            known += rows
+
+    def _triangle(self, layer: int, n: int, device: torch.device) -> Triangle:
+        if layer not in self.triangles:
+            self.triangles[layer] = Triangle(n, device)
+        return self.triangles[layer]
+
+    def _add(self, layer: int, key: str, value: Tensor) -> None:
+        known = self.tensors.setdefault(layer, {})
+        if key in known:
+            join(known[key], value.to(known[key].device), self.form)
+        else:
+            known[key] = value
+
+    def finish(self, layer: int) -> None:
+        """Pack and write the sums of a layer, which are complete, and free their memory.
+
+        Raises A3Error, which names the layer, if a sum is not finite.
+        """
+        if self.form in TRIANGULAR_FORMS:
+            diagonal, packed = pack(self.triangles.pop(layer))
+            tensors = {f"layers.{layer}": packed, f"layers.{layer}.diagonal": diagonal}
+        else:
+            tensors = {key: value.cpu() for key, value in self.tensors.pop(layer).items()}
+        for key, value in tensors.items():
+            require_finite_sums(value, f"statistic {self.kind!r}: tensor {key!r}")
+        self.spool.put(layer, tensors)
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write the file atomically; `record` (tokens, hashes, settings) becomes the metadata.
 
-        Raises A3Error, which names the layer, if a sum is not finite.
+        Layers that are not finished are finished first. The record has the hash of each stored
+        tensor, so that any damage of the file is noticed. Raises A3Error, which names the layer, if
+        a sum is not finite.
         """
-        save(path, self.tensors, {"kind": self.kind, **record})
+        for layer in (*self.tensors, *self.triangles):
+            self.finish(layer)
+        self.spool.save(path, {"kind": self.kind, **record})
+        self.spool.close()
 
 
-def save(path: Path, sums: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write sums and their sealed record atomically; raises A3Error if a sum is not finite.
+def require_finite_sums(value: Tensor, what: str) -> None:
+    """Raise A3Error if sums hold NaN or Inf; `what` names the tensor and its file.
 
-    The record has the hash of each sum, so that any damage of the file is noticed.
+    Packed correlations cannot: no |S_ij| exceeds both S_ii and S_jj, so their diagonal tells.
     """
-    for key, value in sums.items():
-        require_finite(value, f"{path}: tensor {key!r}", FINITE_SUMS)
-    tensors = {key: value.cpu().contiguous() for key, value in sums.items()}
-    hashes = {key: sum_hash(value) for key, value in tensors.items()}
-    # One metadata key only: safetensors writes several in random order.
-    metadata = {"a3": json.dumps(seal(record | {"sums": hashes}), sort_keys=True)}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def sum_hash(value: Tensor) -> str:
-    """Hex SHA-256 of a float64 tensor's shape and bytes."""
-    digest = hashlib.sha256(repr(tuple(value.shape)).encode())
-    digest.update(value.contiguous().numpy())
-    return digest.hexdigest()
+    if value.is_floating_point():
+        require_finite(value, what, FINITE_SUMS)
 
 
 def merge(shards: list["Rxx"], out: Path) -> None:
     """Add the sums of all shards of one collection, in order, so that the bytes are deterministic.
 
-    Raises A3Error if a shard is missing, occurs twice, or was collected with other settings.
+    One layer is in memory at a time. Packed triangles add up to the unsharded sum within the errors
+    of packing (a3.rxx.packed): that of each shard, and once more that of their sum. Raises A3Error
+    if a shard is missing, occurs twice, or was collected with other settings.
     """
     records = [shard.settings for shard in shards]
     for shard, record in zip(shards, records, strict=True):
@@ -130,9 +170,13 @@ def merge(shards: list["Rxx"], out: Path) -> None:
                 f"{shard.path}: its sums have other names or shapes than those of "
                 f"{shards[0].path}. Collect the older one again."
             )
-    add = partial(join, form=KINDS[records[0]["kind"]].form)
-    sums = {key: reduce(add, (one.sums(key) for one in shards)) for key in shards[0].names()}
-    save(out, sums, records[0] | {"tokens": tokens, "shards": len(shards)})
+    with hidden_folder(out, {}) as folder:
+        total = Accumulator(records[0]["kind"], 1, folder)
+        for layer in shards[0].layers():
+            for shard in shards:
+                total.add_stored(layer, shard.stored(layer))
+            total.finish(layer)
+        total.save(out, records[0] | {"tokens": tokens, "shards": len(shards)})
 
 
 class Rxx:
@@ -145,23 +189,9 @@ class Rxx:
     def __init__(self, path: Path, kind: str, **model: str) -> None:
         """`model` has the values that the record must match: weights_sha256, config_sha256."""
         self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-            record = json.loads(self._file.metadata()["a3"])
-        except FileNotFoundError:
-            raise A3Error(f"{path}: no such file. Collect {kind!r} first (a3 collect).") from None
-        except (
-            SafetensorError,
-            OSError,
-            TypeError,
-            KeyError,
-            ValueError,
-            RecursionError,
-        ) as error:
-            raise A3Error(
-                f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
-            ) from error
-        self.record = unseal(record, path)
+        absent = f"Collect {kind!r} first (a3 collect)."
+        self._file, self.record = open_sealed(path, absent)
+        self._types = types_of(self._file)
         self._check_record({"kind": kind} | model)
 
     def _check_record(self, expected: dict[str, str]) -> None:
@@ -181,6 +211,18 @@ class Rxx:
                 f"{self.path}: it holds the sums {self.names()}, but its record names {named}: "
                 "damaged. Collect again."
             )
+        if (kind := self.record["kind"]) not in KINDS:
+            raise A3Error(
+                f"{self.path}: statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}."
+            )
+        packed = KINDS[kind].form in TRIANGULAR_FORMS
+        for key, (dtype, _) in self._types.items():
+            wanted = "U8" if packed and key.count(".") == 1 else "F64"
+            if dtype != wanted:
+                raise A3Error(
+                    f"{self.path}: tensor {key!r} is {dtype}, expected {wanted}. Another version "
+                    "of a3 wrote it, or it is damaged: collect again."
+                )
 
     @property
     def tokens(self) -> int:
@@ -199,31 +241,44 @@ class Rxx:
 
     def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
         """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
-        value = self._read(f"layers.{layer}", shape)
-        return value if KINDS[self.record["kind"]].form == "peak" else value / self.tokens
+        key, form = f"layers.{layer}", KINDS[self.record["kind"]].form
+        if form in TRIANGULAR_FORMS:
+            n = shape[-1]
+            packed = self._read(key, (n * (n - 1) // 2, 3))
+            return square(self._read(f"{key}.diagonal", (n,)) / self.tokens, packed)
+        value = self._read(key, shape)
+        return value if form == "peak" else value / self.tokens
 
     def counts(self, layer: int, experts: int) -> Tensor:
         """How many tokens reached each expert, (E,)."""
         return self._read(f"layers.{layer}.counts", (experts,))
 
     def names(self) -> list[str]:
-        """Names of all sums."""
-        return sorted(self._file.keys())
+        """Names of all stored tensors."""
+        return list(self._types)
+
+    def layers(self) -> list[int]:
+        """Numbers of all layers."""
+        return sorted({int(name.split(".")[1]) for name in self.names()})
 
     def shapes(self) -> dict[str, list[int]]:
-        """Shape of each sum, without reading it."""
-        return {key: self._file.get_slice(key).get_shape() for key in self.names()}
+        """Shape of each stored tensor, without reading it."""
+        return {key: shape for key, (_, shape) in self._types.items()}
+
+    def stored(self, layer: int) -> dict[str, Tensor]:
+        """The stored tensors of one layer by name; raises A3Error if one is damaged."""
+        return {key: self.sums(key) for key in self.names() if int(key.split(".")[1]) == layer}
 
     def sums(self, key: str) -> Tensor:
-        """One sum as it was written; raises A3Error if it is missing or damaged."""
+        """One tensor as it was written; raises A3Error if it is missing or damaged."""
         if key not in self.record["sums"]:
             raise A3Error(f"{self.path}: no tensor {key!r}. Collect again.")
         value = self._file.get_tensor(key)
-        if value.dtype != torch.float64 or sum_hash(value) != self.record["sums"][key]:
+        if sum_hash(value) != self.record["sums"][key]:
             raise A3Error(
                 f"{self.path}: tensor {key!r} changed since it was written: damaged. Collect again."
             )
-        require_finite(value, f"{self.path}: tensor {key!r}", FINITE_SUMS)
+        require_finite_sums(value, f"{self.path}: tensor {key!r}")
         return value
 
     def _read(self, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -411,11 +411,12 @@ def test_a_full_disk_leaves_nothing(work, tmp_path, command):
     done = subprocess.run(
         [sys.executable, "-m", "a3", *map(str, arguments)],
         capture_output=True, text=True, preexec_fn=limit_files,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path != tmp_path / "out"]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

@@ -282,11 +282,13 @@ def hash_of(value: torch.Tensor) -> int:
     return hash(value.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def read_rxx(folder: Path) -> Any:
-    arch = load_arch(folder / "results/models/tiny")
-    rxx = Rxx(folder / "results/rxx/tiny/short/v_blocks.safetensors", "v_blocks")
-    shape = arch.statistic_shape(FORMS["v_blocks"])
-    return rxx.record, digest({str(i): rxx.R(i, shape) for i in range(arch.layers)})
+def read_rxx(file: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        arch, path = load_arch(folder / "results/models/tiny"), folder / file
+        rxx, shape = Rxx(path, path.stem), arch.statistic_shape(FORMS[path.stem])
+        return rxx.record, digest({str(i): rxx.R(i, shape) for i in range(arch.layers)})
+
+    return read
 
 
 def read_dense(folder: Path) -> Any:
@@ -343,10 +345,13 @@ def read_checkpoint_shards(folder: Path) -> Any:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def read_shards(folder: Path) -> Any:
-    out = folder / "v_blocks.safetensors"
-    merge_shards([folder / f"shards/{i}of2/v_blocks.safetensors" for i in range(2)], out)
-    return sha256(out), Record.read(out.with_suffix(".timing.json")).data
+def read_shards(kind: str) -> Callable[[Path], Any]:
+    def read(folder: Path) -> Any:
+        out = folder / f"{kind}.safetensors"
+        merge_shards([folder / f"shards/{i}of2/{kind}.safetensors" for i in range(2)], out)
+        return sha256(out), Record.read(out.with_suffix(".timing.json")).data
+
+    return read
 
 
 def read_results(folder: Path) -> Any:
@@ -390,8 +395,11 @@ def second(value: Any) -> Any:
 
 
 CHECKPOINT = f"results/checkpoints/{TAIL}"
+BLOCKS_FILE = "results/rxx/tiny/short/v_blocks.safetensors"
+PACKED_FILE = "shards/1of2/o_proj_input.safetensors"
 READERS = {
-    "Rxx": Reader("results/rxx/tiny/short/v_blocks.safetensors", read_rxx, TENSORS),
+    "Rxx": Reader(BLOCKS_FILE, read_rxx(BLOCKS_FILE), TENSORS),
+    "packed Rxx": Reader(PACKED_FILE, read_rxx(PACKED_FILE), TENSORS),
     "dense weights": Reader("results/models/tiny/model.safetensors", read_dense, TENSORS),
     "dense weights, no record": Reader("tiny/model.safetensors", read_own, TENSORS, True, second),
     "config.json, no record": Reader("tiny/config.json", read_own_config, JSON, True, second),
@@ -402,8 +410,9 @@ READERS = {
     "approx.json": Reader(f"{CHECKPOINT}/approx.json", read_compressed, JSON),
     "checkpoint shard": Reader("approx-shards/1of2.safetensors", read_checkpoint_shards, TENSORS),
     "checkpoint shard's JSON": Reader("approx-shards/1of2.json", read_checkpoint_shards, JSON),
-    "shard": Reader("shards/1of2/v_blocks.safetensors", read_shards, TENSORS),
-    "shard's seconds": Reader("shards/1of2/v_blocks.timing.json", read_shards, JSON),
+    "shard": Reader("shards/1of2/v_blocks.safetensors", read_shards("v_blocks"), TENSORS),
+    "packed shard": Reader(PACKED_FILE, read_shards("o_proj_input"), TENSORS),
+    "shard's seconds": Reader("shards/1of2/v_blocks.timing.json", read_shards("v_blocks"), JSON),
     "result": Reader(f"results/eval/{TAIL}/ppl/score.json", read_results, JSON),
     "config": Reader("config.yaml", read_config, (*TEXT, wrong_type, wrong_type, wrong_key), True),
     "experiments": Reader("experiments.tsv", read_table, TEXT, True),
@@ -426,8 +435,9 @@ def prepare(folder: Path) -> None:
         solving = ["--rxx", results / "rxx/tiny/short", "--ratio", "0.25", "--shard", f"{i}of2"]
         run("approx", model, *solving, "-o", folder / f"approx-shards/{i}of2.safetensors")
         collecting = ["--text", text, "--tokens", "256", "--block-length", "64"]
-        out = folder / f"shards/{i}of2/v_blocks.safetensors"
-        run("collect", model, *collecting, "--shard", f"{i}of2", "-o", out)
+        kinds = ("v_blocks", "o_proj_input")
+        outputs = [folder / f"shards/{i}of2/{kind}.safetensors" for kind in kinds]
+        run("collect", model, *collecting, "--shard", f"{i}of2", "-o", *outputs)
     for name, said in (("config.yaml", CONFIG), ("safe.yaml", CONFIG), ("experiments.tsv", TABLE)):
         (folder / name).write_text(said)
     write_gguf(folder / "tiny", folder / "tiny.gguf")

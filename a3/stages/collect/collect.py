@@ -1,6 +1,5 @@
 """Stage collect: computes Rxx files in one pass of the model over the calibration blocks."""
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from a3.models.compressed import dense_or_compressed
 from a3.models.load import load_model, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS
+from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, stored_bytes
 from a3.stages.collect.fisher import run_backward
 from a3.stages.collect.gradients import run_gradients
 from a3.stages.collect.hooks import SITES, attach_all, run
@@ -247,11 +246,11 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
 
 def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
     """Print the estimated cost before the run starts."""
-    total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
+    total = sum(stored_bytes(vars(arch), kind) for kind in outputs)
     LOG.info(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "
-        f"{total * arch.layers * 8 / 2**20:.1f} MiB"
+        f"{total / 2**20:.1f} MiB"
         f"{'; one layer at a time' if streamed else ''}",
     )
 

@@ -66,8 +66,7 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         if site == "q":
             accumulator.add_sum(layer, by_factors(queries(x, arch), queries(g, arch), arch))
         else:
-            flat = g.flatten(0, -2).float()
-            accumulator.add_sum(layer, (flat.T @ flat).double())
+            accumulator.add(layer, g.flatten(0, -2))
 
     return [trunk.get_submodule(name).register_forward_hook(on_output)]
 

@@ -49,13 +49,13 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         if projection == "down":
-            bias = 0.0 if module.bias is None else module.bias.double()
-            accumulator.add(layer, output.flatten(0, -2).double() - bias)
+            x = output.flatten(0, -2)
+            accumulator.add(layer, x if module.bias is None else x.float() - module.bias.float())
         else:
             accumulator.add(layer, activation(output, projection, arch))
 
     def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        accumulator.add(layer, inputs[0].flatten(0, -2).double())
+        accumulator.add(layer, inputs[0].flatten(0, -2))
 
     if site == projection:
         return module.register_forward_hook(on_output)
