@@ -36,7 +36,7 @@ from a3.solutions.functions import solver_of
 from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
 from a3.solutions.plan import LEAST, Plan
 from a3.stages.collect.hooks import attach_all
-from a3.stages.collect.stream import empty_trunk
+from a3.models.layerwise import empty_on
 
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
 START = 5.0
@@ -199,7 +199,7 @@ class Trial:
         """The trunk with one layer; random weights, zero embeddings (which take no memory)."""
         config = load_config(self.folder)
         config.num_hidden_layers = 1
-        trunk = empty_trunk(config, dtype, self.device).eval()
+        trunk = empty_on(config, dtype, self.device).base_model
         for name, weight in list(trunk.named_parameters()):
             fill = 0.01 if name.startswith(self.arch.adapter.layer_path) else 0.0
             make = partial(torch.full, fill_value=fill) if fill else torch.zeros

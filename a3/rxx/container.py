@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from a3.core.errors import A3Error
@@ -48,9 +48,10 @@ def join(one: Tensor, other: Tensor, form: str) -> Tensor:
 class Accumulator:
     """Sums of one kind over all layers; float64 throughout, one product per block of tokens."""
 
-    def __init__(self, kind: str, heads: int) -> None:
+    def __init__(self, kind: str, heads: int, spool: Path | None = None) -> None:
         self.kind = kind
         self.heads = heads
+        self.spool = spool
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, layer: int, x: Tensor) -> None:
@@ -73,11 +74,21 @@ class Accumulator:
         known = self.tensors[key]
         join(known, value.to(known.device), KINDS[self.kind].form)
 
+    def finish(self, layer: int) -> None:
+        """The sums of a layer are complete: with a spool, they go to a file of their own there."""
+        if self.spool is not None:
+            own = {f"layers.{layer}", f"layers.{layer}.counts"} & self.tensors.keys()
+            with whole_file(self.spool / f"{self.kind}.{layer}.safetensors") as temporary:
+                save_file({key: self.tensors.pop(key).cpu() for key in own}, temporary)
+
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write the file atomically; `record` (tokens, hashes, settings) becomes the metadata.
 
         Raises A3Error, which names the layer, if a sum is not finite.
         """
+        if self.spool is not None:
+            for file in sorted(self.spool.glob(f"{self.kind}.*.safetensors")):
+                self.tensors |= load_file(file)
         save(path, self.tensors, {"kind": self.kind, **record})
 
 
