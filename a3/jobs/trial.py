@@ -27,6 +27,7 @@ from a3.models.cost import (
     stream_cost,
 )
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.layerwise import empty_on
 from a3.models.load import load_config
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
@@ -36,7 +37,6 @@ from a3.solutions.functions import solver_of
 from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
 from a3.solutions.plan import LEAST, Plan
 from a3.stages.collect.hooks import attach_all
-from a3.models.layerwise import empty_on
 
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
 START = 5.0

@@ -61,6 +61,7 @@ class Layerwise:
     """
 
     def __init__(self, model: PreTrainedModel, arch: Arch) -> None:
+        self.arch = arch
         self.model = model.eval().requires_grad_(False)
         self.dtype: torch.dtype = model.dtype
         self.trunk: nn.Module = model.base_model
@@ -136,8 +137,9 @@ class Streamed(Layerwise):
     Raises A3Error if the checkpoint lacks a tensor.
     """
 
-    def __init__(self, folder: Path, arch: Arch, dtype: str, device: torch.device) -> None:
-        model = empty_on(load_config(folder, **PLAIN), dtype, device)
+    def __init__(self, folder: Path, arch: Arch, dtype: str, device: str) -> None:
+        self.device = torch.device(device)
+        model = empty_on(load_config(folder, **PLAIN), dtype, self.device)
         layers = f"{arch.adapter.prefix}.{arch.adapter.layer_path}."
         self.checkpoint = Checkpoint(folder, arch.adapter.prefix)
         known = set(self.checkpoint.names())
@@ -148,7 +150,6 @@ class Streamed(Layerwise):
             if not name.startswith(layers)
         }
         super().__init__(model, arch)
-        self.arch, self.device = arch, device
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
@@ -217,7 +218,7 @@ class Streamed(Layerwise):
 def layerwise(folder: Path, arch: Arch, dtype: str, device: str, stream: bool) -> Layerwise:
     """The model of a dense or compressed folder, in memory or, with `stream`, read when needed."""
     if stream:
-        return Streamed(folder, arch, dtype, torch.device(device))
+        return Streamed(folder, arch, dtype, device)
     return Layerwise(load_model(folder, dtype).to(device), arch)
 
 
