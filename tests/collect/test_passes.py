@@ -1,6 +1,6 @@
 """Layer by layer, up and down: the same bytes as passes over the whole model, and after a kill."""
 
-import signal
+import json
 import subprocess
 import sys
 
@@ -171,41 +171,54 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
     lost = "model.layers.1.input_layernorm.weight"
     arch = load_arch(dense)
     save_file({n: t for n, t in tensors.items() if n != lost}, dense / "model.safetensors")
-    with pytest.raises(A3Error, match="no tensor for layers.1.input_layernorm.weight"):
-        with Streamed(dense, arch, "float32", "cpu").layer(1):
-            pass
+    with (
+        pytest.raises(A3Error, match=r"no tensor for layers\.1\.input_layernorm\.weight"),
+        Streamed(dense, arch, "float32", "cpu").layer(1),
+    ):
+        pass
     save_file(
         {n: t for n, t in tensors.items() if n != "lm_head.weight"}, dense / "model.safetensors"
     )
-    with pytest.raises(A3Error, match="no tensor for lm_head.weight"):
-        with Streamed(dense, arch, "float32", "cpu").entrance():
-            pass
+    with (
+        pytest.raises(A3Error, match=r"no tensor for lm_head\.weight"),
+        Streamed(dense, arch, "float32", "cpu").entrance(),
+    ):
+        pass
 
 
 # --- after a kill ---
 
 KINDS_OF_ALL_PASSES = ("q_blocks", "down_diagonal", "attention_fisher", "mlp_gradient")
 
-# Kills itself by SIGKILL when a given step is to be noted as done, before or after.
+# Embedding, three layers up, head, three layers down, and the last two once more: a child for each
+# step kills itself when that step is to be noted as done, before or after.
+STOPS = ((0, "after"), (2, "before"), (5, "after"), (7, "before"), (12, "before"))
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
-from a3.stages.collect import work
 from a3.stages.collect.collect import collect
+from a3.stages.collect.work import Work
 
-folder, step, before = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "before"
-write = work.Work.write
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+outputs = {kind: folder / "out" / f"{kind}.safetensors" for kind in settings.pop("kinds")}
+write = Work.write
+for step, when in settings.pop("stops"):
+    child = os.fork()
+    if not child:
+        def killed(self):
+            for moment in ("before", "after"):
+                if self.done == step and when == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if moment == "before":
+                    write(self)
 
-def killed(self):
-    if self.done == step and before:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self)
-    if self.done == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-work.Work.write = killed
-outputs = {kind: folder / "out" / f"{kind}.safetensors" for kind in sys.argv[4].split()}
-collect(folder / "dense", folder / "text.txt", outputs, **eval(sys.argv[5]), state=folder / "state")
+        Work.write = killed
+        text, state = folder / "text.txt", folder / "state"
+        collect(folder / "dense", text, outputs, **settings, state=state)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert json.loads(Path(folder, "state/steps.json").read_text())["done"] <= step
 """
 
 
@@ -213,13 +226,9 @@ def test_after_a_kill_a_collection_goes_on(tmp_path):
     dense, text = prepare(tmp_path, "llama"), tmp_path / "text.txt"
     whole, again = (outputs_in(tmp_path / name, KINDS_OF_ALL_PASSES) for name in ("whole", "out"))
     collect(dense, text, whole, **RUN)
-    # Embedding, three layers up, head, three layers down, and the same once more.
-    for step, when in ((0, "after"), (2, "before"), (5, "after"), (7, "before"), (12, "before")):
-        kinds = " ".join(KINDS_OF_ALL_PASSES)
-        words = [str(tmp_path), str(step), when, kinds, repr(RUN)]
-        done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        assert read_record(tmp_path / "state/steps.json")["done"] == step - (when == "before")
+    words = json.dumps(RUN | {"kinds": KINDS_OF_ALL_PASSES, "stops": STOPS})
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), words], check=True)
+    assert read_record(tmp_path / "state/steps.json")["done"] == 11
     collect(dense, text, again, **RUN, state=tmp_path / "state")
     for kind in KINDS_OF_ALL_PASSES:
         assert again[kind].read_bytes() == whole[kind].read_bytes()
@@ -255,7 +264,7 @@ def test_a_state_of_other_settings_is_refused(tmp_path, monkeypatch):
         collect(dense, text, outputs, **RUN | {"seed": 1}, state=state)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("mine")
-    with pytest.raises(A3Error, match="mine: holds notes and no steps.json"):
+    with pytest.raises(A3Error, match=r"mine: holds notes and no steps\.json"):
         collect(dense, text, outputs, **RUN, state=tmp_path / "mine")
     assert (tmp_path / "mine/notes").read_text() == "mine"
 

@@ -48,8 +48,8 @@ def perplexity(
     Documents are joined and cut as `scored_blocks` says, and scored block by block: each token but
     a block's first, given those before it in the block. `source` is the record beside docs.jsonl,
     which says where the text is from. With `stream`, or if the weights do not fit in the available
-    memory, only one layer at a time is in memory. Raises A3Error for a text too short, blocks longer than the
-    model has positions, and losses that are not finite.
+    memory, only one layer at a time is in memory. Raises A3Error for a text too short, blocks
+    longer than the model has positions, and losses that are not finite.
     """
     require_positions(model_folder, block_length)
     subject = Evaluated(model_folder)
