@@ -116,19 +116,6 @@ def stream_cost(
     return Cost(whole.memory - spared_memory(arch, dtype), whole.flops)
 
 
-def collect_files(arch: dict[str, Any], tokens: int, dtype: str, kinds: Iterable[str]) -> int:
-    """Bytes on disk of the hidden states of a collection, and of gradients by them, until its end.
-
-    Hidden states and gradients of all blocks are there twice, and for blocks that are used for
-    gradients the inputs of all layers.
-    """
-    forms = {KINDS[kind].form for kind in kinds}
-    fisher, sampled = "fisher" in forms, not forms.isdisjoint(SAMPLED_FORMS)
-    states = 2 + 2 * fisher + 2 * sampled / GRADIENT_BLOCKS
-    states += arch["layers"] * max(fisher, sampled / GRADIENT_BLOCKS)
-    return int(states * tokens) * arch["hidden_size"] * WIDTHS[dtype]
-
-
 def layer_parameters(arch: dict[str, Any]) -> int:
     """Parameters of one layer."""
     outside = 2 * arch["vocab_size"] * arch["hidden_size"]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from a3.core.dtypes import WIDTHS
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -106,6 +108,19 @@ def statistics_memory(arch: Mapping[str, Any], kinds: Iterable[str]) -> int:
     """Bytes of the sums of these kinds over all layers."""
     sizes = (math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
     return 8 * arch["layers"] * sum(sizes)
+
+
+def states_disk(arch: Mapping[str, Any], tokens: int, dtype: str, kinds: Iterable[str]) -> int:
+    """Bytes of the files in which a collection of these kinds has hidden states until its end.
+
+    Those of all blocks are there twice, and so are the gradients by them; blocks that are used for
+    gradients also have the inputs of all layers.
+    """
+    forms = {KINDS[kind].form for kind in kinds}
+    fisher, sampled = "fisher" in forms, not forms.isdisjoint(SAMPLED_FORMS)
+    used = max(fisher, sampled / GRADIENT_BLOCKS)
+    copies = 2 + arch["layers"] * used + 2 * (fisher + sampled / GRADIENT_BLOCKS)
+    return int(copies * tokens) * arch["hidden_size"] * WIDTHS[dtype]
 
 
 # Statistics from which spectra are computed.

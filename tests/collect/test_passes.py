@@ -197,11 +197,11 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from a3.stages.collect.collect import collect
-from a3.stages.collect.work import Work
+from a3.stages.collect.state import State
 
 folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
 outputs = {kind: folder / "out" / f"{kind}.safetensors" for kind in settings.pop("kinds")}
-write = Work.write
+write = State.write
 for step, when in settings.pop("stops"):
     child = os.fork()
     if not child:
@@ -212,7 +212,7 @@ for step, when in settings.pop("stops"):
                 if moment == "before":
                     write(self)
 
-        Work.write = killed
+        State.write = killed
         text, state = folder / "text.txt", folder / "state"
         collect(folder / "dense", text, outputs, **settings, state=state)
         os._exit(1)

@@ -20,15 +20,14 @@ from a3.models.arch import (
 )
 from a3.models.checkpoint import check_small, model_source
 from a3.models.compressed import dense_or_compressed
-from a3.models.cost import collect_files
 from a3.models.layerwise import fits, layerwise
 from a3.models.load import load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS
+from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, states_disk
 from a3.stages.collect.hooks import SITES
 from a3.stages.collect.passes import Passes, run_passes
-from a3.stages.collect.work import work_in
+from a3.stages.collect.state import state_in
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents, text_sha256
 
@@ -91,11 +90,11 @@ def collect(
     )
     announce(arch, outputs, blocks, dtype, stream)
     settings = record | {"kinds": sorted(outputs), "tokens": blocks.numel(), "device": device}
-    with work_in(state, settings) as work:
-        passes = passes_of(arch, outputs, work.sums)
+    with state_in(state, settings) as kept:
+        passes = passes_of(arch, outputs, kept.sums)
         model = layerwise(model_folder, arch, dtype, device, stream)
-        run_passes(model, arch, passes, blocks.to(device), sampled, work)
-        timing = {"seconds": work.seconds, "tokens_per_second": blocks.numel() / work.seconds}
+        run_passes(model, arch, passes, blocks.to(device), sampled, kept)
+        timing = {"seconds": kept.seconds, "tokens_per_second": blocks.numel() / kept.seconds}
         save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
         drawn = len(sampled) * block_length
         save(outputs, passes.gradients, record | {"tokens": drawn}, timing)
@@ -207,7 +206,7 @@ def announce(
 ) -> None:
     """Print the estimated cost before the run starts."""
     total = sum(math.prod(arch.statistic_shape(KINDS[kind])) for kind in outputs)
-    files = collect_files(arch.to_json(), blocks.numel(), dtype, outputs)
+    files = states_disk(vars(arch), blocks.numel(), dtype, outputs)
     LOG.info(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "

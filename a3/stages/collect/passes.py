@@ -19,7 +19,7 @@ from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
 from a3.stages.collect import fisher, gradients
 from a3.stages.collect.hooks import attach_all
-from a3.stages.collect.work import Work
+from a3.stages.collect.state import State
 
 # Hooks statistics onto one layer, and yields what has to be called after each block.
 Observe = Callable[
@@ -54,7 +54,7 @@ class Down:
 
 
 def run_passes(
-    model: Layerwise, arch: Arch, passes: Passes, blocks: Tensor, sampled: list[int], work: Work
+    model: Layerwise, arch: Arch, passes: Passes, blocks: Tensor, sampled: list[int], state: State
 ) -> None:
     """Collect all statistics over blocks (N, L); gradients by activations over `sampled` ones.
 
@@ -69,7 +69,7 @@ def run_passes(
     ]
     downs = [down for down in downs if down.accumulators]
     kept = sorted({number for down in downs for number in down.numbers})
-    walk = Walk(model, arch, blocks, kept, work)
+    walk = Walk(model, arch, blocks, kept, state)
     walk.up(passes.forward)
     for down in downs:
         walk.down(down)
@@ -83,9 +83,9 @@ class Walk:
     """
 
     def __init__(
-        self, model: Layerwise, arch: Arch, blocks: Tensor, kept: list[int], work: Work
+        self, model: Layerwise, arch: Arch, blocks: Tensor, kept: list[int], state: State
     ) -> None:
-        self.model, self.arch, self.blocks, self.work = model, arch, blocks, work
+        self.model, self.arch, self.blocks, self.state = model, arch, blocks, state
         self.place = {number: place for place, number in enumerate(kept)}
         self.hidden = self.tensor("hidden", 2, len(blocks))
         self.inputs = self.tensor("inputs", arch.layers, len(kept)) if kept else None
@@ -93,7 +93,7 @@ class Walk:
     def tensor(self, name: str, *counts: int) -> Tensor:
         """Hidden states or gradients (…, L, d) in a file."""
         shape = (*counts, self.blocks.shape[1], self.arch.hidden_size)
-        return self.work.tensor(name, shape, self.model.dtype)
+        return self.state.tensor(name, shape, self.model.dtype)
 
     def copy(self, states: Tensor) -> Tensor:
         """States (L, d) of a file where the model is, (1, L, d)."""
@@ -103,10 +103,10 @@ class Walk:
         """From the embedding to the last layer, with the sums of activations."""
         with self.model.entrance():
             self.model.record(self.blocks[0])
-            for _ in self.work.todo(["embedding"]):
+            for _ in self.state.todo(["embedding"]):
                 for number, block in enumerate(self.blocks):
                     self.hidden[0, number] = self.model.enter(block)[0]
-        steps = self.work.todo(range(self.arch.layers))
+        steps = self.state.todo(range(self.arch.layers))
         with self.bar("collect", len(self.blocks)) as bar, torch.no_grad():
             for layer in steps:
                 source, target = self.hidden[layer % 2], self.hidden[(layer + 1) % 2]
@@ -124,14 +124,14 @@ class Walk:
         assert self.inputs is not None
         layers = self.arch.layers
         gradients = self.tensor(f"{one.name}-gradients", 2, len(one.numbers))
-        for _ in self.work.todo(["head"]):
+        for _ in self.state.todo(["head"]):
             with self.model.exit():
                 for place, number in enumerate(one.numbers):
                     x = self.copy(self.hidden[layers % 2, number]).requires_grad_()
                     one.loss(self.model, x, self.blocks[number]).backward()
                     gradients[layers % 2, place] = x.grad[0]
         with self.bar(one.name, len(one.numbers)) as bar:
-            for layer in self.work.todo(reversed(range(layers))):
+            for layer in self.state.todo(reversed(range(layers))):
                 source, target = gradients[(layer + 1) % 2], gradients[layer % 2]
                 observed = one.observe(self.model, self.arch, layer, one.accumulators)
                 with self.model.layer(layer), observed as after_block:

@@ -1,4 +1,4 @@
-"""The files of a collection that do not fit in memory, and which of its steps are done."""
+"""The state of a collection on disk: hidden states, finished sums, and which steps are done."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ STEPS = "steps.json"
 Step = TypeVar("Step")
 
 
-class Work:
+class State:
     """A folder of memory-mapped tensors and finished sums.
 
     With `settings`, a collection with the same settings goes on from this folder after a kill. A
@@ -93,12 +93,12 @@ class Work:
 
 
 @contextmanager
-def work_in(folder: Path | None, settings: dict[str, Any]) -> Iterator[Work]:
-    """The work of a collection; its folder (None: a temporary one) is removed at its end."""
+def state_in(folder: Path | None, settings: dict[str, Any]) -> Iterator[State]:
+    """The state of a collection; its folder (None: a temporary one) is removed at its end."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="a3-collect-") as name:
-            yield Work(Path(name), None)
+            yield State(Path(name), None)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        yield Work(folder, settings)
+        yield State(folder, settings)
         shutil.rmtree(folder)
