@@ -161,6 +161,12 @@ def add_shard(one: argparse.ArgumentParser) -> None:
     one.add_argument("--shard", type=values.shard, metavar="KofN", help=text)
 
 
+def add_stream(one: argparse.ArgumentParser) -> None:
+    """Whether one layer at a time is in memory."""
+    text = "keep one layer at a time in memory (default: where all weights do not fit)"
+    one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text)
+
+
 def add_results(one: argparse.ArgumentParser, **options: Any) -> None:
     """The folder of results."""
     text = "folder of results, in which the workflow writes models, statistics, scores …"

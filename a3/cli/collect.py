@@ -1,6 +1,5 @@
 """Commands for statistics: a3 collect, merge."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from a3.cli.arguments import (
     add_rows,
     add_run,
     add_shard,
+    add_stream,
     add_text,
     folder,
 )
@@ -56,8 +56,7 @@ def add_collect(commands: Any) -> None:
     text_ = "<kind>.safetensors of each statistic: q_blocks, down_diagonal …"
     add_out(one, targets.STATISTICS, "FILE", text_, nargs="+")
     add_rows(one, type=values.rows(*ROW, least=0), default=[])
-    text_ = "keep one layer at a time in memory (default: where all weights do not fit)"
-    one.add_argument("--stream", action=argparse.BooleanOptionalAction, help=text_)
+    add_stream(one)
     add_shard(one)
     add_run(add_blocks(one, tokens=32768, seed=True))
 

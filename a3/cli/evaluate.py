@@ -17,6 +17,7 @@ from a3.cli.arguments import (
     add_out,
     add_run,
     add_seed,
+    add_stream,
     add_text,
     folder,
     ratio,
@@ -70,6 +71,7 @@ def add_perplexity(commands: Any) -> None:
     text_ = "what to put between two documents"
     one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
     add_out(one, targets.PERPLEXITY, "FILE", "JSON file to write")
+    add_stream(one)
     add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
 
 

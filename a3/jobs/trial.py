@@ -26,6 +26,7 @@ from a3.models.cost import (
     stream_cost,
 )
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.layerwise import empty_on
 from a3.models.load import load_config
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
@@ -35,7 +36,6 @@ from a3.solutions.functions import solver_of
 from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
 from a3.solutions.plan import LEAST, Plan
 from a3.stages.collect.hooks import attach_all
-from a3.stages.collect.stream import empty_trunk
 
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
 START = 5.0
@@ -197,7 +197,7 @@ class Trial:
         """The trunk with one layer; random weights, zero embeddings (which take no memory)."""
         config = load_config(self.folder)
         config.num_hidden_layers = 1
-        trunk = empty_trunk(config, dtype, self.device).eval()
+        trunk = empty_on(config, dtype, self.device).base_model
         for name, weight in list(trunk.named_parameters()):
             fill = 0.01 if name.startswith(self.arch.adapter.layer_path) else 0.0
             make = partial(torch.full, fill_value=fill) if fill else torch.zeros

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -109,6 +110,10 @@ class Arch:
         """Module of one projection, relative to the trunk."""
         return self.adapter.module(layer, projection)
 
+    def layer_tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """All tensors of one layer by their names in the trunk, laid out as in memory."""
+        return self.adapter.layer_tensors(checkpoint, layer, vars(self))
+
 
 class CompressedArch(Arch):
     """What collecting statistics of projections' inputs needs to know about a compressed model.
@@ -121,6 +126,11 @@ class CompressedArch(Arch):
         """As in Arch."""
         name = self.adapter.packed_name(layer, projection).removeprefix(f"{self.adapter.prefix}.")
         return name.removesuffix(".weight")
+
+    def layer_tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+        """As in Arch; the files of compressed models have the names and layouts in memory."""
+        names = self.adapter.names_in(checkpoint, layer)
+        return {n.removeprefix(f"{self.adapter.prefix}."): checkpoint.tensor(n) for n in names}
 
 
 def is_compressed(folder: Path) -> bool:

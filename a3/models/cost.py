@@ -88,36 +88,47 @@ def collect_cost(
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
     A hook holds at most float64 copies of the widest activation of one block. Gradients need a
-    separate pass, which takes three times as long as one without gradients and keeps the
-    activations of all layers and the gradients of all weights in memory.
+    separate pass, which takes three times as long as one without gradients and holds the
+    activations and the gradients of weights of one layer, or the logits of a block. The sums of one
+    layer are in memory, and those of the others on disk.
     """
     h, kinds = arch["head_dim"], tuple(kinds)
     widest = max(arch["intermediate_size"], arch["heads"] * h)
     copies = 3 * 8 * block_length * widest
-    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
-    memory += arch["layers"] * sum(layer_memory(arch, kind) for kind in kinds)
-    passes = 1.0
+    forward = forward_memory(arch, block_length)
+    layer = forward + copies + sum(layer_memory(arch, kind) for kind in kinds)
+    passes, head = 1.0, 0
     forms = {KINDS[kind].form for kind in kinds}
     if forms & set(GRADIENT_FORMS):
         # Gradients by weights, or only by activations.
         passes += 3 * ("fisher" in forms)
         passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
-        memory += WIDTHS[dtype] * arch["size"]["parameters"]
-        memory += arch["layers"] * forward_memory(arch, block_length)
-        memory += 3 * 4 * block_length * arch["vocab_size"]
-    return Cost(LIBRARIES + memory, passes * tokens * arch["size"]["flops_per_token"])
+        layer += forward + ("fisher" in forms) * WIDTHS[dtype] * layer_parameters(arch)
+        head = 3 * 4 * block_length * arch["vocab_size"]
+    memory = LIBRARIES + weights_memory(arch, dtype) + max(layer, head)
+    return Cost(memory, passes * tokens * arch["size"]["flops_per_token"])
 
 
 def stream_cost(
     arch: dict[str, Any], tokens: int, block_length: int, dtype: str, kinds: Iterable[str]
 ) -> Cost:
-    """Cost of the same pass with one layer at a time in memory; hidden states are in a file."""
-    resident = weights_memory(arch, dtype)
-    outside = 2 * arch["vocab_size"] * arch["hidden_size"]
-    layer = max(0, arch["size"]["parameters"] - outside) // arch["layers"]
-    held = resident * min(1, (outside + layer) / arch["size"]["parameters"])
+    """Cost of the same passes with one layer at a time in memory."""
     whole = collect_cost(arch, tokens, block_length, dtype, kinds)
-    return Cost(whole.memory - resident + int(held), whole.flops)
+    return Cost(whole.memory - spared_memory(arch, dtype), whole.flops)
+
+
+def layer_parameters(arch: dict[str, Any]) -> int:
+    """Parameters of one layer."""
+    outside = 2 * arch["vocab_size"] * arch["hidden_size"]
+    return max(0, arch["size"]["parameters"] - outside) // arch["layers"]
+
+
+def spared_memory(arch: dict[str, Any], dtype: str) -> int:
+    """Bytes of weights that are not in memory if layers, embedding and head are read in turn."""
+    largest = max(layer_parameters(arch), arch["vocab_size"] * arch["hidden_size"])
+    parameters = arch["size"]["parameters"]
+    resident = weights_memory(arch, dtype)
+    return int(resident * (1 - min(1, largest / parameters)))
 
 
 def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) -> Cost:

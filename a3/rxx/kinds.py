@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from a3.core.dtypes import WIDTHS
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -124,6 +126,19 @@ def layer_memory(arch: Mapping[str, Any], kind: str) -> int:
         n = shape[-1]
         return 4 * n * (n + min(n, PANEL))
     return 8 * math.prod(shape)
+
+
+def states_disk(arch: Mapping[str, Any], tokens: int, dtype: str, kinds: Iterable[str]) -> int:
+    """Bytes of the files in which a collection of these kinds has hidden states until its end.
+
+    Those of all blocks are there twice, and so are the gradients by them; blocks that are used for
+    gradients also have the inputs of all layers.
+    """
+    forms = {KINDS[kind].form for kind in kinds}
+    fisher, sampled = "fisher" in forms, not forms.isdisjoint(SAMPLED_FORMS)
+    used = max(fisher, sampled / GRADIENT_BLOCKS)
+    copies = 2 + arch["layers"] * used + 2 * (fisher + sampled / GRADIENT_BLOCKS)
+    return int(copies * tokens) * arch["hidden_size"] * WIDTHS[dtype]
 
 
 # Statistics from which spectra are computed.

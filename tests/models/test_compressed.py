@@ -19,7 +19,7 @@ from a3.models.attention_a3 import scores_in_float32
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.rxx.kinds import GRADIENT_FORMS, KINDS
+from a3.rxx.kinds import KINDS
 from a3.solutions import qk
 from a3.solutions.modes import MODES as ALL
 from a3.solutions.modes import choose
@@ -170,8 +170,7 @@ def kinds_of(arch):
 
 def test_one_layer_at_a_time_gives_the_same_bytes(dense, tmp_path):
     arch = load_arch(dense / "dense")
-    kinds = [kind for kind in kinds_of(arch) if KINDS[kind].form not in GRADIENT_FORMS]
-    outputs = {kind: tmp_path / f"{kind}.safetensors" for kind in kinds}
+    outputs = {kind: tmp_path / f"{kind}.safetensors" for kind in kinds_of(arch)}
     collect(dense / "dense", dense / "text.txt", outputs, **SETTINGS, stream=True)
     for kind, path in outputs.items():
         assert path.read_bytes() == (dense / "rxx" / path.name).read_bytes(), kind

@@ -582,13 +582,6 @@ def test_shards_take_the_gradients_of_the_same_blocks(tmp_path, capsys):
     assert "shard 1of5: gradients use one block in 4, and none of its 2 blocks" in said
 
 
-def test_gradients_are_not_streamed(tmp_path, capsys):
-    gradient_model(tmp_path, "llama")
-    with pytest.raises(AssertionError):
-        collected(tmp_path, "rxx", GRADIENTS[:1], "--stream")
-    assert "gradients need the whole model in memory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["llama", "phi3", "cohere", "falcon-gqa"])
 def test_a_model_of_fewer_pairs_is_the_dense_one_with_factors(tmp_path, name):
     """End to end: dropped pairs have the factor 0, the others 1 - e of the least loss."""

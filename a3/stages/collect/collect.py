@@ -1,14 +1,10 @@
-"""Stage collect: computes Rxx files in one pass of the model over the calibration blocks."""
+"""Stage collect: computes Rxx files from passes of the model over the calibration blocks."""
 
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_record, write_record
@@ -23,14 +19,14 @@ from a3.models.arch import (
 )
 from a3.models.checkpoint import check_small, model_source
 from a3.models.compressed import dense_or_compressed
-from a3.models.load import load_model, load_tokenizer, require_positions
+from a3.models.layerwise import fits, layerwise
+from a3.models.load import load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, stored_bytes
-from a3.stages.collect.fisher import run_backward
-from a3.stages.collect.gradients import run_gradients
-from a3.stages.collect.hooks import SITES, attach_all, run
-from a3.stages.collect.stream import fits, run_streamed
+from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, states_disk, stored_bytes
+from a3.stages.collect.hooks import SITES
+from a3.stages.collect.passes import Passes, run_passes
+from a3.stages.collect.state import state_in
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents, text_sha256
 
@@ -55,6 +51,7 @@ def collect(
     device: str,
     shard: str | None = None,
     stream: bool | None = None,
+    state: Path | None = None,
 ) -> None:
     """Sum the statistics of each kind in `outputs` over `tokens` calibration tokens.
 
@@ -63,8 +60,10 @@ def collect(
     they cost three times as much and need less precision. `shard` "0of4" uses only the first
     quarter of the blocks. With `stream`, or if the weights do not fit in the available memory, only
     one layer at a time is in memory. Writes one safetensors file per kind, and its seconds to
-    `<kind>.timing.json`. Raises A3Error for an unknown kind, a text too short for one block a
-    shard, blocks longer than the model has positions, or sums that are not finite.
+    `<kind>.timing.json`. After a kill, a call with the same arguments goes on in the folder
+    `state`, which is removed at the end. Raises A3Error for an unknown kind, a text too short for
+    one block a shard, blocks longer than the model has positions, sums that are not finite, or a
+    `state` begun with other arguments.
     """
     require_known(outputs)
     arch = dense_or_compressed(model_folder)
@@ -74,19 +73,9 @@ def collect(
     blocks = calibration_blocks(model_folder, text, tokens=tokens, **cut)
     warn_if_short(arch, outputs, blocks.numel())
     blocks, sampled = of_shard(blocks, shard)
-    passes = passes_of(arch, outputs)
-    require_sampled(passes, blocks, sampled, shard)
-    if streamed := streams(arch, dtype) if stream is None else stream:
-        require_streamable(model_folder, arch, passes)
-    announce(arch, outputs, blocks, streamed)
-    start = time.perf_counter()
-    if streamed:
-        attach = partial(attach_all, arch, passes.forward)
-        run_streamed(model_folder, arch, attach, blocks.to(device), dtype)
-    else:
-        model = load_model(model_folder, dtype).to(device)
-        run_resident(model, arch, passes, blocks.to(device), sampled.to(device))
-    seconds = time.perf_counter() - start
+    require_sampled(outputs, blocks, sampled, shard)
+    if stream is None:
+        stream = not fits(arch.size["parameters"], dtype)
     record = provenance(
         __name__,
         *modules_of(model_folder),
@@ -98,25 +87,20 @@ def collect(
         **cut,
         **({} if shard is None else {"shard": shard}),
     )
-    timing = {"seconds": seconds, "tokens_per_second": blocks.numel() / seconds}
-    save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
-    save(outputs, passes.gradients, record | {"tokens": sampled.numel()}, timing)
+    announce(arch, outputs, blocks, dtype, stream)
+    settings = record | {"kinds": sorted(outputs), "tokens": blocks.numel(), "device": device}
+    with state_in(state, settings) as kept:
+        passes = passes_of(arch, outputs, kept.sums)
+        model = layerwise(model_folder, arch, dtype, device, stream)
+        run_passes(model, arch, passes, blocks.to(device), sampled, kept)
+        timing = {"seconds": kept.seconds, "tokens_per_second": blocks.numel() / kept.seconds}
+        save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
+        drawn = len(sampled) * block_length
+        save(outputs, passes.gradients, record | {"tokens": drawn}, timing)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """The statistics to collect, by the type of pass over the blocks that computes them."""
-
-    # Sums of activations.
-    forward: dict[str, Accumulator] = field(default_factory=dict)
-    # Gradients by weights.
-    fisher: dict[str, Accumulator] = field(default_factory=dict)
-    # Gradients by activations.
-    gradients: dict[str, Accumulator] = field(default_factory=dict)
-
-
-def passes_of(arch: Arch, kinds: Iterable[str]) -> Passes:
-    """An empty accumulator for each of the kinds."""
+def passes_of(arch: Arch, kinds: Iterable[str], sums: Path) -> Passes:
+    """An empty accumulator for each of the kinds; finished layers go to the folder `sums`."""
     passes = Passes()
     for kind in kinds:
         form = KINDS[kind].form
@@ -124,20 +108,8 @@ def passes_of(arch: Arch, kinds: Iterable[str]) -> Passes:
             own = passes.gradients
         else:
             own = passes.fisher if form == "fisher" else passes.forward
-        own[kind] = Accumulator(kind, arch.heads_of(KINDS[kind].site))
+        own[kind] = Accumulator(kind, arch.heads_of(KINDS[kind].site), sums)
     return passes
-
-
-def run_resident(
-    model: PreTrainedModel, arch: Arch, passes: Passes, blocks: Tensor, sampled: Tensor
-) -> None:
-    """Collect all statistics from a model in memory; gradients use only the blocks `sampled`."""
-    if passes.forward:
-        run(model.base_model, arch, passes.forward, blocks)
-    if passes.fisher:
-        run_backward(model, arch, passes.fisher, blocks)
-    if passes.gradients:
-        run_gradients(model, arch, passes.gradients, sampled)
 
 
 def save(
@@ -168,14 +140,14 @@ def calibration_blocks(
     return blocks
 
 
-def of_shard(blocks: Tensor, shard: str | None) -> tuple[Tensor, Tensor]:
-    """The blocks (N, L) of a shard (or all), and those of them that are used for gradients.
+def of_shard(blocks: Tensor, shard: str | None) -> tuple[Tensor, list[int]]:
+    """The blocks (N, L) of a shard (or all), and which of them are used for gradients.
 
     The blocks used for gradients do not depend on the number of shards.
     """
     run_of = range(len(blocks)) if shard is None else share(len(blocks), shard, "blocks")
-    blocks = blocks[run_of.start : run_of.stop]
-    return blocks, blocks[-run_of.start % GRADIENT_BLOCKS :: GRADIENT_BLOCKS]
+    sampled = [number - run_of.start for number in run_of if number % GRADIENT_BLOCKS == 0]
+    return blocks[run_of.start : run_of.stop], sampled
 
 
 def require_known(kinds: Iterable[str]) -> None:
@@ -185,30 +157,14 @@ def require_known(kinds: Iterable[str]) -> None:
             raise A3Error(f"statistic {kind!r} is not known. Kinds: {', '.join(KINDS)}.")
 
 
-def require_sampled(passes: Passes, blocks: Tensor, sampled: Tensor, shard: str | None) -> None:
+def require_sampled(
+    kinds: Iterable[str], blocks: Tensor, sampled: list[int], shard: str | None
+) -> None:
     """Raise A3Error if a shard has no block that is used for gradients."""
-    if passes.gradients and not len(sampled):
+    if not sampled and any(KINDS[kind].form in SAMPLED_FORMS for kind in kinds):
         raise A3Error(
             f"shard {shard}: gradients use one block in {GRADIENT_BLOCKS}, and none "
             f"of its {len(blocks)} blocks is one of them. Collect in fewer shards."
-        )
-
-
-def streams(arch: Arch, dtype: str) -> bool:
-    """Whether to stream by default: if the model does not fit in memory and can be streamed."""
-    return not isinstance(arch, CompressedArch) and not fits(arch, dtype)
-
-
-def require_streamable(model_folder: Path, arch: Arch, passes: Passes) -> None:
-    """Raise A3Error for statistics and models that cannot be streamed."""
-    if isinstance(arch, CompressedArch):
-        raise A3Error(
-            f"{model_folder}: a compressed model is not read layer by layer yet. Remove --stream."
-        )
-    if found := passes.fisher | passes.gradients:
-        raise A3Error(
-            f"{', '.join(found)}: gradients need the whole model in memory, and "
-            "its weights do not fit. Take another mode, or a machine with more memory."
         )
 
 
@@ -244,14 +200,17 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
             )
 
 
-def announce(arch: Arch, outputs: dict[str, Path], blocks: Tensor, streamed: bool) -> None:
+def announce(
+    arch: Arch, outputs: dict[str, Path], blocks: Tensor, dtype: str, streamed: bool
+) -> None:
     """Print the estimated cost before the run starts."""
     total = sum(stored_bytes(vars(arch), kind) for kind in outputs)
+    files = states_disk(vars(arch), blocks.numel(), dtype, outputs)
     LOG.info(
         f"collect: {', '.join(outputs)} over {blocks.numel()} tokens "
         f"({len(blocks)} blocks of {blocks.shape[1]}); statistics take "
-        f"{total / 2**20:.1f} MiB"
-        f"{'; one layer at a time' if streamed else ''}",
+        f"{total / 2**20:.1f} MiB, hidden states {files / 2**30:.2f} GiB on disk "
+        f"until the end{'; one layer at a time' if streamed else ''}",
     )
 
 

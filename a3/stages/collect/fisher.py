@@ -1,44 +1,52 @@
-"""Fisher information of the rows of weights, for FWSVD: a backward pass for each block."""
+"""Fisher information of the rows of weights, for FWSVD: gradients by weights, block by block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from a3.core.progress import Bar
 from a3.models.arch import Arch
+from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 
 
-def run_backward(
-    model: PreTrainedModel, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor
-) -> None:
-    """Add Σ_j (∂L/∂W_ij)² for each row i of each matrix W (in, out), block by block (N, L).
+def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
+    """The model's mean loss on a block (L,), from the last layer's output (1, L, d)."""
+    return model.leave(hidden, labels=block[None]).loss
+
+
+@contextmanager
+def observe(
+    model: Layerwise, arch: Arch, layer: int, accumulators: dict[str, Accumulator]
+) -> Iterator[Callable[[], None]]:
+    """Add Σ_j (∂L/∂W_ij)² for each row i of each matrix W (in, out) of one layer.
 
     L is the mean loss of a block's tokens: an empirical Fisher information with a block as the
-    sample (Hsu et al. 2022, arXiv 2207.00112, equations 5 and 6). Gradients of one block are in
-    memory beside the weights, in their dtype; squares are summed in float64.
+    sample (Hsu et al. 2022, arXiv 2207.00112, equations 5 and 6). Yields what adds a block's
+    gradients, which are in memory beside the layer's weights, in their dtype; squares are summed in
+    float64.
     """
-    weights = {
-        (kind, layer): [
-            own(model.base_model, arch, layer, projection) for projection in projections(arch, kind)
-        ]
+    matrices = {
+        kind: [own(model.trunk, arch, layer, projection) for projection in projections(arch, kind)]
         for kind in accumulators
-        for layer in range(arch.layers)
     }
-    model.requires_grad_(False)
-    for found in weights.values():
-        for module, _ in found:
-            module.weight.requires_grad_(True)
-    with Bar(total=blocks.numel(), unit="tok", desc="fisher") as bar:
-        for block in blocks:
-            model(block[None], labels=block[None], use_cache=False).loss.backward()
-            for (kind, layer), found in weights.items():
-                rows = [power(module, projection, arch) for module, projection in found]
-                shape = arch.statistic_shape(KINDS[kind])
-                accumulators[kind].add_sum(layer, torch.stack(rows).reshape(shape))
-            model.zero_grad(set_to_none=True)
-            bar.update(block.numel())
+    weights = [module.weight for found in matrices.values() for module, _ in found]
+    for weight in weights:
+        weight.requires_grad_(True)
+
+    def add() -> None:
+        for kind, found in matrices.items():
+            rows = [power(module, projection, arch) for module, projection in found]
+            shape = arch.statistic_shape(KINDS[kind])
+            accumulators[kind].add_sum(layer, torch.stack(rows).reshape(shape))
+        for weight in weights:
+            weight.grad = None
+
+    yield add
+    for weight in weights:
+        weight.requires_grad_(False)
 
 
 def projections(arch: Arch, kind: str) -> list[str]:

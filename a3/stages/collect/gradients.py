@@ -1,46 +1,47 @@
-"""Autocorrelations of the loss's gradients by activations: a backward pass for each block.
+"""Autocorrelations of the loss's gradients by activations.
 
 Labels are drawn from the model's own prediction. The autocorrelations are then the Fisher
 information, which is the Hessian of the divergence from the dense model if the errors of tokens are
-independent. An error e of an activation costs about ½ eᵀ E[gᵀg] e nats per token.
+independent. An error e of an activation costs about ½ eᵀ E[gᵀg] e nats per token. Gradients of
+weights are not computed.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from a3.core.progress import Bar
 from a3.models.arch import Arch
+from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 
 
-def run_gradients(
-    model: PreTrainedModel, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor
-) -> None:
-    """Add Σ gᵀg of each kind over the tokens of each block: blocks (N, L).
+def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
+    """The sum of the losses of a block's tokens, from the last layer's output (1, L, d).
 
-    The loss is the sum over a block's tokens, each with a label drawn from the model's prediction;
-    the block's own tokens seed the draw, so it does not depend on sharding. Gradients of weights
-    are not computed; the activations of one block are in memory.
+    Each has a label drawn from the model's prediction; the block (L,) seeds the draw, so it does
+    not depend on sharding.
     """
-    model.requires_grad_(False)
+    logits = model.leave(hidden).logits[0].float()
+    labels = draw(logits.detach(), seed=int(block.sum()))
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+@contextmanager
+def observe(
+    model: Layerwise, arch: Arch, layer: int, accumulators: dict[str, Accumulator]
+) -> Iterator[Callable[[], None]]:
+    """Add Σ gᵀg of each kind over the tokens of each block; nothing is left to do after a block."""
     handles = [
         handle
-        for layer in range(arch.layers)
         for accumulator in accumulators.values()
-        for handle in attach(model.base_model, arch, layer, accumulator)
+        for handle in attach(model.trunk, arch, layer, accumulator)
     ]
-    embed = model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_(True))
-    with Bar(total=blocks.numel(), unit="tok", desc="gradients") as bar:
-        for block in blocks:
-            logits = model(block[None], use_cache=False).logits[0].float()
-            labels = draw(logits.detach(), seed=int(block.sum()))
-            nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-            bar.update(block.numel())
-    for handle in (*handles, embed):
+    yield lambda: None
+    for handle in handles:
         handle.remove()
 
 

@@ -6,30 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from a3.core.progress import Bar
 from a3.models.arch import Arch
 from a3.rxx.container import Accumulator, outer_sum
 from a3.rxx.kinds import KINDS
 
 # Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
-
-
-def run(trunk: nn.Module, arch: Arch, accumulators: dict[str, Accumulator], blocks: Tensor) -> None:
-    """Run every block (blocks (N, L)) through the trunk with the hooks attached."""
-    handles = [
-        handle
-        for layer in range(arch.layers)
-        for handle in attach_all(arch, accumulators, trunk, layer)
-    ]
-    try:
-        with torch.inference_mode(), Bar(total=blocks.numel(), unit="tok", desc="collect") as bar:
-            for block in blocks:
-                trunk(block[None], use_cache=False)
-                bar.update(block.numel())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attach_all(

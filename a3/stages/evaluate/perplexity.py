@@ -2,18 +2,25 @@
 
 import hashlib
 import math
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
+from a3.core.mapped import mapped
 from a3.core.progress import Bar
-from a3.models.load import require_positions
+from a3.models.compressed import dense_or_compressed
+from a3.models.layerwise import Layerwise, Streamed, fits
+from a3.models.load import count_parameters, require_positions
 from a3.models.tokenizer import require_rows
 from a3.stages.evaluate.evaluated import Evaluated, load
 from a3.texts.blocks import scored_blocks
@@ -34,22 +41,31 @@ def perplexity(
     join: str,
     dtype: str,
     device: str,
+    stream: bool | None = None,
 ) -> None:
     """Score `tokens` tokens and write `out` (JSON), with the protocol and every block's loss.
 
     Documents are joined and cut as `scored_blocks` says, and scored block by block: each token but
     a block's first, given those before it in the block. `source` is the record beside docs.jsonl,
-    which says where the text is from. Raises A3Error for a text too short, blocks longer than the
-    model has positions, and losses that are not finite.
+    which says where the text is from. With `stream`, or if the weights do not fit in the available
+    memory, only one layer at a time is in memory. Raises A3Error for a text too short, blocks
+    longer than the model has positions, and losses that are not finite.
     """
     require_positions(model_folder, block_length)
     subject = Evaluated(model_folder)
     documents, tokenizer = load_documents(text), subject.tokenizer
     blocks, sizes = scored_blocks(documents, tokenizer, block_length, tokens, bos, join)
     require_rows(model_folder, tokenizer, blocks)
-    model = load(model_folder, dtype, device)
+    if stream is None:
+        stream = not fits(count_parameters(model_folder), dtype)
+    score: Callable[[Tensor], Tensor]
+    if stream:
+        streamed = Streamed(model_folder, dense_or_compressed(model_folder), dtype, device)
+        score = partial(streamed_losses, streamed)
+    else:
+        score = partial(block_losses, load(model_folder, dtype, device))
     start = time.perf_counter()
-    losses = block_losses(model, blocks.to(device))
+    losses = score(blocks.to(device))
     seconds = time.perf_counter() - start
     require_finite(losses, model_folder, text)
     record = {
@@ -105,7 +121,39 @@ def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     losses = []
     with torch.inference_mode(), Bar(total=blocks.numel(), unit="tok", desc="ppl") as bar:
         for block in blocks:
-            logits = model(block[None], use_cache=False).logits[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, block[1:]).double().cpu())
+            losses.append(loss_of(model(block[None], use_cache=False), block))
             bar.update(block.numel())
     return torch.stack(losses)
+
+
+def streamed_losses(model: Layerwise, blocks: Tensor) -> Tensor:
+    """As `block_losses`, one layer at a time; hidden states are in a temporary file."""
+    layers = range(model.arch.layers)
+    total = blocks.numel() * len(layers)
+    with (
+        tempfile.TemporaryDirectory(prefix="a3-ppl-") as work,
+        torch.inference_mode(),
+        Bar(total=total, unit="tok·layer", desc="ppl") as bar,
+    ):
+        shape = (*blocks.shape, model.arch.hidden_size)
+        hidden, _ = mapped(Path(work, "hidden"), shape, model.dtype)
+        with model.entrance():
+            model.record(blocks[0])
+            for number, block in enumerate(blocks):
+                hidden[number] = model.enter(block)[0]
+        for layer in layers:
+            with model.layer(layer):
+                for number, states in enumerate(hidden):
+                    hidden[number] = model.run(layer, states[None].to(blocks.device, copy=True))[0]
+                    bar.update(blocks.shape[1])
+        losses = []
+        with model.exit():
+            for states, block in zip(hidden, blocks, strict=True):
+                losses.append(loss_of(model.leave(states[None].to(blocks.device)), block))
+    return torch.stack(losses)
+
+
+def loss_of(output: CausalLMOutput, block: Tensor) -> Tensor:
+    """The mean loss of a block's tokens (L,) but the first, by a model's output."""
+    loss = nn.functional.cross_entropy(output.logits[0, :-1].float(), block[1:])
+    return loss.double().cpu()
