@@ -7,8 +7,9 @@
 Each compresses the same model by the same ratio with the same text and number of tokens, one after
 the other in processes of their own: wall seconds, CPU seconds and peak memory. `--before` is a
 commit of this repository; `--svd-llm` is a clone of github.com/AIoT-MLSys-Lab/SVD-LLM (Wang et al.
-2024, arXiv 2403.07378), whose `profle_svdllm` and `whitening` run here on the CPU in float32. Then the
-perplexity of both builds' models on `--score`, with the paired standard error of their difference.
+2024, arXiv 2403.07378), whose `profle_svdllm` and `whitening` run here on the CPU in float32. Then
+the perplexity of both builds' models on `--score`, with the paired standard error of their
+difference.
 """
 
 import argparse
