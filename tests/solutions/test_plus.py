@@ -84,7 +84,8 @@ def test_directions_are_dropped_as_by_constrained_least_squares(kind):
     P, V, cost = torch.linalg.inv(C), W.clone(), torch.zeros(2, dtype=torch.float64)
     for part in U.split((1, 3), dim=-1):
         PU = P @ part
-        cost += drop(P, V, PU, part.mT @ V, part.mT @ PU)
+        _, Y = drop(P, V, PU, part.mT @ V, part.mT @ PU)
+        cost += Y.square().sum((1, 2))
     for found, expected in zip((V, cost, P), zip(*map(without, C, W, U), strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
 
@@ -101,32 +102,42 @@ def slow_elimination(C, W, count):
     return order, losses
 
 
+# Of float32's and float64's losses, the agreement that is asked for (0: never reached, so that
+# float64 is taken), and how nearly the reference is met.
+DTYPES = {"argvalues": [(elimination.AGREEMENT, 1e-5), (0.0, 1e-7)], "ids": ["float32", "float64"]}
+
+
+@pytest.mark.parametrize(("asked", "near"), **DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
+def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind, asked, near):
     monkeypatch.setattr(elimination, "STEPS", 10**6)
+    monkeypatch.setattr(elimination, "AGREEMENT", asked)
     n, count = 12, 10
     C, W = inputs(kind, n)[0], random(n, 5)
     ridge = 0.01 * C.diagonal().mean().item()
-    rows, losses = eliminate(C, W, count, ridge)
+    rows, losses, _ = eliminate(C, W, count, ridge)
     order, expected = slow_elimination(C + ridge * eye(n), W, count)
     assert rows.tolist() == order
-    assert losses.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9 * expected[-1])
+    assert losses.tolist() == pytest.approx(expected, rel=near, abs=1e-2 * near * expected[-1])
 
 
+@pytest.mark.parametrize(("asked", "near"), **DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind):
+def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind, asked, near):
     monkeypatch.setattr(elimination, "STEPS", 5)
+    monkeypatch.setattr(elimination, "AGREEMENT", asked)
     C, W = inputs(kind, N)[0], random(N, 5)
     ridge = 0.01 * C.diagonal().mean().item()
-    rows, losses = eliminate(C, W, 30, ridge)
+    rows, losses, whole = eliminate(C, W, 30, ridge)
+    assert whole.item() == pytest.approx((W * (C @ W)).sum().item(), rel=near)
     assert len(set(rows.tolist())) == 30
     assert len(losses) == 31
     assert (losses.diff() >= 0).all()
     for gone in (8, 16, 24, 30):
         kept = sorted(set(range(N)) - set(rows[:gone].tolist()))
         exact, _ = refit(C + ridge * eye(N), W, kept)
-        assert losses[gone].item() == pytest.approx(exact.item(), rel=1e-7)
-    assert eliminate(C, W, 0, ridge)[1].tolist() == [0.0]
+        assert losses[gone].item() == pytest.approx(exact.item(), rel=near)
+    assert eliminate(C, W, 0, ridge).losses.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +147,8 @@ def test_take_over_is_least_squares_with_a_ridge(kind):
     # The ridge pulls towards the rows as they were: (C_SS + λ)⁻¹ ((C + λ) W)_S.
     lifted = C + ridge * eye(N)
     expected = torch.linalg.solve(lifted[kept][:, kept], (lifted @ W)[kept])
-    torch.testing.assert_close(take_over(C, kept, W, ridge), expected, **CLOSE)
+    found, _ = take_over(C, kept, W, ridge)
+    torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(refit(lifted, W, kept)[1][kept], expected, rtol=1e-6, atol=1e-8)
 
 
@@ -168,7 +180,7 @@ def test_mlp_refits(kind, mode):
         torch.testing.assert_close(found.down, Z[kept], rtol=1e-6, atol=1e-8)
         Z[kept] = found.down
         whole = lost(torch.zeros_like(W))
-        assert found.relative_error == pytest.approx(lost(Z) / whole, rel=1e-6, abs=1e-12)
+        assert found.relative_error == pytest.approx(lost(Z) / whole, rel=1e-5, abs=1e-12)
         sliced = torch.zeros_like(W)
         sliced[kept] = W[kept]
         assert lost(Z) <= lost(sliced) * (1 + 1e-9)
@@ -177,7 +189,7 @@ def test_mlp_refits(kind, mode):
         if mode == "ls":
             assert torch.equal(kept, mlp.rxx_w(weights, C.diagonal(), rank).channels)
         else:
-            gone, losses = mlp.obs_losses(weights, C, F, rank)
+            gone, losses, _ = mlp.obs_losses(weights, C, F, rank)
             assert sorted(gone.tolist() + kept.tolist()) == list(range(N))
             exact, _ = refit(C + ridge * eye(N), W, kept, F)
             assert losses[-1].item() == pytest.approx(exact.item() / 2, rel=1e-6, abs=1e-9)
@@ -195,7 +207,7 @@ def spread(basis, heads):
 def test_joint_ov_refits_all_heads_together(kind):
     weights, R = attention(), inputs(kind, H * h)[0]
     F = semidefinite(D, seed=6)
-    to_the_end, losses = ov.joint_losses(weights, R, F, least=1)
+    to_the_end, losses, _ = ov.joint_losses(weights, R, F, least=1)
     torch.testing.assert_close(to_the_end.mT @ to_the_end, eye(h).expand(G, h, h), **CLOSE)
     W = weights.o.flatten(0, 1)
     ridge, damping = (share * R.diagonal().mean().item() for share in (ov.ELIMINATION, DAMPING))
@@ -212,7 +224,7 @@ def test_joint_ov_refits_all_heads_together(kind):
         return (X * (metric @ X @ F)).sum().item()
 
     for rank in range(1, h + 1):
-        basis, _ = ov.joint_losses(weights, R, F, rank)
+        basis = ov.joint_losses(weights, R, F, rank).order
         exact = lost(lifted, best(half, basis[..., :rank])) / 2
         whole = losses[-1].item()
         assert losses[h - rank].item() == pytest.approx(exact, rel=1e-7, abs=1e-12 * whole)
@@ -237,7 +249,7 @@ def test_the_first_direction_that_joint_drops_is_the_best_of_all():
     weights = attention()
     weights = type(weights)(weights.q[:1], weights.k[:1], weights.v[:1], weights.o[:1], h)
     R, F = inputs("random", h)[0], semidefinite(D, seed=6)
-    _, losses = ov.joint_losses(weights, R, F, least=h - 1)
+    losses = ov.joint_losses(weights, R, F, least=h - 1).losses
     lifted = R + ov.ELIMINATION * R.diagonal().mean() * eye(h)
 
     def without(u):
@@ -284,7 +296,7 @@ def pair_statistics(pairs, seed=7):
 def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
     C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
     together = replace(attention(), k=attention().k[:1])
-    expected, _ = qk.fisher_losses(together, C, least=1)
+    expected = qk.fisher_losses(together, C).order
     assert torch.equal(qk.global_order(C, real=False), expected[0])
     weights = replace(attention(), rope_dims=h)
     grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
@@ -300,7 +312,7 @@ def test_pairs_are_dropped_as_brute_force_does(normed):
     gains = {"norm": "head", "q_gain": torch.ones(H, h), "k_gain": torch.ones(G, h)}
     weights = replace(weights, **gains) if normed else weights
     C = pair_statistics(pairs)
-    order, losses = qk.fisher_losses(weights, C, least=1)
+    order, losses, _ = qk.fisher_losses(weights, C)
     lifted = with_ridge(C[:, :pairs, :pairs] if normed else C)
     expected = torch.zeros(pairs, dtype=torch.float64)
     for group in range(G):
@@ -338,7 +350,7 @@ def test_factors_commute_with_rope(rope_dims, rank):
     found = qk.fisher(weights, *grams, C, rank)
     lifted = with_ridge(C)
     lost = whole = 0.0
-    order, _ = qk.fisher_losses(weights, C, least=1)
+    order = qk.fisher_losses(weights, C).order
     for head in range(H):
         group = head // (H // G)
         kept = found.pairs[group].tolist()
@@ -376,7 +388,7 @@ def test_factors_of_normed_queries_go_into_the_gains():
     C = pair_statistics(pairs)
     found = qk.fisher(weights, *grams, C, kept)
     # Without factors: a C without correlations, whose diagonal gives the same choice.
-    order, _ = qk.fisher_losses(weights, C, least=1)
+    order = qk.fisher_losses(weights, C).order
     flat = torch.zeros(H, 2 * pairs, dtype=torch.float64)
     for head in range(H):
         flat[head, order[head // (H // G)]] = torch.arange(1.0, pairs + 1).double()
