@@ -71,9 +71,7 @@ def eliminate(C: Tensor, W: Tensor, count: int, ridge: float) -> Elimination:
         return _eliminate(C, W, count, ridge, torch.float64)
 
 
-def _eliminate(
-    C: Tensor, W: Tensor, count: int, ridge: float, dtype: torch.dtype
-) -> Elimination:
+def _eliminate(C: Tensor, W: Tensor, count: int, ridge: float, dtype: torch.dtype) -> Elimination:
     """`eliminate` in one dtype; raises LinAlgError where float32 is not enough.
 
     P is not changed: what was dropped is kept as X, P less X Xᵀ being the present inverse. Of it a

@@ -112,7 +112,7 @@ def joint_losses(weights: AttentionWeights, R: Tensor, F: Tensor, least: int) ->
     each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
     ½ tr(Xᵀ (R + λ 1) X F) after each.
     """
-    H, h, d = weights.o.shape
+    H, h, _ = weights.o.shape
     groups = len(weights.v)
     P = inverse(R, ridge_of(R, ELIMINATION))
     V = times_root(weights.o.flatten(0, 1), root_of(F))
