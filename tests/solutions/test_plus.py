@@ -11,6 +11,7 @@ from test_solutions import D, G, H, N, attention, h, inputs
 from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
+from a3.artifacts.eliminations import EliminationFile, write_eliminations
 from a3.core.errors import A3Error
 from a3.core.files import read_record, write_record
 from a3.models.arch import load_arch
@@ -26,6 +27,7 @@ from a3.stages.approx.allocate import allocate
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.approximate import approximate, solver_for
 from a3.stages.approx.budget import Curve, at, cost, least_loss
+from a3.stages.approx.losses import losses
 from a3.stages.collect.gradients import draw
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
@@ -150,6 +152,80 @@ def test_take_over_is_least_squares_with_a_ridge(kind):
     found, _ = take_over(C, kept, W, ridge)
     torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(refit(lifted, W, kept)[1][kept], expected, rtol=1e-6, atol=1e-8)
+
+
+def hard(kind, n):
+    """Autocorrelations that float32 may not stand."""
+    x = random(8 if kind == "few tokens" else 3 * n, n, seed=9)
+    x[:, 1] += x[:, 0]
+    if kind == "all scales":
+        x *= torch.logspace(-6, 6, n).double()
+    if kind == "duplicates":
+        x[:, n // 2 :] = x[:, : n // 2]
+    if kind == "huge duplicates":
+        x[:, :2] = 1e6 * x[:, :1]
+    if kind == "dead channels":
+        x[:, ::3] = 0
+    return x.T @ x / len(x)
+
+
+def dtypes_taken(monkeypatch):
+    """A list to which each elimination adds the dtype that it tries."""
+    dtypes, eliminated = [], elimination._eliminate
+    monkeypatch.setattr(
+        elimination, "_eliminate", lambda *given: dtypes.append(given[-1]) or eliminated(*given)
+    )
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    "kind", ["few tokens", "all scales", "duplicates", "huge duplicates", "dead channels"]
+)
+def test_float32_or_not_the_result_is_that_of_float64(monkeypatch, kind):
+    n = 96
+    C, W, F = hard(kind, n), random(n, D), semidefinite(D, seed=6)
+    weights = MLPWeights(random(D, n), None, W)
+    ridge = 0.03 * C.diagonal().mean().item()
+    dtypes = dtypes_taken(monkeypatch)
+    found = mlp.obs_losses(weights, C, F, 8)
+    assert dtypes == [torch.float32]
+    monkeypatch.setattr(elimination, "AGREEMENT", 0.0)
+    exact = mlp.obs_losses(weights, C, F, 8)
+    assert dtypes == [torch.float32, torch.float32, torch.float64]
+    torch.testing.assert_close(found.losses, exact.losses, rtol=1e-4, atol=1e-9 * exact.losses[-1])
+    assert found.whole.item() == pytest.approx(exact.whole.item(), rel=1e-5)
+    objective = []
+    for known in (found, exact):
+        solution = mlp.obs(weights, C, F, DAMPING, n // 2, known)
+        X = W.clone()
+        X[solution.channels] -= solution.down
+        objective.append((X * ((C + ridge * eye(n)) @ X @ F)).sum().item())
+    assert objective[0] == pytest.approx(objective[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [1e-6, 1e-9])
+def test_where_float32_is_not_enough_float64_is_taken(monkeypatch, share):
+    """With hardly any ridge, few tokens' autocorrelation is singular in float32."""
+    n, dtypes = 96, dtypes_taken(monkeypatch)
+    C, W = hard("few tokens", n), random(n, D)
+    ridge = share * C.diagonal().mean().item()
+    rows, losses, _ = eliminate(C, W, 60, ridge)
+    assert dtypes == [torch.float32, torch.float64]
+    kept = sorted(set(range(n)) - set(rows.tolist()))
+    exact, _ = refit(C + ridge * eye(n), W, kept)
+    assert losses[-1].item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_nothing_is_left_on_the_default_device():
+    """Constants that the solutions make lie where their inputs do: here not on the default one."""
+    weights, C, F = channels(), inputs("random", N)[0], semidefinite(D, seed=6)
+    heads, R = attention(), inputs("random", H * h)[0]
+    grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
+    pairs = pair_statistics(h // 2)
+    with torch.device("meta"):
+        mlp.obs(weights, C, F, DAMPING, 20, mlp.obs_losses(weights, C, F, 9))
+        ov.joint(heads, R, F, DAMPING, 5, ov.joint_losses(heads, R, F, 2))
+        qk.fisher(heads, *grams, pairs, 4, qk.fisher_losses(heads, pairs))
 
 
 def channels(gated=True):
@@ -825,6 +901,77 @@ def test_allocations_of_something_else_are_refused(shared, tmp_path):
         read_allocation(tmp_path / "missing.json", arch, plan)
     with pytest.raises(A3Error, match="Make it with a3 allocate"):
         read_allocation(None, arch, plan)
+
+
+def test_losses_are_computed_once_for_allocate_and_approx(shared, tmp_path, monkeypatch):
+    """The same bytes as where each computes them; with files, neither of them eliminates."""
+    dense, rxx = shared / "dense", shared / "rxx"
+    ratio = ["--preset", "a3-plus", "--ratio", "0.3"]
+    own = {"qk": "fisher", "ov": "joint", "mlp": "obs", "ratio": "0.3"}
+    made = {}
+    for name in ("alone", "given"):
+        words, out = [dense, "--rxx", rxx], tmp_path / name
+        if name == "given":
+            files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+            for i, file in enumerate(files):
+                run("losses", *words, "--preset", "a3-plus", "--shard", f"{i}of2", "-o", file)
+            words += ["--losses", *files]
+            for module, function in ((qk, "fisher"), (ov, "joint"), (mlp, "obs")):
+                monkeypatch.delattr(module, f"{function}_losses")
+        run("allocate", *words, *ratio, "-o", out / "ranks.json")
+        run("approx", *words, *ratio, "--allocation", out / "ranks.json", "-o", out / "small")
+        solving = {"losses": files} if name == "given" else {}
+        approximate(dense, rxx, Plan(choose(own)), out / "own", **solving)
+        files_made = ("ranks.json", "small/model.safetensors", "own/model.safetensors")
+        made[name] = [(out / file).read_bytes() for file in files_made]
+    assert made["alone"] == made["given"]
+    with pytest.raises(AttributeError):  # they are not there
+        allocated(shared, "again")
+
+
+def test_losses_of_something_else_are_refused(shared, tmp_path):
+    dense, none = shared / "dense", dict.fromkeys(PLUS, "dense") | {"ratio": "0.3"}
+    path, other = tmp_path / "half.safetensors", tmp_path / "other.safetensors"
+    row, plan = none | {"qk": "fisher"}, Plan(choose(none | {"qk": "fisher~"}))
+    losses(dense, shared / "rxx", row, path, shard="0of2")
+    found = EliminationFile(path)
+    kept = {0: {"qk": found.read(0, "qk")}}
+    known = {key: value for key, value in found.record.items() if key not in ("tensors", "sha256")}
+    statistics = known["provenance"]["statistics"]
+    changed = statistics | {"pair_gradient": statistics["pair_gradient"] | {"sha256": "0" * 64}}
+    for change, says in (
+        ({}, "layer 1 is in none of them"),
+        ({"weights_sha256": "0" * 64}, "made of weights_sha256 '000"),
+        ({"provenance": {"statistics": changed}}, "made of pair_gradient '000"),
+        ({"layers": [0, 2]}, r"no tensor 'layers\.1\.qk\.order'"),
+    ):
+        write_eliminations(other, kept, known | change)
+        with pytest.raises(A3Error, match=says):
+            allocate(dense, shared / "rxx", plan, tmp_path / "ranks.json", losses=[other])
+        assert not (tmp_path / "ranks.json").exists()
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    other.write_bytes(damaged)
+    with pytest.raises(A3Error, match=r"tensor 'layers\.0\.qk\.\w+' changed"):
+        EliminationFile(other).read(0, "qk")
+    other.write_bytes(damaged[:50])
+    for broken, says in ((other, "truncated, damaged"), (tmp_path / "none", "no such file")):
+        with pytest.raises(A3Error, match=says):
+            EliminationFile(broken)
+    with pytest.raises(A3Error, match="no mode eliminates; expected at least one of qk fisher"):
+        losses(dense, shared / "rxx", row | {"qk": "qk"}, other)
+
+
+def test_files_without_a_component_are_refused_by_allocate_and_no_matter_to_approx(
+    shared, tmp_path
+):
+    row = dict.fromkeys(PLUS, "dense") | {"qk": "fisher"}
+    losses(shared / "dense", shared / "rxx", row, tmp_path / "qk.safetensors")
+    known, plan = {"losses": [tmp_path / "qk.safetensors"]}, Plan(choose(PLUS | {"ratio": "0.3"}))
+    with pytest.raises(A3Error, match="no losses of ov"):
+        allocate(shared / "dense", shared / "rxx", plan, tmp_path / "ranks.json", **known)
+    plan = Plan(choose(row | {"ratio": "-", "qk": "fisher@0.3", "ov": "joint@2"}))
+    approximate(shared / "dense", shared / "rxx", plan, tmp_path / "small", **known)
 
 
 def test_partial_rotation_is_refused(tmp_path, capsys):

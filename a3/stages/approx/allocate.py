@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from a3.artifacts.eliminations import Eliminations
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -22,7 +23,6 @@ from a3.numerics.elimination import Elimination
 from a3.solutions.modes import Choice, find_mode
 from a3.solutions.plan import Plan, least_rank
 from a3.stages.approx.budget import Curve, at, cost, least_loss, together
-from a3.stages.approx.eliminations import Eliminations
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.losses import eliminate_layers
 from a3.stages.approx.statistics import read_statistics

@@ -8,6 +8,7 @@ a3.stages.approx.assemble joins the shards to a folder.
 from pathlib import Path
 from typing import Any
 
+from a3.artifacts.eliminations import Eliminations
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.devices import require_device
 from a3.core.dtypes import WIDTHS
@@ -23,7 +24,6 @@ from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.assemble import assemble, in_products, outside, staying
-from a3.stages.approx.eliminations import Eliminations
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.shards import read_shards, write_shard
 from a3.stages.approx.statistics import made_from, read_statistics

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from a3.artifacts.eliminations import Eliminations, to_device
 from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
@@ -23,7 +24,6 @@ from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.functions import losses_of, solver_of
 from a3.solutions.modes import COMPONENTS, SHARING, find_mode
 from a3.solutions.plan import factor_ranks, least_rank
-from a3.stages.approx.eliminations import Eliminations, to_device
 
 Weights: TypeAlias = AttentionWeights | MLPWeights
 

@@ -14,6 +14,7 @@ from threading import Lock
 
 import torch
 
+from a3.artifacts.eliminations import of_layers, write_eliminations
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -26,7 +27,6 @@ from a3.numerics.elimination import Elimination
 from a3.solutions.functions import losses_of
 from a3.solutions.modes import EXPERTS, SHARING, check_fit, eliminating, find_mode
 from a3.solutions.plan import least_rank
-from a3.stages.approx.eliminations import of_layers, write_eliminations
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.statistics import made_from, read_statistics
 
