@@ -264,13 +264,13 @@ def add_run(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--dtype", choices=RUN_DTYPES, default="float32", help="dtype of the forward pass"
     )
-    add_device(one, "device of the forward pass")
+    add_device(one)
     add_threads(one)
 
 
-def add_device(one: argparse.ArgumentParser, text: str = "device that solves") -> None:
+def add_device(one: argparse.ArgumentParser) -> None:
     """Device."""
-    text += ": cpu, cuda, cuda:1 …"
+    text = "device to compute on: cpu, cuda, cuda:1 …"
     one.add_argument("--device", type=values.device, default="cpu", metavar="DEVICE", help=text)
 
 
