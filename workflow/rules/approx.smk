@@ -30,7 +30,7 @@ rule losses:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_approx),
+        **resources("approx", cost_of_losses),
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,

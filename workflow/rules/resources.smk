@@ -4,6 +4,7 @@ On one machine nothing of it limits anything.
 """
 
 import errno
+from dataclasses import replace
 
 from a3.core.files import read_record
 from a3.models.cost import (
@@ -92,8 +93,14 @@ def cost_of_gather(arch, wildcards):
 
 
 def cost_of_approx(arch, wildcards):
-    """Cost of one job of a checkpoint, or of losses by rank."""
+    """Cost of one job of a checkpoint."""
     return approx_cost(arch, C["approx_jobs"], kinds_needed(choices_of(wildcards)))
+
+
+def cost_of_losses(arch, wildcards):
+    """Cost of one job of losses by rank, which may solve several layers at once."""
+    cost = cost_of_approx(arch, wildcards)
+    return replace(cost, memory=cost.memory + 2**30)
 
 
 def cost_of_collect_compressed(arch, wildcards):

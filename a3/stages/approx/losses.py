@@ -30,9 +30,9 @@ from a3.solutions.plan import least_rank
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.statistics import made_from, read_statistics
 
-# Up to this many channels, several layers are solved at once, with one thread each: their matrices
-# are too small to keep several cores busy. Of larger ones, memory holds only one layer.
-SMALL = 4096
+# As many layers as fit in so many bytes are solved at once, with one thread each: small matrices do
+# not keep several cores busy. A layer has about six matrices of its channels in memory.
+TOGETHER = 2**30
 
 
 def losses(
@@ -78,7 +78,7 @@ def losses(
 def eliminate_layers(solver: LayerSolver, layers: range) -> dict[int, dict[str, Elimination]]:
     """The eliminations of some layers, by component; several layers at once if they are small."""
     threads = torch.get_num_threads()
-    at_once = threads if solver.arch.intermediate_size <= SMALL else 1
+    at_once = min(threads, max(1, TOGETHER // (6 * 8 * solver.arch.intermediate_size**2)))
     torch.set_num_threads(threads // at_once)
     try:
         with ThreadPoolExecutor(at_once) as pool:
