@@ -102,12 +102,12 @@ def _eliminate(C: Tensor, W: Tensor, count: int, ridge: float, dtype: torch.dtyp
         rows.append(left[gone])
         sizes.append(taken)
         left, count = left[stay], count - taken
-    own = P[left][:, left].addmm_(X, X.T, alpha=-1)
-    rest = torch.linalg.solve_triangular(torch.linalg.cholesky(own), V, upper=False)
+    # What is left belongs to the inverse of C restricted to it, so that its loss needs no inverse.
+    V = V.double() * unit / power.sqrt()[left][:, None]
+    rest = (V * (C[left][:, left] @ V)).sum(0) + ridge * V.square().sum(0)
     lost = torch.stack(costs) * unit.square()
-    whole = lost.sum(0) + rest.double().square().sum(0) * unit.square()
+    whole = lost.sum(0) + rest
     if dtype == torch.float32:
-        V = V.double() * unit / power.sqrt()[left][:, None]
         _require_agreement(C, W, ridge, left, V, lost.sum(0), whole)
     sizes = torch.tensor(sizes, dtype=torch.long, device=C.device)
     steps = (lost[1:].sum(1) / sizes).repeat_interleave(sizes)
