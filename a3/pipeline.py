@@ -9,6 +9,7 @@ from a3.core.files import hidden_folder, require_replaceable
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
 from a3.stages.approx.approximate import approximate
+from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
 from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
@@ -50,11 +51,13 @@ def compress(
         outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}
         if outputs:
             collect(work / "model", work / "docs.jsonl", outputs, **settings)
-        allocation = None
+        allocation, solving = None, {"losses": [], "device": settings["device"]}
         if plan.shared:
-            allocation = work / "allocation.json"
-            allocate(work / "model", work, plan, allocation)
-        approximate(work / "model", work, plan, out, allocation)
+            allocation, solving["losses"] = work / "allocation.json", [work / "losses.safetensors"]
+            modes = {component: choice.mode for component, choice in plan.choices.items()}
+            losses(work / "model", work, modes, *solving["losses"], device=settings["device"])
+            allocate(work / "model", work, plan, allocation, **solving)
+        approximate(work / "model", work, plan, out, allocation, **solving)
 
 
 def known_as(entry: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from a3.core.errors import A3Error
-from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED
+from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED, eliminating
 from a3.solutions.recipes import PLAIN
 
 # Folder for the statistics of shards, inside the folder of a calibration's statistics.
@@ -133,6 +133,13 @@ class Place:
         own = not self.base.is_dense
         folder = self.base.format() if own else f"{self.model}/{self.calibration}"
         return results / "rxx" / folder / f"{kind}.safetensors"
+
+    def losses(self, results: Path) -> Path | None:
+        """The folder of the losses by rank, of all shards; needed if some mode eliminates."""
+        if self.is_quantised or not (found := eliminating(self.names)):
+            return None
+        modes = "+".join(found.get(component, DENSE) for component in COMPONENTS)
+        return results / "losses" / self.model / self.calibration / modes
 
     def allocation(self, results: Path) -> Path | None:
         """The ranks of each layer; needed if some mode has an allocated ratio."""

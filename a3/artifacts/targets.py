@@ -210,6 +210,8 @@ STATISTICS = File("collect", TIMED, ".safetensors")
 
 SHARD = File("approximate", ((".json", "approximate"),), ".safetensors")
 
+LOSSES = File("losses", TIMED, ".safetensors")
+
 ALLOCATION = File("allocate", TIMED)
 
 PERPLEXITY = File("perplexity", TIMED)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from a3.artifacts.eliminations import EliminationFile
 from a3.artifacts.places import Place, collected_on, place_of
 from a3.artifacts.runs import check_speed
 from a3.core.errors import A3Error
@@ -63,6 +64,7 @@ class Verifier:
             "trained models": ("trained/*/train.json", self.trained),
             "models": ("models/*/arch.json", self.model),
             "statistics": ("rxx/**/*.safetensors", self.rxx),
+            "losses by rank": ("losses/**/*.safetensors", self.losses),
             "allocations": ("allocations/**/*.json", self.allocation),
             "shards": ("shards/**/*.json", self.shard),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
@@ -74,7 +76,7 @@ class Verifier:
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "allocations", "eval", "checkpoints", "quantised")
+        seconds = ("rxx", "losses", "allocations", "eval", "checkpoints", "quantised")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -186,6 +188,17 @@ class Verifier:
         self.age(rxx.record)
         self.made_of(record, "weights_sha256", collected_on(self.results, path))
         self.known(record, "text_sha256", self.texts)
+
+    def losses(self, path: Path) -> None:
+        """Losses by rank: every tensor, and the model and statistics that they are for."""
+        found = EliminationFile(path)
+        for key in found.tensors():
+            found.tensor(key)
+        record = Record(path, found.record)
+        self.age(record["provenance"])
+        model, calibration, _, _ = path.relative_to(self.results / "losses").parts
+        self.made_of(record, "weights_sha256", Place(model))
+        self.statistics(record, Place(model, calibration, **found.components))
 
     def allocation(self, path: Path) -> None:
         """Allocated ranks, and the model and statistics that they are for."""

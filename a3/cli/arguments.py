@@ -270,9 +270,20 @@ def add_run(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--dtype", choices=RUN_DTYPES, default="float32", help="dtype of the forward pass"
     )
-    text = "device of the forward pass: cpu, cuda, cuda:1 …"
-    one.add_argument("--device", type=values.device, default="cpu", metavar="DEVICE", help=text)
+    add_device(one)
     add_threads(one)
+
+
+def add_device(one: argparse.ArgumentParser) -> None:
+    """Device."""
+    text = "device to compute on: cpu, cuda, cuda:1 …"
+    one.add_argument("--device", type=values.device, default="cpu", metavar="DEVICE", help=text)
+
+
+def add_losses(one: argparse.ArgumentParser) -> None:
+    """What a3 losses wrote."""
+    text = "files that a3 losses wrote, of all shards; without them the losses are computed here"
+    one.add_argument("--losses", type=Path, nargs="+", default=[], metavar="FILE", help=text)
 
 
 def add_threads(one: argparse.ArgumentParser) -> None:

@@ -9,6 +9,9 @@ from a3.cli.arguments import (
     NAMED_TEXT,
     add,
     add_blocks,
+    add_components,
+    add_device,
+    add_losses,
     add_model,
     add_modes,
     add_multiple,
@@ -30,6 +33,7 @@ from a3.solutions.recipes import METHODS, check_method
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
     add_compress(commands)
+    add_losses_command(commands)
     add_allocate(commands)
     add_approx(commands)
     add_gather(commands)
@@ -78,15 +82,51 @@ def add_compress(commands: Any) -> None:
     )
 
 
+def losses(model: Path, rxx: Path, out: Path, shard: str | None, device: str, **row: str) -> None:
+    """Compute the losses by rank."""
+    from a3.stages.approx.losses import losses
+
+    losses(folder(model), rxx, row, out, shard=shard or "0of1", device=device)
+
+
+def add_losses_command(commands: Any) -> None:
+    """Arguments of a3 losses."""
+    one = add(
+        commands,
+        "losses",
+        losses,
+        "compute the losses by rank of modes that eliminate",
+        "Reads a model and its statistics, and writes for each layer in which order fisher, joint "
+        "and obs drop RoPE pairs, value directions and MLP channels, and the predicted loss at "
+        "each rank. The file serves a3 allocate and a3 approx at every ratio.",
+        "a3 losses dense --rxx rxx --preset a3-plus -o losses.safetensors",
+    )
+    add_model(one)
+    add_rxx(one)
+    add_components(one)
+    add_shard(one)
+    add_device(one)
+    add_out(one, targets.LOSSES, "FILE", ".safetensors file to write")
+    add_threads(one)
+
+
 def allocate(
-    model: Path, rxx: Path, out: Path, multiple: int, uniform: list[str], **row: str
+    model: Path,
+    rxx: Path,
+    out: Path,
+    multiple: int,
+    uniform: list[str],
+    losses: list[Path],
+    device: str,
+    **row: str,
 ) -> None:
     """Allocate ranks across layers and components."""
     from a3.solutions.plan import Plan
     from a3.stages.approx.allocate import allocate
 
     plan = Plan(choose(row), multiple=multiple)
-    allocate(folder(model), rxx, plan, out, uniform=tuple(uniform))
+    options: dict[str, Any] = {"uniform": tuple(uniform), "losses": losses, "device": device}
+    allocate(folder(model), rxx, plan, out, **options)
 
 
 def add_allocate(commands: Any) -> None:
@@ -106,6 +146,8 @@ def add_allocate(commands: Any) -> None:
     add_multiple(one)
     text_ = "components that get the same rank in all layers"
     one.add_argument("--uniform", nargs="+", choices=COMPONENTS, default=[], help=text_)
+    add_losses(one)
+    add_device(one)
     add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")
     add_threads(one)
 
@@ -116,6 +158,8 @@ def approx(
     out: Path,
     shard: str | None,
     allocation: Path | None,
+    losses: list[Path],
+    device: str,
     servable: bool,
     multiple: int,
     **row: str,
@@ -125,10 +169,11 @@ def approx(
     from a3.stages.approx.approximate import approximate, approximate_shard
 
     plan = Plan(choose(row), servable, multiple)
+    solving: dict[str, Any] = {"losses": losses, "device": device}
     if shard is None:
-        approximate(folder(model), rxx, plan, out, allocation)
+        approximate(folder(model), rxx, plan, out, allocation, **solving)
     else:
-        approximate_shard(folder(model), rxx, plan, shard, out, allocation)
+        approximate_shard(folder(model), rxx, plan, shard, out, allocation, **solving)
 
 
 def add_approx(commands: Any) -> None:
@@ -148,6 +193,8 @@ def add_approx(commands: Any) -> None:
     add_modes(one)
     text_ = "ranks that a3 allocate wrote, for modes marked ~"
     one.add_argument("--allocation", type=Path, metavar="FILE", help=text_)
+    add_losses(one)
+    add_device(one)
     add_servable(one)
     add_shard(one)
     add_out(one, targets.APPROXIMATED, "FOLDER", "Hugging Face folder to write")

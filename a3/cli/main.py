@@ -25,7 +25,7 @@ GROUPS = {
     "everyday": ("compress", "plan", "eval", "inspect", "export", "quantise", "show"),
     "stages": (
         *("model", "convert", "train", "wheel", "text", "split", "items"),
-        *("collect", "merge", "allocate", "approx", "gather", "spectra", "surgery"),
+        *("collect", "merge", "losses", "allocate", "approx", "gather", "spectra", "surgery"),
     ),
     "the workflow's own": (
         *("tables", "figures", "speed-table", "surgery-table", "surgery-figures", "paper"),

@@ -12,6 +12,9 @@ from torch import Tensor
 # Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix.
 NOISE = 1e-14
 
+# Columns of a product with a triangular matrix that are computed together.
+BLOCK = 512
+
 
 def gram_factor(G: Tensor) -> tuple[Tensor, Tensor]:
     """C and C⁻¹ with G = Cᵀ C, both (..., h, h), by eigendecomposition.
@@ -97,29 +100,45 @@ def ridge_of(C: Tensor, share: float) -> float:
     return share * C.diagonal().mean().item() or 1.0
 
 
-def take_over(C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0) -> Tensor:
-    """Least-squares refit of the kept rows of W: W_S + (C_SS + λ 1)⁻¹ C_SD W_D.
+def take_over(
+    C: Tensor, kept: Tensor, W: Tensor, ridge: float = 0.0, F: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Least-squares refit of the kept rows of W, and what is lost.
 
     C (n, n) is the autocorrelation of the input of W (n, d); S are the `kept` (r,) channels, D the
-    others. The ridge λ pulls towards W_S, and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is
-    regularised at the level of its rounding noise, after its channels are scaled to equal size:
-    that of float64, or of stored sums (a3.rxx.packed) if it made an eigenvalue negative. If nothing
-    is dropped, W is returned unchanged.
+    others. The rows are W_S + M with M = (C_SS + λ 1)⁻¹ C_SD W_D. The ridge λ pulls towards W_S,
+    and 0 gives (C_SS)⁻¹ C_S: W. A singular C_SS is regularised at the level of its rounding noise,
+    after its channels are scaled to equal size: that of float64, or of stored sums
+    (a3.rxx.packed) if it made an eigenvalue negative. If nothing is dropped, W is returned
+    unchanged.
+
+    The loss is tr(Xᵀ C X F) of the errors X, which are W_D and -M; F (d, d) is 1 if it is None. As
+    C_SS M = C_SD W_D - λ M, it needs no product with C_SS.
     """
+    if len(kept) == len(C):
+        return W[kept], C.new_zeros(())
     dropped = torch.ones(len(C), dtype=torch.bool, device=C.device)
     dropped[kept] = False
     power = C.diagonal()[kept] + ridge
     scale = torch.where(power > 0, power, 1.0).sqrt()
-    C_SS = C[kept][:, kept] / (scale[:, None] * scale)
     lift = NOISE * len(kept) + ridge / scale.square() + (power <= 0).to(C.dtype)
+    W_D, C_S = W[dropped], C[kept]
+    target = (C_S[:, dropped] @ W_D).div_(scale[:, None])
+    C_SS = C_S[:, kept].div_(scale[:, None]).div_(scale)
+    del C_S
     C_SS.diagonal().add_(lift)
-    C_SD = C[kept][:, dropped] / scale[:, None]
     root, failed = torch.linalg.cholesky_ex(C_SS)
     if failed:
-        C_SS.diagonal().sub_(2 * torch.linalg.eigvalsh(C_SS)[0])
+        raised = -2 * torch.linalg.eigvalsh(C_SS)[0]
+        C_SS.diagonal().add_(raised)
+        lift += raised
         root = torch.linalg.cholesky(C_SS)
-    moved = torch.cholesky_solve(C_SD @ W[dropped], root) / scale[:, None]
-    return W[kept] + moved
+    M = torch.cholesky_solve(target, root)
+    # C_SS M = target - lift M, of channels scaled to equal size.
+    gained = target.addcmul_(lift[:, None], M)
+    errors = ((W_D, C[dropped][:, dropped] @ W_D), (M, gained))
+    lost, back = (((X if F is None else X @ F) * Y).sum() for X, Y in errors)
+    return W[kept] + M / scale[:, None], (lost - back).clamp(min=0)
 
 
 def inverse(C: Tensor, ridge: float) -> Tensor:
@@ -131,9 +150,32 @@ def inverse(C: Tensor, ridge: float) -> Tensor:
 
 
 def root_of(M: Tensor) -> Tensor:
-    """B (d, d) with B Bᵀ = M, positive semidefinite, so that ‖X B‖² = tr(X M Xᵀ)."""
-    values, vectors = torch.linalg.eigh(_symmetric(M))
-    return vectors * values.clamp(min=0).sqrt()
+    """Lower triangular B (d, d) with B Bᵀ = M, so that ‖X B‖² = tr(X M Xᵀ).
+
+    M is positive semidefinite up to its rounding: a Cholesky factor of M with as little added to
+    its diagonal as makes it definite, in shares of the diagonal from float64's noise on.
+    """
+    size = M.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(size > 0, size, 1.0)
+    scaled = _symmetric(M) / scale / scale[:, None]
+    share = NOISE * len(M)
+    scaled.diagonal().add_(share)
+    root, failed = torch.linalg.cholesky_ex(scaled)
+    while failed:
+        scaled.diagonal().add_(9 * share)
+        share *= 10
+        root, failed = torch.linalg.cholesky_ex(scaled)
+    return size[:, None] * root
+
+
+def times_root(W: Tensor, B: Tensor) -> Tensor:
+    """W B for a lower triangular B (d, d), without most of the products with its zeros."""
+    d = len(B)
+    product = W.new_empty(len(W), d)
+    for start in range(0, d, BLOCK):
+        columns = slice(start, start + BLOCK)
+        torch.matmul(W[:, start:], B[start:, columns], out=product[:, columns])
+    return product
 
 
 def relative(error: Tensor, total: Tensor) -> Tensor:

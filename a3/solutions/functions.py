@@ -1,7 +1,11 @@
 """Each mode's function by its name."""
 
 from collections.abc import Callable
+from typing import Any
 
+from torch import Tensor
+
+from a3.numerics.elimination import Elimination
 from a3.solutions import mlp, ov, qk
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
@@ -10,3 +14,14 @@ SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 def solver_of(component: str, name: str) -> Callable:
     """The function of a mode."""
     return getattr(SOLUTIONS[component], name.replace("-", "_"))
+
+
+def losses_of(component: str, weights: Any, statistics: list[Tensor], least: int) -> Elimination:
+    """What the mode that eliminates (SHARING) drops of a component down to rank `least`.
+
+    `statistics` are those of the mode's kinds, in their order. RoPE pairs are all ordered.
+    """
+    if component == "qk":
+        return qk.fisher_losses(weights, statistics[2])
+    losses = ov.joint_losses if component == "ov" else mlp.obs_losses
+    return losses(weights, statistics[0], statistics[1], least)

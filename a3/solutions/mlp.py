@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from a3.models.family import MLPWeights
-from a3.numerics.elimination import eliminate
+from a3.numerics.elimination import Elimination, eliminate
 from a3.numerics.linalg import (
     keep_best,
     relative,
@@ -14,6 +14,7 @@ from a3.numerics.linalg import (
     ridge_of,
     root_of,
     take_over,
+    times_root,
 )
 
 # Experts that received fewer calibration tokens are not compressed: the relative error of their
@@ -113,37 +114,52 @@ def ls(weights: MLPWeights, C: Tensor, damping: float, rank: int) -> MLPSolution
     return _refitted(weights, C, kept, ridge_of(C, damping))
 
 
-def obs(weights: MLPWeights, C: Tensor, F: Tensor, damping: float, rank: int) -> MLPSolution:
+def obs(
+    weights: MLPWeights,
+    C: Tensor,
+    F: Tensor,
+    damping: float,
+    rank: int,
+    known: Elimination | None = None,
+) -> MLPSolution:
     """Channels eliminated one after another, W_down refitted each time (optimal brain surgeon).
 
     The loss is the second-order loss of the model: F (d, d), the autocorrelation of the loss's
     gradients at the output, weights the output's errors. `damping` is λ of the last refit as a
-    share of C's mean square.
+    share of C's mean square. `known` is what `obs_losses` returned for this rank or a smaller one.
     """
-    gone, _ = obs_losses(weights, C, F, rank)
+    order, _, whole = known or obs_losses(weights, C, F, rank)
     kept = torch.ones(len(C), dtype=torch.bool, device=C.device)
-    kept[gone] = False
-    return _refitted(weights, C, kept.nonzero()[:, 0], ridge_of(C, damping), F)
+    kept[order[: len(C) - rank]] = False
+    ridge = ridge_of(C, damping)
+    return _refitted(weights, C, kept.nonzero()[:, 0], ridge, F, 2 * whole)
 
 
-def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def obs_losses(weights: MLPWeights, C: Tensor, F: Tensor, least: int) -> Elimination:
     """The channels that `obs` drops down to `least`, in order, and ½ tr(Xᵀ (C + λ 1) X F) after
     each.
     """
-    W = weights.down.double() @ root_of(F)
-    gone, losses = eliminate(C, W, len(C) - least, ridge_of(C, ELIMINATION))
-    return gone, losses / 2
+    W = times_root(weights.down.double(), root_of(F))
+    order, losses, whole = eliminate(C, W, len(C) - least, ridge_of(C, ELIMINATION))
+    return Elimination(order, losses / 2, whole / 2)
 
 
 def _refitted(
-    weights: MLPWeights, C: Tensor, kept: Tensor, ridge: float, F: Tensor | None = None
+    weights: MLPWeights,
+    C: Tensor,
+    kept: Tensor,
+    ridge: float,
+    F: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> MLPSolution:
-    """The kept channels with W_down refitted; its error is that of the output, by F if given."""
+    """The kept channels with W_down refitted; its error is that of the output, by F if given.
+
+    `whole` is the loss without any channel; computed here if it is None.
+    """
     W = weights.down.double()
-    down = take_over(C, kept, W, ridge)
-    left = W.clone()
-    left[kept] -= down
-    lost, whole = ((X * (C @ (X if F is None else X @ F))).sum() for X in (left, W))
+    down, lost = take_over(C, kept, W, ridge, F)
+    if whole is None:
+        whole = (W * (C @ W)).sum()
     score = torch.zeros(len(C), dtype=C.dtype, device=C.device)
     score[kept] = 1.0
     solution = _keep_channels(weights, score, score, len(kept))

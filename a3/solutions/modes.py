@@ -219,6 +219,16 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
     return choices
 
 
+def eliminating(row: Mapping[str, str]) -> dict[str, str]:
+    """The components of a row whose modes eliminate, so that `a3 losses` knows them, and the modes.
+
+    Cells are as in `choose`; sizes and `~` make no difference.
+    """
+    modes = {one: row.get(one, DENSE).partition("@")[0] for one in COMPONENTS}
+    modes = {component: mode.removesuffix(SHARED) for component, mode in modes.items()}
+    return {component: mode for component, mode in modes.items() if mode == SHARING[component]}
+
+
 def parse_choice(component: str, cell: str, ratio: str) -> Choice:
     """`xkv`, `xkv@0.3` or `xkv@48` of a row with this ratio; raises A3Error for the size only."""
     mode, at, size = cell.partition("@")

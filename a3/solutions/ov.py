@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from a3.models.family import AttentionWeights
-from a3.numerics.elimination import drop
+from a3.numerics.elimination import Elimination, drop
 from a3.numerics.linalg import (
     inverse,
     relative,
@@ -15,6 +15,7 @@ from a3.numerics.linalg import (
     shared_subspace,
     subspace_error,
     take_over,
+    times_root,
 )
 
 # Damping of elimination, and so of the predicted loss, as a share of the o_proj input's mean
@@ -70,34 +71,39 @@ def palu(weights: AttentionWeights, Gv: Tensor, rank: int) -> OVSolution:
     return _shrink(weights, Gv, *shared_subspace(Gv, alone, rank))
 
 
-def joint(weights: AttentionWeights, R: Tensor, F: Tensor, damping: float, rank: int) -> OVSolution:
+def joint(
+    weights: AttentionWeights,
+    R: Tensor,
+    F: Tensor,
+    damping: float,
+    rank: int,
+    known: Elimination | None = None,
+) -> OVSolution:
     """Eliminate value directions of each group; refit W_o of all heads together each time.
 
     R (H h, H h) is the autocorrelation of the o_proj input, all heads: the refit uses the
     correlation between heads, while `axkv` treats each head alone. F (d, d), the autocorrelation of
     the loss's gradients at the output, weights the errors. `damping` is λ of the last refit as a
-    share of R's mean square.
+    share of R's mean square. `known` is what `joint_losses` returned for this rank or a smaller
+    one.
     """
-    basis, _ = joint_losses(weights, R, F, rank)
+    basis, _, whole = known or joint_losses(weights, R, F, rank)
     H, h, _ = weights.o.shape
-    T = torch.block_diag(*basis.repeat_interleave(H // len(basis), dim=0))
+    T = basis.repeat_interleave(H // len(basis), dim=0)
     # In the new coordinates, the kept dimensions of each head come first.
     kept = torch.arange(H, device=R.device)[:, None] * h + torch.arange(rank, device=R.device)
-    W, C = T.T @ weights.o.flatten(0, 1), T.T @ R @ T
-    o = take_over(C, kept.flatten(), W, ridge_of(R, damping))
-    left = W.clone()
-    left[kept.flatten()] -= o
-    lost, whole = ((X * (C @ X @ F)).sum() for X in (left, W))
+    W = (T.mT @ weights.o).flatten(0, 1)
+    C = (T.mT @ R.unflatten(0, (H, h))).flatten(0, 1)
+    C = (C.unflatten(1, (H, h)).movedim(1, 0) @ T).movedim(0, 1).flatten(1)
+    o, lost = take_over(C, kept.flatten(), W, ridge_of(R, damping), F)
     return OVSolution(
         v=weights.v @ basis[..., :rank],
         o=o.unflatten(0, (H, rank)),
-        relative_error=relative(lost, whole).item(),
+        relative_error=relative(lost, 2 * whole).item(),
     )
 
 
-def joint_losses(
-    weights: AttentionWeights, R: Tensor, F: Tensor, least: int
-) -> tuple[Tensor, Tensor]:
+def joint_losses(weights: AttentionWeights, R: Tensor, F: Tensor, least: int) -> Elimination:
     """Orthogonal bases (G, h, h), whose last columns are eliminated first, and the loss of each.
 
     Optimal brain surgeon (a3.numerics.elimination) for directions u of the values in place of
@@ -106,23 +112,31 @@ def joint_losses(
     each group goes at a time, and then exactly, all heads together. The loss (h - least + 1,) is
     ½ tr(Xᵀ (R + λ 1) X F) after each.
     """
-    H, h, d = weights.o.shape
+    H, h, _ = weights.o.shape
     groups = len(weights.v)
     P = inverse(R, ridge_of(R, ELIMINATION))
-    V = weights.o.flatten(0, 1) @ root_of(F)
+    V = times_root(weights.o.flatten(0, 1), root_of(F))
+    whole = (V * (R @ V)).sum() / 2
+    # V_i F V_iᵀ and P_ii of each head, (H, h, h).
+    A = V.unflatten(0, (H, h)) @ V.unflatten(0, (H, h)).mT
+    B = P.unflatten(1, (H, h)).unflatten(0, (H, h)).diagonal(dim1=0, dim2=2).movedim(2, 0).clone()
     Q = torch.eye(h, dtype=R.dtype, device=R.device).expand(groups, h, h)
     gone, losses = Q[..., :0], [R.new_zeros(())]
     for _ in range(h - least):
-        heads = V.view(H, h, d)
-        own = P.view(H, h, H, h).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        A, B = (Q.mT @ weights.grouped(M).sum(1) @ Q for M in (heads @ heads.mT, own))
-        u = _least_direction(A, B)
+        u = _least_direction(*(Q.mT @ weights.grouped(M).sum(1) @ Q for M in (A, B)))
         gone = torch.cat((Q @ u, gone), dim=-1)
-        U = torch.block_diag(*gone[..., :1].repeat_interleave(H // groups, dim=0))
         Q = Q @ torch.linalg.qr(u, mode="complete").Q[..., 1:]
-        PU = P @ U
-        losses.append(drop(P, V, PU, U.T @ V, U.T @ PU) / 2)
-    return torch.cat((Q, gone), dim=-1), torch.stack(losses).cumsum(0)
+        U = gone[..., 0].repeat_interleave(H // groups, dim=0)
+        PU = torch.einsum("nij,ij->ni", P.unflatten(1, (H, h)), U)
+        UV = torch.einsum("ij,ijd->id", U, V.unflatten(0, (H, h)))
+        UPU = torch.einsum("ij,ijk->ik", U, PU.unflatten(0, (H, h)))
+        X, Y = (Z[0] for Z in drop(*(Z[None] for Z in (P, V, PU, UV, UPU))))
+        own, back = (Z.unflatten(0, (H, h)) for Z in (X, V @ Y.T + X @ (Y @ Y.T) / 2))
+        change = back @ own.mT
+        A -= change + change.mT
+        B -= own @ own.mT
+        losses.append(Y.square().sum() / 2)
+    return Elimination(torch.cat((Q, gone), dim=-1), torch.stack(losses).cumsum(0), whole)
 
 
 def _least_direction(A: Tensor, B: Tensor) -> Tensor:

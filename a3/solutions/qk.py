@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a3.models.family import AttentionWeights
-from a3.numerics.elimination import drop
+from a3.numerics.elimination import Elimination, drop
 from a3.numerics.linalg import keep_best, relative, shared_subspace, subspace_error
 
 # The ridge of `fisher`, as a share of the mean square of a gradient by a pair's factor.
@@ -107,7 +107,14 @@ def rxx_w_rxx_uniform(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: i
     return _keep_pairs(weights, Gq, Gk, rank, score.sum(0, keepdim=True).expand_as(score))
 
 
-def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: int) -> QKSolution:
+def fisher(
+    weights: AttentionWeights,
+    Gq: Tensor,
+    Gk: Tensor,
+    C: Tensor,
+    rank: int,
+    known: Elimination | None = None,
+) -> QKSolution:
     """Eliminate RoPE pairs by their effect on the loss; the kept pairs compensate for the others.
 
     A pair's contribution to the scores is linear in its two query dimensions, so any complex factor
@@ -116,9 +123,10 @@ def fisher(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, rank: i
     autocorrelation of the loss's gradients by them (`a3.stages.collect.gradients`; real parts
     first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
     factors go into the norm's gains and are real. Each group has one set of pairs, as in
-    `rxx_w_rxx`, and with partial RoPE one set of other dimensions.
+    `rxx_w_rxx`, and with partial RoPE one set of other dimensions. `known` is what `fisher_losses`
+    returned.
     """
-    order, _ = fisher_losses(weights, C, least=1)
+    order = (known or fisher_losses(weights, C)).order
     return _eliminated(weights, Gq, Gk, C, order, rank)
 
 
@@ -159,19 +167,18 @@ def global_order(C: Tensor, real: bool) -> Tensor:
 
     `real`: queries are normed, so that factors have no imaginary part.
     """
-    return _eliminate(_by_group(C, 1, real), least=1)[0][0]
+    return _eliminate(_by_group(C, 1, real)).order[0]
 
 
-def fisher_losses(weights: AttentionWeights, C: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Pairs of each group in the order in which `fisher` drops them, and the loss.
+def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:
+    """Pairs of each group in the order in which `fisher` drops them, (G, F), and the loss.
 
-    (G, F), with the last `least` in no order, and (F - least + 1,): ½ eᵀ (C + λ 1) e over all
-    heads, when each group has dropped so many.
+    The loss (F,) is ½ eᵀ (C + λ 1) e over all heads, when each group has dropped 0 to F - 1 pairs.
     """
-    return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None), least)
+    return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None))
 
 
-def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def _eliminate(grouped: Tensor) -> Elimination:
     """Like `fisher_losses`; grouped (G, g, parts, F, parts, F).
 
     Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
@@ -183,7 +190,7 @@ def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
     V[:, :, :pairs] = 1.0
     left = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
     order, losses = [], [P.new_zeros(())]
-    for _ in range(pairs - least):
+    for _ in range(pairs - 1):
         gone = _pair_costs(P, V, left).argmin(-1, keepdim=True)
         order.append(gone)
         left.scatter_(1, gone, False)
@@ -191,9 +198,12 @@ def _eliminate(grouped: Tensor, least: int) -> tuple[Tensor, Tensor]:
         dims = dims.expand(-1, heads, -1, -1)
         PD = P.gather(3, dims.mT.expand(-1, -1, parts * pairs, -1))
         PDD = PD.gather(2, dims.expand(-1, -1, -1, parts))
-        losses.append(drop(P, V, PD, V.gather(2, dims), PDD).sum() / 2)
+        VD = V.gather(2, dims)
+        _, Y = drop(*(Z.flatten(0, 1) for Z in (P, V, PD, VD, PDD)))
+        losses.append(Y.square().sum() / 2)
     rest = left.nonzero()[:, 1].view(groups, -1)
-    return torch.cat((*order, rest), 1), torch.stack(losses).cumsum(0)
+    whole = grouped[:, :, 0, :, 0].sum() / 2
+    return Elimination(torch.cat((*order, rest), 1), torch.stack(losses).cumsum(0), whole)
 
 
 def _pair_costs(P: Tensor, V: Tensor, left: Tensor) -> Tensor:

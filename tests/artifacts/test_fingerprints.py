@@ -110,6 +110,9 @@ def statistics_and_checkpoints():
     yield "merge", ["merge", *shards, "-o", *rxx("merged", ["v_blocks"])]
     here, ratio = ["--rxx", "rxx/tiny/short"], ["--ratio", "0.25"]
     sharing = [*here, "--qk", "dense", "--ov", "joint~", "--mlp", "dense", *ratio]
+    one, known = ["--qk", "dense", "--ov", "joint", "--mlp", "dense"], "losses.safetensors"
+    yield "losses", ["losses", dense, *here, *one, "-o", known]
+    sharing += ["--losses", known]
     yield "allocate", ["allocate", dense, *sharing, "-o", "ranks.json"]
     yield "approx", ["approx", dense, *sharing, "--allocation", "ranks.json", "-o", "joint"]
     modes = [
@@ -244,7 +247,7 @@ def test_a_change_makes_stale_what_it_can_change(module, rules):
 
 
 @pytest.mark.parametrize(
-    "rule", ["collect", "approx", "allocate", "gather", "quantise", "eval_ppl"]
+    "rule", ["collect", "approx", "losses", "allocate", "gather", "quantise", "eval_ppl"]
 )
 def test_reading_results_back_is_no_part_of_making_them(rule):
     covered = {path for module in RULES[rule] for path in sources(module)}

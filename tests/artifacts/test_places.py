@@ -47,6 +47,16 @@ def test_every_file_of_a_row_names_it(text, place):
         assert found.format() == place.base.format()
 
 
+def test_losses_by_rank_are_of_the_modes_that_eliminate():
+    for modes, folder in (
+        (("fisher~", "xkv", "obs@0.3"), "fisher+dense+obs"),
+        (("fisher", "joint~", "dense"), "fisher+joint+dense"),
+        (("qk", "xkv", "ls"), None),
+    ):
+        expected = RESULTS / "losses/m/c" / folder if folder else None
+        assert Place("m", "c", *modes, "0.2").losses(RESULTS) == expected
+
+
 def test_shards_of_statistics_are_of_the_dense_model():
     path = RESULTS / "rxx/m/c/shards/0of4/v_blocks.safetensors"
     assert collected_on(RESULTS, path) == Place("m")

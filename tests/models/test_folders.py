@@ -60,6 +60,7 @@ def commands(model, text, out):
         ["compress", model, "--ratio", "0.2", *text, "-o", out / "compressed"],
         ["collect", model, *text, "-o", out / "attention_input.safetensors"],
         ["approx", model, *rxx, "--ratio", "0.2", "-o", out / "approx"],
+        ["losses", model, *rxx, "--preset", "a3-plus", "-o", out / "l.safetensors"],
         ["allocate", model, *rxx, "--preset", "a3-plus", "--ratio", "0.2", "-o", out / "r.json"],
         ["spectra", model, *rxx, "-o", out / "spectra.json"],
         ["surgery", model, "--mode", "pca-shared-kv", "--size", "variance@0.5", "-o", out / "s"],
@@ -356,7 +357,16 @@ def test_shards_and_links_that_are_not_there_are_named(work, model, tmp_path):
 
 def test_a_compressed_model_is_called_so_where_a_dense_one_is_wanted(work, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    wants_dense = ("model", "compress", "approx", "allocate", "spectra", "surgery", "plan")
+    wants_dense = (
+        "model",
+        "compress",
+        "approx",
+        "losses",
+        "allocate",
+        "spectra",
+        "surgery",
+        "plan",
+    )
     for words in commands(work / "small", work / "text.jsonl", tmp_path / "out"):
         if words[0] in wants_dense:
             assert main(list(map(str, words))) == 1

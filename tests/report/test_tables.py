@@ -215,12 +215,16 @@ def test_gradients_are_of_a_share_of_the_tokens(tmp_path):
     write_results(tmp_path, experiments)
     shared = tmp_path / "allocations/small/wiki/fisher+xkv+obs~"
     write(shared / "0.2.timing.json", {"seconds": 3.0})
+    losses = tmp_path / "losses/small/wiki/fisher+dense+obs"
+    for shard in ("0of1", "0of2", "1of2"):
+        write(losses / f"{shard}.timing.json", {"seconds": 2.0})
     speed = {"seconds": 5.0, "tokens_per_second": 100.0}
     write(tmp_path / "rxx" / "small" / "wiki" / "pair_gradient.timing.json", speed)
     out = table(tmp_path, experiments)
     assert rows(out / "results.csv")[1]["calibration_tokens"] == "32768"
     assert float(rows(out / "timings.csv")[1]["rxx pair_gradient.seconds"]) == 5.0
     assert float(rows(out / "timings.csv")[1]["allocate.seconds"]) == 3.0
+    assert float(rows(out / "timings.csv")[1]["losses.seconds"]) == 4.0
 
 
 def test_gradients_of_weights_are_of_all_tokens(tmp_path):

@@ -11,6 +11,7 @@ from test_solutions import D, G, H, N, attention, h, inputs
 from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
+from a3.artifacts.eliminations import EliminationFile, write_eliminations
 from a3.core.errors import A3Error
 from a3.core.files import read_record, write_record
 from a3.models.arch import load_arch
@@ -28,6 +29,7 @@ from a3.stages.approx.allocate import allocate
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.approximate import approximate, solver_for
 from a3.stages.approx.budget import Curve, at, cost, least_loss
+from a3.stages.approx.losses import losses
 from a3.stages.collect.gradients import draw
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
@@ -86,7 +88,8 @@ def test_directions_are_dropped_as_by_constrained_least_squares(kind):
     P, V, cost = torch.linalg.inv(C), W.clone(), torch.zeros(2, dtype=torch.float64)
     for part in U.split((1, 3), dim=-1):
         PU = P @ part
-        cost += drop(P, V, PU, part.mT @ V, part.mT @ PU)
+        _, Y = drop(P, V, PU, part.mT @ V, part.mT @ PU)
+        cost += Y.square().sum((1, 2))
     for found, expected in zip((V, cost, P), zip(*map(without, C, W, U), strict=True), strict=True):
         torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
 
@@ -103,32 +106,42 @@ def slow_elimination(C, W, count):
     return order, losses
 
 
+# Of float32's and float64's losses, the agreement that is asked for (0: never reached, so that
+# float64 is taken), and how nearly the reference is met.
+DTYPES = {"argvalues": [(elimination.AGREEMENT, 1e-5), (0.0, 1e-7)], "ids": ["float32", "float64"]}
+
+
+@pytest.mark.parametrize(("asked", "near"), **DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind):
+def test_elimination_one_by_one_is_optimal_brain_surgery(monkeypatch, kind, asked, near):
     monkeypatch.setattr(elimination, "STEPS", 10**6)
+    monkeypatch.setattr(elimination, "AGREEMENT", asked)
     n, count = 12, 10
     C, W = inputs(kind, n)[0], random(n, 5)
     ridge = 0.01 * C.diagonal().mean().item()
-    rows, losses = eliminate(C, W, count, ridge)
+    rows, losses, _ = eliminate(C, W, count, ridge)
     order, expected = slow_elimination(C + ridge * eye(n), W, count)
     assert rows.tolist() == order
-    assert losses.tolist() == pytest.approx(expected, rel=1e-7, abs=1e-9 * expected[-1])
+    assert losses.tolist() == pytest.approx(expected, rel=near, abs=1e-2 * near * expected[-1])
 
 
+@pytest.mark.parametrize(("asked", "near"), **DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind):
+def test_elimination_in_blocks_knows_the_loss_after_each(monkeypatch, kind, asked, near):
     monkeypatch.setattr(elimination, "STEPS", 5)
+    monkeypatch.setattr(elimination, "AGREEMENT", asked)
     C, W = inputs(kind, N)[0], random(N, 5)
     ridge = 0.01 * C.diagonal().mean().item()
-    rows, losses = eliminate(C, W, 30, ridge)
+    rows, losses, whole = eliminate(C, W, 30, ridge)
+    assert whole.item() == pytest.approx((W * (C @ W)).sum().item(), rel=near)
     assert len(set(rows.tolist())) == 30
     assert len(losses) == 31
     assert (losses.diff() >= 0).all()
     for gone in (8, 16, 24, 30):
         kept = sorted(set(range(N)) - set(rows[:gone].tolist()))
         exact, _ = refit(C + ridge * eye(N), W, kept)
-        assert losses[gone].item() == pytest.approx(exact.item(), rel=1e-7)
-    assert eliminate(C, W, 0, ridge)[1].tolist() == [0.0]
+        assert losses[gone].item() == pytest.approx(exact.item(), rel=near)
+    assert eliminate(C, W, 0, ridge).losses.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,8 +151,83 @@ def test_take_over_is_least_squares_with_a_ridge(kind):
     # The ridge pulls towards the rows as they were: (C_SS + λ)⁻¹ ((C + λ) W)_S.
     lifted = C + ridge * eye(N)
     expected = torch.linalg.solve(lifted[kept][:, kept], (lifted @ W)[kept])
-    torch.testing.assert_close(take_over(C, kept, W, ridge), expected, **CLOSE)
+    found, _ = take_over(C, kept, W, ridge)
+    torch.testing.assert_close(found, expected, **CLOSE)
     torch.testing.assert_close(refit(lifted, W, kept)[1][kept], expected, rtol=1e-6, atol=1e-8)
+
+
+def hard(kind, n):
+    """Autocorrelations that float32 may not stand."""
+    x = random(8 if kind == "few tokens" else 3 * n, n, seed=9)
+    x[:, 1] += x[:, 0]
+    if kind == "all scales":
+        x *= torch.logspace(-6, 6, n).double()
+    if kind == "duplicates":
+        x[:, n // 2 :] = x[:, : n // 2]
+    if kind == "huge duplicates":
+        x[:, :2] = 1e6 * x[:, :1]
+    if kind == "dead channels":
+        x[:, ::3] = 0
+    return x.T @ x / len(x)
+
+
+def dtypes_taken(monkeypatch):
+    """A list to which each elimination adds the dtype that it tries."""
+    dtypes, eliminated = [], elimination._eliminate
+    monkeypatch.setattr(
+        elimination, "_eliminate", lambda *given: dtypes.append(given[-1]) or eliminated(*given)
+    )
+    return dtypes
+
+
+@pytest.mark.parametrize(
+    "kind", ["few tokens", "all scales", "duplicates", "huge duplicates", "dead channels"]
+)
+def test_float32_or_not_the_result_is_that_of_float64(monkeypatch, kind):
+    n = 96
+    C, W, F = hard(kind, n), random(n, D), semidefinite(D, seed=6)
+    weights = MLPWeights(random(D, n), None, W)
+    ridge = 0.03 * C.diagonal().mean().item()
+    dtypes = dtypes_taken(monkeypatch)
+    found = mlp.obs_losses(weights, C, F, 8)
+    assert dtypes == [torch.float32]
+    monkeypatch.setattr(elimination, "AGREEMENT", 0.0)
+    exact = mlp.obs_losses(weights, C, F, 8)
+    assert dtypes == [torch.float32, torch.float32, torch.float64]
+    torch.testing.assert_close(found.losses, exact.losses, rtol=1e-4, atol=1e-9 * exact.losses[-1])
+    assert found.whole.item() == pytest.approx(exact.whole.item(), rel=1e-5)
+    objective = []
+    for known in (found, exact):
+        solution = mlp.obs(weights, C, F, DAMPING, n // 2, known)
+        X = W.clone()
+        X[solution.channels] -= solution.down
+        objective.append((X * ((C + ridge * eye(n)) @ X @ F)).sum().item())
+    assert objective[0] == pytest.approx(objective[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [1e-6, 1e-9])
+def test_where_float32_is_not_enough_float64_is_taken(monkeypatch, share):
+    """With hardly any ridge, few tokens' autocorrelation is singular in float32."""
+    n, dtypes = 96, dtypes_taken(monkeypatch)
+    C, W = hard("few tokens", n), random(n, D)
+    ridge = share * C.diagonal().mean().item()
+    rows, losses, _ = eliminate(C, W, 60, ridge)
+    assert dtypes == [torch.float32, torch.float64]
+    kept = sorted(set(range(n)) - set(rows.tolist()))
+    exact, _ = refit(C + ridge * eye(n), W, kept)
+    assert losses[-1].item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_nothing_is_left_on_the_default_device():
+    """Constants that the solutions make lie where their inputs do: here not on the default one."""
+    weights, C, F = channels(), inputs("random", N)[0], semidefinite(D, seed=6)
+    heads, R = attention(), inputs("random", H * h)[0]
+    grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
+    pairs = pair_statistics(h // 2)
+    with torch.device("meta"):
+        mlp.obs(weights, C, F, DAMPING, 20, mlp.obs_losses(weights, C, F, 9))
+        ov.joint(heads, R, F, DAMPING, 5, ov.joint_losses(heads, R, F, 2))
+        qk.fisher(heads, *grams, pairs, 4, qk.fisher_losses(heads, pairs))
 
 
 def channels(gated=True):
@@ -170,7 +258,7 @@ def test_mlp_refits(kind, mode):
         torch.testing.assert_close(found.down, Z[kept], rtol=1e-6, atol=1e-8)
         Z[kept] = found.down
         whole = lost(torch.zeros_like(W))
-        assert found.relative_error == pytest.approx(lost(Z) / whole, rel=1e-6, abs=1e-12)
+        assert found.relative_error == pytest.approx(lost(Z) / whole, rel=1e-5, abs=1e-12)
         sliced = torch.zeros_like(W)
         sliced[kept] = W[kept]
         assert lost(Z) <= lost(sliced) * (1 + 1e-9)
@@ -179,7 +267,7 @@ def test_mlp_refits(kind, mode):
         if mode == "ls":
             assert torch.equal(kept, mlp.rxx_w(weights, C.diagonal(), rank).channels)
         else:
-            gone, losses = mlp.obs_losses(weights, C, F, rank)
+            gone, losses, _ = mlp.obs_losses(weights, C, F, rank)
             assert sorted(gone.tolist() + kept.tolist()) == list(range(N))
             exact, _ = refit(C + ridge * eye(N), W, kept, F)
             assert losses[-1].item() == pytest.approx(exact.item() / 2, rel=1e-6, abs=1e-9)
@@ -197,7 +285,7 @@ def spread(basis, heads):
 def test_joint_ov_refits_all_heads_together(kind):
     weights, R = attention(), inputs(kind, H * h)[0]
     F = semidefinite(D, seed=6)
-    to_the_end, losses = ov.joint_losses(weights, R, F, least=1)
+    to_the_end, losses, _ = ov.joint_losses(weights, R, F, least=1)
     torch.testing.assert_close(to_the_end.mT @ to_the_end, eye(h).expand(G, h, h), **CLOSE)
     W = weights.o.flatten(0, 1)
     ridge, damping = (share * R.diagonal().mean().item() for share in (ov.ELIMINATION, DAMPING))
@@ -214,7 +302,7 @@ def test_joint_ov_refits_all_heads_together(kind):
         return (X * (metric @ X @ F)).sum().item()
 
     for rank in range(1, h + 1):
-        basis, _ = ov.joint_losses(weights, R, F, rank)
+        basis = ov.joint_losses(weights, R, F, rank).order
         exact = lost(lifted, best(half, basis[..., :rank])) / 2
         whole = losses[-1].item()
         assert losses[h - rank].item() == pytest.approx(exact, rel=1e-7, abs=1e-12 * whole)
@@ -239,7 +327,7 @@ def test_the_first_direction_that_joint_drops_is_the_best_of_all():
     weights = attention()
     weights = type(weights)(weights.q[:1], weights.k[:1], weights.v[:1], weights.o[:1], h)
     R, F = inputs("random", h)[0], semidefinite(D, seed=6)
-    _, losses = ov.joint_losses(weights, R, F, least=h - 1)
+    losses = ov.joint_losses(weights, R, F, least=h - 1).losses
     lifted = R + ov.ELIMINATION * R.diagonal().mean() * eye(h)
 
     def without(u):
@@ -286,7 +374,7 @@ def pair_statistics(pairs, seed=7):
 def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
     C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
     together = replace(attention(), k=attention().k[:1])
-    expected, _ = qk.fisher_losses(together, C, least=1)
+    expected = qk.fisher_losses(together, C).order
     assert torch.equal(qk.global_order(C, real=False), expected[0])
     weights = replace(attention(), rope_dims=h)
     grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
@@ -302,7 +390,7 @@ def test_pairs_are_dropped_as_brute_force_does(normed):
     gains = {"norm": "head", "q_gain": torch.ones(H, h), "k_gain": torch.ones(G, h)}
     weights = replace(weights, **gains) if normed else weights
     C = pair_statistics(pairs)
-    order, losses = qk.fisher_losses(weights, C, least=1)
+    order, losses, _ = qk.fisher_losses(weights, C)
     lifted = with_ridge(C[:, :pairs, :pairs] if normed else C)
     expected = torch.zeros(pairs, dtype=torch.float64)
     for group in range(G):
@@ -340,7 +428,7 @@ def test_factors_commute_with_rope(rope_dims, rank):
     found = qk.fisher(weights, *grams, C, rank)
     lifted = with_ridge(C)
     lost = whole = 0.0
-    order, _ = qk.fisher_losses(weights, C, least=1)
+    order = qk.fisher_losses(weights, C).order
     for head in range(H):
         group = head // (H // G)
         kept = found.pairs[group].tolist()
@@ -378,7 +466,7 @@ def test_factors_of_normed_queries_go_into_the_gains():
     C = pair_statistics(pairs)
     found = qk.fisher(weights, *grams, C, kept)
     # Without factors: a C without correlations, whose diagonal gives the same choice.
-    order, _ = qk.fisher_losses(weights, C, least=1)
+    order = qk.fisher_losses(weights, C).order
     flat = torch.zeros(H, 2 * pairs, dtype=torch.float64)
     for head in range(H):
         flat[head, order[head // (H // G)]] = torch.arange(1.0, pairs + 1).double()
@@ -627,9 +715,10 @@ def test_refits_are_damped_as_by_more_tokens(tmp_path, component, mode):
     kinds = find_mode(component, mode).kinds
     weights, rxx = solver.weights(component, 1), [solver.rxx(kind, 1) for kind in kinds]
     share = (4096 if component == "mlp" else 320) / solver.statistics[kinds[0]].tokens
-    expected = getattr({"mlp": mlp, "ov": ov}[component], mode)(
-        weights, *rxx, share, solver.rank(component, 1)
-    )
+    rank = solver.rank(component, 1)
+    known = [solver.elimination(component, 1, weights, rxx, rank)] if mode != "ls" else []
+    solve = getattr({"mlp": mlp, "ov": ov}[component], mode)
+    expected = solve(weights, *rxx, share, rank, *known)
     name = {"mlp": "mlp.down_proj", "ov": "self_attn.o_proj"}[component]
     found = load_file(tmp_path / "small/model.safetensors")[f"model.layers.1.{name}.weight"]
     expected = expected.down if component == "mlp" else expected.o.flatten(0, 1)
@@ -809,6 +898,77 @@ def test_allocations_of_something_else_are_refused(shared, tmp_path):
         read_allocation(tmp_path / "missing.json", arch, plan)
     with pytest.raises(A3Error, match="Make it with a3 allocate"):
         read_allocation(None, arch, plan)
+
+
+def test_losses_are_computed_once_for_allocate_and_approx(shared, tmp_path, monkeypatch):
+    """The same bytes as where each computes them; with files, neither of them eliminates."""
+    dense, rxx = shared / "dense", shared / "rxx"
+    ratio = ["--preset", "a3-plus", "--ratio", "0.3"]
+    own = {"qk": "fisher", "ov": "joint", "mlp": "obs", "ratio": "0.3"}
+    made = {}
+    for name in ("alone", "given"):
+        words, out = [dense, "--rxx", rxx], tmp_path / name
+        if name == "given":
+            files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+            for i, file in enumerate(files):
+                run("losses", *words, "--preset", "a3-plus", "--shard", f"{i}of2", "-o", file)
+            words += ["--losses", *files]
+            for module, function in ((qk, "fisher"), (ov, "joint"), (mlp, "obs")):
+                monkeypatch.delattr(module, f"{function}_losses")
+        run("allocate", *words, *ratio, "-o", out / "ranks.json")
+        run("approx", *words, *ratio, "--allocation", out / "ranks.json", "-o", out / "small")
+        solving = {"losses": files} if name == "given" else {}
+        approximate(dense, rxx, Plan(choose(own)), out / "own", **solving)
+        files_made = ("ranks.json", "small/model.safetensors", "own/model.safetensors")
+        made[name] = [(out / file).read_bytes() for file in files_made]
+    assert made["alone"] == made["given"]
+    with pytest.raises(AttributeError):  # they are not there
+        allocated(shared, "again")
+
+
+def test_losses_of_something_else_are_refused(shared, tmp_path):
+    dense, none = shared / "dense", dict.fromkeys(PLUS, "dense") | {"ratio": "0.3"}
+    path, other = tmp_path / "half.safetensors", tmp_path / "other.safetensors"
+    row, plan = none | {"qk": "fisher"}, Plan(choose(none | {"qk": "fisher~"}))
+    losses(dense, shared / "rxx", row, path, shard="0of2")
+    found = EliminationFile(path)
+    kept = {0: {"qk": found.read(0, "qk")}}
+    known = {key: value for key, value in found.record.items() if key not in ("tensors", "sha256")}
+    statistics = known["provenance"]["statistics"]
+    changed = statistics | {"pair_gradient": statistics["pair_gradient"] | {"sha256": "0" * 64}}
+    for change, says in (
+        ({}, "layer 1 is in none of them"),
+        ({"weights_sha256": "0" * 64}, "made of weights_sha256 '000"),
+        ({"provenance": {"statistics": changed}}, "made of pair_gradient '000"),
+        ({"layers": [0, 2]}, r"no tensor 'layers\.1\.qk\.order'"),
+    ):
+        write_eliminations(other, kept, known | change)
+        with pytest.raises(A3Error, match=says):
+            allocate(dense, shared / "rxx", plan, tmp_path / "ranks.json", losses=[other])
+        assert not (tmp_path / "ranks.json").exists()
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    other.write_bytes(damaged)
+    with pytest.raises(A3Error, match=r"tensor 'layers\.0\.qk\.\w+' changed"):
+        EliminationFile(other).read(0, "qk")
+    other.write_bytes(damaged[:50])
+    for broken, says in ((other, "truncated, damaged"), (tmp_path / "none", "no such file")):
+        with pytest.raises(A3Error, match=says):
+            EliminationFile(broken)
+    with pytest.raises(A3Error, match="no mode eliminates; expected at least one of qk fisher"):
+        losses(dense, shared / "rxx", row | {"qk": "qk"}, other)
+
+
+def test_files_without_a_component_are_refused_by_allocate_and_no_matter_to_approx(
+    shared, tmp_path
+):
+    row = dict.fromkeys(PLUS, "dense") | {"qk": "fisher"}
+    losses(shared / "dense", shared / "rxx", row, tmp_path / "qk.safetensors")
+    known, plan = {"losses": [tmp_path / "qk.safetensors"]}, Plan(choose(PLUS | {"ratio": "0.3"}))
+    with pytest.raises(A3Error, match="no losses of ov"):
+        allocate(shared / "dense", shared / "rxx", plan, tmp_path / "ranks.json", **known)
+    plan = Plan(choose(row | {"ratio": "-", "qk": "fisher@0.3", "ov": "joint@2"}))
+    approximate(shared / "dense", shared / "rxx", plan, tmp_path / "small", **known)
 
 
 def test_partial_rotation_is_refused(tmp_path, capsys):

@@ -134,11 +134,11 @@ def test_memory_and_time_come_from_the_model_or_the_config(project):
     needed = approx_cost(SMOLLM2)  # and 500 MiB for Snakemake itself
     collect, approx, ppl = (asked[rule] for rule in ("collect_together", "approx", "eval_ppl"))
     assert approx["mem_mb"] == str(500 + needed.megabytes())
-    assert approx["runtime"] == str(needed.minutes(1, "cpu"))
+    assert (approx["runtime"], approx["gpu"]) == (str(needed.minutes(1, "cuda")), "1")
     assert (collect["mem_mb"], collect["runtime"], collect["gpu"]) == ("7000", "10", "1")
     assert (collect["slurm_account"], collect["slurm_partition"]) == ("lab", "long")
     assert ppl["gres"] == "gpu:a100:2"
-    assert "gpu" not in approx.keys() | ppl.keys()
+    assert "gpu" not in ppl
 
     write_record(model / "arch.json", {})
     output = dry(project, "slurm", status=1)

@@ -319,16 +319,21 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     table.write_text(before + "tiny\tshort\tfisher~\tjoint~\tobs~\t0.25\n")
     rules, output = settled.snakemake("-n")
     table.write_text(before)
-    assert (rules.count("allocate"), rules.count("approx")) == (1, 1)
+    assert [rules.count(rule) for rule in ("losses", "allocate", "approx")] == [1, 1, 1]
+    assert "losses/tiny/short/fisher+joint+obs/0of1.safetensors" in output
     assert "allocations/tiny/short/fisher~+joint~+obs~/0.25.json" in output
     # For real with one component, which needs less.
     made = "results/checkpoints/tiny/short/dense+joint~+dense/0.25/approx.json"
     rules, _ = settled.snakemake(made)
-    assert {"allocate", "approx"} <= set(rules)
+    assert {"losses", "allocate", "approx"} <= set(rules)
     ranks = settled.folder / "results/allocations/tiny/short/dense+joint~+dense/0.25.json"
     found = [json.loads(path.read_text()) for path in (settled.folder / made, ranks)]
     assert found[0]["ranks"] == found[1]["ranks"]
     assert settled.snakemake(made)[0] == []
+    # Another ratio, and a ratio of each layer's own, need no other losses.
+    for mode, ratio in (("joint~", "0.5"), ("joint", "0.5")):
+        made = f"results/checkpoints/tiny/short/dense+{mode}+dense/{ratio}/approx.json"
+        assert "losses" not in settled.snakemake("-n", made)[0]
     assert main(["verify", str(settled.folder / "results")]) == 0
 
 

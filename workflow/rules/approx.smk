@@ -9,7 +9,39 @@ include: "../helpers/approx.smk"
 
 
 JOBS = C["approx_jobs"]
+SHARDS = [f"{i}of{JOBS}" for i in range(JOBS)]
 SHARDS_OF_CHECKPOINT = f"{RESULTS}/shards/{RUN}"
+LOSSES = f"{RESULTS}/losses/{{model}}/{{calibration}}/{{qk}}+{{ov}}+{{mlp}}/{{shard}}"
+
+
+rule losses:
+    """What modes that eliminate drop first, and the loss at each rank; for all ratios."""
+    input:
+        arch=f"{RESULTS}/models/{{model}}/arch.json",
+        rxx=rxx_needed,
+    output:
+        losses=f"{LOSSES}.safetensors",
+        timing=f"{LOSSES}.timing.json",
+    log:
+        LOSSES.replace(RESULTS, LOGS) + ".log",
+    benchmark:
+        LOSSES.replace(RESULTS, LOGS) + ".benchmark.tsv"
+    conda:
+        "../../environment.yaml"
+    threads: C["threads"]["approx"]
+    resources:
+        **resources("approx", cost_of_losses),
+    params:
+        model=subpath(input.arch, parent=True),
+        rxx=RXX,
+        threads=C["threads"]["approx"],
+        device=C["device"],
+        code=fingerprint("a3.stages.approx.losses"),
+    shell:
+        "a3 losses {params.model:q} --rxx {params.rxx:q}"
+        " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
+        " --shard {wildcards.shard:q} --threads {params.threads} --device {params.device:q}"
+        " -o {output.losses:q} &> {log:q}"
 
 
 rule allocate:
@@ -17,6 +49,7 @@ rule allocate:
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
+        losses=losses_needed,
     output:
         ranks=f"{RESULTS}/allocations/{RUN}.json",
         timing=f"{RESULTS}/allocations/{RUN}.timing.json",
@@ -26,25 +59,23 @@ rule allocate:
         f"{LOGS}/allocations/{RUN}.benchmark.tsv"
     conda:
         "../../environment.yaml"
-    threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_allocate),
+        **resources("approx", cost_of_gather, beside=True),
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
-        threads=C["threads"]["approx"],
         code=fingerprint("a3.stages.approx.allocate"),
     shell:
-        "a3 allocate {params.model:q} --rxx {params.rxx:q}"
+        "a3 allocate {params.model:q} --rxx {params.rxx:q} --losses {input.losses:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
-        " --ratio {wildcards.ratio:q} --threads {params.threads} -o {output.ranks:q}"
-        " &> {log:q}"
+        " --ratio {wildcards.ratio:q} -o {output.ranks:q} &> {log:q}"
 
 
 rule approx:
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
+        losses=losses_needed,
         allocation=allocation_needed,
     output:
         weights=f"{CHECKPOINT}/model.safetensors",
@@ -64,14 +95,16 @@ rule approx:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
         allocation=lambda wildcards, input: [f"--allocation={path}" for path in input.allocation],
+        losses=lambda wildcards, input: ["--losses", *input.losses] if input.losses else [],
         out=approx_output,
         threads=C["threads"]["approx"],
+        device=C["device"],
         code=fingerprint("a3.stages.approx.approximate"),
     shell:
         "a3 approx {params.model:q} --rxx {params.rxx:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
-        " --ratio {wildcards.ratio:q} {params.allocation:q}"
-        " --threads {params.threads} {params.out:q} &> {log:q}"
+        " --ratio {wildcards.ratio:q} {params.allocation:q} {params.losses:q}"
+        " --threads {params.threads} --device {params.device:q} {params.out:q} &> {log:q}"
 
 
 if JOBS > 1:
@@ -88,8 +121,8 @@ if JOBS > 1:
     rule gather:
         input:
             arch=f"{RESULTS}/models/{{model}}/arch.json",
-            weights=[f"{SHARDS_OF_CHECKPOINT}/{i}of{JOBS}.safetensors" for i in range(JOBS)],
-            said=[f"{SHARDS_OF_CHECKPOINT}/{i}of{JOBS}.json" for i in range(JOBS)],
+            weights=[f"{SHARDS_OF_CHECKPOINT}/{shard}.safetensors" for shard in SHARDS],
+            said=[f"{SHARDS_OF_CHECKPOINT}/{shard}.json" for shard in SHARDS],
         output:
             weights=[f"{CHECKPOINT}/{name}" for name in WEIGHTS],
             config=f"{CHECKPOINT}/config.json",

@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 
 from a3.jobs.settings import settings_of
+from a3.solutions.modes import SHARED, eliminating
 
 # Rules of the heavy stages.
 STAGES = {
     "collect": "collect",
     **dict.fromkeys(ONE_PASS, "collect"),
     "collect_compressed": "collect",
-    "allocate": "allocate",
+    "losses": "allocate",
     "approx": "approx",
     "approx_shard": "approx",
     "quantise": "quantise",
@@ -77,7 +78,10 @@ def planned(job):
             settings |= {"kinds": [kind] if kind else TOGETHER[wildcards.calibration]}
             settings["tokens"] //= settings["shards"]
     elif solves:
-        row = {key: wildcards[key] for key in ("qk", "ov", "mlp", "ratio")}
+        row = {key: wildcards.get(key) for key in ("qk", "ov", "mlp", "ratio")}
+        if stage == "allocate":  # losses by rank: for modes whose ratio is allocated, at any ratio
+            shared = [key for key, mode in eliminating(row).items()]
+            row |= {key: row[key] + SHARED for key in shared} | {"ratio": "0"}
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
         settings |= {"row": row_of(place_of(wildcards))}

@@ -28,7 +28,7 @@ rule quantise:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_quantise),
+        **resources("approx", cost_of_quantise, device="cpu"),
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         rxx=lambda wildcards, input: Path(input.rxx[0]).parent,

@@ -4,6 +4,7 @@ On one machine nothing of it limits anything.
 """
 
 import errno
+from dataclasses import replace
 
 from a3.core.files import read_record
 from a3.models.cost import (
@@ -28,29 +29,28 @@ SNAKEMAKE = 500
 ASKED = {"partition": "slurm_partition", "account": "slurm_account", "gpu": "gpu", "gres": "gres"}
 
 
-def resources(stage, cost, beside=False):
+def resources(stage, cost, beside=False, device=C["device"]):
     """Resources of a rule; a job that is tried again asks for a multiple of memory and time.
 
     A small rule `beside` a stage has its partition and account, and memory and time of its own.
     """
+    device = "cpu" if beside else device
     said = C["resources"].get(stage, {})
     if beside:
         said = {key: said[key] for key in ("partition", "account") if key in said}
-    on_gpu = C["device"] != "cpu" and stage != "approx"
 
     def mem_mb(wildcards, input, attempt):
         needed = said.get("mem_mb") or SNAKEMAKE + cost(arch_of(input), wildcards).megabytes()
         return attempt * needed
 
     def runtime(wildcards, input, attempt):
-        device = C["device"] if on_gpu else "cpu"
         needed = said.get("runtime") or cost(arch_of(input), wildcards).minutes(
             C["threads"][stage], device
         )
         return attempt * needed
 
     asked = {"mem_mb": mem_mb, "runtime": runtime}
-    if on_gpu and "gres" not in said:
+    if device != "cpu" and "gres" not in said:
         asked["gpu"] = 1
     return asked | {ASKED[key]: value for key, value in said.items() if key in ASKED}
 
@@ -94,12 +94,13 @@ def cost_of_gather(arch, wildcards):
 
 def cost_of_approx(arch, wildcards):
     """Cost of one job of a checkpoint."""
-    return approx_cost(arch, C["approx_jobs"], kinds_needed(choose(wildcards)))
+    return approx_cost(arch, C["approx_jobs"], kinds_needed(choices_of(wildcards)))
 
 
-def cost_of_allocate(arch, wildcards):
-    """Cost of allocating the ranks of one checkpoint."""
-    return approx_cost(arch, 1, kinds_needed(choose(wildcards)))
+def cost_of_losses(arch, wildcards):
+    """Cost of one job of losses by rank, which may solve several layers at once."""
+    cost = cost_of_approx(arch, wildcards)
+    return replace(cost, memory=cost.memory + 2**30)
 
 
 def cost_of_collect_compressed(arch, wildcards):

@@ -17,7 +17,7 @@ rule spectra:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_spectra),
+        **resources("approx", cost_of_spectra, device="cpu"),
     params:
         model=subpath(input.arch, parent=True),
         rxx=lambda wildcards, input: Path(input.rxx[0]).parent,

@@ -48,7 +48,7 @@ rule surgery:
         "../../environment.yaml"
     threads: C["threads"]["approx"]
     resources:
-        **resources("approx", cost_of_surgery),
+        **resources("approx", cost_of_surgery, device="cpu"),
     params:
         model=subpath(input.arch, parent=True),
         rxx=lambda wildcards, input: ["--rxx", Path(input.rxx[0]).parent] if input.rxx else [],

@@ -152,6 +152,8 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         for kind in run.statistics:
             row |= named(f"rxx {kind}", _speed(timing(place.rxx(results, kind))))
         spent = Record.read(timing(run.weights.path))
+        if losses := place.losses(results):
+            row["losses.seconds"] = _all_shards(losses)
         if allocation := place.allocation(results):
             row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
         row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
@@ -165,6 +167,14 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
     for task, record in run.harness.items():
         row |= named(f"harness {task}", _speed(timing(record.path)))
     return row
+
+
+def _all_shards(folder: Path) -> float:
+    """Seconds of all shards in a folder; if it holds several divisions, of the finest."""
+    found = {path.name.partition(".")[0]: path for path in folder.glob("*.timing.json")}
+    count = max((int(number.partition("of")[2]) for number in found), default=0)
+    own = [path for number, path in found.items() if number.endswith(f"of{count}")]
+    return sum(Record.read(path)["seconds"] for path in own)
 
 
 def _speed(path: Path) -> dict[str, float]:

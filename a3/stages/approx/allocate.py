@@ -1,28 +1,30 @@
 """Stage allocate: allocates one budget across layers and components by their predicted loss.
 
 For each layer and rank, a mode that supports allocation predicts the model's second-order loss
-(nats per token) from weights and Rxx alone. The chosen ranks minimise the sum under the budget.
+(nats per token) from weights and Rxx alone: stage losses, which this stage repeats where it is not
+given its files. The chosen ranks minimise the sum under the budget.
 """
 
 import time
 from collections.abc import Iterator
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from a3.artifacts.eliminations import Eliminations
+from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
-from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
-from a3.solutions import mlp, ov, qk
-from a3.solutions.modes import SHARING, Choice, find_mode
+from a3.numerics.elimination import Elimination
+from a3.solutions.modes import Choice, find_mode
 from a3.solutions.plan import Plan, least_rank
 from a3.stages.approx.budget import Curve, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
+from a3.stages.approx.losses import eliminate_layers
 from a3.stages.approx.statistics import read_statistics
 
 # The limited quantities, in the order of `cost`.
@@ -36,14 +38,17 @@ def allocate(
     out: Path,
     *,
     uniform: tuple[str, ...] = (),
+    losses: list[Path] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write each layer's ranks of the components with an allocated ratio (`plan.shared`), and the
     seconds that it took beside them.
 
     The budget allows as many parameters and as much KV cache as with the same ratio everywhere.
     This also limits FLOPs, which come from weights and attention products. Ranks are multiples of
-    `plan.multiple`; components in `uniform` get the same rank in all layers. Raises A3Error if no
-    mode is marked ~, a mode does not fit, or statistics are missing or damaged.
+    `plan.multiple`; components in `uniform` get the same rank in all layers. `losses` are the files
+    that stage losses wrote. Raises A3Error if no mode is marked ~, a mode does not fit, statistics
+    are missing or damaged, or losses are of something else.
     """
     start = time.perf_counter()
     if not plan.shared:
@@ -56,11 +61,16 @@ def allocate(
     kinds = {kind for component in modes for kind in find_mode(component, modes[component]).kinds}
     statistics = read_statistics(rxx_folder, sorted(kinds), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
-    solver = LayerSolver(arch, dense, statistics, modes, ranks)
+    layers = range(arch.layers)
+    if losses:
+        known = Eliminations(losses, arch, statistics)
+        found = {layer: {one: known.require(layer, one) for one in modes} for layer in layers}
+    else:
+        require_device(device, "float64")
+        solver = LayerSolver(arch, dense, statistics, modes, ranks, device=device)
+        found = eliminate_layers(solver, layers)
     curves = [
-        curve
-        for layer in Bar(range(arch.layers), unit="layer", desc="losses by rank")
-        for curve in curves_of(solver, layer, plan.multiple)
+        curve for layer in layers for curve in curves_of(arch, layer, found[layer], plan.multiple)
     ]
     record = {
         "modes": {component: str(choice) for component, choice in plan.shared.items()},
@@ -98,25 +108,16 @@ def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> d
     }
 
 
-def curves_of(solver: LayerSolver, layer: int, multiple: int) -> Iterator[Curve]:
-    """The loss of each shared component of a layer by rank."""
-    arch = solver.arch
-    attention = cache(partial(solver.attention_weights, layer))  # QK and OV share one reading
-    for component in solver.ranks:
-        rxx = [solver.rxx(kind, layer) for kind in find_mode(component, SHARING[component]).kinds]
+def curves_of(
+    arch: Arch, layer: int, found: dict[str, Elimination], multiple: int
+) -> Iterator[Curve]:
+    """The loss of each shared component of a layer by rank, from what its elimination found."""
+    for component, (_, losses, _) in found.items():
         full, least = arch.full_rank(component), least_rank(arch, component)
-        if component == "qk":
-            _, loss = qk.fisher_losses(attention(), rxx[-1], least // 2)
-            ranks = full - 2 * torch.arange(len(loss))
-        elif component == "ov":
-            _, loss = ov.joint_losses(attention(), rxx[0], rxx[1], least)
-            ranks = full - torch.arange(len(loss))
-        else:
-            _, loss = mlp.obs_losses(solver.mlp_weights(layer), rxx[0], rxx[1], least)
-            ranks = full - torch.arange(len(loss))
-        kept = (ranks % multiple == 0) | (ranks == full)
-        layers = range(layer, layer + 1)
-        yield Curve(component, layers, ranks[kept], loss[kept], *of_one_rank(arch, component))
+        ranks = full - (2 if component == "qk" else 1) * torch.arange(len(losses))
+        kept = ((ranks % multiple == 0) | (ranks == full)) & (ranks >= least)
+        of = range(layer, layer + 1)
+        yield Curve(component, of, ranks[kept], losses.cpu()[kept], *of_one_rank(arch, component))
 
 
 def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:

@@ -6,8 +6,11 @@ a3.stages.approx.assemble joins the shards to a folder.
 """
 
 from pathlib import Path
+from typing import Any
 
+from a3.artifacts.eliminations import Eliminations
 from a3.artifacts.targets import APPROXIMATED
+from a3.core.devices import require_device
 from a3.core.dtypes import WIDTHS
 from a3.core.files import whole_folder
 from a3.core.progress import Bar
@@ -27,17 +30,23 @@ from a3.stages.approx.statistics import made_from, read_statistics
 
 
 def approximate(
-    model_folder: Path, rxx_folder: Path, plan: Plan, out: Path, allocation: Path | None = None
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    out: Path,
+    allocation: Path | None = None,
+    **solving: Any,
 ) -> None:
     """Solve every layer and write the compressed Hugging Face folder `out` atomically.
 
     Reads `<kind>.safetensors` from `rxx_folder` for the kinds that the modes need, and the ranks of
-    components with an allocated ratio from `allocation` (a3.stages.approx.allocate). Beside
-    weights, config and tokenizer it writes approx.json (ranks, errors, sizes, provenance) and
-    timing.json. Weights of more than 1 GiB are written in several files. Raises A3Error if a
-    mode does not fit, the statistics are another model's or damaged, or weights are not finite.
+    components with an allocated ratio from `allocation` (a3.stages.approx.allocate). `solving` are
+    the last arguments of `solver_for`. Beside weights, config and tokenizer it writes approx.json
+    (ranks, errors, sizes, provenance) and timing.json. Weights of more than 1 GiB are written in
+    several files. Raises A3Error if a mode does not fit, the statistics are another model's or
+    damaged, or weights are not finite.
     """
-    write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation), plan, out)
+    write_checkpoint(solver_for(model_folder, rxx_folder, plan, allocation, **solving), plan, out)
 
 
 def repack(model_folder: Path, out: Path) -> None:
@@ -73,19 +82,31 @@ def approximate_shard(
     number: str,
     out: Path,
     allocation: Path | None = None,
+    **solving: Any,
 ) -> None:
     """Solve a range of layers, "0of4" to "3of4", and write them to the file `out`.
 
     The file has all tensors of its layers, including unchanged ones; "0of1" also has those outside
     the layers. A JSON file beside it has their report. Raises A3Error as `approximate` does.
     """
-    solve_shard(solver_for(model_folder, rxx_folder, plan, allocation), plan, number, out)
+    solver = solver_for(model_folder, rxx_folder, plan, allocation, **solving)
+    solve_shard(solver, plan, number, out)
 
 
 def solver_for(
-    model_folder: Path, rxx_folder: Path, plan: Plan, allocation: Path | None
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    allocation: Path | None,
+    *,
+    losses: list[Path] | None = None,
+    device: str = "cpu",
 ) -> "LayerSolver":
-    """The solver of a model's layers by a plan; raises A3Error as `approximate` does."""
+    """The solver of a model's layers by a plan; raises A3Error as `approximate` does.
+
+    `losses` are files of a3.stages.approx.losses, so that what they have is not computed again.
+    Solutions are computed on `device`.
+    """
     arch = load_arch(model_folder)
     ranks: dict[str, int | list[int]] = dict(plan.ranks(arch))
     if plan.shared:
@@ -93,7 +114,11 @@ def solver_for(
     statistics = read_statistics(rxx_folder, plan.kinds(), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     modes = {component: choice.mode for component, choice in plan.choices.items()}
-    solver = LayerSolver(arch, dense, statistics, modes, ranks, plan.multiple)
+    require_device(device, "float64")
+    known = Eliminations(losses or [], arch, statistics)
+    solver = LayerSolver(
+        arch, dense, statistics, modes, ranks, plan.multiple, known=known, device=device
+    )
     for component in modes:
         if modes[component] in ALLOCATED:
             solver.allocate(component)

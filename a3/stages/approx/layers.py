@@ -2,25 +2,28 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from a3.artifacts.eliminations import Eliminations, to_device
 from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.compressed import pairs_name
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.numerics.elimination import Elimination
 from a3.numerics.finite import require_finite
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, qk
 from a3.solutions.factors import Matrix, factorise, shares
-from a3.solutions.functions import solver_of
-from a3.solutions.modes import COMPONENTS, find_mode
-from a3.solutions.plan import factor_ranks
+from a3.solutions.functions import losses_of, solver_of
+from a3.solutions.modes import COMPONENTS, SHARING, find_mode
+from a3.solutions.plan import factor_ranks, least_rank
 
 Weights: TypeAlias = AttentionWeights | MLPWeights
 
@@ -43,14 +46,22 @@ class LayerSolver:
         modes: dict[str, str],
         ranks: Mapping[str, int | list[int]],
         multiple: int = 1,
+        *,
+        known: Eliminations | None = None,
+        device: str = "cpu",
     ) -> None:
-        """`ranks`: one per component or per layer; ranks of factors are multiples of `multiple`."""
+        """`ranks`: one per component or per layer; ranks of factors are multiples of `multiple`.
+
+        `known` has what `a3 losses` computed before. Solutions are computed on `device`.
+        """
         self.arch = arch
         self.checkpoint = checkpoint
         self.statistics = statistics
         self.modes = modes
         self.ranks = ranks
         self.multiple = multiple
+        self.known = known
+        self.device = torch.device(device)
         self.fields = arch.to_json()
         # The share that each matrix keeps, by its name in every layer, where it is not the same.
         self.kept: dict[str, list[float]] = {}
@@ -75,10 +86,12 @@ class LayerSolver:
             else:
                 continue
             tensors |= solved
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
             if said:
                 report[component] = said
                 seconds[component] = time.perf_counter() - start
-        return tensors, report, seconds
+        return {name: W.cpu() for name, W in tensors.items()}, report, seconds
 
     def solve_component(
         self, component: str, layer: int, weights: Weights
@@ -88,7 +101,11 @@ class LayerSolver:
         if find_mode(component, name).factors:
             return self.solve_factors(component, layer, weights)
         rank = self.rank(component, layer)
-        solution = solver_of(component, name)(weights, *self.read(component, name, layer), rank)
+        read = self.read(component, name, layer)
+        more = []
+        if name == SHARING[component]:
+            more = [self.elimination(component, layer, weights, read, rank)]
+        solution = solver_of(component, name)(weights, *read, rank, *more)
         tensors = self.pack(layer, solution, REPLACED[component])
         said = {
             "mode": name,
@@ -102,6 +119,19 @@ class LayerSolver:
             tensors |= self.with_bias(layer, solution.bias)
             said["bias"] = True
         return tensors, said
+
+    def elimination(
+        self, component: str, layer: int, weights: Weights, read: list[Any], rank: int
+    ) -> Elimination:
+        """What is dropped of a component of a layer, down to `rank` or further.
+
+        Computed here only if it is not `known`; that ends at the least rank that a3 allocates.
+        """
+        least = least_rank(self.arch, component)
+        known = None if self.known is None else self.known.find(layer, component)
+        if known is not None and (component == "qk" or rank >= least):
+            return to_device(known, self.device)
+        return losses_of(component, weights, read, min(rank, least))
 
     def solve_factors(
         self, component: str, layer: int, weights: Weights
@@ -187,7 +217,7 @@ class LayerSolver:
         """The output bias of a layer's MLP with something added; it may have had none."""
         name = self.arch.adapter.name(layer, "down", "bias")
         if self.arch.adapter.has_bias("down", self.fields):
-            bias = bias + self.checkpoint.tensor(name).double()
+            bias = bias.cpu() + self.checkpoint.tensor(name).double()
         return {name: bias.to(getattr(torch, self.arch.dtype))}
 
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -248,13 +278,18 @@ class LayerSolver:
         """Dense weights of attention, float64; A3Error if they are not finite."""
         weights = self.arch.adapter.attention(self.checkpoint, layer, self.fields)
         self.require_finite(weights, layer)
-        return weights
+        return self.moved(weights)
 
     def mlp_weights(self, layer: int, expert: int | None = None) -> MLPWeights:
         """Dense weights of the MLP, or of one expert; A3Error if they are not finite."""
         weights = self.arch.adapter.mlp(self.checkpoint, layer, self.fields, expert)
         self.require_finite(weights, layer)
-        return weights
+        return self.moved(weights)
+
+    def moved(self, weights: Any) -> Any:
+        """Weights on the device."""
+        tensors = {name: W for name, W in vars(weights).items() if isinstance(W, Tensor)}
+        return replace(weights, **{name: W.to(self.device) for name, W in tensors.items()})
 
     def require_finite(self, weights: Weights, layer: int) -> None:
         """Raise A3Error, with the layer and the matrix, where a weight is not finite."""
@@ -274,8 +309,13 @@ class LayerSolver:
         return read
 
     def rxx(self, kind: str, layer: int) -> Tensor:
-        """One statistic of a layer."""
-        return self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+        """One statistic of a layer, on the device."""
+        R = self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+        return R.to(self.device)
+
+    def kinds(self, component: str) -> tuple[str, ...]:
+        """The statistics that a component's mode reads."""
+        return find_mode(component, self.modes[component]).kinds
 
     @cached_property
     def order(self) -> Tensor:

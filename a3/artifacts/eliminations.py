@@ -1,0 +1,140 @@
+"""Files of losses by rank: what `a3 losses` writes, and allocate and approx read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from a3.core.errors import A3Error
+from a3.core.files import SEAL, seal, unseal, whole_file
+from a3.models.arch import Arch
+from a3.numerics.elimination import Elimination
+from a3.rxx.container import Rxx
+
+AGAIN = "Compute it again with a3 losses."
+
+
+def write_eliminations(
+    path: Path, found: dict[int, dict[str, Elimination]], record: dict[str, Any]
+) -> None:
+    """Write the eliminations of some layers, by component, and their record, atomically."""
+    tensors = {
+        f"layers.{layer}.{component}.{name}": value.cpu().contiguous()
+        for layer, components in found.items()
+        for component, one in components.items()
+        for name, value in one._asdict().items()
+    }
+    hashes = {key: tensor_hash(value) for key, value in tensors.items()}
+    # One metadata key only: safetensors writes several in random order.
+    metadata = {"a3": json.dumps(seal(record | {"tensors": hashes}), sort_keys=True)}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def tensor_hash(value: Tensor) -> str:
+    """Hex SHA-256 of a tensor's shape and bytes."""
+    digest = hashlib.sha256(repr(tuple(value.shape)).encode())
+    digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
+
+
+class EliminationFile:
+    """One file that `a3 losses` wrote. Each tensor is checked against its hash when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises A3Error if the file is missing, damaged or something else."""
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            record = json.loads(self._file.metadata()["a3"])
+            self.record = unseal(record, path)
+            self.layers = range(*self.record["layers"])
+            self.components: dict[str, str] = self.record["modes"]
+        except FileNotFoundError:
+            raise A3Error(f"{path}: no such file. Make it with a3 losses.") from None
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+            raise A3Error(
+                f"{path}: truncated, damaged or not a file of losses ({error!r}). {AGAIN}"
+            ) from error
+
+    def require_made_of(self, arch: Arch, statistics: dict[str, Rxx]) -> None:
+        """Raise A3Error if it is of another model or of other statistics than these."""
+        own = {kind: one[SEAL] for kind, one in self.record["provenance"]["statistics"].items()}
+        found = {"weights_sha256": self.record["weights_sha256"]} | own
+        expected = {"weights_sha256": arch.weights_sha256}
+        expected |= {kind: rxx.record[SEAL] for kind, rxx in statistics.items()}
+        for key in found.keys() & expected.keys():
+            if found[key] != expected[key]:
+                raise A3Error(
+                    f"{self.path}: made of {key} {found[key]!r}, expected {expected[key]!r}: of "
+                    f"another model or of other statistics. {AGAIN}"
+                )
+
+    def read(self, layer: int, component: str) -> Elimination:
+        """One component of a layer; raises A3Error if it is missing or has changed."""
+        key = f"layers.{layer}.{component}"
+        return Elimination(*(self.tensor(f"{key}.{name}") for name in Elimination._fields))
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor; raises A3Error if it is missing or has changed."""
+        try:
+            value = self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise A3Error(f"{self.path}: no tensor {key!r} ({error}). {AGAIN}") from error
+        if tensor_hash(value) != self.record["tensors"].get(key):
+            raise A3Error(f"{self.path}: tensor {key!r} changed since it was written. {AGAIN}")
+        return value
+
+    def tensors(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self.record["tensors"])
+
+
+class Eliminations:
+    """The eliminations of a model in one or several files, each with some of the layers."""
+
+    def __init__(self, paths: list[Path], arch: Arch, statistics: dict[str, Rxx]) -> None:
+        """Raises A3Error if a file is damaged, or of another model or other statistics."""
+        self.files = [EliminationFile(path) for path in paths]
+        for one in self.files:
+            one.require_made_of(arch, statistics)
+
+    def find(self, layer: int, component: str) -> Elimination | None:
+        """One component of a layer; None if no file is of this component.
+
+        Raises A3Error if there are files of the component and none has the layer.
+        """
+        own = [one for one in self.files if component in one.components]
+        if not own:
+            return None
+        for one in own:
+            if layer in one.layers:
+                return one.read(layer, component)
+        raise A3Error(
+            f"{', '.join(str(one.path) for one in own)}: layer {layer} is in none of them. Name "
+            "the files of all shards that a3 losses made."
+        )
+
+    def require(self, layer: int, component: str) -> Elimination:
+        """One component of a layer; raises A3Error if it is in none of the files."""
+        if (found := self.find(layer, component)) is not None:
+            return found
+        raise A3Error(
+            f"{', '.join(str(one.path) for one in self.files)}: no losses of {component}. Name a "
+            "file that has them, or none."
+        )
+
+
+def of_layers(layers: range) -> list[int]:
+    """A range of layers as a record has it."""
+    return [layers.start, layers.stop]
+
+
+def to_device(found: Elimination, device: torch.device) -> Elimination:
+    """The same on a device."""
+    return Elimination(*(value.to(device) for value in found))
