@@ -5,6 +5,7 @@ estimate (docs/scale.md). The Snakefile imports this at every start, so it impor
 `arch` is `shapes` of arch.json throughout.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from a3.rxx.kinds import (
     GRADIENT_FORMS,
     KINDS,
     SAMPLED_FORMS,
+    layer_memory,
     shape_of,
-    statistics_memory,
+    stored_bytes,
 )
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
@@ -86,25 +88,40 @@ def collect_cost(
 ) -> Cost:
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
-    A hook holds at most float64 copies of the widest activation of one block. Gradients need a
-    separate pass, which takes three times as long as one without gradients and keeps the
-    activations of all layers and the gradients of all weights in memory.
+    All blocks go through one layer after the other, so that the sums and activations of one layer
+    are in memory, and float64 copies of the widest activation of a block. Gradients come from
+    another forward pass through each layer and one back, which by activations take as long as two
+    without gradients, and by weights as three; hidden states between layers are in files.
     """
     h, kinds = arch["head_dim"], tuple(kinds)
     widest = max(arch["intermediate_size"], arch["heads"] * h)
-    copies = 3 * 8 * block_length * widest
-    memory = weights_memory(arch, dtype) + forward_memory(arch, block_length) + copies
-    memory += statistics_memory(arch, kinds)
+    activations = forward_memory(arch, block_length)
+    memory = weights_memory(arch, dtype) + 3 * 8 * block_length * widest
+    memory += sum(layer_memory(arch, kind) for kind in kinds)
     passes = 1.0
     forms = {KINDS[kind].form for kind in kinds}
     if forms & set(GRADIENT_FORMS):
-        # Gradients by weights, or only by activations.
         passes += 3 * ("fisher" in forms)
-        passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
-        memory += WIDTHS[dtype] * arch["size"]["parameters"]
-        memory += arch["layers"] * forward_memory(arch, block_length)
+        passes += 2 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
+        # What backward needs of a layer, and the logits with their gradients.
+        activations *= 3
         memory += 3 * 4 * block_length * arch["vocab_size"]
-    return Cost(LIBRARIES + memory, passes * tokens * arch["size"]["flops_per_token"])
+    if "fisher" in forms:
+        memory += WIDTHS[dtype] * arch["size"]["parameters"] // arch["layers"]
+    flops = passes * tokens * arch["size"]["flops_per_token"]
+    # Of symmetric sums half is computed.
+    flops += tokens * arch["layers"] * sum(math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
+    return Cost(LIBRARIES + memory + activations, flops)
+
+
+def states_disk(arch: dict[str, Any], tokens: int, dtype: str, kinds: Iterable[str]) -> int:
+    """Bytes of the files of a pass: hidden states before and after a layer; for gradients the input
+    of each layer as well.
+    """
+    forms = {KINDS[kind].form for kind in kinds}
+    kept = tokens if "fisher" in forms else tokens // GRADIENT_BLOCKS
+    inputs = (arch["layers"] + 2) * kept if forms & set(GRADIENT_FORMS) else 0
+    return WIDTHS[dtype] * arch["hidden_size"] * (2 * tokens + inputs)
 
 
 def stream_cost(
@@ -163,9 +180,9 @@ def surgery_cost(arch: dict[str, Any], together: bool, kinds: Iterable[str]) -> 
 
 
 def merge_cost(arch: dict[str, Any], shards: int, kind: str) -> Cost:
-    """Cost of adding one kind's sums of all shards, of which two files are in memory at once."""
-    size = statistics_memory(arch, [kind])
-    return Cost(LIBRARIES + 2 * size, 100.0 * shards * size / 8)
+    """Cost of adding one kind's sums of all shards: one layer's, and as stored before and after."""
+    sums, stored = layer_memory(arch, kind), stored_bytes(arch, kind) // arch["layers"]
+    return Cost(LIBRARIES + sums + 2 * stored, 100.0 * shards * arch["layers"] * sums / 8)
 
 
 def gather_cost(arch: dict[str, Any]) -> Cost:

@@ -4,7 +4,7 @@ This module does not import torch, because the workflow reads it at every start.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,12 @@ GRADIENT_BLOCKS = 4
 
 SAMPLED_FORMS = ("gradient", "factors")
 
+# Forms that are Σ xᵀx of whole activations or gradients: symmetric, and stored as packed triangles.
+TRIANGULAR_FORMS = ("full", "gradient")
+
+# Rows of a triangle that are computed, packed or unpacked at a time.
+PANEL = 256
+
 # Statistics that need a backward pass.
 GRADIENT_FORMS = ("fisher", *SAMPLED_FORMS)
 
@@ -102,10 +108,22 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     return (arch["experts"], *shape) if arch["experts"] and kind.site == "down_input" else shape
 
 
-def statistics_memory(arch: Mapping[str, Any], kinds: Iterable[str]) -> int:
-    """Bytes of the sums of these kinds over all layers."""
-    sizes = (math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
-    return 8 * arch["layers"] * sum(sizes)
+def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:
+    """Bytes of one kind's file, all layers: triangles packed (a3.rxx.packed), others in float64."""
+    shape = shape_of(KINDS[kind], arch)
+    if KINDS[kind].form in TRIANGULAR_FORMS:
+        n = shape[-1]
+        return arch["layers"] * (3 * n * (n - 1) // 2 + 8 * n)
+    return arch["layers"] * 8 * math.prod(shape)
+
+
+def layer_memory(arch: Mapping[str, Any], kind: str) -> int:
+    """Bytes of one layer's sums in float64, while they are collected: of a triangle its panels."""
+    shape = shape_of(KINDS[kind], arch)
+    if KINDS[kind].form in TRIANGULAR_FORMS:
+        n = shape[-1]
+        return 4 * n * (n + min(n, PANEL))
+    return 8 * math.prod(shape)
 
 
 # Statistics from which spectra are computed.

@@ -1,0 +1,163 @@
+"""Counts the operations of a computation while it runs, and what each takes on this machine.
+
+Counts of small pieces are exact, so they can be scaled to sizes at which a run would take minutes.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What is counted of an operation: multiply-adds by type and dtype, bytes read and written, calls.
+Key = tuple[str, torch.dtype | None]
+
+BYTES: Key = ("bytes", None)
+
+CALLS: Key = ("calls", None)
+
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")
+
+# Sizes of the matrices, and bytes, with which rates are measured.
+SIZE, COPIED = 640, 2**25
+
+# A call is timed again until these seconds have passed, and once again if it took less than LONG.
+PATIENCE, LONG = 0.03, 0.1
+
+
+class Counts(TorchDispatchMode):
+    """Counts the operations of all calls of torch inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Key] = Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: else torch imports its compiler, which takes a second."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Called by torch in place of each operation."""
+        result = func(*args, **(kwargs or {}))
+        returned = func._schema.returns
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returned)
+        given = [one for one in args if isinstance(one, Tensor)]
+        if not view and given:
+            self.found[CALLS] += 1
+            made = [one for one in _listed(result) if isinstance(one, Tensor)]
+            self.found[BYTES] += sum(x.numel() * x.element_size() for x in (*given, *made))
+            name = func.overloadpacket.__name__
+            if (what := _operations(name, args, given)) is not None:
+                self.found[what[0], given[0].dtype] += what[1]
+        return result
+
+
+def _listed(result: Any) -> tuple[Any, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _operations(name: str, args: tuple, given: list[Tensor]) -> tuple[str, int] | None:
+    """Type and number of multiply-adds of an operation of linear algebra; None for others."""
+    first, last = given[0], given[-1]
+    if name in PRODUCTS:
+        left, right = given[-2:]
+        return "product", left.numel() * right.shape[-1]
+    if first.dim() < 2:
+        return None
+    n = first.shape[-1]
+    cube = first.numel() * n
+    if name in ("linalg_cholesky_ex", "cholesky"):
+        return "cholesky", cube // 6
+    if name in ("_linalg_eigh", "linalg_eigh"):
+        return "eigh", cube
+    if name == "cholesky_inverse":
+        return "triangular", cube // 3
+    if name in ("linalg_solve_triangular", "cholesky_solve"):
+        matrix, other = (last, first) if name == "cholesky_solve" else (first, last)
+        passes = 2 if name == "cholesky_solve" else 1
+        return "triangular", passes * other.numel() * matrix.shape[-1] // 2
+    if name in ("linalg_inv_ex", "linalg_qr", "_linalg_solve_ex"):
+        return "triangular", cube
+    return None
+
+
+def counted(call: Callable[[], Any]) -> Counter[Key]:
+    """The operations of a call."""
+    with Counts() as counts:
+        call()
+    return counts.found
+
+
+def clock(call: Callable[[], Any], device: torch.device) -> float:
+    """Least seconds of a call; short ones are repeated.
+
+    On one thread they are those of this process, whatever else the machine does.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    least, spent, calls = math.inf, 0.0, 0
+    while spent < PATIENCE or (calls < 2 and spent < LONG):
+        start = now()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took = now() - start
+        least, spent, calls = min(least, took), spent + took, calls + 1
+    return least
+
+
+@cache
+def rate(key: Key, device: torch.device) -> float:
+    """Seconds of one operation here: of a matrix of SIZE, of a copy, or of a call."""
+    what, dtype = key
+    if key == CALLS:
+        one = torch.ones(1, device=device)
+        return clock(lambda: [one + one for _ in range(1000)], device) / 1000
+    if key == BYTES:
+        source = torch.zeros(COPIED // 8, dtype=torch.float64, device=device)
+        target = source.clone()
+        return clock(lambda: target.copy_(source), device) / (2 * COPIED)
+    x = torch.rand(SIZE, SIZE, dtype=dtype, device=device)
+    if what == "product":
+        return clock(lambda: x @ x, device) / SIZE**3
+    R = x @ x.T + SIZE * torch.eye(SIZE, dtype=dtype, device=device)
+    calls: dict[str, tuple[Callable[[], Any], float]] = {
+        "cholesky": (lambda: torch.linalg.cholesky(R), SIZE**3 / 6),
+        "eigh": (lambda: torch.linalg.eigh(R), SIZE**3),
+        "triangular": (lambda: torch.linalg.solve_triangular(R, x, upper=False), SIZE**3 / 2),
+    }
+    call, operations = calls[what]
+    return clock(call, device) / operations
+
+
+def modelled(counts: dict[Key, float], device: torch.device) -> float:
+    """Seconds that operations take here, by their counts."""
+    return sum(number * rate(key, device) for key, number in counts.items())
+
+
+def scaled(
+    less: Counter[Key], more: Counter[Key], sizes: tuple[float, float], size: float
+) -> dict[Key, float]:
+    """Counts at `size`, by those at two smaller `sizes`.
+
+    Multiply-adds are a s² + b s³, bytes a s + b s², with a and b not negative; calls stay as many.
+    """
+    found: dict[Key, float] = {}
+    step, growth = sizes[1] / sizes[0], size / sizes[1]
+    for key, number in more.items():
+        high = {BYTES: 2, CALLS: 0}.get(key, 3)
+        # The share of the higher power.
+        share = 1.0
+        if high and step > 1:
+            share = (1 - less[key] * step ** (high - 1) / number) / (1 - 1 / step)
+        share = min(1.0, max(0.0, share))
+        found[key] = number * (share * growth**high + (1 - share) * growth ** max(0, high - 1))
+    return found
