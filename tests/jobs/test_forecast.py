@@ -115,7 +115,7 @@ def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, mo
     monkeypatch.setattr(trial, "memory_at_hand", lambda: 100)
     (streamed,) = forecast.forecast([job])
     assert streamed.memory < resident.memory
-    assert streamed.disk - resident.disk == 512 * 64 * 4  # hidden states
+    assert streamed.disk - resident.disk == 2 * 512 * 64 * 4  # hidden states of two layers
 
 
 def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):
