@@ -63,9 +63,10 @@ class Resumed(Folder):
 
     def check(self, path: Path, sources: list[Path], shared: list[Path]) -> None:
         """Raise A3Error if it may not be written."""
+        for one in (path, work_of(path)):
+            require_apart(one, sources, whole=True)
         if not (work_of(path) / RECORD).is_file():
             super().check(path, sources, shared)
-        require_apart(work_of(path), sources, whole=True)
 
 
 @dataclass(frozen=True)

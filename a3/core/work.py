@@ -29,7 +29,7 @@ class WorkError(A3Error):
 
 def work_of(out: Path) -> Path:
     """The work folder of an output: `small.a3-work` beside `small`."""
-    return out.with_name(f"{out.name}.a3-work")
+    return out.parent / f"{out.name}.a3-work"
 
 
 @contextmanager
