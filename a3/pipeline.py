@@ -79,7 +79,8 @@ def compress(
         require_replaceable(out, NEW.seal)
     made_for = purpose(model, text, plan, settings)
     with work_folder(out, made_for, own, LONG, fresh) as work:
-        known = {"model": known_as(model), "docs.jsonl": known_as(text), "result": out}
+        known: dict[str, Path | str] = {"model": known_as(model), "docs.jsonl": known_as(text)}
+        known["result"] = out
         with named({work / name: said for name, said in known.items()}):
             if moved(work, out):
                 return

@@ -6,7 +6,7 @@ Counts of small pieces are exact, so they can be scaled to sizes at which a run 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -47,24 +47,28 @@ class Counts(TorchDispatchMode):
     ) -> Any:
         """Called by torch in place of each operation."""
         result = func(*args, **(kwargs or {}))
-        returned = func._schema.returns
-        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returned)
         given = [one for one in args if isinstance(one, Tensor)]
-        if not view and given:
+        if given and not _is_view(func):
             self.found[CALLS] += 1
             made = [one for one in _listed(result) if isinstance(one, Tensor)]
             self.found[BYTES] += sum(x.numel() * x.element_size() for x in (*given, *made))
-            name = func.overloadpacket.__name__
-            if (what := _operations(name, args, given)) is not None:
+            if (what := _operations(func.overloadpacket.__name__, given)) is not None:
                 self.found[what[0], given[0].dtype] += what[1]
         return result
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether an operation moves no data: its result is a view of an argument."""
+    aliases = [one.alias_info for one in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _listed(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
-def _operations(name: str, args: tuple, given: list[Tensor]) -> tuple[str, int] | None:
+def _operations(name: str, given: list[Tensor]) -> tuple[str, int] | None:
     """Type and number of multiply-adds of an operation of linear algebra; None for others."""
     first, last = given[0], given[-1]
     if name in PRODUCTS:
@@ -138,7 +142,7 @@ def rate(key: Key, device: torch.device) -> float:
     return clock(call, device) / operations
 
 
-def modelled(counts: dict[Key, float], device: torch.device) -> float:
+def modelled(counts: Mapping[Key, float], device: torch.device) -> float:
     """Seconds that operations take here, by their counts."""
     return sum(number * rate(key, device) for key, number in counts.items())
 

@@ -5,7 +5,8 @@ that the stages run. Seconds of a larger layer follow from those of two sizes.
 """
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from a3.jobs.counts import BYTES, CALLS, clock, counted, modelled, scaled
+from a3.jobs.counts import BYTES, CALLS, Key, clock, counted, modelled, scaled
 from a3.models.arch import Arch
 from a3.models.family import AttentionWeights, MLPWeights
-from a3.models.sizes import sizes
+from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, ov, qk
@@ -40,7 +41,7 @@ HEADS = 8
 ALIKE = {"gradient": "attention_input", "factors": "q_blocks"}
 
 
-def grown(timed: list[tuple[float, float]], size: float) -> float:
+def grown(timed: Sequence[tuple[float, float]], size: float) -> float:
     """Seconds at `size`, by (size, seconds) of one or two smaller pieces, in ascending order.
 
     The law is a s + b s², with a and b not negative; one piece alone grows with its square.
@@ -93,7 +94,7 @@ class Pieces:
 
     def layer_flops(self, arch: Arch) -> int:
         """Floating-point operations of a token in one layer."""
-        ranks = [(arch.head_dim, arch.head_dim, arch.intermediate_size)]
+        ranks: list[Ranks] = [(arch.head_dim, arch.head_dim, arch.intermediate_size)]
         known = sizes(arch.to_json() | {"vocab_size": 0}, ranks, 0, arch.dtype)
         return known["flops_per_token"]
 
@@ -249,34 +250,43 @@ class Pieces:
         return self.by_counts(prepared, whole)
 
     def by_counts(self, prepared: Callable[[int], Callable[[], Any]], whole: int) -> float:
-        """Seconds of a call at the size `whole`, by its operations at two smaller sizes.
-
-        They are those of the larger piece, times what its operations should take at the size
-        `whole` by what they should take in the piece.
-        """
-        sizes = tuple(min(whole, size) for size in self.sizes)
+        """Seconds of a call at the size `whole`, by its operations at two smaller sizes."""
+        sizes = (min(whole, self.sizes[0]), min(whole, self.sizes[1]))
         calls = [prepared(size) for size in sizes]
         less, more = (counted(call) for call in calls)
-        seconds = clock(calls[-1], self.device)
-        large = scaled(less, more, sizes, whole)
-        return seconds * modelled(large, self.device) / modelled(more, self.device)
+        return self.fitted(calls, [less, more], scaled(less, more, sizes, whole))
 
     def by_groups(self, prepared: Callable[[int, int], Callable[[], Any]]) -> float:
         """Like `by_counts`, of query heads; pieces have one key/value head, or, to count what one
         more costs, two."""
         whole, groups = self.arch.heads, self.arch.kv_heads
-        sizes = tuple(max(1, self.heads(size) // 2 * 2) for size in self.sizes)
-        less, more = (counted(prepared(size, 1)) for size in sizes)
-        call = prepared(sizes[1], 1)
-        seconds = clock(call, self.device)
-        large = scaled(less, more, sizes, whole)
-        if groups > 1:
-            other = counted(prepared(sizes[1], 2)) - more
-            growth = {BYTES: 1, CALLS: 0}
-            for key, number in other.items():
-                step = (whole / sizes[1]) ** growth.get(key, 2)
-                large[key] = large.get(key, 0.0) + (groups - 1) * number * step
-        return seconds * modelled(large, self.device) / modelled(more, self.device)
+        first, second = (max(1, self.heads(size) // 2 * 2) for size in self.sizes)
+        calls = [prepared(first, 1), prepared(second, 1)]
+        less, more = (counted(call) for call in calls)
+        large = scaled(less, more, (first, second), whole)
+        if groups > 1 and first > 1:
+            other = counted(prepared(first, 2))
+            for key in other:
+                growth = (whole / first) ** {BYTES: 1, CALLS: 0}.get(key, 2)
+                step = (groups - 1) * max(0, other[key] - less[key]) * growth
+                large[key] = large.get(key, 0.0) + step
+        return self.fitted(calls, [less, more], large)
+
+    def fitted(
+        self, calls: list[Callable[[], Any]], counts: list[Counter[Key]], large: Mapping[Key, float]
+    ) -> float:
+        """Seconds of `large` counts of operations, by the counts and seconds of two smaller calls.
+
+        Seconds are what operations should take, times a factor, and a constant (a call of torch
+        takes longer than adding two numbers does). The factor is within 2 of one.
+        """
+        took = [clock(call, self.device) for call in calls]
+        should = [modelled(one, self.device) for one in counts]
+        factor = took[1] / should[1]
+        if should[1] > 1.5 * should[0]:
+            factor = (took[1] - took[0]) / (should[1] - should[0])
+        factor = min(2.0, max(0.5, factor))
+        return took[1] + factor * (modelled(large, self.device) - should[1])
 
 
 def solve_piece(component: str, mode: str, weights: Any, read: list[Any], rank: int) -> Any:
@@ -289,7 +299,8 @@ def losses_of_piece(component: str, weights: Any, read: list[Any], rank: int) ->
     """Call what allocates a component, as a3.stages.approx.allocate does."""
     if component == "qk":
         return qk.fisher_losses(weights, read[-1], rank // 2)
-    return {"ov": ov.joint_losses, "mlp": mlp.obs_losses}[component](weights, *read, rank)
+    own: dict[str, Callable[..., Any]] = {"ov": ov.joint_losses, "mlp": mlp.obs_losses}
+    return own[component](weights, *read, rank)
 
 
 def attention_weights(arch: Arch) -> AttentionWeights:

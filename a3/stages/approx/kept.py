@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.errors import A3Error
@@ -70,7 +71,7 @@ def join_layers(
     out: Path,
 ) -> None:
     """Write one shard of several layers to `out`, of their own shards."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     if len(paths) == arch.layers:
         dense = Checkpoint(model_folder, arch.adapter.prefix)
         tensors |= outside(dense, arch, tensors_of_model(model_folder))
