@@ -148,20 +148,22 @@ def modelled(counts: Mapping[Key, float], device: torch.device) -> float:
 
 
 def scaled(
-    less: Counter[Key], more: Counter[Key], sizes: tuple[float, float], size: float
-) -> dict[Key, float]:
+    less: Counter[Key], more: Counter[Key], sizes: tuple[int, int], size: int
+) -> Counter[Key]:
     """Counts at `size`, by those at two smaller `sizes`.
 
-    Multiply-adds are a s² + b s³, bytes a s + b s², with a and b not negative; calls stay as many.
+    Multiply-adds are a s² + b s³, bytes a s + b s², with a and b not negative. What grows more
+    slowly goes on as it grows between the two.
     """
-    found: dict[Key, float] = {}
+    found: Counter[Key] = Counter()
     step, growth = sizes[1] / sizes[0], size / sizes[1]
     for key, number in more.items():
-        high = {BYTES: 2, CALLS: 0}.get(key, 3)
-        # The share of the higher power.
-        share = 1.0
-        if high and step > 1:
-            share = (1 - less[key] * step ** (high - 1) / number) / (1 - 1 / step)
-        share = min(1.0, max(0.0, share))
-        found[key] = number * (share * growth**high + (1 - share) * growth ** max(0, high - 1))
+        power = 2.0 if key == BYTES else 3.0
+        share = 1.0  # of the higher power
+        if step > 1 and less[key] > 0:
+            share = (1 - less[key] * step ** (power - 1) / number) / (1 - 1 / step)
+            if share < 0:
+                share, power = 1.0, max(0.0, math.log(number / less[key], step))
+        share = min(1.0, share)
+        found[key] = round(number * growth ** (power - 1) * (share * growth + 1 - share))
     return found

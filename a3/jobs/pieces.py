@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from a3.jobs.counts import BYTES, CALLS, Key, clock, counted, modelled, scaled
+from a3.jobs.counts import Key, clock, counted, modelled, scaled
 from a3.models.arch import Arch
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.sizes import Ranks, sizes
@@ -36,6 +36,9 @@ SIZES = {"cpu": (256, 512), "cuda": (1024, 2048)}
 
 # Query heads of a piece whose time grows with their number.
 HEADS = 8
+
+# Steps of an elimination in pieces.
+STEPS = (4, 12)
 
 # Statistics that cost as much as those of gradients.
 ALIKE = {"gradient": "attention_input", "factors": "q_blocks"}
@@ -191,7 +194,7 @@ class Pieces:
         arch, chosen = self.arch, find_mode(component, mode)
         full = any(KINDS[kind].form == "full" for kind in chosen.kinds)
 
-        def prepared(piece: Arch) -> Callable[[], Any]:
+        def prepared(piece: Arch, rank: int = rank) -> Callable[[], Any]:
             weights = mlp_weights(piece) if component == "mlp" else attention_weights(piece)
             read: list[Any] = [statistic(piece.statistic_shape(KINDS[k])) for k in chosen.kinds]
             if mode == "uniform-global":
@@ -208,10 +211,9 @@ class Pieces:
             seconds = clock(prepared(replace(arch, intermediate_size=n, experts=0)), self.device)
             return seconds * arch.intermediate_size / n * max(1, arch.experts)
         if full:
-            return self.by_groups(lambda heads, groups: prepared(self.attention(heads, groups)))
+            return self.by_heads(prepared, rank)
         groups = max(1, HEADS * arch.kv_heads // arch.heads)
-        piece = self.attention(groups * arch.heads // arch.kv_heads, groups)
-        piece = replace(piece, hidden_size=arch.hidden_size)
+        piece = replace(arch, heads=groups * arch.heads // arch.kv_heads, kv_heads=groups)
         return clock(prepared(piece), self.device) * arch.kv_heads / groups
 
     def channels(self, n: int) -> Arch:
@@ -219,10 +221,13 @@ class Pieces:
         d = max(1, self.arch.hidden_size * n // self.arch.intermediate_size)
         return replace(self.arch, hidden_size=d, intermediate_size=n, experts=0)
 
-    def attention(self, heads: int, groups: int) -> Arch:
-        """The shapes of attention with some query heads, as wide, and some key/value heads."""
+    def attention(self, heads: int) -> Arch:
+        """The shapes of attention with some query heads, as wide, of at most two a group."""
         d = self.arch.hidden_size * heads // self.arch.heads
-        return replace(self.arch, hidden_size=d, heads=heads, kv_heads=groups)
+        pairs = heads % 2 == 0 and self.arch.kv_heads < self.arch.heads
+        return replace(
+            self.arch, hidden_size=d, heads=heads, kv_heads=heads // 2 if pairs else heads
+        )
 
     def factor(self, component: str, mode: str) -> float:
         """Seconds to factor a component's matrices, by operations."""
@@ -256,21 +261,26 @@ class Pieces:
         less, more = (counted(call) for call in calls)
         return self.fitted(calls, [less, more], scaled(less, more, sizes, whole))
 
-    def by_groups(self, prepared: Callable[[int, int], Callable[[], Any]]) -> float:
-        """Like `by_counts`, of query heads; pieces have one key/value head, or, to count what one
-        more costs, two."""
-        whole, groups = self.arch.heads, self.arch.kv_heads
-        first, second = (max(1, self.heads(size) // 2 * 2) for size in self.sizes)
-        calls = [prepared(first, 1), prepared(second, 1)]
-        less, more = (counted(call) for call in calls)
-        large = scaled(less, more, (first, second), whole)
-        if groups > 1 and first > 1:
-            other = counted(prepared(first, 2))
-            for key in other:
-                growth = (whole / first) ** {BYTES: 1, CALLS: 0}.get(key, 2)
-                step = (groups - 1) * max(0, other[key] - less[key]) * growth
-                large[key] = large.get(key, 0.0) + step
-        return self.fitted(calls, [less, more], large)
+    def by_heads(self, prepared: Callable[[Arch, int], Callable[[], Any]], rank: int) -> float:
+        """Like `by_counts`, of query heads, and of the steps from a full head to `rank`.
+
+        Operations grow with the number of steps, of which pieces take only some.
+        """
+        whole, h = self.arch.heads, self.arch.head_dim
+        sizes = tuple(max(1, self.heads(2 * size) // 2 * 2) for size in self.sizes)
+        first, second = sizes
+        few, some = (min(h - rank, steps) for steps in STEPS)
+        calls = [prepared(self.attention(heads), h - some) for heads in sizes]
+        counts = [counted(call) for call in calls]
+        full = counts
+        if h - rank > some:
+            more = (h - rank - few) / (some - few)
+            full = []
+            for heads, known in zip(sizes, counts, strict=True):
+                less = counted(prepared(self.attention(heads), h - few))
+                all_steps = {k: round(less[k] + more * (n - less[k])) for k, n in known.items()}
+                full.append(Counter(all_steps))
+        return self.fitted(calls, counts, scaled(full[0], full[1], (first, second), whole))
 
     def fitted(
         self, calls: list[Callable[[], Any]], counts: list[Counter[Key]], large: Mapping[Key, float]
