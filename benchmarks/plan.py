@@ -1,13 +1,24 @@
-"""What `a3 plan` expects against what jobs took: time and memory, from a results folder.
+"""What `a3 plan` takes, and what it expects against what jobs took.
 
+    python benchmarks/plan.py
     make study-attention
     python benchmarks/plan.py results
 
-Each job of collect, approx and eval ppl has left its seconds and its peak memory beside its log, as
-Snakemake measures them. The estimates are made now, on the machine that ran them, one thread each.
+Without an argument: seconds and memory of `a3 plan`, one thread, for the shapes of models of all
+sizes, of which there is only config.json, by preset; and of every mode in one of them.
+
+With a folder of results: each job of collect, approx and eval ppl has left its seconds and its peak
+memory beside its log, as Snakemake measures them. The estimates are made now, on the machine that
+ran them, one thread each.
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +28,54 @@ from a3.artifacts.places import Place
 from a3.core.files import read_record
 from a3.jobs.forecast import Job, forecast
 from a3.rxx.container import Rxx
-from a3.solutions.modes import COMPONENTS
+from a3.solutions.modes import COMPONENTS, DENSE, MODES, PRESETS
 
 ONE = {"threads": 1, "device": "cpu"}
+
+# Hidden and intermediate size, query and key/value heads, layers: SmolLM2-135M, Llama-3.2-1B,
+# Llama-3.1-8B and 70B.
+SHAPES = {
+    "135M": (576, 1536, 9, 3, 30, 49152),
+    "1B": (2048, 8192, 32, 8, 16, 128256),
+    "8B": (4096, 14336, 32, 8, 32, 128256),
+    "70B": (8192, 28672, 64, 8, 80, 128256),
+}
+
+KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+KEYS = (*KEYS, "num_hidden_layers", "vocab_size")
+
+
+def own_costs(work: Path) -> pd.DataFrame:
+    """Seconds and memory of `a3 plan` itself: each preset, and each mode that fits, alone."""
+    rows = []
+    for name, shape in SHAPES.items():
+        config = dict(zip(KEYS, shape, strict=True)) | {"model_type": "llama"}
+        (work / name).mkdir()
+        (work / name / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+        rows += [(name, preset, modes) for preset, modes in PRESETS.items()]
+        rows.append((name, "svd-llm", dict.fromkeys(COMPONENTS, "svd-llm")))
+    for component in COMPONENTS:
+        for mode, about in MODES[component].items():
+            if {"gqa-rope", "3-layer"} & set(about.fits):
+                alone = dict.fromkeys(COMPONENTS, DENSE) | {component: mode}
+                rows.append(("8B", f"{component} {mode}", alone))
+    found = []
+    for name, what, modes in rows:
+        words = [word for one, mode in modes.items() for word in (f"--{one}", mode)]
+        found.append((name, what, *own_cost(["plan", str(work / name), *words])))
+    return pd.DataFrame(found, columns=["model", "modes", "wall s", "CPU s", "MiB"])
+
+
+def own_cost(words: list[str]) -> tuple[float, float, float]:
+    """Wall and CPU seconds of a command of a3, and MiB; the disk may be too small for its plan."""
+    command = [sys.executable, "-m", "a3", *words, "--ratio", "0.2", "--threads", "1"]
+    start = time.perf_counter()
+    job = subprocess.Popen(
+        [*command, "--elsewhere"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, _, used = os.wait4(job.pid, 0)
+    wall = time.perf_counter() - start
+    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 def jobs(results: Path) -> Iterator[tuple[Job, pd.Series]]:
@@ -57,8 +113,13 @@ def row(*names: str) -> dict[str, str]:
 def main() -> None:
     """Compare and print."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("results", type=Path)
-    found = list(jobs(options.parse_args().results))
+    options.add_argument("results", type=Path, nargs="?")
+    results = options.parse_args().results
+    if results is None:
+        with tempfile.TemporaryDirectory() as name:
+            print(own_costs(Path(name)).round(1).to_string(index=False))
+        return
+    found = list(jobs(results))
     estimates = forecast([job for job, _ in found])
     frame = pd.DataFrame(
         {

@@ -22,6 +22,7 @@ from a3.core.files import (
     sha256,
     unseal,
 )
+from a3.core.work import RECORD, work_of
 
 # Files that a3 wrote do not have longer headers.
 LONGEST_HEADER = 100 * 2**20
@@ -52,6 +53,20 @@ class Folder:
         for folder in shared:
             require_outside(path, folder)
         require_replaceable(path, self.seal)
+
+
+class Resumed(Folder):
+    """A new folder that is made in a work folder; with that, it may be there already.
+
+    The command itself compares the two: it may have been killed after its last step.
+    """
+
+    def check(self, path: Path, sources: list[Path], shared: list[Path]) -> None:
+        """Raise A3Error if it may not be written."""
+        for one in (path, work_of(path)):
+            require_apart(one, sources, whole=True)
+        if not (work_of(path) / RECORD).is_file():
+            super().check(path, sources, shared)
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,8 @@ EXPORTED = Folder(Seal("export.json", "hf"))
 
 # These have no seal, or are never written twice.
 NEW = Folder()
+
+COMPRESSED = Resumed()
 
 STATISTICS = File("collect", TIMED, ".safetensors")
 

@@ -1,5 +1,6 @@
 """Commands that make smaller models: a3 compress and the stages that it runs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from a3.cli.arguments import (
     with_settings,
 )
 from a3.cli.options import count
+from a3.core.progress import LOG
+from a3.core.work import RECORD, WorkError, work_of
 from a3.solutions.modes import COMPONENTS, choose
 from a3.solutions.recipes import METHODS, check_method
 
@@ -49,14 +52,22 @@ def compress(
     settings: dict[str, Any],
     servable: bool,
     multiple: int,
+    fresh: bool,
     **row: str,
 ) -> None:
-    """Collect and approx in one go."""
+    """Collect and approx in one go; after an error says where the finished work is."""
+    from a3.jobs.forecast import announce
     from a3.pipeline import compress
     from a3.solutions.plan import Plan
 
-    plan = Plan(choose(row), servable, multiple)
-    compress(model, text, plan, out, settings)
+    plan, say = Plan(choose(row), servable, multiple), partial(announce, row, settings)
+    try:
+        compress(model, text, plan, out, settings, fresh=fresh, announce=say)
+    except BaseException as error:
+        # Not of an error of this command's options, after which nothing goes on.
+        if (work_of(out) / RECORD).is_file() and not isinstance(error, WorkError):
+            LOG.warning(f"{work_of(out)}: keeps what is finished; the same command goes on there")
+        raise
 
 
 def add_compress(commands: Any) -> None:
@@ -67,15 +78,18 @@ def add_compress(commands: Any) -> None:
         compress,
         "make a model smaller, in one command",
         "Reads a model and a calibration text, runs the stages collect, allocate and approx, and "
-        "writes a smaller model that transformers loads.",
+        "writes a smaller model that transformers loads. FOLDER.a3-work has what is finished until "
+        "then: after a kill, the same command goes on from there.",
         "a3 compress my-llama --preset a3-plus --ratio 0.2 --text my-text.txt -o small",
     )
     add_named_model(one)
     one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
     add_modes(one)
     add_servable(one)
-    add_out(one, targets.NEW, "FOLDER", "new Hugging Face folder")
+    add_out(one, targets.COMPRESSED, "FOLDER", "new Hugging Face folder")
     add_run(add_blocks(one, tokens=32768, seed=True))
+    text_ = "start over where a killed run left FOLDER.a3-work; otherwise it goes on from there"
+    one.add_argument("--fresh", action="store_true", help=text_)
     one.set_defaults(
         command=lambda **options: compress(**with_settings(options)),
         entries={"model": "models", "text": "texts"},

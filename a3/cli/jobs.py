@@ -58,7 +58,7 @@ def add_plan(commands: Any) -> None:
         "plan",
         plan,
         "estimate memory, disk, FLOPs and time before anything runs",
-        "Reads config.json alone, times one layer with random weights on this machine, prints a "
+        "Reads config.json alone, times small pieces of a layer on this machine, prints a "
         "table of the stages, and fails where memory or disk would not be enough. Writes nothing.",
         "a3 plan my-llama --preset a3-plus --ratio 0.2",
     )

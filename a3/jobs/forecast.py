@@ -1,7 +1,7 @@
 """a3 plan: memory, disk, FLOPs and time of jobs, from a model's shapes, before anything runs.
 
-Memory and FLOPs come from `a3.models.cost`. Time is measured: one layer of the model with random
-weights is run and solved once on this machine, and the time is scaled up.
+Memory and FLOPs come from `a3.models.cost`. Time is measured: small pieces of one layer with random
+weights are run and solved on this machine, and their times are scaled up (a3.jobs.pieces).
 """
 
 import shutil
@@ -16,8 +16,10 @@ import torch
 
 from a3.core.errors import A3Error
 from a3.core.memory import GIB, require_memory
+from a3.core.progress import LOG
 from a3.jobs.settings import settings_of
 from a3.jobs.trial import Trial
+from a3.models.arch import load_arch
 from a3.models.cost import Cost
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
@@ -35,6 +37,9 @@ STAGES: dict[str, Callable[..., tuple[Cost, int, float]]] = {
     "harness": Trial.harness,
     "speed": Trial.speed,
 }
+
+# Floating-point operations of a pass that are worth an estimate, which takes seconds.
+MUCH = 2e12
 
 # Memory estimates are at most 1.5 times too high: with less than this share, a job must fail.
 CERTAIN = 1 / 1.5
@@ -103,6 +108,22 @@ def forecast(jobs: list[Job]) -> list[Estimate]:
             Estimate(name, job.stage, job.count, cost.memory, disk, cost.flops, seconds)
         )
     return estimates
+
+
+def announce(row: dict[str, str], settings: dict[str, Any], folder: Path) -> None:
+    """Print in one line what compressing the model of a folder will cost, if that is much."""
+    jobs = [job for job in stages_of(folder, row, settings) if job.stage != "ppl"]
+    arch = load_arch(folder)
+    if settings["tokens"] * arch.size["flops_per_token"] < MUCH:
+        return
+    found = forecast(jobs)
+    statistics, *_, layers = (one.disk for one in found)
+    each = ", ".join(f"{one.stage} {minutes(one.seconds)}" for one in found)
+    LOG.info(
+        f"compress: about {minutes(sum(one.seconds for one in found))} ({each}), "
+        f"{max(one.memory for one in found) / GIB:.1f} GiB of memory and "
+        f"{(layers + max(statistics, layers)) / GIB:.1f} GiB on disk"
+    )
 
 
 def table(estimates: list[Estimate], cores: int) -> str:

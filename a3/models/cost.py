@@ -5,6 +5,7 @@ estimate (docs/scale.md). The Snakefile imports this at every start, so it impor
 `arch` is `shapes` of arch.json throughout.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,11 @@ def collect_cost(
 ) -> Cost:
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
-    A hook holds at most float64 copies of the widest activation of one block. Gradients need a
-    separate pass, which takes three times as long as one without gradients and holds the
-    activations and the gradients of weights of one layer, or the logits of a block. The sums of one
-    layer are in memory, and those of the others on disk.
+    All blocks go through one layer after the other: the sums of one layer are in memory, and float64
+    copies of the widest activation of a block. Gradients come from another forward pass through
+    each layer and one back, which by activations take as long as two without gradients, and by
+    weights as three; they hold the activations and the gradients of weights of one layer, or the
+    logits of a block.
     """
     h, kinds = arch["head_dim"], tuple(kinds)
     widest = max(arch["intermediate_size"], arch["heads"] * h)
@@ -100,13 +102,15 @@ def collect_cost(
     passes, head = 1.0, 0
     forms = {KINDS[kind].form for kind in kinds}
     if forms & set(GRADIENT_FORMS):
-        # Gradients by weights, or only by activations.
         passes += 3 * ("fisher" in forms)
-        passes += 3 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
+        passes += 2 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
         layer += forward + ("fisher" in forms) * WIDTHS[dtype] * layer_parameters(arch)
         head = 3 * 4 * block_length * arch["vocab_size"]
     memory = LIBRARIES + weights_memory(arch, dtype) + max(layer, head)
-    return Cost(memory, passes * tokens * arch["size"]["flops_per_token"])
+    flops = passes * tokens * arch["size"]["flops_per_token"]
+    # Of symmetric sums half is computed.
+    flops += tokens * arch["layers"] * sum(math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
+    return Cost(memory, flops)
 
 
 def stream_cost(

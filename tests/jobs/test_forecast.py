@@ -2,23 +2,29 @@
 
 import json
 import shutil
+from collections import Counter
 from inspect import signature
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_compressed import MODELS
 from test_workflow import Project
 from tiny import tiny_llama, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3.cli.main import main
 from a3.core import memory
 from a3.core.errors import A3Error
-from a3.jobs import forecast, trial
+from a3.jobs import counts, forecast, pieces, trial
+from a3.jobs.counts import CALLS
 from a3.jobs.forecast import Job, stages_of
 from a3.jobs.settings import SETTINGS as SETTINGS_OF
 from a3.jobs.trial import START, Trial
 from a3.models.arch import describe, sketch
+from a3.solutions.modes import COMPONENTS, PRESETS
 
 ROW = {"qk": "dense", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.25"}
 SETTINGS = {"tokens": 512, "block_length": 64, "dtype": "float32", "device": "cpu"}
@@ -85,6 +91,59 @@ def test_the_command_needs_no_weights(tmp_path, capsys):
     assert "'guess'" in capsys.readouterr().err
 
 
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["a3", "a3-plus", "svd-llm"])
+@pytest.mark.parametrize("shape", [(4096, 14336, 32, 32), (8192, 28672, 64, 80)])
+def test_pieces_of_large_models_are_small(tmp_path, monkeypatch, shape, mode):
+    """Of the shapes of Llama-3.1-8B and 70B; what the pieces compute is as small as they are."""
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    sizes = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+    config = AutoConfig.for_model("llama", **dict(zip(keys, shape, strict=True)), **sizes)
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(pieces, "clock", lambda call, device: 1.0)
+    monkeypatch.setattr(trial, "clock", lambda call, device: 1.0)
+    monkeypatch.setattr(pieces, "counted", lambda call: Counter({CALLS: 1}))
+    row = dict(PRESETS.get(mode) or dict.fromkeys(COMPONENTS, mode)) | {"ratio": "0.2"}
+    with Largest() as made:
+        found = forecast.forecast(stages_of(tmp_path, row, SETTINGS | {"block_length": 1024}))
+    assert made.bytes < 128 * 2**20
+    assert min(one.seconds for one in found) > START
+
+
+def test_times_grow_by_their_law():
+    law = [(2, 4.0 * 2 + 3.0 * 4), (4, 4.0 * 4 + 3.0 * 16)]
+    assert pieces.grown(law, 64) == pytest.approx(4 * 64 + 3 * 64**2)
+    assert pieces.grown(law, 4) == pytest.approx(law[1][1])
+    # Never slower than in proportion, never faster than the square.
+    assert pieces.grown([(2, 5.0), (4, 5.0)], 8) == pytest.approx(10)
+    assert pieces.grown([(2, 1.0), (4, 9.0)], 8) == pytest.approx(36)
+
+
+def test_operations_are_counted_and_scaled():
+    def call(n):
+        x = torch.ones(n, n, dtype=torch.float64)
+        return lambda: (torch.linalg.cholesky(x @ x + n * x.diag().diag()), x[:, :1] @ x[:1])
+
+    less, more, large = (counts.counted(call(n)) for n in (32, 64, 512))
+    assert large[CALLS] == more[CALLS]
+    assert large["product", torch.float64] == 512**3 + 512**2
+    found = counts.scaled(less, more, (32, 64), 512)
+    assert found.keys() == large.keys()
+    for key, number in large.items():
+        assert found[key] == pytest.approx(number, rel=0.01)
+
+
 def estimates(tmp_path):
     tiny_llama(tmp_path / "dense")
     return forecast.forecast(stages_of(tmp_path / "dense", ROW, SETTINGS))
@@ -115,7 +174,7 @@ def test_where_weights_do_not_fit_collect_is_planned_layer_by_layer(tmp_path, mo
     monkeypatch.setattr(trial, "memory_at_hand", lambda: 100)
     (streamed,) = forecast.forecast([job])
     assert streamed.memory < resident.memory
-    assert streamed.disk - resident.disk == 512 * 64 * 4  # hidden states
+    assert streamed.disk - resident.disk == 2 * 512 * 64 * 4  # hidden states of two layers
 
 
 def test_the_workflow_says_what_it_will_cost_and_refuses(tmp_path):

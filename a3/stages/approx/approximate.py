@@ -11,11 +11,10 @@ from typing import Any
 from a3.artifacts.eliminations import Eliminations
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.devices import require_device
-from a3.core.dtypes import WIDTHS
 from a3.core.files import whole_folder
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.core.shards import LARGEST_SHARD, share
+from a3.core.shards import share
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_tokenizer, tensors_of_model
@@ -23,9 +22,9 @@ from a3.models.tokenizer import has_tokenizer
 from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
-from a3.stages.approx.assemble import assemble, in_products, outside, staying
+from a3.stages.approx.assemble import assemble_written, file_numbers, in_products, outside, staying
 from a3.stages.approx.layers import LayerSolver
-from a3.stages.approx.shards import read_shards, write_shard
+from a3.stages.approx.shards import write_shard
 from a3.stages.approx.statistics import made_from, read_statistics
 
 
@@ -62,17 +61,12 @@ def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
     if has_tokenizer(dense):
         # Raises before the long work if the folder could not be assembled later.
         load_tokenizer(dense)
-    size = arch.size["parameters"] * WIDTHS[arch.dtype]
-    count = min(arch.layers, -(-size // LARGEST_SHARD))
-    numbers = [f"{i}of{count}" for i in range(count)]
+    numbers = file_numbers(arch)
     with whole_folder(out, APPROXIMATED.seal, [solver.checkpoint.folder]) as folder:
         shards = [folder / f".{number}.safetensors" for number in numbers]
         for number, path in zip(numbers, shards, strict=True):
             solve_shard(solver, plan, number, path)
-        said = read_shards(shards)
-        for path in shards:
-            path.with_suffix(".json").unlink()
-        assemble(dense, arch, said, shards, folder)
+        assemble_written(dense, arch, shards, folder)
 
 
 def approximate_shard(

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a3.artifacts.targets import APPROXIMATED
+from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
-from a3.core.shards import weight_files
+from a3.core.shards import LARGEST_SHARD, weight_files
 from a3.models import modeling_a3
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import (
@@ -60,6 +61,21 @@ def require_base(arch: Arch, path: Path, shard: Shard) -> None:
             f"{path}: made of a model whose weights_sha256 is {found}, this one's is "
             f"{arch.weights_sha256}. Name that model's folder, or make the shards again."
         )
+
+
+def file_numbers(arch: Arch) -> list[str]:
+    """The shards that become the files of weights: of 1 GiB, or of one layer if it is larger."""
+    size = arch.size["parameters"] * WIDTHS[arch.dtype]
+    count = min(arch.layers, -(-size // LARGEST_SHARD))
+    return [f"{i}of{count}" for i in range(count)]
+
+
+def assemble_written(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
+    """Like `assemble`, for shards that were written to the folder, with their descriptions."""
+    shards = read_shards(paths)
+    for path in paths:
+        path.with_suffix(".json").unlink()
+    assemble(model_folder, arch, shards, paths, folder)
 
 
 def assemble(
