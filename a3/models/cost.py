@@ -88,10 +88,10 @@ def collect_cost(
 ) -> Cost:
     """Cost of one pass over `tokens` calibration tokens, with the statistics of some kinds.
 
-    All blocks go through one layer after the other: the sums of one layer are in memory, and float64
-    copies of the widest activation of a block. Gradients come from another forward pass through
-    each layer and one back, which by activations take as long as two without gradients, and by
-    weights as three; they hold the activations and the gradients of weights of one layer, or the
+    All blocks go through one layer after the other: the sums of one layer are in memory, and
+    float64 copies of the widest activation of a block. Gradients come from another forward pass
+    through each layer and one back, which by activations take as long as two without gradients, and
+    by weights as three; they hold the activations and the gradients of weights of one layer, or the
     logits of a block.
     """
     h, kinds = arch["head_dim"], tuple(kinds)

@@ -4,7 +4,7 @@ This module does not import torch, because the workflow reads it at every start.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
