@@ -92,7 +92,7 @@ def group(limit: float) -> Iterator[Path]:
         for line in Path("/proc/self/cgroup").read_text().splitlines()
         if line.split(":")[1] == "memory"
     )
-    folder = Path("/sys/fs/cgroup/memory", own.lstrip("/"), "a3-stream")
+    folder = Path("/sys/fs/cgroup/memory", own.lstrip("/"), f"a3-stream-{os.getpid()}")
     folder.mkdir()
     try:
         (folder / "memory.limit_in_bytes").write_text(str(int(limit * 2**30)))
