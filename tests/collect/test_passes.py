@@ -45,7 +45,7 @@ def outputs_in(folder, kinds):
     return {kind: folder / f"{kind}.safetensors" for kind in kinds}
 
 
-def whole(model, arch, kinds, blocks):
+def collect_whole(model, arch, kinds, blocks, out):
     """Statistics by hooks on the whole model, and `loss.backward()`."""
     sums = {kind: Accumulator(kind, arch.heads_of(KINDS[kind].site)) for kind in kinds}
     by_form = {"fisher": {}, "gradient": {}, "factors": {}}
@@ -80,7 +80,8 @@ def whole(model, arch, kinds, blocks):
         logits = model(block[None], use_cache=False).logits[0].float()
         labels = gradients.draw(logits.detach(), seed=int(block.sum()))
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    return sums
+    for kind, accumulator in sums.items():
+        accumulator.save(out / f"{kind}.safetensors", {})
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -89,13 +90,13 @@ def test_statistics_are_those_of_passes_over_the_whole_model(tmp_path, name):
     arch = load_arch(dense)
     kinds = kinds_of(arch)
     blocks = calibration_blocks(dense, tmp_path / "text.txt", **CUT)
-    expected = whole(load_model(dense, "float32"), arch, kinds, blocks)
+    collect_whole(load_model(dense, "float32"), arch, kinds, blocks, tmp_path / "whole")
     collect(dense, tmp_path / "text.txt", outputs_in(tmp_path, kinds), **RUN, stream=True)
+    places = tmp_path, tmp_path / "whole"
     for kind in kinds:
-        expected[kind].save(tmp_path / "whole.safetensors", {"tokens": 1})
-        found, wanted = (load_file(tmp_path / f"{name}.safetensors") for name in (kind, "whole"))
-        assert found.keys() == wanted.keys()
-        for key, value in wanted.items():
+        found, expected = (load_file(path / f"{kind}.safetensors") for path in places)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
             assert torch.equal(found[key], value), (kind, key)
 
 
