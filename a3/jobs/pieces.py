@@ -194,10 +194,11 @@ class Pieces:
         full = any(KINDS[kind].form == "full" for kind in chosen.kinds)
 
         def prepared(piece: Arch, rank: int = rank) -> Callable[[], Any]:
-            weights = mlp_weights(piece) if component == "mlp" else attention_weights(piece)
-            read: list[Any] = [statistic(piece.statistic_shape(KINDS[k])) for k in chosen.kinds]
-            if mode == "uniform-global":
-                read.append(torch.arange(piece.rope_dims // 2))
+            with self.device:
+                weights = mlp_weights(piece) if component == "mlp" else attention_weights(piece)
+                read: list[Any] = [statistic(piece.statistic_shape(KINDS[k])) for k in chosen.kinds]
+                if mode == "uniform-global":
+                    read.append(torch.arange(piece.rope_dims // 2))
             own = rank
             if component == "mlp":
                 own = max(1, rank * piece.intermediate_size // arch.intermediate_size)
@@ -246,10 +247,11 @@ class Pieces:
         def prepared(size: int) -> Callable[[], Any]:
             m, n = (max(1, side * size // whole) for side in shape)
             R = None
-            if kind is not None:
-                full = KINDS[kind].form == "full"
-                R = statistic(((n, n) if of_output else (m, m)) if full else (m,))
-            return partial(Matrix(random(m, n), R, of_output).factor, 1)
+            with self.device:
+                if kind is not None:
+                    full = KINDS[kind].form == "full"
+                    R = statistic(((n, n) if of_output else (m, m)) if full else (m,))
+                return partial(Matrix(random(m, n), R, of_output).factor, 1)
 
         return self.by_counts(prepared, whole)
 
