@@ -23,7 +23,7 @@ from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import losses_of, solver_of
-from a3.solutions.modes import find_mode
+from a3.solutions.modes import SHARING, find_mode
 
 # Floating-point operations of the longest piece, and the widths of pieces, by type of device.
 PIECE_FLOPS = {"cpu": 1e10, "cuda": 1e12}
@@ -175,17 +175,25 @@ class Pieces:
     # --- solutions of one layer ---
 
     def solve(self, component: str, mode: str, rank: int) -> float:
-        """Seconds to solve a component."""
+        """Seconds to solve a component; of modes that eliminate, after that."""
         if find_mode(component, mode).factors:
             return self.factor(component, mode)
-        return self.of_component(component, mode, rank, partial(solve_piece, component, mode))
+        return self.of_component(component, mode, rank, partial(solving, component, mode))
 
     def losses(self, component: str, mode: str, rank: int) -> float:
-        """Seconds to compute the losses of a mode that allocates, down to a rank."""
-        return self.of_component(component, mode, rank, partial(losses_of, component))
+        """Seconds to eliminate down to a rank."""
+        call = partial(partial, losses_of, component)
+        return self.of_component(component, mode, rank, call, by_steps=True)
 
-    def of_component(self, component: str, mode: str, rank: int, call: Callable[..., Any]) -> float:
-        """Seconds of a function of weights, statistics and rank, in the whole layer.
+    def of_component(
+        self,
+        component: str,
+        mode: str,
+        rank: int,
+        call: Callable[..., Any],
+        by_steps: bool = False,
+    ) -> float:
+        """Seconds of what `call` makes of weights, statistics and rank, in the whole layer.
 
         Times grow with the number of key/value heads or channels, except where a statistic is a
         matrix of all of them: then operations are counted.
@@ -202,7 +210,7 @@ class Pieces:
             own = rank
             if component == "mlp":
                 own = max(1, rank * piece.intermediate_size // arch.intermediate_size)
-            return partial(call, weights, read, own)
+            return call(weights, read, own)
 
         if component == "mlp" and full:
             return self.by_counts(lambda n: prepared(self.channels(n)), arch.intermediate_size)
@@ -210,8 +218,11 @@ class Pieces:
             n = min(arch.intermediate_size, self.widths[-1])
             seconds = clock(prepared(replace(arch, intermediate_size=n, experts=0)), self.device)
             return seconds * arch.intermediate_size / n * max(1, arch.experts)
-        if full:
+        if full and by_steps:
             return self.by_heads(prepared, rank)
+        if full:
+            whole = arch.hidden_size
+            return self.by_counts(lambda d: prepared(self.attention(self.heads(d))), whole)
         groups = max(1, HEADS * arch.kv_heads // arch.heads)
         piece = replace(arch, heads=groups * arch.heads // arch.kv_heads, kv_heads=groups)
         return clock(prepared(piece), self.device) * arch.kv_heads / groups
@@ -300,10 +311,14 @@ class Pieces:
         return took[1] + factor * (modelled(large, self.device) - should[1])
 
 
-def solve_piece(component: str, mode: str, weights: Any, read: list[Any], rank: int) -> Any:
-    """Call a mode's function."""
+def solving(
+    component: str, mode: str, weights: Any, read: list[Any], rank: int
+) -> Callable[[], Any]:
+    """A mode's function, with what it needs."""
     prior = [1.0] if find_mode(component, mode).prior else []
-    return solver_of(component, mode)(weights, *read, *prior, rank)
+    eliminates = mode == SHARING[component]
+    known = [losses_of(component, weights, read, rank)] if eliminates else []
+    return partial(solver_of(component, mode), weights, *read, *prior, rank, *known)
 
 
 def attention_weights(arch: Arch) -> AttentionWeights:

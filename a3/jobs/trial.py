@@ -26,7 +26,7 @@ from a3.models.cost import (
 )
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, states_disk, stored_bytes
-from a3.solutions.modes import ALLOCATED, COMPONENTS, choose, find_mode
+from a3.solutions.modes import ALLOCATED, COMPONENTS, SHARING, choose, find_mode
 from a3.solutions.plan import Plan, least_rank
 
 # Seconds of Python, torch, transformers and the tokenizer before a job begins.
@@ -98,16 +98,16 @@ class Trial:
     def approx(self, row: dict[str, str], jobs: int) -> tuple[Cost, int, float]:
         """One of several `jobs` that divide the layers of one checkpoint.
 
-        Where ranks are allocated, that has computed the losses already.
+        Where ranks are allocated, losses have been computed before.
         """
         plan = Plan(choose(row))
         written, seconds = self.compressed(row)["parameters"], 0.0
         for component, rank in plan.ranks(self.arch).items():
             choice = plan.choices[component]
             own = self.solve(component, choice.mode, rank)
-            if choice.shared:
-                own = max(0.0, own - self.losses(component, choice.mode, rank))
             seconds += own * (2 if choice.mode in ALLOCATED else 1)
+            if choice.mode == SHARING[component] and not choice.shared:
+                seconds += self.losses(component, choice.mode, rank)
         seconds *= self.arch.layers
         seconds += (self.parameters + written + self.numbers(plan.kinds())) * self.copy_seconds()
         disk = written * WIDTHS[self.arch.dtype] // jobs
