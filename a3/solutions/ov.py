@@ -127,11 +127,12 @@ def joint_losses(weights: AttentionWeights, R: Tensor, F: Tensor, least: int) ->
         gone = torch.cat((Q @ u, gone), dim=-1)
         Q = Q @ torch.linalg.qr(u, mode="complete").Q[..., 1:]
         U = gone[..., 0].repeat_interleave(H // groups, dim=0)
-        PU = torch.einsum("nij,ij->ni", P.unflatten(1, (H, h)), U)
-        UV = torch.einsum("ij,ijd->id", U, V.unflatten(0, (H, h)))
+        # P is symmetric, and its rows are faster to add than its columns.
+        PU, UV = (torch.einsum("ij,ijd->id", U, Z.unflatten(0, (H, h))) for Z in (P, V))
+        PU = PU.T
         UPU = torch.einsum("ij,ijk->ik", U, PU.unflatten(0, (H, h)))
         X, Y = (Z[0] for Z in drop(*(Z[None] for Z in (P, V, PU, UV, UPU))))
-        own, back = (Z.unflatten(0, (H, h)) for Z in (X, V @ Y.T + X @ (Y @ Y.T) / 2))
+        own, back = (Z.unflatten(0, (H, h)) for Z in (X, (Y @ V.T).T + X @ (Y @ Y.T) / 2))
         change = back @ own.mT
         A -= change + change.mT
         B -= own @ own.mT
