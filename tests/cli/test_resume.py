@@ -1,6 +1,7 @@
 """a3 compress after a kill: the same command goes on from its work folder, to the same bytes."""
 
 import os
+import re
 import shutil
 import signal
 from fnmatch import fnmatch
@@ -12,6 +13,7 @@ from tiny import document, run, tiny_llama
 from a3 import pipeline
 from a3.cli.main import main
 from a3.core.work import RECORD, locked
+from a3.jobs import forecast
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import Plan
 from a3.stages.approx import kept
@@ -198,3 +200,13 @@ def test_a_work_folder_serves_one_run_at_a_time(folder, capsys):
         assert main(command()) == 1
     assert "another command is at work in it" in capsys.readouterr().err
     assert main(command()) == 0
+
+
+def test_long_work_says_first_what_it_costs_and_only_once(folder, capfd, monkeypatch):
+    monkeypatch.setattr(forecast, "MUCH", 0)
+    assert killed(command("a3-plus"), "*/layers/0of3.json")
+    said = capfd.readouterr().out.splitlines()
+    assert re.match(r"compress: about \d+ s \(collect \d+ s, allocate \d+ s, approx", said[0])
+    assert re.search(r"[\d.]+ GiB of memory and 0\.0 GiB on disk$", said[0])
+    assert main(command("a3-plus")) == 0
+    assert "about" not in capfd.readouterr().out
