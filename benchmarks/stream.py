@@ -1,6 +1,6 @@
 """A model whose weights exceed the memory limit: a3-plus from collect to perplexity under it.
 
-    python benchmarks/stream.py --layers 32 --limit 0.9
+    python benchmarks/stream.py --layers 48 --limit 1.0
 
 Makes a random Llama-shaped model (d = 768, n = 2048, bfloat16) in a temporary folder, then runs
 `a3 collect`, `allocate`, `approx` and `eval ppl` in a control group whose memory is `--limit` GiB,
@@ -133,8 +133,8 @@ def run(name: str, arguments: list[str], limit: float) -> None:
 def main() -> None:
     """Make, limit, measure, compare."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--layers", type=int, default=32)
-    options.add_argument("--limit", type=float, default=0.9, help="GiB")
+    options.add_argument("--layers", type=int, default=48)
+    options.add_argument("--limit", type=float, default=1.0, help="GiB")
     options.add_argument("--tokens", type=int, default=1024)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -1,5 +1,6 @@
 """How much memory this process may still use, and a check that a task fits into it."""
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def memory_at_hand() -> int:
         if limit != resource.RLIM_INFINITY:
             left.append(limit - used * resource.getpagesize())
     return max(0, min(left))
+
+
+def return_memory() -> None:
+    """Give the system the memory that this process has freed.
+
+    glibc keeps freed weights of a layer, and reuses little of them for the next one's: without
+    this, memory grows layer by layer. Other C libraries have no such call.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def group_memory(names: tuple[str, str, str]) -> tuple[int | None, int]:

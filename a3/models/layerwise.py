@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
-from a3.core.memory import memory_at_hand
+from a3.core.memory import memory_at_hand, return_memory
 from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
@@ -205,6 +205,7 @@ class Streamed(Layerwise):
             for name, value in module.named_parameters(remove_duplicate=False)
         }
         module.load_state_dict(empty, strict=False, assign=True)
+        return_memory()
 
     def require_all(self, lost: set[str]) -> None:
         """Raise A3Error if the checkpoint has no values for some parameters."""
