@@ -3,8 +3,8 @@
     python benchmarks/sizes.py
 
 The paper's calibration (128 blocks of 2048 tokens) in bfloat16, ratio 0.2, from collect to the
-written checkpoint: on one core, and on a cluster that runs 16 jobs of one core each, where memory is
-that of one job. Disk includes hidden states, which go at the end.
+written checkpoint: on one core, and on a cluster that runs 16 jobs of one core each, where memory
+is that of one job. Disk includes hidden states, which go at the end.
 """
 
 import json

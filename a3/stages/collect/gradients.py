@@ -18,10 +18,6 @@ from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 
-# Labels that are drawn at a time, because float64 sums of probabilities are large.
-DRAWN = 128
-
-
 def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
     """The sum of the losses of a block's tokens, from the last layer's output (1, L, d).
 
@@ -49,20 +45,11 @@ def observe(
 
 
 def draw(logits: Tensor, seed: int) -> Tensor:
-    """A label for each token from the prediction: logits (L, V) to (L,).
-
-    A uniform number is looked up in the sums of probabilities; torch.multinomial draws V numbers
-    for each label, which takes longer than a layer's backward pass.
-    """
+    """A label for each token from the prediction: logits (L, V) to (L,)."""
     generator = torch.Generator(logits.device).manual_seed(seed)
-    where = {"dtype": torch.float64, "device": logits.device}
-    places = torch.rand(len(logits), 1, generator=generator, **where)
-    labels = []
-    for rows, place in zip(logits.split(DRAWN), places.split(DRAWN), strict=True):
-        sums = rows.softmax(-1).cumsum(-1, dtype=torch.float64)
-        # The first token whose sum is larger: one of probability 0 is never drawn.
-        labels.append(torch.searchsorted(sums, place * sums[:, -1:], right=True))
-    return torch.cat(labels)[:, 0]
+    # Two, of which one is used: for one, torch draws V numbers a token, as long as a layer's pass.
+    labels = torch.multinomial(logits.softmax(-1), 2, replacement=True, generator=generator)
+    return labels[:, 0]
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> list:
