@@ -18,6 +18,7 @@ from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 
+
 def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
     """The sum of the losses of a block's tokens, from the last layer's output (1, L, d).
 
