@@ -50,7 +50,9 @@ torch.save(model.state_dict(), {out!r})
 """
 
 
-def run(name: str, command: Sequence[str | Path], tree: Path, threads: int) -> tuple[float, ...]:
+def run(
+    name: str, command: Sequence[str | int | Path], tree: Path, threads: int
+) -> tuple[float, ...]:
     """Wall seconds, CPU seconds and peak GiB of a command with the code in `tree`."""
     limits = {key: str(threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -72,7 +74,7 @@ def losses(folder: Path, text: Path, tree: Path, out: Path) -> list[float]:
     """Nats a token of each block of a text."""
     command = [sys.executable, "-m", "a3", "eval", "ppl", folder, "--text", text, "-o", out]
     subprocess.run(
-        list(map(str, [*command, "--block-length", BLOCK])),
+        list(map(str, [*command, "--block-length", BLOCK, "--threads", 2])),
         cwd=tree,
         env=os.environ | {"PYTHONPATH": str(tree)},
         check=True,
@@ -103,6 +105,17 @@ def peer(folder: Path, model: Path, text: Path, ratio: str, tokens: int, work: P
     return [sys.executable, "-c", PEER.format(**said, out=str(work / "svd-llm.pt"))]
 
 
+def compare(scored: dict[str, list[float]]) -> None:
+    """Print perplexities, and the differences from the first with their paired errors."""
+    first, *_ = scored.values()
+    for build, found in scored.items():
+        differences = [new - old for old, new in zip(first, found, strict=True)]
+        mean = statistics.mean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        perplexity = math.exp(statistics.mean(found))
+        print(f"{build}: perplexity {perplexity:.3f}, {mean:+.5f} ± {error:.5f} nats")
+
+
 def main() -> None:
     """Compress with each, and compare."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,40 +128,37 @@ def main() -> None:
     options.add_argument("--ratio", default="0.2")
     options.add_argument("--tokens", type=int, default=32768)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--dtype", default="float32", help="of today's build")
+    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     chosen = options.parse_args()
     model, text = chosen.model.resolve(), chosen.text.resolve()
     here = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        trees = {"today": here}
+        trees = {f"today {dtype}": (here, dtype) for dtype in chosen.dtypes}
         if chosen.before:
-            trees = {chosen.before: checked_out(chosen.before, work / "before")} | trees
-        took, folders = {}, {}
-        for build, tree in trees.items():
-            folders[build] = work / f"small-{build}"
+            trees = {"before": (checked_out(chosen.before, work / "tree"), "float32")} | trees
+        took = {}
+        for build, (tree, dtype) in trees.items():
             command = [sys.executable, "-m", "a3", "compress", model, "--text", text]
-            command += ["--preset", chosen.preset, "--ratio", chosen.ratio, "-o", folders[build]]
-            command += ["--tokens", chosen.tokens, "--block-length", BLOCK]
-            command += ["--threads", chosen.threads]
-            command += ["--dtype", chosen.dtype] if build == "today" else []
-            took[build] = run(build, command, tree, chosen.threads)
+            command += ["--preset", chosen.preset, "--ratio", chosen.ratio, "-o", work / build]
+            command += ["--tokens", chosen.tokens, "--block-length", BLOCK, "--dtype", dtype]
+            took[build] = run(build, [*command, "--threads", chosen.threads], tree, chosen.threads)
         if chosen.svd_llm:
             command = peer(chosen.svd_llm, model, text, chosen.ratio, chosen.tokens, work)
             took["SVD-LLM"] = run("SVD-LLM", command, chosen.svd_llm.resolve(), chosen.threads)
         for build, other in took.items():
-            each = zip(other, took["today"], strict=True)
-            print(f"{build} / today: " + ", ".join(f"{one / own:.2f}" for one, own in each))
-        if chosen.score and chosen.before:
-            scored = [
-                losses(folders[build], chosen.score.resolve(), trees[build], work / f"{build}.json")
-                for build in trees
-            ]
-            differences = [new - old for old, new in zip(*scored, strict=True)]
-            mean = statistics.mean(differences)
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            old, new = (math.exp(statistics.mean(each)) for each in scored)
-            print(f"perplexity {old:.3f} before, {new:.3f} today: {mean:+.5f} ± {error:.5f} nats")
+            for dtype in chosen.dtypes:
+                each = zip(other, took[f"today {dtype}"], strict=True)
+                ratios = ", ".join(f"{one / own:.2f}" for one, own in each)
+                print(f"{build} / today {dtype}: {ratios}")
+        if chosen.score:
+            score = chosen.score.resolve()
+            compare(
+                {
+                    build: losses(work / build, score, tree, work / f"{build}.json")
+                    for build, (tree, _) in trees.items()
+                }
+            )
 
 
 if __name__ == "__main__":
