@@ -21,8 +21,8 @@ STEPS = 48
 # float32 is trusted if the losses of so many columns, computed anew in float64, agree within this.
 CHECKED, AGREEMENT = 16, 1e-5
 
-# Number of rows of C that are scaled in float64 at a time.
-CHUNK = 1024
+# Number of rows of C that are scaled in float64 at a time: few, so that they stay in the cache.
+CHUNK = 128
 
 
 class Elimination(NamedTuple):
