@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# Of Llama 3.1: heads, key/value heads; then n, d of a quarter of its sizes and of all of it.
-SIZES = {"small": (8, 2, 3584, 1024), "8b": (32, 8, 14336, 4096)}
+# Of Llama 3.1: heads, key/value heads; then n, d of a quarter, a half and all of its sizes.
+SIZES = {"small": (8, 2, 3584, 1024), "half": (16, 4, 7168, 2048), "8b": (32, 8, 14336, 4096)}
 HEAD = 128
 KEPT, LEAST, DAMPING = 0.8, 0.125, 4096 / 262144
 

@@ -21,8 +21,8 @@ STEPS = 48
 # float32 is trusted if the losses of so many columns, computed anew in float64, agree within this.
 CHECKED, AGREEMENT = 16, 1e-5
 
-# Number of rows of C that are scaled in float64 at a time.
-CHUNK = 1024
+# Number of rows of C that are scaled in float64 at a time: few, so that they stay in the cache.
+CHUNK = 128
 
 
 class Elimination(NamedTuple):
@@ -84,24 +84,33 @@ def _eliminate(C: Tensor, W: Tensor, count: int, ridge: float, dtype: torch.dtyp
     unit = V.square().mean().sqrt()
     unit = torch.where(unit > 0, unit, 1.0)
     V = (V / unit).to(dtype)
-    left, X, diagonal = torch.arange(n, device=C.device), P[:, :0], P.diagonal()
+    left, diagonal = torch.arange(n, device=C.device), P.diagonal().clone()
+    X, done = P.new_empty(n, count), 0
     rows, costs, sizes = [left[:0]], [V.new_zeros(V.shape[1], dtype=torch.float64)], []
-    while count > 0:
-        taken = min(max(1, n // STEPS), count)
-        order = torch.sort(V.square().sum(1) / diagonal, stable=True).indices
-        gone, stay = order[:taken], order[taken:].sort().values
-        own, X_gone, X = P[left[gone]], X[gone], X[stay]
-        root = torch.linalg.cholesky(own[:, left[gone]].addmm_(X_gone, X_gone.T, alpha=-1))
-        across = own[:, left[stay]].addmm_(X_gone, X.T, alpha=-1)
-        across = torch.linalg.solve_triangular(root, across, upper=False)
-        lost = torch.linalg.solve_triangular(root, V[gone], upper=False)
-        V = V[stay].addmm_(across.T, lost, alpha=-1)
-        X = torch.cat((X, across.T), 1)
-        diagonal = diagonal[stay] - across.square().sum(0)
-        costs.append(lost.double().square().sum(0))
+    while done < count:
+        taken = min(max(1, n // STEPS), count - done)
+        stay = n - done - taken
+        scores = torch.linalg.vector_norm(V, dim=1).square() / diagonal
+        gone = torch.sort(scores, stable=True).indices[:taken]
+        own, V_gone, X_gone = P[left[gone]], V[gone], X[gone, :done]
+        root = own[:, left[gone]].addmm_(X_gone, X_gone.T, alpha=-1)
+        root = torch.linalg.cholesky(root)
         rows.append(left[gone])
+        # The last rows take the places of the dropped ones, so that no others are moved.
+        last = torch.arange(stay, stay + taken, device=C.device)
+        free, last = gone[gone < stay], last[~torch.isin(last, gone)]
+        for Z in (left, diagonal, V, X[:, :done]):
+            Z[free] = Z[last]
+        left, diagonal, V = left[:stay], diagonal[:stay], V[:stay]
+        across = own[:, left].addmm_(X_gone, X[:stay, :done].T, alpha=-1)
+        across = torch.linalg.solve_triangular(root, across, upper=False)
+        lost = torch.linalg.solve_triangular(root, V_gone, upper=False)
+        V.addmm_(across.T, lost, alpha=-1)
+        X[:stay, done : done + taken] = across.T
+        diagonal -= across.square().sum(0)
+        costs.append(lost.double().square().sum(0))
         sizes.append(taken)
-        left, count = left[stay], count - taken
+        done += taken
     # What is left belongs to the inverse of C restricted to it, so that its loss needs no inverse.
     V = V.double() * unit / power.sqrt()[left][:, None]
     rest = (V * (C[left][:, left] @ V)).sum(0) + ridge * V.square().sum(0)
@@ -139,7 +148,8 @@ def _require_agreement(
     remains = dropped.clone()
     remains[left] -= V[:, some]
     for found, X in ((lost[some], remains), (whole[some], dropped)):
-        expected = (X * (C @ X)).sum(0) + ridge * X.square().sum(0)
+        # C is symmetric, and few rows times C are faster than C times few columns.
+        expected = (X * (X.T @ C).T).sum(0) + ridge * X.square().sum(0)
         if not (found - expected).abs().sum() <= AGREEMENT * expected.sum():
             raise torch.linalg.LinAlgError("float32 is not enough for this elimination")
 

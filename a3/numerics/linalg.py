@@ -136,9 +136,17 @@ def take_over(
     M = torch.cholesky_solve(target, root)
     # C_SS M = target - lift M, of channels scaled to equal size.
     gained = target.addcmul_(lift[:, None], M)
-    errors = ((W_D, C[dropped][:, dropped] @ W_D), (M, gained))
-    lost, back = (((X if F is None else X @ F) * Y).sum() for X, Y in errors)
-    return W[kept] + M / scale[:, None], (lost - back).clamp(min=0)
+    lost = _trace(W_D, C[dropped][:, dropped] @ W_D, F) - _trace(M, gained, F)
+    return W[kept] + M / scale[:, None], lost.clamp(min=0)
+
+
+def _trace(X: Tensor, Y: Tensor, F: Tensor | None) -> Tensor:
+    """tr(Xᵀ Y F) of symmetric Xᵀ Y and F, so that half of F is enough; F is 1 if it is None."""
+    if F is None:
+        return (X * Y).sum()
+    half = F.tril()
+    half.diagonal().div_(2)
+    return 2 * (times_root(X, half) * Y).sum()
 
 
 def inverse(C: Tensor, ridge: float) -> Tensor:
