@@ -24,8 +24,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 BLOCK = 1024
+
+Word: TypeAlias = str | int | Path
 
 # Runs in SVD-LLM's folder. The modules for other models import names that transformers has no more.
 PEER = """
