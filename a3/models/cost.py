@@ -17,6 +17,7 @@ from a3.rxx.kinds import (
     GRADIENT_BLOCKS,
     GRADIENT_FORMS,
     KINDS,
+    LOGITS_TOKENS,
     SAMPLED_FORMS,
     layer_memory,
     shape_of,
@@ -105,7 +106,8 @@ def collect_cost(
         passes += 3 * ("fisher" in forms)
         passes += 2 / GRADIENT_BLOCKS * (not forms.isdisjoint(SAMPLED_FORMS))
         layer += forward + ("fisher" in forms) * WIDTHS[dtype] * layer_parameters(arch)
-        head = 3 * 4 * block_length * arch["vocab_size"]
+        logits = block_length if "fisher" in forms else min(block_length, LOGITS_TOKENS)
+        head = 3 * 4 * logits * arch["vocab_size"]
     memory = LIBRARIES + weights_memory(arch, dtype) + max(layer, head)
     flops = passes * tokens * arch["size"]["flops_per_token"]
     # Of symmetric sums half is computed.

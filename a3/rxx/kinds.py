@@ -71,6 +71,9 @@ KINDS = {
 # Gradients by activations, which are computed for one block in this many.
 GRADIENT_BLOCKS = 4
 
+# Of these, tokens whose logits are in memory together: with a large vocabulary nothing is larger.
+LOGITS_TOKENS = 256
+
 SAMPLED_FORMS = ("gradient", "factors")
 
 # Forms that are Σ xᵀx of whole activations or gradients: symmetric, and stored as packed triangles.

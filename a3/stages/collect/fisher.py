@@ -12,9 +12,11 @@ from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 
 
-def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
-    """The model's mean loss on a block (L,), from the last layer's output (1, L, d)."""
-    return model.leave(hidden, labels=block[None]).loss
+def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
+    """Put the gradient of a block's (L,) mean loss by the last layer's output (1, L, d) into its
+    `grad`.
+    """
+    model.leave(hidden, labels=block[None]).loss.backward()
 
 
 @contextmanager

@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import KINDS
+from a3.rxx.kinds import KINDS, LOGITS_TOKENS
 
 
-def loss(model: Layerwise, hidden: Tensor, block: Tensor) -> Tensor:
-    """The sum of the losses of a block's tokens, from the last layer's output (1, L, d).
+def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
+    """Put the gradient by the last layer's output (1, L, d) into its `grad`.
 
-    Each has a label drawn from the model's prediction; the block (L,) seeds the draw, so it does
-    not depend on sharding.
+    The loss is the sum over a block's tokens, each with a label drawn from the model's prediction.
+    The block (L,) seeds the draw, so it does not depend on sharding.
     """
-    logits = model.leave(hidden).logits[0].float()
-    labels = draw(logits.detach(), seed=int(block.sum()))
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    for number, some in enumerate(hidden.split(LOGITS_TOKENS, dim=1)):
+        logits = model.leave(some).logits[0].float()
+        labels = draw(logits.detach(), seed=int(block.sum()) + number)
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
 
 
 @contextmanager

@@ -41,15 +41,16 @@ class Passes:
 
 @dataclass(frozen=True)
 class Down:
-    """A pass from the loss down: its statistics, the numbers of its blocks, and its loss.
+    """A pass from the loss down: its statistics, the numbers of its blocks, and how it begins.
 
-    `loss` takes the model, the last layer's output (1, L, d) and the block (L,).
+    `backward` takes the model, the last layer's output (1, L, d), which gets the loss's gradient,
+    and the block (L,).
     """
 
     name: str
     accumulators: dict[str, Accumulator]
     numbers: list[int]
-    loss: Callable[[Layerwise, Tensor, Tensor], Tensor]
+    backward: Callable[[Layerwise, Tensor, Tensor], None]
     observe: Observe
 
 
@@ -64,8 +65,8 @@ def run_passes(
         blocks, sampled = blocks[sampled], list(range(len(sampled)))
     every = list(range(len(blocks)))
     downs = [
-        Down("fisher", passes.fisher, every, fisher.loss, fisher.observe),
-        Down("gradients", passes.gradients, sampled, gradients.loss, gradients.observe),
+        Down("fisher", passes.fisher, every, fisher.backward, fisher.observe),
+        Down("gradients", passes.gradients, sampled, gradients.backward, gradients.observe),
     ]
     downs = [down for down in downs if down.accumulators]
     kept = sorted({number for down in downs for number in down.numbers})
@@ -128,7 +129,7 @@ class Walk:
             with self.model.exit():
                 for place, number in enumerate(one.numbers):
                     x = self.copy(self.hidden[layers % 2, number]).requires_grad_()
-                    one.loss(self.model, x, self.blocks[number]).backward()
+                    one.backward(self.model, x, self.blocks[number])
                     gradients[layers % 2, place] = x.grad[0]
         with self.bar(one.name, len(one.numbers)) as bar:
             for layer in self.state.todo(reversed(range(layers))):
