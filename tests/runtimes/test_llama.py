@@ -130,7 +130,7 @@ def test_llama_cpp_has_the_logits_of_transformers(llama, logits, block, name, of
     assert worst < 0.2
 
 
-@pytest.mark.parametrize(("name", "far", "equal"), [("f16", 0.2, 0.98), ("q8_0", 3.0, 0.9)])
+@pytest.mark.parametrize(("name", "far", "equal"), [("f16", 0.2, 0.98), ("q8_0", 4.0, 0.9)])
 def test_smaller_types_are_near(llama, logits, block, name, far, equal):
     found = llama[name]["logits_f16"]
     worst, same = compare(f"hf to gguf, {name}", found, logits["stock"], block)

@@ -72,6 +72,9 @@ class State:
         """A tensor in a file of this name, which is new or from before the kill."""
         value, content = mapped(self.folder / name, shape, dtype)
         self.maps.append(content)
+        if self.settings is None:
+            # The file goes with the process, even if that is killed.
+            (self.folder / name).unlink()
         return value
 
     def todo(self, steps: Iterable[Step]) -> Iterator[Step]:
