@@ -21,6 +21,7 @@ from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS
 from a3.stages.collect import fisher, gradients
 from a3.stages.collect.collect import calibration_blocks, collect
 from a3.stages.collect.hooks import attach_all
+from a3.stages.collect.state import State
 
 CUT = {"tokens": 640, "block_length": 64, "seed": 0, "bos": True}
 RUN = CUT | {"dtype": "float32", "device": "cpu"}
@@ -275,3 +276,12 @@ def test_too_little_disk_is_refused_at_once(tmp_path):
     with pytest.raises(A3Error, match=r"hidden: cannot write .* GiB: .*Free some space"):
         mapped(tmp_path / "hidden", (2**50,), torch.float32)
     assert not (tmp_path / "hidden").exists()
+
+
+def test_hidden_states_need_no_cleaning_up_after_a_kill(tmp_path):
+    """A file without a name goes with its process."""
+    state = State(tmp_path, None)
+    states = state.tensor("hidden", (2, 3), torch.float32)
+    states.fill_(1.0)
+    assert states.sum() == 6.0
+    assert not list(tmp_path.iterdir())
