@@ -149,7 +149,7 @@ def prepare(model: dict[str, Any], text: dict[str, Any], plan: Plan, work: Path)
 def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
     """Collect, allocate and solve what is not there yet, and make the folder `result`."""
     layers = layer_paths(work / "model", work / "layers")
-    if not all(map(is_whole, layers)):
+    if missing := [path for path in layers if not is_whole(path)]:
         files = {kind: work / "rxx" / f"{kind}.safetensors" for kind in plan.kinds()}
         if not all(path.is_file() for path in files.values()):
             state = work / "collecting"
@@ -161,7 +161,7 @@ def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
             allocation = work / "allocation.json"
             if not allocation.is_file():
                 allocate(work / "model", work / "rxx", plan, allocation, **solving)
-        solve_missing(work / "model", work / "rxx", plan, layers, allocation, **solving)
+        solve_missing(work / "model", work / "rxx", plan, missing, allocation, **solving)
     # Statistics are used up, and may be larger than the model.
     for name in ("rxx", "losses"):
         if (work / name).is_dir():

@@ -1,20 +1,20 @@
 """Files of losses by rank: what `a3 losses` writes, and allocate and approx read."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, seal, unseal, whole_file
+from a3.core.files import SEAL, seal, whole_file
 from a3.models.arch import Arch
 from a3.numerics.elimination import Elimination
 from a3.rxx.container import Rxx
+from a3.rxx.files import open_sealed, sum_hash
 
 AGAIN = "Compute it again with a3 losses."
 
@@ -29,18 +29,11 @@ def write_eliminations(
         for component, one in components.items()
         for name, value in one._asdict().items()
     }
-    hashes = {key: tensor_hash(value) for key, value in tensors.items()}
+    hashes = {key: sum_hash(value) for key, value in tensors.items()}
     # One metadata key only: safetensors writes several in random order.
     metadata = {"a3": json.dumps(seal(record | {"tensors": hashes}), sort_keys=True)}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-
-
-def tensor_hash(value: Tensor) -> str:
-    """Hex SHA-256 of a tensor's shape and bytes."""
-    digest = hashlib.sha256(repr(tuple(value.shape)).encode())
-    digest.update(value.contiguous().numpy())
-    return digest.hexdigest()
 
 
 class EliminationFile:
@@ -49,18 +42,14 @@ class EliminationFile:
     def __init__(self, path: Path) -> None:
         """Raises A3Error if the file is missing, damaged or something else."""
         self.path = path
+        absent = "Make it with a3 losses."
+        self._file, self.record = open_sealed(path, absent, "a file of losses", AGAIN)
         try:
-            self._file = safe_open(path, framework="pt")
-            record = json.loads(self._file.metadata()["a3"])
-            self.record = unseal(record, path)
             self.layers = range(*self.record["layers"])
             self.components: dict[str, str] = self.record["modes"]
-        except FileNotFoundError:
-            raise A3Error(f"{path}: no such file. Make it with a3 losses.") from None
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
-            raise A3Error(
-                f"{path}: truncated, damaged or not a file of losses ({error!r}). {AGAIN}"
-            ) from error
+        # Sealed, so whole, but of another kind.
+        except (TypeError, KeyError) as error:
+            raise A3Error(f"{path}: not a file of losses ({error!r}). {AGAIN}") from error
 
     def require_made_of(self, arch: Arch, statistics: dict[str, Rxx]) -> None:
         """Raise A3Error if it is of another model or of other statistics than these."""
@@ -86,7 +75,7 @@ class EliminationFile:
             value = self._file.get_tensor(key)
         except SafetensorError as error:
             raise A3Error(f"{self.path}: no tensor {key!r} ({error}). {AGAIN}") from error
-        if tensor_hash(value) != self.record["tensors"].get(key):
+        if sum_hash(value) != self.record["tensors"].get(key):
             raise A3Error(f"{self.path}: tensor {key!r} changed since it was written. {AGAIN}")
         return value
 

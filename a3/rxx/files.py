@@ -53,10 +53,13 @@ def write(
             stream.write(read(name).contiguous().numpy().data)
 
 
-def open_sealed(path: Path, absent: str) -> tuple[Any, dict[str, Any]]:
+def open_sealed(
+    path: Path, absent: str, kind: str = "an Rxx file", again: str = "Collect again."
+) -> tuple[Any, dict[str, Any]]:
     """A file and its record; A3Error if it is truncated, damaged, or absent (which says `absent`).
 
-    The file is as `safe_open` gives it: tensors are read when they are asked for.
+    `kind` and `again` say what was expected, and what to do. The file is as `safe_open` gives it:
+    tensors are read when they are asked for.
     """
     try:
         file = safe_open(path, framework="pt")
@@ -64,9 +67,7 @@ def open_sealed(path: Path, absent: str) -> tuple[Any, dict[str, Any]]:
     except FileNotFoundError:
         raise A3Error(f"{path}: no such file. {absent}") from None
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
-        raise A3Error(
-            f"{path}: truncated, damaged or not an Rxx file ({error!r}). Collect again."
-        ) from error
+        raise A3Error(f"{path}: truncated, damaged or not {kind} ({error!r}). {again}") from error
     return file, unseal(record, path)
 
 

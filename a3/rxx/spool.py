@@ -21,7 +21,6 @@ class Spool:
         self.kind = kind
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory | None = None
-        self._files: dict[int, Any] = {}
 
     @property
     def folder(self) -> Path:

@@ -131,8 +131,7 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
 
     The rank from a ratio is rounded to a `multiple`; for factored matrices, their ranks are.
     """
-    mlp = EXPERTS if arch.experts else arch.mlp
-    check_fit(component, choice.mode, mlp if component == "mlp" else arch.attention)
+    require_fit(arch, component, choice.mode)
     full = arch.full_rank(component)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
@@ -143,6 +142,12 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
         return rank_of(full, choice.size, step, least)
     except A3Error as error:
         raise A3Error(f"{component} mode {choice.mode!r}: {error}") from None
+
+
+def require_fit(arch: Arch, component: str, mode: str) -> None:
+    """Raise A3Error if a mode does not fit the model's attention or MLP."""
+    mlp = EXPERTS if arch.experts else arch.mlp
+    check_fit(component, mode, mlp if component == "mlp" else arch.attention)
 
 
 def require_whole_rope(arch: Arch) -> None:

@@ -80,8 +80,7 @@ def planned(job):
     elif solves:
         row = {key: wildcards.get(key) for key in ("qk", "ov", "mlp", "ratio")}
         if stage == "allocate":  # losses by rank: for modes whose ratio is allocated, at any ratio
-            shared = [key for key, mode in eliminating(row).items()]
-            row |= {key: row[key] + SHARED for key in shared} | {"ratio": "0"}
+            row |= {key: mode + SHARED for key, mode in eliminating(row).items()} | {"ratio": "0"}
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
         settings |= {"row": row_of(place_of(wildcards))}

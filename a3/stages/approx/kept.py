@@ -42,10 +42,9 @@ def solve_missing(
     allocation: Path | None,
     **solving: Any,
 ) -> None:
-    """Solve the layers whose shards, `paths`, are not whole; otherwise as `approximate`."""
-    missing = [path for path in paths if not is_whole(path)]
+    """Solve layers whose shards, `paths`, are missing or damaged; otherwise as `approximate`."""
     solver = solver_for(model_folder, rxx_folder, plan, allocation, **solving)
-    for path in Bar(missing, unit="layer", desc="approx"):
+    for path in Bar(paths, unit="layer", desc="approx"):
         for damaged in (path, path.with_suffix(".json")):
             damaged.unlink(missing_ok=True)
         with bars(False):

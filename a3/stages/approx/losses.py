@@ -25,8 +25,8 @@ from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.numerics.elimination import Elimination
 from a3.solutions.functions import losses_of
-from a3.solutions.modes import EXPERTS, SHARING, check_fit, eliminating, find_mode
-from a3.solutions.plan import least_rank
+from a3.solutions.modes import SHARING, eliminating, find_mode
+from a3.solutions.plan import least_rank, require_fit
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.statistics import made_from, read_statistics
 
@@ -57,8 +57,7 @@ def losses(
         raise A3Error(f"losses: no mode eliminates; expected at least one of {named}.")
     arch = load_arch(model_folder)
     for component, mode in modes.items():
-        mlp = EXPERTS if arch.experts else arch.mlp
-        check_fit(component, mode, mlp if component == "mlp" else arch.attention)
+        require_fit(arch, component, mode)
     kinds = {kind for component, mode in modes.items() for kind in find_mode(component, mode).kinds}
     statistics = read_statistics(rxx_folder, sorted(kinds), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
