@@ -52,6 +52,7 @@ def compress(
     settings: dict[str, Any],
     servable: bool,
     multiple: int,
+    dev_text: dict[str, Any] | None,
     fresh: bool,
     **row: str,
 ) -> None:
@@ -62,7 +63,7 @@ def compress(
 
     plan, say = Plan(choose(row), servable, multiple), partial(announce, row, settings)
     try:
-        compress(model, text, plan, out, settings, fresh=fresh, announce=say)
+        compress(model, text, plan, out, settings, dev_text=dev_text, fresh=fresh, announce=say)
     except BaseException as error:
         # Not of an error of this command's options, after which nothing goes on.
         if (work_of(out) / RECORD).is_file() and not isinstance(error, WorkError):
@@ -84,6 +85,8 @@ def add_compress(commands: Any) -> None:
     )
     add_named_model(one)
     one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
+    text_ = "text to measure the loss on that the calibration has not seen; named as --text"
+    one.add_argument("--dev-text", metavar="TEXT", help=text_)
     add_modes(one)
     add_servable(one)
     add_out(one, targets.COMPRESSED, "FOLDER", "new Hugging Face folder")
@@ -92,7 +95,7 @@ def add_compress(commands: Any) -> None:
     one.add_argument("--fresh", action="store_true", help=text_)
     one.set_defaults(
         command=lambda **options: compress(**with_settings(options)),
-        entries={"model": "models", "text": "texts"},
+        entries={"model": "models", "text": "texts", "dev_text": "texts"},
     )
 
 

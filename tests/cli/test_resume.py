@@ -29,6 +29,8 @@ KILLS = [
     "*.a3-work/layers/0of3.safetensors",
     "*.a3-work/layers/1of3.json",
     "*.a3-work/result",
+    "*.a3-work/result/README.md",
+    "*.a3-work/result/approx.json",
     "*.a3-work/finished.json",
     "*/small",
 ]
