@@ -59,7 +59,7 @@ def test_compress_logs_the_loss_on_a_dev_text(dense, loaded, tmp_path, caplog):
         r"[\d.]+ \(4 blocks\), dev text -?[\d.]+ ± [\d.]+ \(4 blocks\)",
         caplog.text,
     )
-    with pytest.raises(a3.A3Error, match=r"dev_texts: line 1|dev_texts: .* none with text"):
+    with pytest.raises(a3.A3Error, match="dev_texts"):
         a3.compress(*loaded, TEXTS, dev_texts=[""], **options)
 
 
