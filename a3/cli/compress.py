@@ -85,7 +85,7 @@ def add_compress(commands: Any) -> None:
     )
     add_named_model(one)
     one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
-    text_ = "text to measure the loss on that the calibration has not seen; named as --text"
+    text_ = "text that the calibration has not seen, to measure the loss on; named like --text"
     one.add_argument("--dev-text", metavar="TEXT", help=text_)
     add_modes(one)
     add_servable(one)

@@ -77,11 +77,11 @@ def add_perplexity(commands: Any) -> None:
     add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
 
 
-def fit(model: Path, dense: Path, text: Path, out: Path, **settings: Any) -> None:
+def fit(model: Path, small: Path, text: Path, out: Path, **settings: Any) -> None:
     """Measure the loss on calibration and dev text."""
     from a3.stages.evaluate.fit import fit
 
-    fit(folder(model), folder(dense), text, out, **settings)
+    fit(folder(model), folder(small), text, out, **settings)
 
 
 def add_fit(commands: Any) -> None:
@@ -91,18 +91,17 @@ def add_fit(commands: Any) -> None:
         "fit",
         fit,
         "measure how much a compressed model is overfitted to its calibration",
-        "Reads a compressed model and its dense one, scores a few blocks of the calibration text "
+        "Reads a dense model and the compressed one, scores a few blocks of the calibration text "
         "and of a dev text, and writes the increases of the loss, beside the predicted one. Give "
         "the calibration's own --tokens, --block-length, --seed and --bos.",
-        "a3 eval fit small --dense dense --text docs.jsonl --dev-text dev.jsonl -o fit.json",
+        "a3 eval fit dense small --text docs.jsonl --dev-text dev.jsonl -o fit.json",
     )
-    add_model(one, SMALL_MODEL)
-    text_ = "the dense model that it was made from"
-    one.add_argument("--dense", type=Path, required=True, metavar="FOLDER", help=text_)
+    add_model(one)
+    one.add_argument("small", type=Path, metavar="SMALL", help=SMALL_MODEL)
     add_text(one)
     text_ = "text that the calibration has not seen"
     one.add_argument("--dev-text", type=Path, metavar="TEXT", help=text_)
-    text_ = "ranks that a3 allocate wrote, with the predicted loss"
+    text_ = "ranks that a3 allocate wrote, for modes marked ~; they say the predicted loss"
     one.add_argument("--allocation", type=Path, metavar="FILE", help=text_)
     text_ = "number of blocks of each text"
     one.add_argument("--blocks", type=count(), default=4, metavar="N", help=text_)

@@ -140,7 +140,7 @@ def results():
         yield "eval_ppl", [*ppl, "-o", f"eval/{run}/ppl/score.json"]
         if run in (RUN, quantised):
             text = ["--text", "texts/learn/docs.jsonl", "--tokens", 256, *BLOCK]
-            fit = ["eval", "fit", model, "--dense", "models/tiny", *text]
+            fit = ["eval", "fit", "models/tiny", model, *text]
             yield "eval_fit", [*fit, "-o", f"eval/{run}/fit/blocks.json"]
     # A quantised one runs all code that the others do, and more.
     out = f"eval/{quantised}"

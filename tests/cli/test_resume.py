@@ -97,8 +97,8 @@ def stages(preset):
     run("text", "dev.jsonl", "-o", "stages/dev.jsonl")
     allocation = modes[modes.index("--allocation") :] if "--allocation" in modes else []
     texts = ["--text", "stages/docs.jsonl", "--dev-text", "stages/dev.jsonl", *blocks]
-    dense = ["--dense", "stages/model", *allocation]
-    run("eval", "fit", "stages/small", *dense, *texts, "-o", "stages/fit.json")
+    models = ["stages/model", "stages/small"]
+    run("eval", "fit", *models, *texts, *allocation, "-o", "stages/fit.json")
     found = read_record(Path("stages/fit.json"))
     loss = {key: found[key] for key in ("predicted", "calibration", "dev")}
     record_loss(Path("stages/small"), loss)

@@ -45,8 +45,7 @@ def work(tmp_path_factory):
 def fit(work, name, *others):
     """What `a3 eval fit` records of the small model."""
     texts = ["--text", work / "text/docs.jsonl", "--dev-text", work / "dev/docs.jsonl", *BLOCKS]
-    dense = ["--dense", work / "dense"]
-    run("eval", "fit", work / "small", *dense, *texts, *others, "-o", work / name)
+    run("eval", "fit", work / "dense", work / "small", *texts, *others, "-o", work / name)
     return read_record(work / name)
 
 
@@ -163,15 +162,15 @@ def test_twice_the_predicted_loss_is_overfitted(loss, over):
 
 def test_what_does_not_belong_together_is_refused(work, capsys, tmp_path):
     tiny_llama(tmp_path / "other", seed=5)
-    words = ["eval", "fit", work / "small", "--text", work / "text.jsonl", *BLOCKS]
-    words = [str(word) for word in (*words, "-o", tmp_path / "fit.json")]
-    assert main([*words, "--dense", str(tmp_path / "other")]) == 1
+    words = [work / "small", "--text", work / "text.jsonl", *BLOCKS, "-o", tmp_path / "fit.json"]
+    words = [str(word) for word in words]
+    assert main(["eval", "fit", str(tmp_path / "other"), *words]) == 1
     assert "Name that model's folder" in capsys.readouterr().err
     ranks = read_record(work / "ranks.json")
     del ranks["sha256"]
     write_record(tmp_path / "ranks.json", ranks | {"modes": ranks["modes"] | {"mlp": "obs~@0.5"}})
-    dense = ["--dense", str(work / "dense")]
-    assert main([*words, *dense, "--allocation", str(tmp_path / "ranks.json")]) == 1
+    words += ["--allocation", str(tmp_path / "ranks.json")]
+    assert main(["eval", "fit", str(work / "dense"), *words]) == 1
     assert "Name the allocation that it was made with" in capsys.readouterr().err
     assert not (tmp_path / "fit.json").exists()
 

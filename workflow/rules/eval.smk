@@ -65,8 +65,7 @@ rule eval_fit:
     resources:
         **resources("eval", cost_of_fit),
     params:
-        model=lambda wildcards, input: Path(input.model[0]).parent,
-        dense=subpath(input.dense, parent=True),
+        models=lambda wildcards, input: [Path(p).parent for p in (input.dense, input.model[0])],
         settings=fit_settings,
         dev=lambda wildcards, input: ["--dev-text", input.dev] if input.dev else [],
         allocation=lambda wildcards, input: (
@@ -76,8 +75,8 @@ rule eval_fit:
         device=C["device"],
         code=fingerprint("a3.stages.evaluate.fit"),
     shell:
-        "a3 eval fit {params.model:q} --dense {params.dense:q} --text {input.text:q}"
-        " {params.dev:q} {params.allocation:q} {params.settings:q} --threads {params.threads}"
+        "a3 eval fit {params.models:q} --text {input.text:q} {params.dev:q}"
+        " {params.allocation:q} {params.settings:q} --threads {params.threads}"
         " --device {params.device:q} -o {output.result:q} &> {log:q}"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
+from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dense_or_compressed
 from a3.models.layerwise import Streamed, fits
 from a3.models.load import count_parameters, load_tokenizer, require_positions
@@ -38,7 +39,7 @@ class Few(NamedTuple):
 
 def fit(
     model_folder: Path,
-    dense_folder: Path,
+    small_folder: Path,
     text: Path,
     out: Path,
     *,
@@ -58,26 +59,26 @@ def fit(
     that says the predicted loss. Raises A3Error for another dense model than the compressed one's,
     and as `few_blocks` and `increases` do.
     """
-    subject = Evaluated(model_folder)
-    record = compressed_record(model_folder)
-    require_base(Evaluated(dense_folder), model_folder, record)
-    few = {"calibration": few_blocks(dense_folder, text, blocks, tokens=tokens, **cut)}
+    subject = Evaluated(small_folder)
+    record = compressed_record(small_folder)
+    require_base(model_folder, small_folder, record)
+    few = {"calibration": few_blocks(model_folder, text, blocks, tokens=tokens, **cut)}
     if dev_text is not None:
-        few["dev"] = few_blocks(dense_folder, dev_text, blocks, **cut)
+        few["dev"] = few_blocks(model_folder, dev_text, blocks, **cut)
     start = time.perf_counter()
     found: dict[str, Any] = {"predicted": predicted_loss(allocation, record), "dev": None}
-    found |= increases(dense_folder, model_folder, few, dtype, device, stream)
+    found |= increases(model_folder, small_folder, few, dtype, device, stream)
     seconds = time.perf_counter() - start
     said = {"base_sha256": record["base"]["weights_sha256"], "dtype": dtype, "tokens": tokens}
     subject.write(out, __name__, found | said | cut, {"seconds": seconds})
 
 
-def require_base(dense: Evaluated, model_folder: Path, record: Mapping[str, Any]) -> None:
-    """Raise A3Error unless a model was compressed from the dense one, by its record."""
-    expected, found = record["base"]["weights_sha256"], dense.checkpoint.sha256()
+def require_base(model_folder: Path, small_folder: Path, record: Mapping[str, Any]) -> None:
+    """Raise A3Error unless a model was made from the one of `model_folder`, by its record."""
+    expected, found = record["base"]["weights_sha256"], Checkpoint(model_folder).sha256()
     if found != expected:
         raise A3Error(
-            f"{dense.folder}: weights_sha256 is {found}, but {model_folder} was made from a model "
+            f"{model_folder}: weights_sha256 is {found}, but {small_folder} was made from a model "
             f"whose weights_sha256 is {expected}. Name that model's folder."
         )
 
