@@ -61,7 +61,8 @@ def compress(
     from a3.pipeline import compress
     from a3.solutions.plan import Plan
 
-    plan, say = Plan(choose(row), servable, multiple), partial(announce, row, settings)
+    plan, texts = Plan(choose(row), servable, multiple), 1 if dev_text is None else 2
+    say = partial(announce, row, settings, texts)
     try:
         compress(model, text, plan, out, settings, dev_text=dev_text, fresh=fresh, announce=say)
     except BaseException as error:

@@ -229,6 +229,7 @@ def test_long_work_says_first_what_it_costs_and_only_once(folder, capfd, monkeyp
     assert killed(command("a3-plus"), "*/layers/0of3.json")
     said = capfd.readouterr().out.splitlines()
     assert re.match(r"compress: about \d+ s \(collect \d+ s, allocate \d+ s, approx", said[0])
+    assert ", loss " in said[0]
     assert re.search(r"[\d.]+ GiB of memory and 0\.0 GiB on disk$", said[0])
     assert main(command("a3-plus")) == 0
     assert "about" not in capfd.readouterr().out
