@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -175,6 +176,19 @@ def test_what_does_not_belong_together_is_refused(work, capsys, tmp_path):
     assert not (tmp_path / "fit.json").exists()
 
 
+def test_a_model_that_transformers_saved_again_is_measured_too(work, capsys):
+    saved = AutoModelForCausalLM.from_pretrained(work / "small")
+    saved.save_pretrained(work / "again")
+    load_tokenizer(work / "small").save_pretrained(work / "again")
+    words = ["--text", work / "text/docs.jsonl", *BLOCKS, "-o", work / "again.json"]
+    run("eval", "fit", work / "dense", work / "again", *words)
+    loss = read_record(work / "small/approx.json")["loss"]
+    assert read_record(work / "again.json")["calibration"] == loss["calibration"]
+    words = [str(word) for word in ("eval", "fit", work / "dense", work / "dense", *words)]
+    assert main(words) == 1
+    assert "a dense model. Name the dense folder, then a compressed one" in capsys.readouterr().err
+
+
 def test_a_dev_text_that_is_too_short_is_refused_before_the_long_work(work, capsys, tmp_path):
     (tmp_path / "short.txt").write_text("River.")
     texts = ["--text", work / "text.jsonl", "--dev-text", tmp_path / "short.txt"]
@@ -195,8 +209,10 @@ def test_the_workflow_measures_it_where_it_is_asked_to(tmp_path, monkeypatch, ca
     project.edit("config/config.yaml", "test: 0.5, harness: 0.5", "dev: 0.5, test: 0.5")
     with (project.folder / "experiments.tsv").open("a") as table:
         table.write("tiny\tshort\tdense\tjoint~\tobs~\t0.25\n")
-    rules, _ = project.snakemake("results/tables/default/results.md")
+    project.snakemake("results/models/tiny/arch.json")
+    rules, output = project.snakemake("results/tables/default/results.md", plan=True)
     assert rules.count("eval_fit") == 2
+    assert re.search(r"^ *tiny +ppl +1 ", output, re.MULTILINE)
     table = (project.folder / "results/tables/default/results.md").read_text()
     assert "predicted Δ nll" in table
     assert "dev Δ nll" in table

@@ -46,9 +46,19 @@ def fit_allocation(wildcards):
     return [str(path)] if path else []
 
 
+def fit_blocks():
+    """Number of blocks of each text."""
+    return C["evaluate"].get("fit", {}).get("blocks", 4)
+
+
+def fit_tokens(wildcards):
+    """How many tokens the two models score, of two texts."""
+    return 4 * fit_blocks() * fit_calibration(wildcards)["block_length"]
+
+
 def fit_settings(wildcards):
     """Options: the calibration's own, and the number of blocks."""
-    chosen = fit_calibration(wildcards) | {"blocks": C["evaluate"].get("fit", {}).get("blocks", 4)}
+    chosen = fit_calibration(wildcards) | {"blocks": fit_blocks()}
     return option_words(chosen, ("blocks", "tokens", "block_length", "seed", "bos", "dtype"))
 
 

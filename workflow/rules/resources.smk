@@ -130,9 +130,8 @@ def cost_of_perplexity(arch, wildcards):
 
 def cost_of_fit(arch, wildcards):
     """Cost of scoring a few blocks of two texts with two models."""
-    chosen, blocks = fit_calibration(wildcards), C["evaluate"].get("fit", {}).get("blocks", 4)
-    tokens = 4 * blocks * chosen["block_length"]
-    return perplexity_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
+    chosen = fit_calibration(wildcards)
+    return perplexity_cost(arch, fit_tokens(wildcards), chosen["block_length"], chosen["dtype"])
 
 
 def cost_of_surgery(arch, wildcards):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
+from a3.models.arch import is_compressed
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dense_or_compressed
 from a3.models.layerwise import Streamed, fits
@@ -59,6 +60,10 @@ def fit(
     that says the predicted loss. Raises A3Error for another dense model than the compressed one's,
     and as `few_blocks` and `increases` do.
     """
+    if not is_compressed(small_folder):
+        raise A3Error(
+            f"{small_folder}: a dense model. Name the dense folder, then a compressed one."
+        )
     subject = Evaluated(small_folder)
     record = compressed_record(small_folder)
     require_base(model_folder, small_folder, record)
@@ -76,7 +81,8 @@ def fit(
 def require_base(model_folder: Path, small_folder: Path, record: Mapping[str, Any]) -> None:
     """Raise A3Error unless a model was made from the one of `model_folder`, by its record."""
     expected, found = record["base"]["weights_sha256"], Checkpoint(model_folder).sha256()
-    if found != expected:
+    # If transformers saved the model again, the dense weights are not known.
+    if expected not in (None, found):
         raise A3Error(
             f"{model_folder}: weights_sha256 is {found}, but {small_folder} was made from a model "
             f"whose weights_sha256 is {expected}. Name that model's folder."
@@ -116,7 +122,8 @@ def predicted_loss(allocation: Path | None, record: Mapping[str, Any]) -> float 
     if allocation is None:
         return None
     said = read_record(allocation)
-    compressed = {key: mode for key, mode in record["modes"].items() if mode != DENSE}
+    modes = record.get("modes", {})  # unknown if transformers saved the model again
+    compressed = {key: mode for key, mode in modes.items() if mode != DENSE}
     found = {"modes": said["modes"], "weights_sha256": said["weights_sha256"]}
     expected = {
         "modes": {key: compressed.get(key) for key in said["modes"]},
