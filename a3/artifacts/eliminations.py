@@ -1,20 +1,18 @@
 """Files of losses by rank: what `a3 losses` writes, and allocate and approx read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, seal, whole_file
+from a3.core.files import SEAL
 from a3.models.arch import Arch
 from a3.numerics.elimination import Elimination
 from a3.rxx.container import Rxx
-from a3.rxx.files import open_sealed, sum_hash
+from a3.rxx.files import open_sealed, sum_hash, write_tensors
 
 AGAIN = "Compute it again with a3 losses."
 
@@ -24,16 +22,13 @@ def write_eliminations(
 ) -> None:
     """Write the eliminations of some layers, by component, and their record, atomically."""
     tensors = {
-        f"layers.{layer}.{component}.{name}": value.cpu().contiguous()
+        f"layers.{layer}.{component}.{name}": value.cpu()
         for layer, components in found.items()
         for component, one in components.items()
         for name, value in one._asdict().items()
     }
     hashes = {key: sum_hash(value) for key, value in tensors.items()}
-    # One metadata key only: safetensors writes several in random order.
-    metadata = {"a3": json.dumps(seal(record | {"tensors": hashes}), sort_keys=True)}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(path, tensors, record | {"tensors": hashes})
 
 
 class EliminationFile:

@@ -117,6 +117,10 @@ class Place:
         """The perplexity result on one text."""
         return results / "eval" / self.format() / "ppl" / f"{text}.json"
 
+    def fit(self, results: Path) -> Path:
+        """The loss of a compressed row on calibration and dev text, beside the predicted one."""
+        return results / "eval" / self.format() / "fit" / "blocks.json"
+
     def harness(self, results: Path, task: str) -> Path:
         """The harness result on one task."""
         return results / "eval" / self.format() / "harness" / f"{task}.json"

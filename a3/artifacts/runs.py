@@ -29,6 +29,14 @@ class Run:
     weights: Record
     perplexity: dict[str, Record]
     harness: dict[str, Record]
+    # The loss on calibration and dev text, where it is measured and the row is compressed.
+    fit: Record | None = None
+
+    @property
+    def records(self) -> list[Record]:
+        """Every JSON file that the row was made from."""
+        fit = [] if self.fit is None else [self.fit]
+        return [self.weights, *self.perplexity.values(), *self.harness.values(), *fit]
 
     @property
     def size(self) -> dict[str, int]:
@@ -73,14 +81,16 @@ def read_runs(
     experiments: Iterable[Mapping[str, str]],
     perplexity: Sequence[str],
     harness: Sequence[str],
+    fit: bool = False,
 ) -> Groups:
     """Read each model's dense run and its compressed runs, in the order of `experiments`.
 
-    Raises A3Error that names both files when a result was taken from other weights than the ones
-    that now lie beside it, or when two results of one model were taken by different protocols.
+    With `fit` also the compressed rows' losses on calibration and dev text. Raises A3Error that
+    names both files when a result was taken from other weights than the ones that now lie beside
+    it, or when two results of one model were taken by different protocols.
     """
     places = [Place(**{key: str(value) for key, value in row.items()}) for row in experiments]
-    return _read_places(Run, results, places, perplexity, harness)
+    return _read_places(Run, results, places, perplexity, harness, fit)
 
 
 def read_surgeries(
@@ -100,6 +110,7 @@ def _read_places(
     all_places: Iterable[Place],
     perplexity: Sequence[str],
     harness: Sequence[str],
+    fit: bool = False,
 ) -> list[tuple[R, list[R]]]:
     """Like `read_runs`, for a list of places and a class of runs."""
     models: dict[Place, dict[Place, None]] = {}
@@ -110,7 +121,7 @@ def _read_places(
     groups = []
     for model, rows in models.items():
         dense = _read_run(sort, results, model, perplexity, harness)
-        runs = [_read_run(sort, results, place, perplexity, harness) for place in rows]
+        runs = [_read_run(sort, results, place, perplexity, harness, fit) for place in rows]
         for run in runs:
             _same_base(dense, run)
             for text in perplexity:
@@ -162,7 +173,12 @@ def check_speed(record: Record, weights: Record) -> None:
 
 
 def _read_run(
-    sort: type[R], results: Path, place: Place, perplexity: Sequence[str], harness: Sequence[str]
+    sort: type[R],
+    results: Path,
+    place: Place,
+    perplexity: Sequence[str],
+    harness: Sequence[str],
+    fit: bool = False,
 ) -> R:
     """Read one row's files and check that each result belongs to the row's weights."""
     run = sort(
@@ -170,9 +186,10 @@ def _read_run(
         Record.read(place.weights(results)),
         {text: Record.read(place.perplexity(results, text)) for text in perplexity},
         {task: Record.read(place.harness(results, task)) for task in harness},
+        Record.read(place.fit(results)) if fit and not place.is_dense else None,
     )
     expected = run.weights["weights_sha256"]
-    for record in (*run.perplexity.values(), *run.harness.values()):
+    for record in run.records[1:]:
         if record["checkpoint_sha256"] != expected:
             raise A3Error(
                 f"{record.path}: checkpoint_sha256 is {record['checkpoint_sha256']}, but "

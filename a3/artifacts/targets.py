@@ -233,6 +233,8 @@ ALLOCATION = File("allocate", TIMED)
 
 PERPLEXITY = File("perplexity", TIMED)
 
+FIT = File("fit", TIMED)
+
 HARNESS = File("harness", TIMED)
 
 GENERATION = File("generation", TIMED)

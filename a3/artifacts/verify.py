@@ -72,6 +72,7 @@ class Verifier:
             "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
+            "losses on calibration and dev text": ("eval/**/fit/*.json", self.fit),
             "harness results": ("eval/**/harness/*.json", self.harness),
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
@@ -246,6 +247,13 @@ class Verifier:
     def perplexity(self, path: Path) -> None:
         """A perplexity, and the weights and text that it is of."""
         self.known(self.result(path), "text_sha256", self.texts)
+
+    def fit(self, path: Path) -> None:
+        """The loss on a few blocks, and the weights and texts that it is of."""
+        record = self.result(path)
+        for name in ("calibration", "dev"):
+            if record[name] is not None:
+                self.known(record, f"{name}.text_sha256", self.texts)
 
     def harness(self, path: Path) -> None:
         """A harness result, and the weights, items or files of a local task that it is of."""

@@ -52,6 +52,7 @@ def compress(
     settings: dict[str, Any],
     servable: bool,
     multiple: int,
+    dev_text: dict[str, Any] | None,
     fresh: bool,
     **row: str,
 ) -> None:
@@ -60,9 +61,10 @@ def compress(
     from a3.pipeline import compress
     from a3.solutions.plan import Plan
 
-    plan, say = Plan(choose(row), servable, multiple), partial(announce, row, settings)
+    plan, texts = Plan(choose(row), servable, multiple), 1 if dev_text is None else 2
+    say = partial(announce, row, settings, texts)
     try:
-        compress(model, text, plan, out, settings, fresh=fresh, announce=say)
+        compress(model, text, plan, out, settings, dev_text=dev_text, fresh=fresh, announce=say)
     except BaseException as error:
         # Not of an error of this command's options, after which nothing goes on.
         if (work_of(out) / RECORD).is_file() and not isinstance(error, WorkError):
@@ -84,6 +86,8 @@ def add_compress(commands: Any) -> None:
     )
     add_named_model(one)
     one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
+    text_ = "text that the calibration has not seen, to measure the loss on; named like --text"
+    one.add_argument("--dev-text", metavar="TEXT", help=text_)
     add_modes(one)
     add_servable(one)
     add_out(one, targets.COMPRESSED, "FOLDER", "new Hugging Face folder")
@@ -92,7 +96,7 @@ def add_compress(commands: Any) -> None:
     one.add_argument("--fresh", action="store_true", help=text_)
     one.set_defaults(
         command=lambda **options: compress(**with_settings(options)),
-        entries={"model": "models", "text": "texts"},
+        entries={"model": "models", "text": "texts", "dev_text": "texts"},
     )
 
 

@@ -8,6 +8,7 @@ from a3.cli import options as values
 from a3.cli.arguments import (
     ANY_MODEL,
     JOINS,
+    SMALL_MODEL,
     add,
     add_blocks,
     add_components,
@@ -37,6 +38,7 @@ def add_commands(commands: Any) -> None:
         "a3 eval ppl small --text other-text.txt -o ppl.json",
     )
     add_perplexity(subcommands)
+    add_fit(subcommands)
     add_harness(subcommands)
     add_generation(subcommands)
     add_speed(subcommands)
@@ -73,6 +75,39 @@ def add_perplexity(commands: Any) -> None:
     add_out(one, targets.PERPLEXITY, "FILE", "JSON file to write")
     add_stream(one)
     add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
+
+
+def fit(model: Path, small: Path, text: Path, out: Path, **settings: Any) -> None:
+    """Measure the loss on calibration and dev text."""
+    from a3.stages.evaluate.fit import fit
+
+    fit(folder(model), folder(small), text, out, **settings)
+
+
+def add_fit(commands: Any) -> None:
+    """Arguments of a3 eval fit."""
+    one = add(
+        commands,
+        "fit",
+        fit,
+        "measure how much a compressed model is overfitted to its calibration",
+        "Reads a dense model and the compressed one, scores a few blocks of the calibration text "
+        "and of a dev text, and writes the increases of the loss, beside the predicted one. Give "
+        "the calibration's own --tokens, --block-length, --seed and --bos.",
+        "a3 eval fit dense small --text docs.jsonl --dev-text dev.jsonl -o fit.json",
+    )
+    add_model(one)
+    one.add_argument("small", type=Path, metavar="SMALL", help=SMALL_MODEL)
+    add_text(one)
+    text_ = "text that the calibration has not seen"
+    one.add_argument("--dev-text", type=Path, metavar="TEXT", help=text_)
+    text_ = "ranks that a3 allocate wrote, for modes marked ~; they say the predicted loss"
+    one.add_argument("--allocation", type=Path, metavar="FILE", help=text_)
+    text_ = "number of blocks of each text"
+    one.add_argument("--blocks", type=count(), default=4, metavar="N", help=text_)
+    add_out(one, targets.FIT, "FILE", "JSON file to write")
+    add_stream(one)
+    add_run(add_blocks(one, tokens=32768, seed=True))
 
 
 def harness(model: Path, task: str, out: Path, **settings: Any) -> None:

@@ -90,7 +90,8 @@ def check(options: dict[str, Any], writes: targets.Target | None, entries: dict[
     the command would overwrite its input or a file or folder that it did not write.
     """
     for name, section in entries.items():
-        options[name] = entry(options[name], section)
+        if options[name] is not None:
+            options[name] = entry(options[name], section)
     if writes is not None:
         if writes == targets.APPROXIMATED and options.get("shard"):
             writes = targets.SHARD

@@ -100,6 +100,7 @@ def add_tables(commands: Any) -> None:
     )
     add_experiments(one)
     add_reference(one)
+    add_fit(one)
     add_out(one, targets.TABLES, "FOLDER", "folder to write the tables to")
 
 
@@ -138,6 +139,12 @@ def add_reference(one: Any) -> None:
     """The method that differences are to."""
     text_ = "method that the others are compared to: its modes, joined by +"
     one.add_argument("--reference", metavar="METHOD", help=text_)
+
+
+def add_fit(one: Any) -> None:
+    """Whether losses on calibration and dev text were measured."""
+    text_ = "show the losses on calibration and dev text that a3 eval fit measured"
+    one.add_argument("--fit", action="store_true", help=text_)
 
 
 def speed_table(**inputs: Any) -> None:
@@ -240,6 +247,7 @@ def add_report(commands: Any) -> None:
     )
     add_experiments(one)
     add_reference(one)
+    add_fit(one)
     text_ = "folder that a3 tables and a3 figures wrote"
     one.add_argument("--tables", type=Path, required=True, metavar="FOLDER", help=text_)
     text_ = "configuration of the workflow, a JSON object"

@@ -189,7 +189,8 @@ def require_place(path: Path) -> None:
                 f"{path}: is a link; expected a file, a folder or nothing. Name another path."
             )
         resolved = path.resolve()
-        if resolved.exists() and not path.exists():
+        # Look at the folder above: `path` itself may just be replaced by another writer.
+        if resolved.parent.exists() and not path.parent.exists():
             raise A3Error(f"{path}: leads through a folder that is not there. Write {resolved}.")
         there = next((folder for folder in resolved.parents if folder.exists()), resolved)
         longest = os.pathconf(there, "PC_NAME_MAX")

@@ -120,6 +120,8 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
                 f"config: harness.{name}.fewshot_as_multiturn requires a "
                 "chat template. Set apply_chat_template too."
             )
+    if dev := whole["evaluate"].get("fit", {}).get("dev"):
+        defined("text", dev, whole["texts"], "evaluate.fit.dev")
     for section in ("perplexity", "harness", "speed"):
         for name in whole["evaluate"][section]:
             defined(section, name, whole[section], f"evaluate.{section}")

@@ -40,9 +40,7 @@ def is_partly_collected(folder: Path, kinds: Iterable[str]) -> bool:
     return False
 
 
-def evaluations(
-    places: Iterable[Place], results: Path, evaluate: Mapping[str, Sequence[str]]
-) -> list[str]:
+def evaluations(places: Iterable[Place], results: Path, evaluate: Mapping[str, Any]) -> list[str]:
     """Every input file of a table of these rows: records of weights, scores and texts."""
     found: list[Path] = []
     for place in places:
@@ -51,6 +49,8 @@ def evaluations(
         found += [place.harness(results, name) for name in evaluate["harness"]]
         if isinstance(place, SurgeryPlace):
             found.append(place.generation(results))
+        elif "fit" in evaluate and not place.is_dense:
+            found.append(place.fit(results))
     return [str(path) for path in found]
 
 

@@ -147,10 +147,13 @@ def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None
         raise A3Error(f"{where}: {error}") from error
     texts = config["texts"]
     scored = [(s, n) for s in ("perplexity", "harness") for n in config["evaluate"][s]]
+    dev = config["evaluate"].get("fit", {}).get("dev")
     for what, used in texts_seen(row, config).items():
         for seen in members_of(used, texts):
             for section, name in scored:
                 check_unseen(f"{where}: {what}", seen, section, name, config)
+            if dev:
+                require_excluded(f"{where}: {what}", seen, "evaluate.fit.dev", dev, texts)
 
 
 def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str, Any]) -> None:
@@ -169,9 +172,15 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
                 f"{what} uses the text {seen!r}, and {section} {name!r} is scored on all of it. "
                 "Calibrate on another text."
             )
-    elif seen not in excluded(text, texts):
+    else:
+        require_excluded(what, seen, f"{section} {name!r}", text, texts)
+
+
+def require_excluded(what: str, seen: str, scored: str, text: str, texts: dict[str, Any]) -> None:
+    """Raise A3Error if the `text` that is `scored` does not exclude a text that was `seen`."""
+    if seen not in excluded(text, texts):
         raise A3Error(
-            f"{what} uses the text {seen!r}, and {section} {name!r} is scored on {text!r} without "
+            f"{what} uses the text {seen!r}, and {scored} is scored on {text!r} without "
             f"excluding it. Add {seen!r} to texts.{text}.exclude."
         )
 

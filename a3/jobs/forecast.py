@@ -23,6 +23,7 @@ from a3.models.arch import load_arch
 from a3.models.cost import Cost
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
+from a3.stages.evaluate.fit import BLOCKS
 
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.
 SCORED = 16384
@@ -71,9 +72,11 @@ class Estimate:
     seconds: float
 
 
-def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> list[Job]:
+def stages_of(
+    folder: Path, row: dict[str, str], settings: dict[str, Any], scored: int = SCORED
+) -> list[Job]:
     """Collect, allocate where ranks are allocated, approx, and perplexity before and after, of one
-    model by one row."""
+    model by one row and of so many `scored` tokens."""
     plan = Plan(choose(row))
     known = settings | {"threads": torch.get_num_threads(), "kinds": plan.kinds(), "jobs": 1}
 
@@ -85,8 +88,8 @@ def stages_of(folder: Path, row: dict[str, str], settings: dict[str, Any]) -> li
         job("collect"),
         *([job("allocate", row=row)] if plan.shared else []),
         job("approx", row=row),
-        job("ppl", row={}, tokens=SCORED),
-        job("ppl", row=row, tokens=SCORED),
+        job("ppl", row={}, tokens=scored),
+        job("ppl", row=row, tokens=scored),
     ]
 
 
@@ -110,18 +113,23 @@ def forecast(jobs: list[Job]) -> list[Estimate]:
     return estimates
 
 
-def announce(row: dict[str, str], settings: dict[str, Any], folder: Path) -> None:
-    """Print in one line what compressing the model of a folder will cost, if that is much."""
-    jobs = [job for job in stages_of(folder, row, settings) if job.stage != "ppl"]
+def announce(row: dict[str, str], settings: dict[str, Any], texts: int, folder: Path) -> None:
+    """Print in one line what compressing the model of a folder will cost, if that is much.
+
+    With the loss on a few blocks of so many `texts` at the end.
+    """
+    jobs = stages_of(folder, row, settings, texts * BLOCKS * settings["block_length"])
     arch = load_arch(folder)
     if settings["tokens"] * arch.size["flops_per_token"] < MUCH:
         return
     found = forecast(jobs)
-    statistics, *_, layers = (one.disk for one in found)
-    each = ", ".join(f"{one.stage} {minutes(one.seconds)}" for one in found)
+    *own, before, after = found
+    statistics, *_, layers = (one.disk for one in own)
+    took = {one.stage: one.seconds for one in own} | {"loss": before.seconds + after.seconds}
+    each = ", ".join(f"{stage} {minutes(seconds)}" for stage, seconds in took.items())
     LOG.info(
-        f"compress: about {minutes(sum(one.seconds for one in found))} ({each}), "
-        f"{max(one.memory for one in found) / GIB:.1f} GiB of memory and "
+        f"compress: about {minutes(sum(took.values()))} ({each}), "
+        f"{max(one.memory for one in own) / GIB:.1f} GiB of memory and "
         f"{(layers + max(statistics, layers)) / GIB:.1f} GiB on disk"
     )
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
 from a3.core.errors import A3Error
-from a3.core.files import SEAL, seal_folder, sha256, write_record
 from a3.core.records import Record
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import CARD, Checkpoint, check_file, recorded_files
 from a3.models.compressed import compressed_record
-from a3.stages.approx.card import is_own_card, write_card
+from a3.stages.approx.card import is_own_card, record_again, write_card
 
 # Fields of a result that the card shows.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
@@ -49,10 +48,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
         require_own_card(folder)
         write_card(folder, record)
         return
-    write_card(folder, record)
-    record["files"][CARD] = sha256(folder / CARD)
-    write_record(folder / "approx.json", {k: value for k, value in record.items() if k != SEAL})
-    seal_folder(folder, "approx.json")
+    record_again(folder, record)
 
 
 def require_own_card(folder: Path) -> None:

@@ -31,6 +31,7 @@ from a3.report.tables.columns import (
     text_columns,
 )
 from a3.report.tables.compare import WORSE, differences, settings, verdict
+from a3.report.tables.fit import fit_note
 from a3.report.tables.frames import read_csv, write_text
 from a3.report.tables.results import frames_of
 from a3.report.tables.surgery import (
@@ -51,12 +52,13 @@ def build_report(
     config: dict[str, Any],
     out: Path,
     reference: str | None = None,
+    fit: bool = False,
 ) -> None:
     """Write the report of one table.
 
     Args:
         results: the folder that all runs write to, as Snakemake's targets spell it.
-        experiments: as `build_tables` takes them, and `perplexity`, `harness` and `reference` too.
+        experiments: as `build_tables` takes them, like `perplexity`, `harness`, `reference`, `fit`.
         tables: folder of this table: its .csv files are listed, with their hashes, among what can
             be rebuilt, and its figures/ are shown; also speed.csv, and surgery.csv with
             surgery_figures/, if they exist.
@@ -67,7 +69,7 @@ def build_report(
         A3Error: a file of the table is missing, or `build_tables` would raise it.
     """
     check_reference(experiments, reference)
-    groups = read_runs(results, experiments, perplexity, harness)
+    groups = read_runs(results, experiments, perplexity, harness, fit)
     frames = frames_of(results, groups, reference)
     compared, repeated = frames["comparisons"], frames["seeds"]
     runs = [run for dense, others in groups for run in (dense, *others)]
@@ -75,6 +77,7 @@ def build_report(
         title=tables.name,
         summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
         results=result_columns(frames["results"], perplexity, harness),
+        fit=" ".join(fit_note(frames["results"])),
         comparisons=None
         if compared.empty
         else {"columns": comparison_columns(compared), "note": comparison_note(compared)},
@@ -191,15 +194,10 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
 
 
 # --- what it was made from ---
-def _records(run: Run) -> list[Record]:
-    """Every JSON file that a row was made from."""
-    return [run.weights, *run.perplexity.values(), *run.harness.values()]
-
-
 def _provenance(runs: Sequence[Run]) -> list[Column]:
     """One row for each stage, code and set of libraries, with the number of files it made."""
     found = [provenance(__name__)]
-    for record in (record for run in runs for record in _records(run)):
+    for record in (record for run in runs for record in run.records):
         if made := record.data.get("provenance"):
             found += [made, *made.get("statistics", {}).values()]
     counts = Counter(
@@ -273,7 +271,7 @@ def _rebuild(results: Path, run: Run) -> dict[str, Any]:
     how = "" if place.is_dense else f"{ratio}, calibration {place.calibration}"
     targets = [
         ((_root(results) / record.path.relative_to(results)).as_posix(), record[SEAL])
-        for record in _records(run)
+        for record in run.records
     ]
     return {
         "title": f"{place.model}: {place.method}{how}",

@@ -19,10 +19,11 @@ from torch import Tensor
 from a3.core.errors import A3Error
 from a3.core.files import seal, unseal, whole_file
 
-# The format's names of types, and bytes of a number.
-TYPES = {torch.float64: "F64", torch.uint8: "U8"}
+# The format's names of types, and bytes of a number. Both are in the order of tensors in a file,
+# which is the library's: wider types first, so that all numbers are aligned.
+TYPES = {torch.int64: "I64", torch.float64: "F64", torch.uint8: "U8"}
 
-WIDTHS = {"F64": 8, "U8": 1}
+WIDTHS = {"I64": 8, "F64": 8, "U8": 1}
 
 
 def write(
@@ -37,8 +38,7 @@ def write(
     """
     # One key only: the library, of which readers may expect the same bytes, has no order of keys.
     header: dict[str, Any] = {"__metadata__": {"a3": json.dumps(seal(record), sort_keys=True)}}
-    # Wider types first, as the library has it, so that all numbers are aligned.
-    order = sorted(tensors, key=lambda name: (-WIDTHS[tensors[name][0]], name))
+    order = sorted(tensors, key=lambda name: (list(WIDTHS).index(tensors[name][0]), name))
     end = 0
     for name in order:
         dtype, shape = tensors[name]
@@ -51,6 +51,12 @@ def write(
         stream.write(text)
         for name in order:
             stream.write(read(name).contiguous().numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+    """Write tensors that are in memory together, like `write`."""
+    types = {name: (TYPES[value.dtype], list(value.shape)) for name, value in tensors.items()}
+    write(path, types, record, tensors.__getitem__)
 
 
 def open_sealed(

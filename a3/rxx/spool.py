@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from a3.rxx.files import TYPES, open_sealed, sum_hash, types_of, write
+from a3.rxx.files import open_sealed, sum_hash, types_of, write, write_tensors
 
 
 class Spool:
@@ -14,13 +14,16 @@ class Spool:
 
     In a folder of the caller's, the layers that are there already count as finished, so that a
     collection can go on after it was stopped; a layer that is put again is replaced. Without a
-    folder, the files are in a temporary one (in TMPDIR) until `close`.
+    folder, the files are in a temporary one (in TMPDIR) until `close`. They are open and have no
+    name there, so that they go with the process, even if that is killed.
     """
 
     def __init__(self, kind: str, folder: Path | None = None) -> None:
         self.kind = kind
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory | None = None
+        # Layers that have no name: files and records.
+        self._open: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     @property
     def folder(self) -> Path:
@@ -33,14 +36,16 @@ class Spool:
     def layers(self) -> list[int]:
         """The finished layers, ascending."""
         found = self.folder.glob(f"{self.kind}.*.safetensors")
-        return sorted(int(path.name.split(".")[-2]) for path in found)
+        return sorted([*self._open, *(int(path.name.split(".")[-2]) for path in found)])
 
     def put(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Write the stored tensors of one layer; raises A3Error if the disk is full."""
-        types = {name: (TYPES[value.dtype], list(value.shape)) for name, value in tensors.items()}
         hashes = {name: sum_hash(value) for name, value in tensors.items()}
         record = {"kind": self.kind, "layer": layer, "sums": hashes}
-        write(self._path(layer), types, record, tensors.__getitem__)
+        write_tensors(self._path(layer), tensors, record)
+        if self._temporary is not None:
+            self._open[layer] = self._read(layer)
+            self._path(layer).unlink()
 
     def save(self, path: Path, record: dict[str, Any]) -> None:
         """Write all layers to one file, a tensor at a time; `record` gets the hash of each.
@@ -51,7 +56,7 @@ class Spool:
         hashes: dict[str, str] = {}
         found: dict[str, Any] = {}
         for layer in self.layers():
-            file, said = open_sealed(self._path(layer), "Collect again.")
+            file, said = self._open.get(layer) or self._read(layer)
             types |= types_of(file)
             hashes |= said["sums"]
             found |= dict.fromkeys(said["sums"], file)
@@ -62,6 +67,10 @@ class Spool:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = self._folder = None
+            self._open = {}
+
+    def _read(self, layer: int) -> tuple[Any, dict[str, Any]]:
+        return open_sealed(self._path(layer), "Collect again.")
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"{self.kind}.{layer}.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,19 @@ def test_import_costs_nothing():
 
 def test_editors_see_the_types():
     assert Path(a3.__file__).with_name("py.typed").is_file()
+
+
+def test_compress_logs_the_loss_on_a_dev_text(dense, loaded, tmp_path, caplog):
+    options = {"ratio": 0.25, "preset": "a3-plus", **SMALL, "progress": False}
+    with caplog.at_level(logging.INFO, "a3"):
+        a3.compress(*loaded, TEXTS, dev_texts=TEXTS[::-1] * 2, **options)
+    assert re.search(
+        r"loss over the dense model's, nats a token: predicted [\d.]+, calibration -?[\d.]+ ± "
+        r"[\d.]+ \(4 blocks\), dev text -?[\d.]+ ± [\d.]+ \(4 blocks\)",
+        caplog.text,
+    )
+    with pytest.raises(a3.A3Error, match="dev_texts"):
+        a3.compress(*loaded, TEXTS, dev_texts=[""], **options)
 
 
 @pytest.mark.parametrize("preset", ["a3", "a3-plus"])

@@ -50,7 +50,7 @@ STATISTICS = (
     "attention_gradient",
     "o_proj_input",
 )
-EVALUATIONS = ("eval_ppl", "eval_harness", "eval_generation", "eval_speed")
+EVALUATIONS = ("eval_ppl", "eval_fit", "eval_harness", "eval_generation", "eval_speed")
 INPUTS = ("attention_input", "o_proj_input", "mlp_input", "down_input")
 
 
@@ -61,7 +61,7 @@ def commands():
     yield from results()
     experiments = ["--experiments", json.dumps([ROW, LOW])]
     shown = ["--results", ".", "--perplexity", "score"]
-    yield "tables", ["tables", *shown, *experiments, "-o", "tables"]
+    yield "tables", ["tables", *shown, *experiments, "--fit", "-o", "tables"]
     spectra = ["--spectra", "spectra/tiny/short.json"]
     yield "figures", ["figures", *shown, *experiments, *spectra, "-o", "tables/figures"]
     timed = ["--results", ".", "--experiments", json.dumps([LOW]), "--speed", "quick"]
@@ -72,7 +72,7 @@ def commands():
     yield "surgery_figures", figures
     config = ["--config", json.dumps({"texts": {}})]
     page = ["--tables", "tables", *config, "-o", "r.html"]
-    yield "report", ["report", *shown, *experiments, *page]
+    yield "report", ["report", *shown, *experiments, "--fit", *page]
     yield (
         "paper_comparison",
         ["paper", "compare", ROOT / "config/paper/hqq.yaml", "-o", "paper/hqq"],
@@ -138,6 +138,10 @@ def results():
     for run, model in (models | {OPERATED: f"checkpoints/{OPERATED}"}).items():
         ppl = ["eval", "ppl", model, "--text", "texts/score/test.jsonl", "--tokens", 256, *BLOCK]
         yield "eval_ppl", [*ppl, "-o", f"eval/{run}/ppl/score.json"]
+        if run in (RUN, quantised):
+            text = ["--text", "texts/learn/docs.jsonl", "--tokens", 256, *BLOCK]
+            fit = ["eval", "fit", "models/tiny", model, *text]
+            yield "eval_fit", [*fit, "-o", f"eval/{run}/fit/blocks.json"]
     # A quantised one runs all code that the others do, and more.
     out = f"eval/{quantised}"
     items = ["--task", "titles", "--items", "items/titles/items.jsonl"]

@@ -223,6 +223,27 @@ def test_of_two_writers_of_a_folder_one_wins_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_another_writer_is_replacing_is_not_taken_for_missing(tmp_path, monkeypatch):
+    out, exists = tmp_path / "out", Path.exists
+
+    def gone_after(path):
+        found = exists(path)
+        if path == out and found:
+            out.rmdir()
+        return found
+
+    out.mkdir()
+    monkeypatch.setattr(Path, "exists", gone_after)
+    write_folders(out, "a", 1)
+    assert (out / "9").read_text() == "a"
+
+
+def test_a_path_through_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(A3Error, match=f"leads through a folder .* Write {tmp_path / 'out'}"):
+        write_folders(tmp_path / "gone/../out", "a", 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_not_put_over_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(A3Error, match="a file or link"):

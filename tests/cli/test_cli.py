@@ -24,6 +24,7 @@ COMMANDS = [
     "export gguf",
     "inspect",
     "eval ppl",
+    "eval fit",
     "eval harness",
     "eval speed",
     "eval generation",

@@ -12,16 +12,19 @@ from tiny import document, run, tiny_llama
 
 from a3 import pipeline
 from a3.cli.main import main
+from a3.core.files import read_record
 from a3.core.work import RECORD, locked
 from a3.jobs import forecast
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import Plan
 from a3.stages.approx import kept
+from a3.stages.approx.card import record_loss
 
 # After which of its files, in order, a run is killed.
 KILLS = [
     "*.a3-work/model",
     "*.a3-work/docs.jsonl",
+    "*.a3-work/dev.jsonl",
     "*.a3-work/collecting/sums/*.1.safetensors",
     "*.a3-work/rxx/k_blocks.safetensors",
     "*.a3-work/losses/0of1.safetensors",
@@ -29,6 +32,8 @@ KILLS = [
     "*.a3-work/layers/0of3.safetensors",
     "*.a3-work/layers/1of3.json",
     "*.a3-work/result",
+    "*.a3-work/result/README.md",
+    "*.a3-work/result/approx.json",
     "*.a3-work/finished.json",
     "*/small",
 ]
@@ -40,11 +45,13 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_llama(tmp_path / "dense", num_hidden_layers=3)
     (tmp_path / "text.jsonl").write_text("".join(map(document, range(40))))
+    (tmp_path / "dev.jsonl").write_text("".join(map(document, range(40, 60))))
     return tmp_path
 
 
 def command(preset="a3", *others):
     words = ["compress", "dense", "--preset", preset, "--ratio", "0.25", "--text", "text.jsonl"]
+    words += ["--dev-text", "dev.jsonl"]
     sizes = ["--tokens", "512", "--block-length", "64", "--threads", "1"]
     return [*words, *sizes, "-o", "small", *others]
 
@@ -87,6 +94,14 @@ def stages(preset):
         run("allocate", "stages/model", *modes, "-o", "stages/ranks.json")
         modes += ["--allocation", "stages/ranks.json"]
     run("approx", "stages/model", *modes, "-o", "stages/small")
+    run("text", "dev.jsonl", "-o", "stages/dev.jsonl")
+    allocation = modes[modes.index("--allocation") :] if "--allocation" in modes else []
+    texts = ["--text", "stages/docs.jsonl", "--dev-text", "stages/dev.jsonl", *blocks]
+    models = ["stages/model", "stages/small"]
+    run("eval", "fit", *models, *texts, *allocation, "-o", "stages/fit.json")
+    found = read_record(Path("stages/fit.json"))
+    loss = {key: found[key] for key in ("predicted", "calibration", "dev")}
+    record_loss(Path("stages/small"), loss)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -95,7 +110,7 @@ def test_a_run_killed_again_and_again_gives_the_bytes_of_the_stages(folder, capf
         if preset == "a3-plus" or not re.search("losses|allocation", pattern):
             assert killed(command(preset), pattern), pattern
     assert main(command(preset)) == 0
-    assert names(folder) == ["dense", "small", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "small", "text.jsonl"]
     count = 4 if preset == "a3" else 7
     assert f"small.a3-work, which has {count} statistics, 2 layers" in capfd.readouterr().out
     stages(preset)
@@ -135,9 +150,14 @@ def test_another_command_is_refused_and_fresh_starts_over(folder, capsys):
     assert main(command()) == 1
     assert "the content of text.jsonl is" in capsys.readouterr().err
     (folder / "text.jsonl").write_bytes(before["text.jsonl"])
+    with (folder / "dev.jsonl").open("a") as text:
+        text.write(document(61))
+    assert main(command()) == 1
+    assert "the content of dev.jsonl is" in capsys.readouterr().err
+    (folder / "dev.jsonl").write_bytes(before["dev.jsonl"])
     assert content(folder) == before
     assert main([*command(), "--seed", "1", "--fresh"]) == 0
-    assert names(folder) == ["dense", "small", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "small", "text.jsonl"]
 
 
 def test_foreign_files_stay(folder, capsys):
@@ -147,7 +167,7 @@ def test_foreign_files_stay(folder, capsys):
     for words in (command(), command("a3", "--fresh")):
         assert main(words) == 1
         assert "small.a3-work: exists already, expected a work folder" in capsys.readouterr().err
-        assert names(folder) == ["dense", "small.a3-work", "text.jsonl"]
+        assert names(folder) == ["dense", "dev.jsonl", "small.a3-work", "text.jsonl"]
         assert content(work) == {"thesis.tex": b"mine"}
     shutil.rmtree(work)
     assert killed(command(), "*/layers/0of3.json")
@@ -175,7 +195,7 @@ def test_a_deleted_result_is_made_again(folder):
     assert killed(command(), "*/small")
     shutil.rmtree(folder / "small")
     assert main(command()) == 0
-    assert names(folder) == ["dense", "small", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "small", "text.jsonl"]
 
 
 def test_an_error_keeps_long_work_and_nothing_else(folder, capsys, monkeypatch):
@@ -183,17 +203,17 @@ def test_an_error_keeps_long_work_and_nothing_else(folder, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     assert main([*command(), "--qk", "qk"]) == 1
-    assert names(folder) == ["dense", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "text.jsonl"]
     monkeypatch.setattr(pipeline, "collect", stop)
     assert main(command()) == 130
-    assert names(folder) == ["dense", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "text.jsonl"]
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(pipeline, "solve_missing", stop)
     capsys.readouterr()
     assert main(command()) == 130
     assert "small.a3-work: keeps what is finished; the same command" in capsys.readouterr().err
-    assert names(folder) == ["dense", "small.a3-work", "text.jsonl"]
+    assert names(folder) == ["dense", "dev.jsonl", "small.a3-work", "text.jsonl"]
 
 
 def test_a_work_folder_serves_one_run_at_a_time(folder, capsys):
@@ -209,6 +229,7 @@ def test_long_work_says_first_what_it_costs_and_only_once(folder, capfd, monkeyp
     assert killed(command("a3-plus"), "*/layers/0of3.json")
     said = capfd.readouterr().out.splitlines()
     assert re.match(r"compress: about \d+ s \(collect \d+ s, allocate \d+ s, approx", said[0])
+    assert ", loss " in said[0]
     assert re.search(r"[\d.]+ GiB of memory and 0\.0 GiB on disk$", said[0])
     assert main(command("a3-plus")) == 0
     assert "about" not in capfd.readouterr().out

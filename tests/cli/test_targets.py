@@ -40,6 +40,7 @@ COMMANDS = {
     "export hf": ([M], M, ""),
     "export gguf": ([M], M, ".gguf"),
     "eval ppl": ([M, "--text", D], M, ".json"),
+    "eval fit": ([M, "models/n", "--text", D], M, ".json"),
     "eval harness": ([M, "--task", "x", "--items", D], M, ".json"),
     "eval generation": ([M, "--prompt", "x"], M, ".json"),
     "eval speed": ([M, "models/n"], M, ".json"),

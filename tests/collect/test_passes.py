@@ -18,6 +18,7 @@ from a3.models.layerwise import Layerwise, Streamed
 from a3.models.load import load_model
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS
+from a3.stages.collect import collect as stage
 from a3.stages.collect import fisher, gradients
 from a3.stages.collect.collect import calibration_blocks, collect
 from a3.stages.collect.hooks import attach_all
@@ -285,3 +286,20 @@ def test_hidden_states_need_no_cleaning_up_after_a_kill(tmp_path):
     states.fill_(1.0)
     assert states.sum() == 6.0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_collection_without_a_state_leaves_no_file_after_a_kill(tmp_path, monkeypatch):
+    dense, temporary, left, save = prepare(tmp_path, "llama"), tmp_path / "t", [], stage.save
+
+    def seen(*arguments):
+        left.extend(path for path in temporary.rglob("*") if path.is_file())
+        save(*arguments)
+
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(stage, "save", seen)
+    outputs = outputs_in(tmp_path / "rxx", ["down_input", "v_blocks", "mlp_gradient"])
+    collect(dense, tmp_path / "text.txt", outputs, **RUN)
+    assert left == []
+    assert list(temporary.iterdir()) == []
+    assert all(path.is_file() for path in outputs.values())

@@ -94,6 +94,16 @@ def test_a_table_is_made_of_weights_and_scores():
     ]
 
 
+def test_the_fit_of_compressed_rows_is_part_of_a_table_where_it_is_asked_for():
+    evaluate = {"perplexity": [], "harness": [], "fit": {"blocks": 2}}
+    small = Place("m", "c", "xkv", ratio="0.2")
+    operated = SurgeryPlace("m", "c", mode="pca-separate", size="parameters@0.5")
+    found = evaluations([Place("m"), small, operated], Path("r"), evaluate)
+    assert [path for path in found if "/fit/" in path] == [
+        "r/eval/m/c/xkv+dense+dense/0.2/fit/blocks.json"
+    ]
+
+
 def test_an_entry_becomes_options():
     entry = {"block_length": 8, "bos": "once", "attention": ["sdpa", "eager"], "text": "x"}
     entry |= {"apply_chat_template": True, "fewshot_as_multiturn": False}

@@ -362,6 +362,56 @@ def test_names_the_missing_file_or_key(results):
         table(results, [experiment("small")])
 
 
+def write_fit(results, tail, predicted, dev):
+    """The loss of one row on calibration and dev text."""
+
+    def said(increase):
+        return {"increase": increase, "stderr": 0.01, "blocks": 4}
+
+    path = results / "eval" / tail / "fit" / "blocks.json"
+    weights = digest(Path(tail).as_posix())
+    record = {"predicted": predicted, "calibration": said(0.172), "dev": said(dev)}
+    write(path, record | {"checkpoint_sha256": weights, "provenance": {"stage": "fit", **MADE}})
+    write(path.with_suffix(".timing.json"), {"seconds": 3.0})
+
+
+def test_the_loss_on_calibration_and_dev_text(tmp_path):
+    experiments = [experiment("small"), experiment("small", qk="modegpt")]
+    write_results(tmp_path, experiments)
+    for qk, predicted in (("rxx-w-rxx", 0.16), ("modegpt", None)):
+        write_fit(tmp_path, f"small/wiki/{qk}+xkv+rxx-w/0.2", predicted, 0.402)
+    plain = table(tmp_path, experiments, "plain")
+    assert "fit." not in (plain / "results.csv").read_text()
+    assert "overfitted" not in (plain / "results.md").read_text()
+    out = tmp_path / "tables/out"
+    build_tables(tmp_path, experiments, TEXTS, TASKS, out, fit=True)
+    dense, first, second = rows(out / "results.csv")
+    assert dense["fit.predicted"] == dense["fit.dev"] == ""
+    found = [first[f"fit.{key}"] for key in ("predicted", "calibration", "dev", "dev_stderr")]
+    assert found == ["0.16", "0.172", "0.402", "0.01"]
+    assert (first["fit.overfitted"], second["fit.overfitted"]) == ("True", "False")
+    assert rows(out / "timings.csv")[1]["fit.seconds"] == "3.0"
+    text = (out / "results.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()[:5]]
+    place = cells[0].index("predicted Δ nll")
+    assert cells[0][place : place + 3] == ["predicted Δ nll", "calibration Δ nll", "dev Δ nll"]
+    assert [line[place : place + 3] for line in cells[2:]] == [
+        ["–", "–", "–"],
+        ["+0.1600", "+0.1720 ± 0.0100", "+0.4020 ± 0.0100 !"],
+        ["–", "+0.1720 ± 0.0100", "+0.4020 ± 0.0100"],
+    ]
+    assert "! marks a dev loss of more than twice the predicted one" in text
+    build_figures(tmp_path, experiments, TEXTS, TASKS, out / "figures")
+    build_report(tmp_path, experiments, TEXTS, TASKS, out, {}, out / "report.html", fit=True)
+    page = Page((out / "report.html").read_text())
+    assert "+0.4020 ± 0.0100 !" in page.text
+    assert "! marks a dev loss of more than twice the predicted one" in page.text
+    assert "rxx-w-rxx+xkv+rxx-w/0.2/fit/blocks.json" in page.text
+    change(tmp_path / EVALUATED / "fit/blocks.json", checkpoint_sha256="f" * 64)
+    with pytest.raises(A3Error, match="taken from other weights"):
+        build_tables(tmp_path, experiments, TEXTS, TASKS, out, fit=True)
+
+
 def test_second_build_is_byte_identical(results):
     built = []
     for name in ("one", "two"):

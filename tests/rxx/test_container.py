@@ -10,7 +10,7 @@ from test_sums import CASES, WIDTH, blocks_of, exact, summed, whole
 from a3.core.errors import A3Error
 from a3.core.files import seal
 from a3.rxx.container import Accumulator, Rxx, merge, outer_sum
-from a3.rxx.files import sum_hash
+from a3.rxx.files import sum_hash, write_tensors
 from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS, shape_of, stored_bytes
 from a3.rxx.packed import STEPS, pack
 
@@ -73,6 +73,38 @@ def test_what_is_read_is_what_was_added(tmp_path, kind, case):
     error = (R - S / RECORD["tokens"]).abs()
     assert (error <= sizes / (2 * STEPS) + len(blocks[0]) * 2**-24 * sizes).all()
     assert torch.equal(R, R.T)
+
+
+def test_finished_layers_leave_no_file_even_if_the_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    sums = filled("down_input", layers=3)
+    for layer in (2, 0, 1):
+        sums.finish(layer)
+    assert sums.finished == [0, 1, 2]
+    assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == []
+    sums.save(tmp_path / "one.safetensors", RECORD)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    filled("down_input", layers=3, spool=tmp_path / "spool").save(
+        tmp_path / "two.safetensors", RECORD
+    )
+    one, two = (tmp_path / f"{name}.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+def test_files_have_the_bytes_of_the_library(tmp_path, dtype):
+    tensors = {
+        "b": torch.arange(3).to(dtype),
+        "a": torch.arange(4.0, dtype=torch.float64).reshape(2, 2),
+        "c": torch.tensor(5),
+        "d": torch.tensor([7], dtype=torch.uint8),
+    }
+    write_tensors(tmp_path / "own.safetensors", tensors, {"kind": "x"})
+    metadata = {"a3": json.dumps(seal({"kind": "x"}), sort_keys=True)}
+    save_file(tensors, tmp_path / "library.safetensors", metadata)
+    own, library = (tmp_path / f"{name}.safetensors" for name in ("own", "library"))
+    assert own.read_bytes() == library.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["down_input", "v_blocks", "down_diagonal"])

@@ -24,6 +24,44 @@ def tokens_scored(wildcards):
     return path.stat().st_size // BYTES_PER_TOKEN if path.exists() else WHOLE_TEXT
 
 
+def fit_calibration(wildcards):
+    """The calibration of a row whose loss is measured on calibration and dev text."""
+    return entry("calibrations", place_of(wildcards).calibration)
+
+
+def fitted_text(wildcards):
+    """Documents that a row's calibration reads."""
+    return f"{RESULTS}/texts/{fit_calibration(wildcards)['text']}/docs.jsonl"
+
+
+def fit_dev(wildcards):
+    """The dev split of the text that the configuration names, if it names one."""
+    dev = C["evaluate"].get("fit", {}).get("dev")
+    return [f"{RESULTS}/texts/{dev}/dev.jsonl"] if dev else []
+
+
+def fit_allocation(wildcards):
+    """What predicts a row's loss, if its ranks are allocated."""
+    path = place_of(wildcards).allocation(Path(RESULTS))
+    return [str(path)] if path else []
+
+
+def fit_blocks():
+    """Number of blocks of each text."""
+    return C["evaluate"].get("fit", {}).get("blocks", 4)
+
+
+def fit_tokens(wildcards):
+    """How many tokens the two models score, of two texts."""
+    return 4 * fit_blocks() * fit_calibration(wildcards)["block_length"]
+
+
+def fit_settings(wildcards):
+    """Options: the calibration's own, and the number of blocks."""
+    chosen = fit_calibration(wildcards) | {"blocks": fit_blocks()}
+    return option_words(chosen, ("blocks", "tokens", "block_length", "seed", "bos", "dtype"))
+
+
 def task_files(wildcards):
     """The items or the YAML and data files of a local task; nothing for one of lm-eval's own."""
     chosen = entry("harness", wildcards.task)

@@ -1,4 +1,4 @@
-"""Stages eval ppl, harness and speed, of dense and compressed models alike."""
+"""Stages eval ppl, fit, harness and speed, of dense and compressed models alike."""
 
 
 include: "../helpers/eval.smk"
@@ -40,6 +40,44 @@ rule eval_ppl:
         " --source {input.source:q}"
         " {params.settings:q} --threads {params.threads} --device {params.device:q}"
         " -o {output.result:q} &> {log:q}"
+
+
+rule eval_fit:
+    """Loss of a compressed model on a few blocks of its calibration and of a dev text."""
+    input:
+        dense=f"{RESULTS}/models/{{model}}/config.json",
+        model=model_files,
+        text=fitted_text,
+        dev=fit_dev,
+        allocation=fit_allocation,
+    output:
+        result=f"{RESULTS}/eval/{{model}}/{{run}}/fit/blocks.json",
+        timing=f"{RESULTS}/eval/{{model}}/{{run}}/fit/blocks.timing.json",
+    log:
+        f"{LOGS}/eval/{{model}}/{{run}}/fit/blocks.log",
+    benchmark:
+        f"{LOGS}/eval/{{model}}/{{run}}/fit/blocks.benchmark.tsv"
+    wildcard_constraints:
+        run="[^/]+/[^/]+/[^/]+(/[^/]+)?",
+    conda:
+        "../../environment.yaml"
+    threads: C["threads"]["eval"]
+    resources:
+        **resources("eval", cost_of_fit),
+    params:
+        models=lambda wildcards, input: [Path(p).parent for p in (input.dense, input.model[0])],
+        settings=fit_settings,
+        dev=lambda wildcards, input: ["--dev-text", input.dev] if input.dev else [],
+        allocation=lambda wildcards, input: (
+            ["--allocation", input.allocation] if input.allocation else []
+        ),
+        threads=C["threads"]["eval"],
+        device=C["device"],
+        code=fingerprint("a3.stages.evaluate.fit"),
+    shell:
+        "a3 eval fit {params.models:q} --text {input.text:q} {params.dev:q}"
+        " {params.allocation:q} {params.settings:q} --threads {params.threads}"
+        " --device {params.device:q} -o {output.result:q} &> {log:q}"
 
 
 rule eval_harness:

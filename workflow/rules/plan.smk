@@ -21,6 +21,7 @@ STAGES = {
     "approx_shard": "approx",
     "quantise": "quantise",
     "eval_ppl": "ppl",
+    "eval_fit": "ppl",
     "eval_harness": "harness",
     "eval_speed": "speed",
 }
@@ -84,7 +85,9 @@ def planned(job):
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
         settings |= {"row": row_of(place_of(wildcards))}
-        if stage == "ppl":
+        if job.rule.name == "eval_fit":
+            settings |= fit_calibration(wildcards) | {"tokens": fit_tokens(wildcards)}
+        elif stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
             settings["tokens"] = tokens_scored(wildcards)
         elif stage == "speed":

@@ -128,6 +128,12 @@ def cost_of_perplexity(arch, wildcards):
     return perplexity_cost(arch, tokens, chosen["block_length"], chosen["dtype"])
 
 
+def cost_of_fit(arch, wildcards):
+    """Cost of scoring a few blocks of two texts with two models."""
+    chosen = fit_calibration(wildcards)
+    return perplexity_cost(arch, fit_tokens(wildcards), chosen["block_length"], chosen["dtype"])
+
+
 def cost_of_surgery(arch, wildcards):
     """Cost of one surgery."""
     chosen = find_surgery(wildcards.mode)

@@ -14,6 +14,8 @@ EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
 )
+# Where the losses on calibration and dev text are measured.
+FIT = ["--fit"] if "fit" in C["evaluate"] else []
 CSV = ("results.csv", "comparisons.csv", "seeds.csv", "timings.csv")
 
 
@@ -32,10 +34,11 @@ rule tables:
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
         reference=["--reference", C["reference"]] if "reference" in C else [],
+        fit=FIT,
         out=subpath(output[0], parent=True),
         code=fingerprint("a3.report.tables.results"),
     shell:
-        f"a3 tables {EVERYTHING} {{params.reference:q}} -o {{params.out:q}} &> {{log:q}}"
+        f"a3 tables {EVERYTHING} {{params.reference:q}} {{params.fit:q}} -o {{params.out:q}} &> {{log:q}}"
 
 
 rule speed_table:
@@ -96,9 +99,10 @@ rule report:
         perplexity=C["evaluate"]["perplexity"],
         harness=C["evaluate"]["harness"],
         reference=["--reference", C["reference"]] if "reference" in C else [],
+        fit=FIT,
         tables=subpath(output[0], parent=True),
         config=CONFIGURED,
         code=fingerprint("a3.report.page"),
     shell:
-        f"a3 report {EVERYTHING} {{params.reference:q}} --tables {{params.tables:q}}"
+        f"a3 report {EVERYTHING} {{params.reference:q}} {{params.fit:q}} --tables {{params.tables:q}}"
         " --config {params.config:q} -o {output:q} &> {log:q}"

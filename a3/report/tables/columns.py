@@ -1,7 +1,7 @@
 """Columns of readable tables: values of a frame, rounded, with a heading."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,7 @@ def result_columns(
             numbers(frame, f"{task} {metric}", key, three, f"{key}_stderr"),
             numbers(frame, f"{task} Δ {metric}", f"{key}_delta", partial(three, sign="+")),
         ]
+    found += fit_columns(frame)
     found += [
         numbers(frame, "parameters", "parameters", lambda value: f"{value / 1e6:,.1f} M"),
         numbers(frame, "parameters kept", "parameters_ratio", percent),
@@ -82,6 +83,28 @@ def result_columns(
         title = "bits a weight of the dense matrices"
         found.append(numbers(frame, title, "bits_per_weight", rounded))
     return [*found, numbers(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format)]
+
+
+def fit_columns(frame: pd.DataFrame) -> list[Column]:
+    """The loss over the dense model's: predicted, on the calibration and on a dev text.
+
+    The last is marked where the model is overfitted. Columns without any value are left out.
+    """
+    found = []
+    titles = {
+        "predicted": "predicted Δ nll",
+        "calibration": "calibration Δ nll",
+        "dev": "dev Δ nll",
+    }
+    for name, title in titles.items():
+        key, error = f"fit.{name}", f"fit.{name}_stderr"
+        if key in frame and frame[key].notna().any():
+            found.append(numbers(frame, title, key, signed, error if error in frame else None))
+    if found and titles["dev"] == found[-1].title:
+        marks = [" !" if mark is True else "" for mark in frame["fit.overfitted"]]
+        texts = [text + mark for text, mark in zip(found[-1].texts, marks, strict=True)]
+        found[-1] = replace(found[-1], texts=texts)
+    return found
 
 
 def seconds_columns(frame: pd.DataFrame) -> list[Column]:

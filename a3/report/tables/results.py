@@ -21,6 +21,7 @@ from a3.report.tables.columns import (
     seed_note,
 )
 from a3.report.tables.compare import comparisons, differences, seeds
+from a3.report.tables.fit import fit_note, fit_values
 from a3.report.tables.frames import frame_of, named, write_csv, write_text
 from a3.rxx.kinds import KINDS, SAMPLED_FORMS
 from a3.solutions.modes import COMPONENTS, DENSE
@@ -35,6 +36,7 @@ def build_tables(
     harness: list[str],
     out: Path,
     reference: str | None = None,
+    fit: bool = False,
 ) -> None:
     """Write the tables, as .csv in full precision, and results.md (rounded) into `out`.
 
@@ -49,13 +51,15 @@ def build_tables(
         harness: names of the tasks.
         out: the folder of this table.
         reference: the method that the others are compared to, such as rxx-w-rxx+xkv+rxx-w.
+        fit: whether to show the loss on calibration and dev text.
 
     Raises:
         A3Error: a file is missing, was taken from other weights, or mixes protocols; no row has
             the reference's method.
     """
     check_reference(experiments, reference)
-    frames = frames_of(results, read_runs(results, experiments, perplexity, harness), reference)
+    groups = read_runs(results, experiments, perplexity, harness, fit)
+    frames = frames_of(results, groups, reference)
     for name, frame in frames.items():
         write_csv(out / f"{name}.csv", frame)
     write_text(out / "results.md", markdown(frames, perplexity, harness))
@@ -84,6 +88,7 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
         row |= named(text, _perplexity(dense.perplexity[text], record))
     for task, record in run.harness.items():
         row |= named(task, _harness(dense.harness[task], record))
+    row |= fit_values(run.fit)
     for key in SIZES:
         row[key] = run.size[key]
         row[f"{key}_ratio"] = run.size[key] / dense.size[key]
@@ -166,6 +171,8 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
         row |= named(f"perplexity {text}", _speed(timing(record.path)))
     for task, record in run.harness.items():
         row |= named(f"harness {task}", _speed(timing(record.path)))
+    if run.fit is not None:
+        row |= named("fit", _speed(timing(run.fit.path)))
     return row
 
 
@@ -196,6 +203,7 @@ def markdown(
         "± is one standard error; Δ is the distance to the dense row; Δ nll is in nats a token, "
         "with the error of the paired difference over blocks. Kept shares are of the dense "
         "model's.",
+        *fit_note(frame),
     ]
     if len(compared):
         table = markdown_table(comparison_columns(compared))

@@ -11,7 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from a3.core.files import whole_file
+from a3.artifacts.fit import said_of, warning_of
+from a3.core.files import SEAL, read_record, seal_folder, sha256, whole_file, write_record
 from a3.models.checkpoint import CARD, front_matter
 from a3.models.stock import FAMILIES, llama_cpp_cache
 from a3.solutions.modes import COMPONENTS, DENSE
@@ -107,6 +108,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         *([low_precision(record)] if "matrices" in record else []),
         sizes_table(record["size"]),
         calibration(record),
+        *([losses(record["loss"])] if "loss" in record else []),
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
@@ -120,6 +122,20 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     text = "\n\n".join(paragraphs) + "\n"
     with whole_file(folder / CARD) as temporary:
         temporary.write_text(text + sign(text))
+
+
+def record_again(folder: Path, record: dict[str, Any]) -> None:
+    """Write the card and approx.json of a folder again, from a changed record, and seal them."""
+    write_card(folder, record)
+    files = record["files"] | {CARD: sha256(folder / CARD)}
+    own = {key: value for key, value in record.items() if key != SEAL}
+    write_record(folder / "approx.json", own | {"files": files})
+    seal_folder(folder, "approx.json")
+
+
+def record_loss(folder: Path, loss: dict[str, Any]) -> None:
+    """Add the loss on calibration and dev text (a3.artifacts.fit) to a folder's record and card."""
+    record_again(folder, read_record(folder / "approx.json") | {"loss": loss})
 
 
 def sign(text: str) -> str:
@@ -210,6 +226,13 @@ def calibration(record: dict[str, Any]) -> str:
         f"Calibration: {said['tokens']:,} tokens of {name} (SHA-256 "
         f"`{said['text_sha256']}`) in blocks of {said['block_length']}, {said['dtype']}."
     )
+
+
+def losses(loss: dict[str, Any]) -> str:
+    """The loss over the dense model's: predicted, on calibration blocks, and on a dev text."""
+    warning = warning_of(loss)
+    said = f"Loss over the dense model's, in nats a token: {said_of(loss)}."
+    return f"{said} **Warning**: {warning}" if warning else said
 
 
 def perplexities(pairs: list[dict[str, Any]]) -> str:

@@ -99,8 +99,9 @@ def collect(
         save(outputs, passes.gradients, record | {"tokens": drawn}, timing)
 
 
-def passes_of(arch: Arch, kinds: Iterable[str], sums: Path) -> Passes:
-    """An empty accumulator for each of the kinds; finished layers go to the folder `sums`."""
+def passes_of(arch: Arch, kinds: Iterable[str], sums: Path | None) -> Passes:
+    """An empty accumulator for each of the kinds; finished layers go to the folder `sums`, or to
+    files that are gone with the process."""
     passes = Passes()
     for kind in kinds:
         form = KINDS[kind].form

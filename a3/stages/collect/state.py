@@ -59,9 +59,9 @@ class State:
         self.start -= record["seconds"]
 
     @property
-    def sums(self) -> Path:
-        """The folder of finished sums."""
-        return self.folder / "sums"
+    def sums(self) -> Path | None:
+        """The folder of finished sums; None without settings, as nothing will go on from them."""
+        return None if self.settings is None else self.folder / "sums"
 
     @property
     def seconds(self) -> float:

@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from a3.artifacts.fit import said_of, warning_of
 from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.arch import is_compressed, load_arch
@@ -66,6 +67,10 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         lines.append(("", f"two factors in place of each of {', '.join(names)}"))
     if "quantised" in content["a3"]:
         lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
+    if loss := record.get("loss"):
+        lines.append(("loss over dense", f"{said_of(loss)}, nats a token"))
+        if warning := warning_of(loss):
+            lines.append(("", f"warning: {warning}"))
     both = size_lines(size["compressed"], size["dense"])
     return lines + [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
 
