@@ -143,7 +143,7 @@ def prepare(model: dict[str, Any], text: dict[str, Any], plan: Plan, work: Path)
     plan.check(work / "model")
     if not (work / "docs.json").is_file():
         find_source(text, work)
-        make_documents(text, work, None, work / "docs.jsonl")
+        make_documents(text, work, (), work / "docs.jsonl")
 
 
 def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def ratio(word: str) -> str:
 
 
 def shares(word: str) -> dict[str, float]:
-    """JSON of the shares of dev, test and harness."""
+    """JSON of the shares of dev, test, harness and calibration."""
     from a3.experiments.config import validate_entry
 
     found = values.read_json(word)
