@@ -6,6 +6,7 @@ from pathlib import Path
 from a3.artifacts.runs import Run, read_runs
 from a3.report.figures.bits import bits_drawing
 from a3.report.figures.drawing import Drawing, save_drawings, styled
+from a3.report.figures.kinds import kinds_drawing
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
@@ -25,9 +26,9 @@ def build_figures(
     """Write every figure as SVG and PNG into the folder `out`, and captions.json.
 
     captions.json lists the figures in reading order as {"name", "caption"}. Per model: perplexity
-    and harness values against compression, the relative functional error of each component in each
-    layer, where whole RoPE pairs are kept, which ones, and the spectra of its calibrations among
-    `spectra` (<model>/<calibration>.json).
+    and harness values against compression, the loss on each text of a set, the relative functional
+    error of each component in each layer, where whole RoPE pairs are kept, which ones, and the
+    spectra of its calibrations among `spectra` (<model>/<calibration>.json).
 
     Raises:
         A3Error: as `build_tables` does, and for spectra of other weights.
@@ -53,6 +54,10 @@ def _model(
     whole = [run for run in runs if not run.place.is_quantised]
     if perplexity and (whole or not runs):
         drawings.append(_perplexity(dense, whole, perplexity))
+    if any(run.place.nominal is not None for run in whole):
+        drawings += [
+            kinds_drawing(dense, whole, entry) for entry in filter(dense.is_set, perplexity)
+        ]
     if harness and (whole or not runs):
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:
