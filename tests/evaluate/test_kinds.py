@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from test_workflow import Project
 from tiny import run, tiny_llama
 
 from a3.artifacts.verify import Verifier
@@ -15,7 +16,7 @@ from a3.core.files import load_yaml, read_record
 from a3.experiments.config import CATALOGUE, complete
 from a3.experiments.rows import check_row
 from a3.models.layerwise import Streamed
-from a3.texts.reading import Document, write_documents
+from a3.texts.reading import Document, load_documents, write_documents
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = load_yaml(ROOT / "workflow/schemas/config.schema.yaml")
@@ -178,3 +179,33 @@ def test_a_set_of_undefined_texts_is_refused():
     chosen = BASE | {"perplexity": {"kinds": {"texts": ["web", "code"], "text": "web"}}}
     with pytest.raises(A3Error, match=r"perplexity\.kinds"):
         complete(chosen, SCHEMA)
+
+
+def test_the_workflow_scores_a_set_in_one_job_and_calibrates_on_the_calibration_split(tmp_path):
+    project = Project(tmp_path / "project")
+    split = "{dev: 0.2, test: 0.4, calibration: 0.4}"
+    texts = f"""  mine: {{source: {{path: score.jsonl}}, split: {split}}}
+  half: {{source: {{mix: {{mine: 0.5, learn: 0.5}}}}}}
+"""
+    project.edit("config/config.yaml", "  learn: {", f"{texts}  learn: {{")
+    project.edit("config/config.yaml", "  short:", "  half: {text: half, tokens: 256}\n  short:")
+    entry = "  two: {texts: [mine, score], tokens: 64, block_length: 32, seed: 0}\n"
+    project.edit("config/config.yaml", "perplexity:\n", f"perplexity:\n{entry}")
+    made = ["results/texts/half/docs.jsonl", "results/eval/tiny/dense/ppl/two.json"]
+    rules, output = project.snakemake("--printshellcmds", *made)
+    assert rules == ["eval_ppl", "model", "split", "split", *["text"] * 4]
+    assert "--name mine score" in output
+    record = read_record(project.folder / made[1])
+    assert [text["text"] for text in record["texts"]] == ["mine", "score"]
+    texts = project.folder / "results/texts"
+    learned = set(load_documents(texts / "mine/calibration.jsonl"))
+    mixed = load_documents(texts / "half/docs.jsonl")
+    assert {d.text for d in mixed if d.member == "mine"} <= {d.text for d in learned}
+    assert not learned & set(load_documents(texts / "mine/test.jsonl"))
+    said = read_record(texts / "half/docs.json")["provenance"]["inputs"]
+    assert set(said) == {"learn/docs.jsonl", "mine/calibration.jsonl"}
+    run("verify", project.folder / "results")
+    # Nothing is left to do; another text of the set is another result.
+    assert project.snakemake("-n", *made)[0] == []
+    project.edit("config/config.yaml", "texts: [mine, score]", "texts: [score, mine]")
+    assert project.snakemake("-n", *made)[0] == ["eval_ppl"]
