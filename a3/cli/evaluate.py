@@ -1,5 +1,6 @@
 """Commands that evaluate: a3 eval ppl, harness, generation, speed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def perplexity(
                 f"{option}: found {len(given)}, expected one for each of {len(text)} texts."
             )
     names = name or [path.stem for path in text]
-    texts = map(Scored, names, text, source or [None] * len(text))
-    perplexity(folder(model), list(texts), out, **settings)
+    sources: Sequence[Path | None] = source or [None] * len(text)
+    perplexity(folder(model), list(map(Scored, names, text, sources)), out, **settings)
 
 
 def add_perplexity(commands: Any) -> None:

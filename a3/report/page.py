@@ -21,11 +21,11 @@ from a3.core.records import Record
 from a3.experiments.rows import check_reference
 from a3.report.tables.columns import (
     Column,
+    by_text_columns,
     comparison_columns,
     comparison_note,
     free_columns,
     is_set,
-    kind_columns,
     protocol_columns,
     result_columns,
     seconds_columns,
@@ -108,7 +108,11 @@ def _set(frames: dict[str, pd.DataFrame], entry: str) -> dict[str, Any]:
     """Perplexity on each text of a set, and each one's share of the reference's increase."""
     compared = frames["comparisons"]
     shares = share_columns(compared, entry) if f"{entry}.mean.share" in compared else None
-    return {"name": entry, "perplexity": kind_columns(frames["results"], entry), "shares": shares}
+    return {
+        "name": entry,
+        "perplexity": by_text_columns(frames["results"], entry),
+        "shares": shares,
+    }
 
 
 def _speed(tables: Path) -> list[Column]:

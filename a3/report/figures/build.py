@@ -6,11 +6,11 @@ from pathlib import Path
 from a3.artifacts.runs import Run, read_runs
 from a3.report.figures.bits import bits_drawing
 from a3.report.figures.drawing import Drawing, save_drawings, styled
-from a3.report.figures.kinds import kinds_drawing
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
+from a3.report.figures.sets import set_drawing
 from a3.report.figures.spectra import spectra_drawing
 from a3.solutions.modes import COMPONENTS
 
@@ -55,9 +55,7 @@ def _model(
     if perplexity and (whole or not runs):
         drawings.append(_perplexity(dense, whole, perplexity))
     if any(run.place.nominal is not None for run in whole):
-        drawings += [
-            kinds_drawing(dense, whole, entry) for entry in filter(dense.is_set, perplexity)
-        ]
+        drawings += [set_drawing(dense, whole, entry) for entry in filter(dense.is_set, perplexity)]
     if harness and (whole or not runs):
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:

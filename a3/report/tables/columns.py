@@ -127,7 +127,7 @@ def texts_in(frame: pd.DataFrame, entry: str) -> list[str]:
     return [text for text in found if text.startswith(f"{entry}.")]
 
 
-def kind_columns(frame: pd.DataFrame, entry: str) -> list[Column]:
+def by_text_columns(frame: pd.DataFrame, entry: str) -> list[Column]:
     """Perplexity on each text of a set, of results.csv."""
     found = _names_of_rows(places_of(frame))
     for text in texts_in(frame, entry):

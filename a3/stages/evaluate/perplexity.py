@@ -83,9 +83,8 @@ def perplexity(
     start = time.perf_counter()
     losses = score(blocks.to(device)).split([len(ids) for ids, _ in cuts])
     seconds = time.perf_counter() - start
-    protocol = {"split": split, "join": join, "bos": bos, "dtype": dtype}
-    if seed is not None:
-        protocol["seed"] = seed
+    drawn = {} if seed is None else {"seed": seed}
+    protocol = {"split": split, "join": join, "bos": bos, "dtype": dtype} | drawn
     records = []
     for text, (ids, sizes), own in zip(texts, cuts, losses, strict=True):
         require_finite(own, model_folder, text.path)

@@ -13,7 +13,7 @@ from a3.report.tables.paired import differences, losses_apart
 SPREAD = 0.5
 
 
-def kinds_drawing(dense: Run, runs: Sequence[Run], entry: str) -> Drawing:
+def set_drawing(dense: Run, runs: Sequence[Run], entry: str) -> Drawing:
     """One panel a ratio, one column a text, one point a row: its loss less the dense model's."""
     panels: dict[str, list[Run]] = {}
     for run in runs:
