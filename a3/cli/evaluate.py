@@ -8,6 +8,7 @@ from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.arguments import (
     ANY_MODEL,
+    DRAWN,
     JOINS,
     SEED,
     TEXT,
@@ -92,7 +93,7 @@ def add_perplexity(commands: Any) -> None:
     add_out(one, targets.PERPLEXITY, "FILE", "JSON file to write")
     add_stream(one)
     add_blocks(one, tokens=16384, seed=False, scored=True)
-    text_ = "random seed of the order of documents (default: as they stand)"
+    text_ = f"{DRAWN}; by default documents stay in order"
     one.add_argument("--seed", type=SEED, metavar="N", help=text_)
     add_run(one)
 

@@ -31,7 +31,9 @@ rule eval_ppl:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         names=scored_names,
         settings=settings(
-            "perplexity", "text", ("split", "tokens", "seed", "block_length", "bos", "join", "dtype")
+            "perplexity",
+            "text",
+            ("split", "tokens", "seed", "block_length", "bos", "join", "dtype"),
         ),
         threads=C["threads"]["eval"],
         device=C["device"],
