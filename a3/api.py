@@ -293,15 +293,13 @@ def evaluate(
 
 def score(folder: Path, docs: Path, name: str, out: Path, sizes: ScoredSizes, run: Run) -> None:
     """Write the perplexity on documents, which the record calls `name`."""
-    from a3.stages.evaluate.perplexity import perplexity
+    from a3.stages.evaluate.perplexity import Scored, perplexity
 
     perplexity(
         folder,
-        docs,
+        [Scored(name, docs)],
         out,
-        name=name,
         split="all",
-        source=None,
         join="empty-line",
         **sizes,
         **run,

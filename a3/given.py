@@ -160,7 +160,7 @@ def documents(texts: Texts, work: Path) -> Path:
     if "path" in entry["source"]:
         return Path(entry["source"]["path"])
     find_source(entry, work)
-    make_documents(entry, work, None, work / "docs.jsonl")
+    make_documents(entry, work, (), work / "docs.jsonl")
     return work / "docs.jsonl"
 
 

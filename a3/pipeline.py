@@ -160,7 +160,7 @@ def prepare(
     for name, text in texts.items():
         if not (work / f"{name}.json").is_file():
             find_source(text, work)
-            make_documents(text, work, None, work / f"{name}.jsonl")
+            make_documents(text, work, (), work / f"{name}.jsonl")
 
 
 def few_of(work: Path, name: str, settings: dict[str, Any], tokens: int | None = None) -> Few:

@@ -38,6 +38,17 @@ HARNESS_PROTOCOL = (
 )
 
 
+def texts_scored(result: Record) -> list[Record]:
+    """The record of each text of a perplexity, with the hashes of the model; of one text, itself.
+
+    A result of a set has its texts' records under `texts`.
+    """
+    if "texts" not in result.data:
+        return [result]
+    shared = {key: result[key] for key in ("checkpoint_sha256", "config_sha256", "provenance")}
+    return [Record(result.path, text | shared) for text in result["texts"]]
+
+
 def same_protocol(dense: Record, other: Record, keys: Sequence[str]) -> None:
     """Refuse two results whose protocols differ, naming both files and what differs."""
     differences = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -11,6 +12,7 @@ from a3.artifacts.protocols import (
     PERPLEXITY_PROTOCOL,
     SPEED_PROTOCOL,
     same_protocol,
+    texts_scored,
 )
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
@@ -23,7 +25,10 @@ CODE = "provenance.code"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with its files: weights (arch.json or approx.json) and one result per text and task."""
+    """A row with its files: weights (arch.json or approx.json) and one result per entry and task.
+
+    A perplexity entry is a text, or a set of texts, whose result has the mean over them.
+    """
 
     place: Place
     weights: Record
@@ -37,6 +42,25 @@ class Run:
         """Every JSON file that the row was made from."""
         fit = [] if self.fit is None else [self.fit]
         return [self.weights, *self.perplexity.values(), *self.harness.values(), *fit]
+
+    @cached_property
+    def texts(self) -> dict[str, Record]:
+        """The record of each text, by the names of entries; `kinds.web` is a text of a set."""
+        return {
+            name: one
+            for entry, result in self.perplexity.items()
+            for name, one in zip(self.texts_of(entry), texts_scored(result), strict=True)
+        }
+
+    def texts_of(self, entry: str) -> list[str]:
+        """The names that `texts` has for an entry's texts: its own, or one for each of a set."""
+        if not self.is_set(entry):
+            return [entry]
+        return [f"{entry}.{text['text']}" for text in self.perplexity[entry]["texts"]]
+
+    def is_set(self, entry: str) -> bool:
+        """Whether a perplexity entry is a set of texts."""
+        return "texts" in self.perplexity[entry].data
 
     @property
     def size(self) -> dict[str, int]:
@@ -124,10 +148,10 @@ def _read_places(
         runs = [_read_run(sort, results, place, perplexity, harness, fit) for place in rows]
         for run in runs:
             _same_base(dense, run)
-            for text in perplexity:
-                same_protocol(
-                    dense.perplexity[text], run.perplexity[text], (*PERPLEXITY_PROTOCOL, CODE)
-                )
+            for entry in perplexity:
+                _same_texts(dense, run, entry)
+            for text in dense.texts:
+                same_protocol(dense.texts[text], run.texts[text], (*PERPLEXITY_PROTOCOL, CODE))
             for task in harness:
                 same_protocol(dense.harness[task], run.harness[task], (*HARNESS_PROTOCOL, CODE))
         groups.append((dense, runs))
@@ -197,6 +221,17 @@ def _read_run(
                 "other weights. Delete the result and build it again."
             )
     return run
+
+
+def _same_texts(dense: Run, run: Run, entry: str) -> None:
+    """Refuse two results of one entry that are of other texts."""
+    before, after = dense.texts_of(entry), run.texts_of(entry)
+    if before != after:
+        raise A3Error(
+            f"{run.perplexity[entry].path} is of {', '.join(after)}, but "
+            f"{dense.perplexity[entry].path} of {', '.join(before)}. Delete the stale one and "
+            "build it again."
+        )
 
 
 def _same_base(dense: Run, run: Run) -> None:

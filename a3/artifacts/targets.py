@@ -38,7 +38,7 @@ TABLE = (
 )
 
 # Folders from which a command reads some files, and into which it may also write.
-SHARED = ("results", "wheels", "texts", "tables", "rxx")
+SHARED = ("results", "wheels", "tables", "rxx")
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def read_by(options: dict[str, Any]) -> tuple[list[Path], list[Path]]:
         paths = [one for one in (value if isinstance(value, list) else [value])]
         if isinstance(value, dict):  # an entry of the catalogue
             source = value.get("source", {})
-            texts = options.get("texts") or Path()
             paths = [Path(source["path"])] if "path" in source else []
-            paths += [texts / member / "docs.jsonl" for member in source.get("mix", {})]
         if name != "out":
             found = [one for one in paths if isinstance(one, Path)]
             (shared if name in SHARED else sources).extend(found)
@@ -248,7 +246,9 @@ PLAIN = File()
 DOCUMENTS = File("text", ((".json", "text"),), ".jsonl")
 
 SPLIT = Files(
-    ("dev.jsonl", "test.jsonl", "harness.jsonl", "split.json"), ("docs.jsonl", "docs.json"), "split"
+    ("dev.jsonl", "test.jsonl", "harness.jsonl", "calibration.jsonl", "split.json"),
+    ("docs.jsonl", "docs.json"),
+    "split",
 )
 
 ITEMS = Files(("items.jsonl", "items.json"), (), "items")

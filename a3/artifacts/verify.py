@@ -13,6 +13,7 @@ from typing import Any
 
 from a3.artifacts.eliminations import EliminationFile
 from a3.artifacts.places import Place, collected_on, place_of
+from a3.artifacts.protocols import texts_scored
 from a3.artifacts.runs import check_speed
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, SEAL, sha256
@@ -245,8 +246,9 @@ class Verifier:
         self.statistics(record, place)
 
     def perplexity(self, path: Path) -> None:
-        """A perplexity, and the weights and text that it is of."""
-        self.known(self.result(path), "text_sha256", self.texts)
+        """A perplexity, and the weights and texts that it is of."""
+        for record in texts_scored(self.result(path)):
+            self.known(record, "text_sha256", self.texts)
 
     def fit(self, path: Path) -> None:
         """The loss on a few blocks, and the weights and texts that it is of."""

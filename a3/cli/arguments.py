@@ -40,6 +40,8 @@ NAMED_MODEL = "folder, .gguf file, catalogue name or owner/name@revision of the 
 
 TEXT = "file (.txt, .md, .jsonl, .json, .csv, .tsv or .parquet, also .gz) or folder of text"
 
+DRAWN = "random seed (order of documents, choice of examples and items)"
+
 NAMED_TEXT = f"catalogue name, or {TEXT}"
 
 
@@ -80,7 +82,7 @@ def ratio(word: str) -> str:
 
 
 def shares(word: str) -> dict[str, float]:
-    """JSON of the shares of dev, test and harness."""
+    """JSON of the shares of dev, test, harness and calibration."""
     from a3.experiments.config import validate_entry
 
     found = values.read_json(word)
@@ -261,8 +263,7 @@ def add_blocks(
 
 def add_seed(one: argparse.ArgumentParser) -> None:
     """What is drawn at random."""
-    text = "random seed (order of documents, choice of examples and items)"
-    one.add_argument("--seed", type=SEED, default=0, metavar="N", help=text)
+    one.add_argument("--seed", type=SEED, default=0, metavar="N", help=DRAWN)
 
 
 def add_run(one: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Commands that evaluate: a3 eval ppl, harness, generation, speed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ from a3.artifacts import targets
 from a3.cli import options as values
 from a3.cli.arguments import (
     ANY_MODEL,
+    DRAWN,
     JOINS,
     SMALL_MODEL,
+    SEED,
+    TEXT,
     add,
     add_blocks,
     add_components,
@@ -24,6 +28,7 @@ from a3.cli.arguments import (
     ratio,
 )
 from a3.cli.options import count
+from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.solutions.modes import COMPONENTS
 
@@ -44,11 +49,25 @@ def add_commands(commands: Any) -> None:
     add_speed(subcommands)
 
 
-def perplexity(model: Path, text: Path, out: Path, name: str | None, **settings: Any) -> None:
+def perplexity(
+    model: Path,
+    text: list[Path],
+    out: Path,
+    name: list[str],
+    source: list[Path],
+    **settings: Any,
+) -> None:
     """Score perplexity."""
-    from a3.stages.evaluate.perplexity import perplexity
+    from a3.stages.evaluate.perplexity import Scored, perplexity
 
-    perplexity(folder(model), text, out, name=name or text.stem, **settings)
+    for option, given in (("--name", name), ("--source", source)):
+        if given and len(given) != len(text):
+            raise A3Error(
+                f"{option}: found {len(given)}, expected one for each of {len(text)} texts."
+            )
+    names = name or [path.stem for path in text]
+    sources: Sequence[Path | None] = source or [None] * len(text)
+    perplexity(folder(model), list(map(Scored, names, text, sources)), out, **settings)
 
 
 def add_perplexity(commands: Any) -> None:
@@ -57,24 +76,29 @@ def add_perplexity(commands: Any) -> None:
         commands,
         "ppl",
         perplexity,
-        "measure perplexity on a text",
+        "measure perplexity on texts",
         "Reads a model and a text, scores blocks of the text, and writes perplexity, its standard "
-        "error and the loss of each block. Use a text that the model was not calibrated on.",
+        "error and the loss of each block. Several texts are scored in one pass over the weights; "
+        "the result has each text's scores, the mean over texts, and the worst text. Use texts "
+        "that the model was not calibrated on.",
         "a3 eval ppl small --text other-text.txt --tokens all -o ppl.json",
     )
     add_model(one, ANY_MODEL)
-    add_text(one)
-    text_ = "name of the text to record (default: the file's name)"
-    one.add_argument("--name", metavar="NAME", help=text_)
+    one.add_argument("--text", type=Path, nargs="+", required=True, metavar="TEXT", help=TEXT)
+    text_ = "names of the texts to record (default: the files' names)"
+    one.add_argument("--name", nargs="+", default=[], metavar="NAME", help=text_)
     text_ = "name of the split to record"
     one.add_argument("--split", default="test", metavar="NAME", help=text_)
-    text_ = "record of a3 text (docs.json) that says where the text is from"
-    one.add_argument("--source", type=Path, metavar="FILE", help=text_)
+    text_ = "records of a3 text (docs.json) that say where the texts are from"
+    one.add_argument("--source", type=Path, nargs="+", default=[], metavar="FILE", help=text_)
     text_ = "what to put between two documents"
     one.add_argument("--join", choices=JOINS, default=JOINS[0], help=text_)
     add_out(one, targets.PERPLEXITY, "FILE", "JSON file to write")
     add_stream(one)
-    add_run(add_blocks(one, tokens=16384, seed=False, scored=True))
+    add_blocks(one, tokens=16384, seed=False, scored=True)
+    text_ = f"{DRAWN}; by default documents stay in order"
+    one.add_argument("--seed", type=SEED, metavar="N", help=text_)
+    add_run(one)
 
 
 def fit(model: Path, small: Path, text: Path, out: Path, **settings: Any) -> None:

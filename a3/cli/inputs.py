@@ -137,11 +137,11 @@ def add_train(commands: Any) -> None:
     add_threads(one)
 
 
-def text(text: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path) -> None:
+def text(text: dict[str, Any], wheels: Path | None, members: list[Path], out: Path) -> None:
     """Make docs.jsonl."""
     from a3.stages.inputs.text import make_documents
 
-    make_documents(text, wheels, texts, out)
+    make_documents(text, wheels, members, out)
 
 
 def add_text_command(commands: Any) -> None:
@@ -158,8 +158,8 @@ def add_text_command(commands: Any) -> None:
     one.set_defaults(entries={"text": "texts"})
     one.add_argument("text", metavar="TEXT", help=f"JSON of an entry, {NAMED_TEXT}")
     add_wheels(one)
-    text_ = "folder of the texts that a mixture is made of, NAME/docs.jsonl"
-    one.add_argument("--texts", type=Path, metavar="FOLDER", help=text_)
+    text_ = "files of documents that a mixture is made of, in the order of the members' names"
+    one.add_argument("--members", type=Path, nargs="*", default=[], metavar="FILE", help=text_)
     add_out(one, targets.DOCUMENTS, "FILE", ".jsonl file to write")
 
 
@@ -176,15 +176,16 @@ def add_split(commands: Any) -> None:
         commands,
         "split",
         split,
-        "split documents into dev, test and harness",
+        "split documents into dev, test, harness and calibration",
         "Reads documents, drops those that occur in a calibration text, assigns the others by "
-        "their hash, and writes dev.jsonl, test.jsonl, harness.jsonl and split.json.",
+        "their hash, and writes dev.jsonl, test.jsonl, harness.jsonl, calibration.jsonl and "
+        "split.json. What occurs in calibration.jsonl is in no other split.",
         "a3 split docs.jsonl --exclude calibration.jsonl -o splits",
     )
     one.add_argument("documents", type=Path, metavar="TEXT", help=TEXT)
     text_ = "calibration texts whose documents are dropped"
     one.add_argument("--exclude", type=Path, nargs="*", default=[], metavar="TEXT", help=text_)
-    text_ = "shares of dev, test and harness, a JSON object"
+    text_ = "shares of dev, test, harness and calibration, a JSON object"
     one.add_argument("--shares", type=shares, default={}, metavar="JSON", help=text_)
     add_out(one, targets.SPLIT, "FOLDER", "folder to write the splits to")
 

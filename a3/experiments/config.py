@@ -104,8 +104,8 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     whole = with_defaults(config | named, schema, schema.get("$defs", {}))
     for section in ("calibrations", "perplexity", "harness"):
         for name, entry in whole[section].items():
-            if "text" in entry:
-                defined("text", entry["text"], whole["texts"], f"{section}.{name}.text")
+            for text in texts_of(entry):
+                defined("text", text, whole["texts"], f"{section}.{name}")
     for name, model in whole["models"].items():
         check_made(name, model["source"], whole)
         check_outside("models", name, whole)
@@ -195,6 +195,19 @@ def check_mixture(name: str, texts: dict[str, Any], above: tuple[str, ...] = ())
                 f"config: {where} names {member!r}, which is itself a mixture of it. Remove it."
             )
         check_mixture(member, texts, (*above, name))
+
+
+def texts_of(entry: dict[str, Any]) -> list[str]:
+    """The texts that an entry names: one, those of a set, or none."""
+    return entry.get("texts", [entry["text"]] if "text" in entry else [])
+
+
+def calibrates(name: str, texts: dict[str, Any]) -> bool:
+    """Whether a text has a calibration split.
+
+    Then calibrations, mixtures and trained models read that split of it, and nothing else.
+    """
+    return texts[name].get("split", {}).get("calibration", 0) > 0
 
 
 def members_of(name: str, texts: dict[str, Any]) -> list[str]:

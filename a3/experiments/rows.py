@@ -7,7 +7,7 @@ from typing import Any
 
 from a3.artifacts.places import Place
 from a3.core.errors import A3Error
-from a3.experiments.config import defined, excluded, members_of
+from a3.experiments.config import calibrates, defined, excluded, members_of, texts_of
 from a3.solutions.modes import COMPONENTS, Choice, choose, kinds_needed
 from a3.solutions.recipes import PLAIN, parse_quantisation
 from a3.solutions.surgeries import find_surgery, parse_size
@@ -160,28 +160,27 @@ def check_unseen(what: str, seen: str, section: str, name: str, config: dict[str
     """Raise A3Error if an entry scores a text that was `seen` and does not exclude it.
 
     A published protocol scores all of a text and excludes nothing, so only the same text is refused
-    there.
+    there. A text with a calibration split excludes that from its other splits.
     """
     entry, texts = config[section][name], config["texts"]
-    text = entry.get("text")
-    if text is None:
-        return
-    if entry.get("split") == "all":
-        if seen in members_of(text, texts):
-            raise A3Error(
-                f"{what} uses the text {seen!r}, and {section} {name!r} is scored on all of it. "
-                "Calibrate on another text."
-            )
-    else:
-        require_excluded(what, seen, f"{section} {name!r}", text, texts)
+    for text in texts_of(entry):
+        if entry.get("split") == "all":
+            if seen in members_of(text, texts):
+                raise A3Error(
+                    f"{what} uses the text {seen!r}, and {section} {name!r} is scored on all of "
+                    "it. Calibrate on another text."
+                )
+        else:
+            require_excluded(what, seen, f"{section} {name!r}", text, texts)
 
 
 def require_excluded(what: str, seen: str, scored: str, text: str, texts: dict[str, Any]) -> None:
     """Raise A3Error if the `text` that is `scored` does not exclude a text that was `seen`."""
-    if seen not in excluded(text, texts):
+    if seen not in excluded(text, texts) and not (seen == text and calibrates(text, texts)):
         raise A3Error(
-            f"{what} uses the text {seen!r}, and {scored} is scored on {text!r} without "
-            f"excluding it. Add {seen!r} to texts.{text}.exclude."
+            f"{what} uses the text {seen!r}, and {scored} is scored on {text!r} without excluding "
+            f"it. Add {seen!r} to texts.{text}.exclude, or, if it is the same text, give it a "
+            f"calibration split (texts.{text}.split)."
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
+from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol, texts_scored
 from a3.core.errors import A3Error
 from a3.core.records import Record
 from a3.models.arch import is_compressed
@@ -41,14 +41,25 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
             # If transformers saved the model again, the dense weights are not known.
             if weights[kind] is not None:
                 require_weights(one, weights[kind], kind)
-        same_protocol(read["dense"], read["compressed"], PERPLEXITY_PROTOCOL)
-        pairs.append({kind: {key: one[key] for key in SAID} for kind, one in read.items()})
+        texts = {kind: texts_scored(one) for kind, one in read.items()}
+        require_as_many(read, texts)
+        for before, after in zip(*texts.values(), strict=True):
+            same_protocol(before, after, PERPLEXITY_PROTOCOL)
+            pair = dict(zip(weights, (before, after), strict=True))
+            pairs.append({kind: {key: one[key] for key in SAID} for kind, one in pair.items()})
     record["perplexity"] = pairs
     if "files" not in record:
         require_own_card(folder)
         write_card(folder, record)
         return
     record_again(folder, record)
+
+
+def require_as_many(read: dict[str, Record], texts: dict[str, list[Record]]) -> None:
+    """Raise A3Error if the dense and the compressed result are of different numbers of texts."""
+    if len({len(found) for found in texts.values()}) > 1:
+        said = ", ".join(f"{read[kind].path} of {len(found)}" for kind, found in texts.items())
+        raise A3Error(f"{said} texts; expected the same ones. Name results of the same texts.")
 
 
 def require_own_card(folder: Path) -> None:

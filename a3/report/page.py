@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from a3.artifacts.places import Place
@@ -20,19 +21,23 @@ from a3.core.records import Record
 from a3.experiments.rows import check_reference
 from a3.report.tables.columns import (
     Column,
+    by_text_columns,
     comparison_columns,
     comparison_note,
     free_columns,
+    is_set,
     protocol_columns,
     result_columns,
     seconds_columns,
     seed_columns,
     seed_note,
+    share_columns,
     text_columns,
 )
-from a3.report.tables.compare import WORSE, differences, settings, verdict
+from a3.report.tables.compare import settings
 from a3.report.tables.fit import fit_note
 from a3.report.tables.frames import read_csv, write_text
+from a3.report.tables.paired import WORSE, losses_apart, verdict
 from a3.report.tables.results import frames_of
 from a3.report.tables.surgery import (
     generation_columns,
@@ -78,6 +83,7 @@ def build_report(
         summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
         results=result_columns(frames["results"], perplexity, harness),
         fit=" ".join(fit_note(frames["results"])),
+        sets=[_set(frames, entry) for entry in perplexity if is_set(frames["results"], entry)],
         comparisons=None
         if compared.empty
         else {"columns": comparison_columns(compared), "note": comparison_note(compared)},
@@ -99,6 +105,17 @@ def build_report(
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
     write_text(out, page)
+
+
+def _set(frames: dict[str, pd.DataFrame], entry: str) -> dict[str, Any]:
+    """Perplexity on each text of a set, and each one's share of the reference's increase."""
+    compared = frames["comparisons"]
+    shares = share_columns(compared, entry) if f"{entry}.mean.share" in compared else None
+    return {
+        "name": entry,
+        "perplexity": by_text_columns(frames["results"], entry),
+        "shares": shares,
+    }
 
 
 def _speed(tables: Path) -> list[Column]:
@@ -137,11 +154,13 @@ def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
     """A summary of one model's rows: the dense scores, and the best row at each ratio."""
     said = [f"{dense.place.model}: {len(runs)} compressed rows beside the dense model."]
     for text in perplexity[:1]:
-        record = dense.perplexity[text]
+        records = [dense.texts[name] for name in dense.texts_of(text)]
+        tokens = sum(record["tokens_scored"] for record in records)
+        mean = f", the mean of {len(records)} texts," if dense.is_set(text) else ""
         said.append(
-            f"Dense perplexity on {text} is {record['perplexity']:.2f} "
-            f"({record['tokens_scored']:,} tokens scored, blocks of "
-            f"{record['block_length']:,}, {record['dtype']})."
+            f"Dense perplexity on {text}{mean} is {dense.perplexity[text]['perplexity']:.2f} "
+            f"({tokens:,} tokens scored, blocks of "
+            f"{records[0]['block_length']:,}, {records[0]['dtype']})."
         )
         by_ratio: dict[str, list[Run]] = {}
         for run in runs:
@@ -163,7 +182,7 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     smallest = [run for run in runs if run.size["parameters"] <= 1.005 * fewest]
     best = min(smallest, key=lambda run: run.perplexity[text]["perplexity"])
     first, place = best.perplexity[text], best.place
-    level = {run.place.method for run in smallest if _is_level(first, run.perplexity[text])}
+    level = {run.place.method for run in smallest if _is_level(best, run, text)}
     level -= {place.method}
     also = f" (within two standard errors of it: {', '.join(sorted(level))})"
     kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
@@ -175,10 +194,9 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     )
 
 
-def _is_level(best: Record, other: Record) -> bool:
+def _is_level(best: Run, other: Run, entry: str) -> bool:
     """Whether another result is not significantly worse than the best one over the blocks."""
-    found = differences(best["block_nll"], other["block_nll"])
-    return verdict(**found, lower_is_better=True) != WORSE
+    return verdict(**losses_apart(best, other, entry), lower_is_better=True) != WORSE
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:

@@ -37,6 +37,9 @@ MAGIC = {
 
 DELIMITERS = ",;\t|"
 
+# No value at all, where null is one.
+MISSING = object()
+
 
 @dataclass(frozen=True)
 class Document:
@@ -184,14 +187,14 @@ def as_document(fields: Any, column: str, where: str) -> Document:
     """A record, or a string alone, as a document; raises A3Error that says where it is."""
     if isinstance(fields, str):
         fields = {column: fields}
-    if not isinstance(fields, dict) or column not in fields:
+    text = look_up(fields, column)
+    if text is MISSING:
         found = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
         raise A3Error(
             f"{where}: found {found}, expected an object whose {column} is a string. Where a text "
             'has another name, name it as column: a3 text \'{"source": {"path": …, '
             '"column": …}}\' -o docs.jsonl makes documents that every command reads.'
         )
-    text = fields[column]
     if is_null(text):
         text = ""
     elif not isinstance(text, str):
@@ -205,6 +208,25 @@ def as_document(fields: Any, column: str, where: str) -> Document:
     except UnicodeEncodeError as error:
         raise A3Error(f"{where}: half a surrogate pair ({error}). Correct it.") from error
     return Document(title, text, member)
+
+
+def look_up(record: Any, column: str) -> Any:
+    """The value of a record's field; MISSING if it has none.
+
+    If there is no field of that name, its dots lead to nested ones: of messages.0.content, the
+    content of the first of the messages.
+    """
+    if isinstance(record, dict) and column in record:
+        return record[column]
+    value = record
+    for key in column.split("."):
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and re.fullmatch("[0-9]{1,9}", key) and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return MISSING
+    return value
 
 
 def word(value: Any, key: str, where: str) -> str:

@@ -527,7 +527,8 @@ def members(tmp_path):
 def test_any_prefix_of_a_mixture_has_its_shares(members):
     spec = {"source": {"mix": {"long": 0.25, "short": 0.75}}}
     out = members / "texts/mixed/docs.jsonl"
-    words = ["--texts", members / "texts", "-o", out]
+    found = [members / f"texts/{name}/docs.jsonl" for name in ("long", "short")]
+    words = ["--members", *found, "-o", out]
     run("text", json.dumps(spec), *words)
     first = out.read_bytes()
     run("text", json.dumps(spec), *words)
@@ -556,7 +557,8 @@ def test_any_prefix_of_a_mixture_has_its_shares(members):
 
 def test_verify_sees_a_changed_member_of_a_mixture(members, capsys):
     spec = {"source": {"mix": {"long": 0.5, "short": 0.5}}}
-    make_documents(spec, None, members / "texts", members / "texts/mixed/docs.jsonl")
+    found = [members / f"texts/{name}/docs.jsonl" for name in ("long", "short")]
+    make_documents(spec, None, found, members / "texts/mixed/docs.jsonl")
     run("verify", members)
     write_documents(members / "texts/long/docs.jsonl", [Document("", "other")])
     assert main(["verify", str(members)]) == 1
@@ -565,8 +567,11 @@ def test_verify_sees_a_changed_member_of_a_mixture(members, capsys):
 
 def test_a_mixture_without_its_members_is_refused(members):
     spec = {"source": {"mix": {"long": 0.5, "gone": 0.5}}}
-    with pytest.raises(A3Error, match=r"gone/docs\.jsonl: no such member"):
-        make_documents(spec, None, members / "texts", members / "docs.jsonl")
+    found = [members / f"texts/{name}/docs.jsonl" for name in ("gone", "long")]
+    with pytest.raises(A3Error, match=r"gone/docs\.jsonl: no such file"):
+        make_documents(spec, None, found, members / "docs.jsonl")
+    with pytest.raises(A3Error, match="mixture of gone, long: found 1 files"):
+        make_documents(spec, None, found[1:], members / "docs.jsonl")
 
 
 def test_what_a_mixture_is_of_is_excluded():

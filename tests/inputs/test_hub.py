@@ -31,7 +31,7 @@ for job, source in json.loads(sys.argv[1]):
             resolve_model(source, Path("models/m"))
             print(json.loads(Path("models/m/source.json").read_text()))
         elif job == "made":
-            make_documents(source, None, None, Path("docs.jsonl"))
+            make_documents(source, None, (), Path("docs.jsonl"))
             texts = [document.text for document in documents(source)]
             print(json.dumps([read_record(Path("docs.json"))["source"], texts]))
         else:

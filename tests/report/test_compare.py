@@ -23,8 +23,8 @@ from a3.core.files import read_record
 from a3.experiments.rows import check_reference
 from a3.report.figures.build import build_figures
 from a3.report.page import build_report, checkout
-from a3.report.tables.compare import BETTER, SAME, WORSE, differences, verdict
 from a3.report.tables.frames import print_table
+from a3.report.tables.paired import BETTER, SAME, WORSE, differences, verdict
 from a3.report.tables.results import build_tables
 
 OURS = "rxx-w-rxx+xkv+rxx-w"

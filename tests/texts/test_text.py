@@ -68,6 +68,39 @@ def test_doc_tags_and_min_chars(tmp_path):
         documents(spec | {"min_chars": 1000})
 
 
+def test_paragraphs_are_cut_at_blank_lines_once_they_are_long_enough(tmp_path):
+    path = tmp_path / "code.utf8"
+    path.write_text("  a = 1\n\n\nb = 2\nc = 3\n \t\nlong enough\n\nrest\n")
+    spec = {"source": {"path": str(path)}, "format": "paragraphs"}
+    found = [document.text for document in documents(spec | {"min_chars": 11})]
+    assert found == ["  a = 1\n\nb = 2\nc = 3", "long enough"]
+    found = [document.text for document in documents(spec)]
+    assert found == ["  a = 1", "b = 2\nc = 3", "long enough", "rest"]
+
+
+def test_a_mark_parts_documents_of_format_endoftext(tmp_path):
+    path = tmp_path / "tiny.txt"
+    path.write_text("One day.\n\nThe end.\n<|endoftext|>\n\nOnce.\n<|endoftext|>\n")
+    spec = {"source": {"path": str(path)}, "format": "endoftext"}
+    assert [document.text for document in documents(spec)] == ["One day.\n\nThe end.", "Once."]
+    with pytest.raises(A3Error, match="format endoftext has no columns"):
+        documents({"source": {"path": str(path), "column": "x"}, "format": "endoftext"})
+
+
+def test_dots_of_a_column_lead_to_nested_fields(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    record = {"input": [{"content": "title it"}, {"content": "An abstract."}], "a.b": "flat"}
+    path.write_text(json.dumps(record) + "\n")
+    spec = {"path": str(path), "column": "input.1.content"}
+    assert documents({"source": spec}) == [Document("", "An abstract.")]
+    assert documents({"source": spec | {"column": "a.b"}}) == [Document("", "flat")]
+    for column in ("input.2.content", "input.x", "input.1.content.0", "input..1"):
+        with pytest.raises(A3Error, match=r"record 1: found .*'input'.*expected an object"):
+            documents({"source": spec | {"column": column}})
+    with pytest.raises(A3Error, match=r"input\.1 is .*expected a string"):
+        documents({"source": spec | {"column": "input.1"}})
+
+
 def test_a_doc_tag_that_is_not_closed_is_an_error(tmp_path):
     path = tmp_path / "wiki.utf8"
     path.write_text(WIKI.rsplit("</doc>", 1)[0])
@@ -166,7 +199,7 @@ def test_seen_titles_and_13_grams_are_taken_out(tmp_path):
     assert load_documents(tmp_path / "t" / "test.jsonl") == some[2:]
     counts = read_json(tmp_path / "t" / "split.json")
     assert counts["excluded"] == {"title": 1, "13-gram": 1, "whole": 0}
-    assert counts["documents"] == {"found": 5, "dev": 0, "test": 3, "harness": 0}
+    assert counts["documents"] == {"found": 5, "dev": 0, "test": 3, "harness": 0, "calibration": 0}
     assert counts["inputs"]["c/docs.jsonl"] == sha256(tmp_path / "c" / "docs.jsonl")
 
 
@@ -189,6 +222,28 @@ def test_splits_follow_the_shares_and_nothing_else(tmp_path):
 def test_wrong_shares_are_refused(tmp_path, shares):
     with pytest.raises(A3Error, match="expected shares of dev, test, harness"):
         exclude_and_split(tmp_path / "docs.jsonl", [], shares, tmp_path)
+
+
+def test_what_the_calibration_split_holds_is_in_no_other(tmp_path):
+    """Not even 13 words of it; two documents of one title are not the same, for files are such."""
+    common = words(13, -1)
+    plain = [Document("same title", words(40, i)) for i in range(400)]
+    copies = [Document("", f"{words(20, 1000 + i)} {common}") for i in range(50)]
+    write_documents(tmp_path / "docs.jsonl", [*plain, *copies])
+    shares = {"dev": 0.2, "test": 0.5, "calibration": 0.3}
+    exclude_and_split(tmp_path / "docs.jsonl", [], shares, tmp_path)
+    found = {split: load_documents(tmp_path / f"{split}.jsonl") for split in shares}
+    assert len(found["calibration"]) == pytest.approx(0.3 * 450, abs=40)
+    assert set(copies) & set(found["calibration"])
+    assert not set(copies) & {*found["dev"], *found["test"]}
+    assert set(plain) <= {*found["dev"], *found["test"], *found["calibration"]}
+    assert sum(map(len, found.values())) == len(set().union(*found.values()))
+    record = read_json(tmp_path / "split.json")
+    gone = 450 - sum(map(len, found.values()))
+    assert record["excluded"] == {"title": 0, "13-gram": gone, "whole": 0}
+    # With no such share the splits are the same but for what calibration took.
+    exclude_and_split(tmp_path / "docs.jsonl", [], {"dev": 0.2, "test": 0.8}, tmp_path)
+    assert set(found["dev"]) <= set(load_documents(tmp_path / "dev.jsonl"))
 
 
 def test_a_text_that_calibration_has_seen_whole_is_refused(tmp_path):

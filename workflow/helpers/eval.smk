@@ -1,27 +1,36 @@
 """Helpers of rules/eval.smk: what its jobs read and are told."""
 
+from a3.experiments.config import texts_of
 from a3.models.cost import BYTES_PER_TOKEN, WHOLE_TEXT
 from a3.stages.evaluate.tasks import data_files, read_task
 
 
-def scored_text(wildcards):
-    """The split of a text that a perplexity entry scores."""
+def scored_texts(wildcards):
+    """The split of each text that a perplexity entry scores."""
     chosen = entry("perplexity", wildcards.text)
     split = "docs" if chosen["split"] == "all" else chosen["split"]
-    return f"{RESULTS}/texts/{chosen['text']}/{split}.jsonl"
+    return [f"{RESULTS}/texts/{text}/{split}.jsonl" for text in texts_of(chosen)]
 
 
-def scored_source(wildcards):
-    """What says where the text of a perplexity entry is from."""
-    return f"{RESULTS}/texts/{entry('perplexity', wildcards.text)['text']}/docs.json"
+def scored_sources(wildcards):
+    """What says where each text of a perplexity entry is from."""
+    texts = texts_of(entry("perplexity", wildcards.text))
+    return [f"{RESULTS}/texts/{text}/docs.json" for text in texts]
+
+
+def scored_names(wildcards):
+    """What the result calls its texts: one has the name of the entry."""
+    return entry("perplexity", wildcards.text).get("texts", wildcards.text)
 
 
 def tokens_scored(wildcards):
     """How many tokens a perplexity entry scores; of a whole text a guess, by its size if it is there."""
-    chosen, path = entry("perplexity", wildcards.text), Path(scored_text(wildcards))
+    chosen, paths = entry("perplexity", wildcards.text), map(Path, scored_texts(wildcards))
     if chosen["tokens"] != "all":
-        return chosen["tokens"]
-    return path.stat().st_size // BYTES_PER_TOKEN if path.exists() else WHOLE_TEXT
+        return len(texts_of(chosen)) * chosen["tokens"]
+    return sum(
+        path.stat().st_size // BYTES_PER_TOKEN if path.exists() else WHOLE_TEXT for path in paths
+    )
 
 
 def fit_calibration(wildcards):

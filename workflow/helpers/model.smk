@@ -13,4 +13,4 @@ def training_text(wildcards):
     source = entry("models", wildcards.model)["source"]
     if "train" not in source:
         raise WorkflowError(f"models.{wildcards.model}.source has no train, so it is not trained.")
-    return f"{RESULTS}/texts/{source['train']['text']}/docs.jsonl"
+    return learned(source["train"]["text"])

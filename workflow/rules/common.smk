@@ -16,7 +16,7 @@ from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.core.provenance import fingerprint
 from a3.core.shards import weight_files
-from a3.experiments.config import check_models_made, complete, prefer_own_scripts
+from a3.experiments.config import calibrates, check_models_made, complete, prefer_own_scripts
 from a3.experiments.needed import kinds_by_calibration, option_words
 from a3.experiments.paper import Paper
 from a3.experiments.rows import kinds_to_quantise, read_experiments, read_surgeries
@@ -137,7 +137,7 @@ def sources(section, key):
         if "train" in source:
             return expand(TRAINED, model=wildcards[key])
         if "mix" in source:
-            return [f"{RESULTS}/texts/{member}/docs.jsonl" for member in source["mix"]]
+            return list(map(learned, sorted(source["mix"])))
         return list(map(str, local_inputs(section, source)))
 
     return files
@@ -163,8 +163,13 @@ def settings(section, key, names):
 
 def calibration_text(wildcards):
     """Documents that a calibration reads."""
-    text = entry("calibrations", wildcards.calibration)["text"]
-    return f"{RESULTS}/texts/{text}/docs.jsonl"
+    return learned(entry("calibrations", wildcards.calibration)["text"])
+
+
+def learned(text):
+    """Documents of a text that calibrations, mixtures and trained models read."""
+    split = "calibration" if calibrates(text, C["texts"]) else "docs"
+    return f"{RESULTS}/texts/{text}/{split}.jsonl"
 
 
 def place_of(wildcards):

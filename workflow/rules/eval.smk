@@ -13,8 +13,8 @@ HARNESS_SETTINGS = (
 rule eval_ppl:
     input:
         model=model_files,
-        text=scored_text,
-        source=scored_source,
+        text=scored_texts,
+        source=scored_sources,
     output:
         result=f"{RESULTS}/eval/{{model}}/{{run}}/ppl/{{text}}.json",
         timing=f"{RESULTS}/eval/{{model}}/{{run}}/ppl/{{text}}.timing.json",
@@ -29,14 +29,17 @@ rule eval_ppl:
         **resources("eval", cost_of_perplexity),
     params:
         model=lambda wildcards, input: Path(input.model[0]).parent,
+        names=scored_names,
         settings=settings(
-            "perplexity", "text", ("split", "tokens", "block_length", "bos", "join", "dtype")
+            "perplexity",
+            "text",
+            ("split", "tokens", "seed", "block_length", "bos", "join", "dtype"),
         ),
         threads=C["threads"]["eval"],
         device=C["device"],
         code=fingerprint("a3.stages.evaluate.perplexity"),
     shell:
-        "a3 eval ppl {params.model:q} --text {input.text:q} --name {wildcards.text:q}"
+        "a3 eval ppl {params.model:q} --text {input.text:q} --name {params.names:q}"
         " --source {input.source:q}"
         " {params.settings:q} --threads {params.threads} --device {params.device:q}"
         " -o {output.result:q} &> {log:q}"

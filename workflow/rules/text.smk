@@ -1,5 +1,7 @@
 """Stage text: documents; what calibration has seen taken out; splits; harness items."""
 
+SPLITS = ("dev", "test", "harness", "calibration")
+
 
 include: "../helpers/text.smk"
 
@@ -18,10 +20,12 @@ rule text:
         spec=spec("texts", "text"),
         content=content("texts", "text"),
         wheels=f"{RESULTS}/wheels",
-        texts=subpath(output.docs, ancestor=2),
+        members=lambda wildcards, input: (
+            input if "mix" in entry("texts", wildcards.text)["source"] else []
+        ),
         code=fingerprint("a3.stages.inputs.text"),
     shell:
-        "a3 text {params.spec:q} --wheels {params.wheels:q} --texts {params.texts:q}"
+        "a3 text {params.spec:q} --wheels {params.wheels:q} --members {params.members:q}"
         " -o {output.docs:q} &> {log:q}"
 
 
@@ -33,7 +37,7 @@ rule split:
             f"{RESULTS}/texts/{other}/docs.jsonl" for other in excluded_by(wildcards.text)
         ],
     output:
-        expand(f"{RESULTS}/texts/{{{{text}}}}/{{split}}.jsonl", split=("dev", "test", "harness")),
+        expand(f"{RESULTS}/texts/{{{{text}}}}/{{split}}.jsonl", split=SPLITS),
         f"{RESULTS}/texts/{{text}}/split.json",
     log:
         f"{LOGS}/texts/{{text}}.split.log",

@@ -10,6 +10,7 @@ from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
+from a3.report.figures.sets import set_drawing
 from a3.report.figures.spectra import spectra_drawing
 from a3.solutions.modes import COMPONENTS
 
@@ -25,9 +26,9 @@ def build_figures(
     """Write every figure as SVG and PNG into the folder `out`, and captions.json.
 
     captions.json lists the figures in reading order as {"name", "caption"}. Per model: perplexity
-    and harness values against compression, the relative functional error of each component in each
-    layer, where whole RoPE pairs are kept, which ones, and the spectra of its calibrations among
-    `spectra` (<model>/<calibration>.json).
+    and harness values against compression, the loss on each text of a set, the relative functional
+    error of each component in each layer, where whole RoPE pairs are kept, which ones, and the
+    spectra of its calibrations among `spectra` (<model>/<calibration>.json).
 
     Raises:
         A3Error: as `build_tables` does, and for spectra of other weights.
@@ -53,6 +54,8 @@ def _model(
     whole = [run for run in runs if not run.place.is_quantised]
     if perplexity and (whole or not runs):
         drawings.append(_perplexity(dense, whole, perplexity))
+    if any(run.place.nominal is not None for run in whole):
+        drawings += [set_drawing(dense, whole, entry) for entry in filter(dense.is_set, perplexity)]
     if harness and (whole or not runs):
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:

@@ -56,15 +56,8 @@ def result_columns(
     deltas = [key for key in frame if key.endswith(("_delta", "_delta_stderr"))]
     frame = frame.copy()
     frame.loc[[place.is_dense for place in places], deltas] = float("nan")
-    for text in perplexity:
-        key = f"{text}.perplexity"
-        nll = f"{text}.nll_delta"
-        found += [
-            numbers(frame, f"{text} perplexity", key, rounded, f"{key}_stderr"),
-            numbers(frame, f"{text} Δ perplexity", f"{key}_delta", partial(rounded, sign="+")),
-            numbers(frame, f"{text} Δ nll", nll, signed, f"{nll}_stderr"),
-            numbers(frame, f"{text} bits/byte", f"{text}.bits_per_byte", "{:.4f}".format),
-        ]
+    for entry in perplexity:
+        found += _set_columns(frame, entry) if is_set(frame, entry) else _text_columns(frame, entry)
     for task in harness:
         metric, key = frame[f"{task}.metric"].iloc[0], f"{task}.value"
         three = partial(rounded, decimals=3)
@@ -107,6 +100,77 @@ def fit_columns(frame: pd.DataFrame) -> list[Column]:
     return found
 
 
+def _text_columns(frame: pd.DataFrame, text: str) -> list[Column]:
+    """The columns of one text."""
+    return [
+        *_perplexity_columns(frame, text, text),
+        numbers(frame, f"{text} bits/byte", f"{text}.bits_per_byte", "{:.4f}".format),
+    ]
+
+
+def _set_columns(frame: pd.DataFrame, entry: str) -> list[Column]:
+    """The columns of a set of texts: the mean over them, and the one that loses most."""
+    return [
+        *_perplexity_columns(frame, f"{entry} mean", f"{entry}.mean"),
+        worst_column(frame, f"{entry} worst Δ nll", entry, "nll_delta", signed),
+    ]
+
+
+def _perplexity_columns(frame: pd.DataFrame, title: str, name: str) -> list[Column]:
+    """Perplexity and its distance to the dense model's, of a text or of the mean of a set."""
+    key, nll = f"{name}.perplexity", f"{name}.nll_delta"
+    return [
+        numbers(frame, f"{title} perplexity", key, rounded, f"{key}_stderr"),
+        numbers(frame, f"{title} Δ perplexity", f"{key}_delta", partial(rounded, sign="+")),
+        numbers(frame, f"{title} Δ nll", nll, signed, f"{nll}_stderr"),
+    ]
+
+
+def worst_column(
+    frame: pd.DataFrame, title: str, entry: str, key: str, show: Callable[[Any], str]
+) -> Column:
+    """The worst text of a set and its figure, by which the column is sorted."""
+    column = numbers(frame, title, f"{entry}.worst.{key}", show)
+    named = zip(frame[f"{entry}.worst.text"], column.texts, strict=True)
+    texts = [text if text == "–" else f"{worst} {text}" for worst, text in named]
+    return Column(title, texts, column.values)
+
+
+def is_set(frame: pd.DataFrame, entry: str) -> bool:
+    """Whether a perplexity entry is a set of texts; of results.csv or comparisons.csv."""
+    return f"{entry}.mean.nll_delta" in frame
+
+
+def texts_in(frame: pd.DataFrame, entry: str) -> list[str]:
+    """The names of an entry's texts in results.csv: its own, or of each text of a set."""
+    key = ".token_ids_sha256"
+    if not is_set(frame, entry):
+        return [entry]
+    found = [column.removesuffix(key) for column in frame if column.endswith(key)]
+    return [text for text in found if text.startswith(f"{entry}.")]
+
+
+def by_text_columns(frame: pd.DataFrame, entry: str) -> list[Column]:
+    """Perplexity on each text of a set, of results.csv."""
+    found = _names_of_rows(places_of(frame))
+    for text in texts_in(frame, entry):
+        key, title = f"{text}.perplexity", text.removeprefix(f"{entry}.")
+        found.append(numbers(frame, title, key, rounded, f"{key}_stderr"))
+    key = f"{entry}.mean.perplexity"
+    return [*found, numbers(frame, "mean", key, rounded, f"{key}_stderr")]
+
+
+def share_columns(frame: pd.DataFrame, entry: str) -> list[Column]:
+    """The share of the reference's increase on each text of a set, of comparisons.csv."""
+    found = _names_of_rows(places_of(frame))
+    mean, worst = f"{entry}.mean.share", f"{entry}.worst.share"
+    keys = [key for key in frame if key.startswith(f"{entry}.") and key.endswith(".share")]
+    for key in [*(key for key in keys if key not in (mean, worst)), mean]:
+        title = key.removeprefix(f"{entry}.").removesuffix(".share")
+        found.append(numbers(frame, title, key, "{:.2f}".format, f"{key}_stderr"))
+    return found
+
+
 def seconds_columns(frame: pd.DataFrame) -> list[Column]:
     """The columns of timings.csv, rounded."""
     units = {"seconds": "s", "tokens_per_second": "tokens/s"}
@@ -121,33 +185,52 @@ def comparison_columns(frame: pd.DataFrame) -> list[Column]:
     """The columns of comparisons.csv, rounded: differences to the reference, and verdicts."""
     found = _names_of_rows(places_of(frame))
     show = partial(rounded, decimals=4, sign="+")
-    for key in [key for key in frame if key.endswith("_delta")]:
+    keys = [key for key in frame if key.endswith("_delta")]
+    sets = [key.removesuffix(".mean.nll_delta") for key in keys if key.endswith(".mean.nll_delta")]
+    for key in keys:
         name, _, measure = key.removesuffix("_delta").rpartition(".")
-        found.append(numbers(frame, f"{name} Δ {measure}", key, show, f"{key}_stderr"))
+        # Of a set the mean; each text has a table of its own in the report.
+        entry = next((one for one in sets if name.startswith(f"{one}.")), None)
+        if entry is not None and name != f"{entry}.mean":
+            continue
+        title = name if entry is None else f"{entry} mean"
+        found.append(numbers(frame, f"{title} Δ {measure}", key, show, f"{key}_stderr"))
         said = frame[f"{name}.{measure}_verdict"]
         texts = ["–" if is_empty(one) else one for one in said]
-        found.append(words(f"{name} verdict", texts, "short"))
+        found.append(words(f"{title} verdict", texts, "short"))
+        if entry is not None and f"{name}.share" in frame:
+            title, share = f"{entry} share of increase, mean", f"{name}.share"
+            found.append(numbers(frame, title, share, "{:.3f}".format, f"{share}_stderr"))
+            title = f"{entry} share of increase, worst"
+            found.append(worst_column(frame, title, entry, "share", "{:.3f}".format))
     return [*found, numbers(frame, "parameters, of the reference's", "parameters_ratio", percent)]
 
 
 def seed_columns(frame: pd.DataFrame, perplexity: Sequence[str]) -> list[Column]:
     """The columns of seeds.csv, rounded: mean, spread and range over seeds."""
     found = [*_names_of_rows(places_of(frame)), numbers(frame, "seeds", "seeds", "{:.0f}".format)]
-    for text in perplexity:
+    for entry in perplexity:
+        a_set = f"{entry}.mean.nll_mean" in frame
+        text, shown = (f"{entry}.mean", f"{entry} mean") if a_set else (entry, entry)
         for measure, show in (("perplexity", rounded), ("nll", "{:.4f}".format)):
             key = f"{text}.{measure}"
-            title = f"{text} {measure}, mean ± sd"
+            title = f"{shown} {measure}, mean ± sd"
             found.append(numbers(frame, title, f"{key}_mean", show, f"{key}_sd"))
             ends = zip(frame[f"{key}_min"], frame[f"{key}_max"], strict=True)
             texts = [f"{show(low)} – {show(high)}" for low, high in ends]
-            found.append(words(f"{text} {measure}, range", texts, "short"))
+            found.append(words(f"{shown} {measure}, range", texts, "short"))
         key = f"{text}.nll_delta_"
         if f"{key}mean" in frame:
-            title = f"{text} Δ nll to reference, mean"
+            title = f"{shown} Δ nll to reference, mean"
             found.append(numbers(frame, title, f"{key}mean", signed, f"{key}stderr"))
         for other in [other for other in frame if other.startswith(f"{key}seed_")]:
             seed = other.removeprefix(f"{key}seed_")
-            found.append(numbers(frame, f"{text} Δ nll, seed {seed}", other, signed))
+            found.append(numbers(frame, f"{shown} Δ nll, seed {seed}", other, signed))
+        for which in ("mean", "worst"):
+            key = f"{entry}.{which}.share"
+            if f"{key}_mean" in frame:
+                title = f"{entry} share of increase, {which}, mean ± sd"
+                found.append(numbers(frame, title, f"{key}_mean", "{:.3f}".format, f"{key}_sd"))
     return found
 
 
@@ -156,7 +239,8 @@ def protocol_columns(
 ) -> list[Column]:
     """How each model was measured on each text and task, one row each."""
     measured: list[tuple[str, tuple[str, ...]]] = []
-    measured += [(text, PERPLEXITY_PROTOCOL) for text in perplexity]
+    texts = [text for entry in perplexity for text in texts_in(frame, entry)]
+    measured += [(text, PERPLEXITY_PROTOCOL) for text in texts]
     measured += [(task, HARNESS_PROTOCOL) for task in harness]
     rows = []
     for model, group in frame.groupby("model", sort=False):
@@ -175,6 +259,11 @@ def comparison_note(frame: pd.DataFrame) -> str:
         "error of that paired difference. A row is better or worse where Δ exceeds two standard "
         "errors; of twenty rows that do not differ, about one does so by chance."
     )
+    if any(key.endswith(".mean.share") for key in frame):
+        said += (
+            " Share of increase: what a row adds to the dense model's perplexity, divided by what "
+            "the reference adds; the mean over texts, and the text with the largest share."
+        )
     if any(f".{LOG}" in key for key in frame):
         said += " Of a task's perplexity Δ is of its logarithm, in nats."
     if any(frame[key].isna().all() for key in frame if key.endswith("_delta_stderr")):

@@ -1,6 +1,5 @@
 """Paired differences between rows of a table, and statistics of rows over calibration seeds."""
 
-import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -12,11 +11,8 @@ from a3.artifacts.runs import Groups, Run
 from a3.core.errors import A3Error
 from a3.core.records import Record
 from a3.report.tables.frames import named
-
-BETTER, WORSE, SAME = "better", "worse", "no difference"
-
-# A difference is significant from this many standard errors on.
-ERRORS = 2
+from a3.report.tables.paired import differences, losses_apart, verdict
+from a3.report.tables.sets import set_shares
 
 # Keys of a statistics record that do not say how its text was read.
 NOT_SETTINGS = {
@@ -32,24 +28,6 @@ NOT_SETTINGS = {
 }
 
 
-def differences(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """Mean of after − before over pairs, and its standard error; NaN for a single pair."""
-    found = pd.Series([b - a for a, b in zip(before, after, strict=True)])
-    return {"delta": float(found.mean()), "delta_stderr": float(found.sem())}
-
-
-def verdict(delta: float, delta_stderr: float, lower_is_better: bool | None) -> str:
-    """Better, worse or the same; "" if a single pair leaves no standard error.
-
-    Also "" if it is not known (None) whether higher or lower is better.
-    """
-    if math.isnan(delta_stderr) or lower_is_better is None:
-        return ""
-    if abs(delta) <= ERRORS * delta_stderr:
-        return SAME
-    return BETTER if (delta < 0) == lower_is_better else WORSE
-
-
 def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     """Every row against the row of the method `reference` of its model, calibration and ratio.
 
@@ -62,15 +40,15 @@ def comparisons(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     if reference is None:
         return []
     return [
-        _comparison(run, other)
-        for _, runs in groups
+        _comparison(dense, run, other)
+        for dense, runs in groups
         for run in runs
         if (other := _beside(run, runs, reference)) is not None
     ]
 
 
-def _beside(run: Run, runs: Sequence[Run], reference: str) -> Run | None:
-    """The reference of the same calibration and ratio; None for the reference itself."""
+def _beside(run: Run, runs: Sequence[Run], reference: str | None) -> Run | None:
+    """The reference of the same calibration and ratio; None for itself, or without a reference."""
     if run.place.method == reference:
         return None
     same = [
@@ -82,18 +60,25 @@ def _beside(run: Run, runs: Sequence[Run], reference: str) -> Run | None:
     return same[0] if same else None
 
 
-def _comparison(run: Run, other: Run) -> dict[str, Any]:
+def _comparison(dense: Run, run: Run, other: Run) -> dict[str, Any]:
     """One row of comparisons.csv."""
     row: dict[str, Any] = run.place.names | {"reference": other.place.method}
     row["parameters_ratio"] = run.size["parameters"] / other.size["parameters"]
-    for text, record in run.perplexity.items():
-        found = differences(other.perplexity[text]["block_nll"], record["block_nll"])
-        row |= named(text, {f"nll_{key}": value for key, value in found.items()})
+    for text, record in run.texts.items():
+        row |= _losses(text, differences(other.texts[text]["block_nll"], record["block_nll"]))
         row[f"{text}.blocks"] = record["blocks"]
-        row[f"{text}.nll_verdict"] = verdict(**found, lower_is_better=True)
+    for entry in filter(run.is_set, run.perplexity):
+        row |= _losses(f"{entry}.mean", losses_apart(other, run, entry))
+        row |= set_shares(dense, other, run, entry)
     for task, record in run.harness.items():
         row |= named(task, _harness(other.harness[task], record))
     return row
+
+
+def _losses(name: str, found: dict[str, float]) -> dict[str, Any]:
+    """The columns of a paired difference in nats a token, on a text or on the mean of a set."""
+    columns = named(name, {f"nll_{key}": value for key, value in found.items()})
+    return columns | {f"{name}.nll_verdict": verdict(**found, lower_is_better=True)}
 
 
 def _harness(before: Record, after: Record) -> dict[str, Any]:
@@ -149,23 +134,30 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
 def seeds(groups: Groups, reference: str | None) -> list[dict[str, Any]]:
     """Each method and ratio that stands there with several calibration seeds, over those seeds.
 
-    Mean, standard deviation and range of perplexity and nll on each text, and, with a `reference`,
-    the difference in nll to its row of the same seed: one value a seed, and their mean and
-    standard error over seeds.
+    Mean, standard deviation and range of perplexity and nll on each text and the mean of each set,
+    and, with a `reference`, the difference in nll to its row of the same seed: one value a seed,
+    and their mean and standard error over seeds; of a set also the share of its increase.
     """
     rows = []
-    for _, runs in groups:
+    for dense, runs in groups:
         for by_seed in _repeated(runs):
             first = next(iter(by_seed.values()))
             row: dict[str, Any] = dict(first.place.names)
             row["calibration"] = " ".join(run.place.calibration for run in by_seed.values())
             row["seeds"] = len(by_seed)
-            for text in first.perplexity:
+            pairs = {
+                seed: (run, other)
+                for seed, run in by_seed.items()
+                if (other := _beside(run, runs, reference)) is not None
+            }
+            for text in _means(first):
                 for key in ("perplexity", "nll"):
-                    values = [run.perplexity[text][key] for run in by_seed.values()]
-                    row |= {f"{text}.{key}_{k}": value for k, value in _spread(values).items()}
-                if reference is not None:
-                    row |= _by_seed(text, by_seed, runs, reference)
+                    values = [_means(run)[text][key] for run in by_seed.values()]
+                    row |= _spread(f"{text}.{key}", values)
+                if pairs:
+                    row |= _by_seed(text, pairs)
+            for entry in filter(first.is_set, first.perplexity):
+                row |= _shares_by_seed(dense, entry, pairs)
             rows.append(row)
     return rows
 
@@ -191,23 +183,35 @@ def _repeated(runs: Sequence[Run]) -> Iterator[dict[int, Run]]:
             yield dict(sorted(by_seed.items()))
 
 
-def _by_seed(
-    text: str, by_seed: dict[int, Run], runs: Sequence[Run], reference: str
-) -> dict[str, Any]:
+def _means(run: Run) -> dict[str, Record]:
+    """Perplexity and nll of each text, and of the mean of each set."""
+    sets = filter(run.is_set, run.perplexity)
+    return run.texts | {f"{entry}.mean": run.perplexity[entry] for entry in sets}
+
+
+def _by_seed(text: str, pairs: dict[int, tuple[Run, Run]]) -> dict[str, Any]:
     """The difference in nll to the reference's row of the same calibration, seed by seed."""
     found = {
-        seed: run.perplexity[text]["nll"] - other.perplexity[text]["nll"]
-        for seed, run in by_seed.items()
-        if (other := _beside(run, runs, reference)) is not None
+        seed: _means(run)[text]["nll"] - _means(other)[text]["nll"]
+        for seed, (run, other) in pairs.items()
     }
-    if not found:
-        return {}
     row = {f"{text}.nll_delta_seed_{seed}": value for seed, value in found.items()}
     row[f"{text}.nll_delta_mean"] = fmean(found.values())
     row[f"{text}.nll_delta_stderr"] = float(pd.Series(list(found.values())).sem())
     return row
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (of a sample) and range."""
-    return {"mean": fmean(values), "sd": stdev(values), "min": min(values), "max": max(values)}
+def _shares_by_seed(dense: Run, entry: str, pairs: dict[int, tuple[Run, Run]]) -> dict[str, Any]:
+    """The spread of a set's shares of the reference's increase; nothing for a single seed."""
+    shares = [set_shares(dense, other, run, entry) for run, other in pairs.values()]
+    row: dict[str, Any] = {}
+    if len(shares) > 1 and all(shares):
+        for key in (f"{entry}.mean.share", f"{entry}.worst.share"):
+            row |= _spread(key, [each[key] for each in shares])
+    return row
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Columns: mean, standard deviation (of a sample) and range."""
+    found = {"mean": fmean(values), "sd": stdev(values), "min": min(values), "max": max(values)}
+    return {f"{name}_{key}": value for key, value in found.items()}

@@ -20,9 +20,11 @@ from a3.report.tables.columns import (
     seed_columns,
     seed_note,
 )
-from a3.report.tables.compare import comparisons, differences, seeds
+from a3.report.tables.compare import comparisons, seeds
 from a3.report.tables.fit import fit_note, fit_values
 from a3.report.tables.frames import frame_of, named, write_csv, write_text
+from a3.report.tables.paired import differences
+from a3.report.tables.sets import set_results
 from a3.rxx.kinds import KINDS, SAMPLED_FORMS
 from a3.solutions.modes import COMPONENTS, DENSE
 
@@ -84,8 +86,10 @@ def frames_of(results: Path, groups: Groups, reference: str | None) -> dict[str,
 def _row(dense: Run, run: Run) -> dict[str, Any]:
     """One row of results.csv: what was measured, then sizes, then the protocol."""
     row: dict[str, Any] = dict(run.place.names)
-    for text, record in run.perplexity.items():
-        row |= named(text, _perplexity(dense.perplexity[text], record))
+    for text, record in run.texts.items():
+        row |= named(text, _perplexity(dense.texts[text], record))
+    for entry in filter(run.is_set, run.perplexity):
+        row |= set_results(dense, run, entry)
     for task, record in run.harness.items():
         row |= named(task, _harness(dense.harness[task], record))
     row |= fit_values(run.fit)
@@ -93,7 +97,7 @@ def _row(dense: Run, run: Run) -> dict[str, Any]:
         row[key] = run.size[key]
         row[f"{key}_ratio"] = run.size[key] / dense.size[key]
     row["calibration_tokens"] = _calibration_tokens(run)
-    for text, record in run.perplexity.items():
+    for text, record in run.texts.items():
         row |= named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
     for task, record in run.harness.items():
         row |= named(task, {key: record[key] for key in HARNESS_PROTOCOL})

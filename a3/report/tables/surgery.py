@@ -21,8 +21,8 @@ from a3.report.tables.columns import (
     text_columns,
     words,
 )
-from a3.report.tables.compare import differences
 from a3.report.tables.frames import frame_of, named, read_csv, write_csv, write_text
+from a3.report.tables.paired import differences
 from a3.report.tables.rounding import rounded
 from a3.solutions.surgeries import PROJECTIONS, SEPARATE
 
@@ -77,7 +77,7 @@ def _row(
     """One row of surgery.csv; `other` is what it is compared to."""
     place = run.place
     row: dict[str, Any] = dict(place.names)
-    for text, record in run.perplexity.items():
+    for text, record in run.texts.items():
         row |= named(text, _perplexity(text, dense, record, other))
     for task, record in run.harness.items():
         row |= named(task, {"value": record["value"], "value_stderr": record["stderr"]})
@@ -95,7 +95,7 @@ def _row(
     row["parameters_in_file"] = run.size["parameters"]
     generation = Record.read(place.generation(results))
     row |= {"prompt": generation["prompt"], "generation": generation["text"]}
-    for text, record in run.perplexity.items():
+    for text, record in run.texts.items():
         row |= named(text, {key: record[key] for key in PERPLEXITY_PROTOCOL})
     for task, record in run.harness.items():
         row |= named(task, {key: record[key] for key in HARNESS_PROTOCOL})
@@ -116,8 +116,8 @@ def _perplexity(
         "nll_to_separate_stderr": None,
     }
     for key, base in (("nll_delta", dense), ("nll_to_separate", other)):
-        if base is not None and record is not base.perplexity[text]:
-            found = differences(base.perplexity[text]["block_nll"], losses)
+        if base is not None and record is not base.texts[text]:
+            found = differences(base.texts[text]["block_nll"], losses)
             row |= {key: found["delta"], f"{key}_stderr": found["delta_stderr"]}
     return row
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from a3.core.errors import A3Error
@@ -11,7 +12,10 @@ from a3.core.provenance import provenance
 from a3.texts.overlap import REASONS, exclusions, same
 from a3.texts.reading import Document, load_documents, text_sha256, write_documents
 
-SPLITS = ("dev", "test", "harness")
+# What a document may serve: three are for evaluation.
+SPLITS = ("dev", "test", "harness", "calibration")
+
+EVALUATED = SPLITS[:3]
 
 WORD = re.compile(r"\w+")
 
@@ -22,12 +26,14 @@ def exclude_and_split(
     shares: dict[str, float] | None,
     out_dir: Path,
 ) -> None:
-    """Write dev.jsonl, test.jsonl, harness.jsonl and split.json (counts, hashes) into `out_dir`.
+    """Write each split's .jsonl and split.json (counts, hashes) into `out_dir`.
 
     A document is left out when it occurs in the excluded texts, as `exclusions` says. The others
     are split by a hash of title and text, so that a document's split depends on nothing else; of
     the same text several times (title, case, spaces aside) the least hash counts, so that no two
-    splits hold it. Without shares all go to test.
+    splits hold it. Of the splits for evaluation, documents that occur in the calibration split are
+    left out too, but not for their titles: within one text these need not tell documents apart.
+    Without shares all go to test.
     Raises A3Error for unknown or wrong shares, or when nothing is left.
     """
     shares = check_shares(shares or {"test": 1.0})
@@ -38,6 +44,11 @@ def exclude_and_split(
     kept = [d for d, reason in zip(found, reasons, strict=True) if reason is None]
     for document, place in zip(kept, split_places(kept), strict=True):
         splits[choose_split(place, shares)].append(document)
+    seen = [replace(document, title="") for document in splits["calibration"]]
+    for split in EVALUATED:
+        own = exclusions(splits[split], seen)
+        reasons += own
+        splits[split] = [d for d, reason in zip(splits[split], own, strict=True) if reason is None]
     if not any(splits.values()):
         raise A3Error(
             f"{docs_path}: all {len(found)} documents occur in the calibration texts. Evaluate on "

@@ -4,7 +4,7 @@ import html
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,27 +31,37 @@ from a3.texts.reading import (
     write_documents,
 )
 
-PROSE = ("text", "lines", "doc-tags")
+PROSE = ("text", "lines", "paragraphs", "endoftext", "doc-tags")
 
 FORMATS = (*PROSE, "summaries", "jsonl", "dataset")
+
+# What parts the documents of a file of format endoftext, as in files that models are trained on.
+END_OF_TEXT = "<|endoftext|>"
+
+BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 DOC_TAG = re.compile(r'^<doc [^\n]*?title="([^\n]*)">\n(.*?)\n?^</doc>$', re.MULTILINE | re.DOTALL)
 
 
 def make_documents(
-    spec: dict[str, Any], wheels: Path | None, texts: Path | None, out: Path
+    spec: dict[str, Any], wheels: Path | None, members: Sequence[Path], out: Path
 ) -> None:
     """Write a text's `documents` to `out`, a .jsonl file, and its provenance beside it in JSON.
 
-    A mixture is made of the docs.jsonl of its members in the folder `texts`.
+    `members`: of a mixture, the documents of each member, in the order of their names.
     """
     if out.suffix != ".jsonl":
         raise A3Error(f"{out}: expected a name that ends in .jsonl. Choose such a name.")
     if origin_of(spec["source"], (*PLACES, "mix")) == "mix":
         shares = spec["source"]["mix"]
-        paths = {name: member_of(texts, name) for name in shares}
+        if len(members) != len(shares):
+            raise A3Error(
+                f"a mixture of {', '.join(sorted(shares))}: found {len(members)} files of "
+                "documents, expected one for each. Name them in this order (--members)."
+            )
+        paths = dict(zip(sorted(shares), members, strict=True))
         write_documents(out, mixture(paths, shares))
-        inputs = {f"{name}/docs.jsonl": sha256(path) for name, path in paths.items()}
+        inputs = {f"{path.parent.name}/{path.name}": sha256(path) for path in members}
         say(out, __name__, text=spec, inputs=inputs)
     else:
         write_documents(out, documents(spec, wheels))
@@ -87,16 +97,6 @@ def described(source: dict[str, Any]) -> str:
     return "a local file"
 
 
-def member_of(texts: Path | None, name: str) -> Path:
-    """The documents of one member of a mixture; raises A3Error if they are not there."""
-    path = (texts or Path()) / name / "docs.jsonl"
-    if texts is None or not path.is_file():
-        raise A3Error(
-            f"{path}: no such member of the mixture. Make the text {name} first (--texts)."
-        )
-    return path
-
-
 def mixture(paths: Mapping[str, Path], shares: Mapping[str, float]) -> list[Document]:
     """Documents of several files, each with its member's name, as `interleave` mixes them."""
     members = {
@@ -111,9 +111,11 @@ def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document
 
     A file is what its name says, as everywhere (a3.texts.reading), unless `format` says otherwise:
     doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}), text (each
-    file one document, whatever it holds), lines (each line one), jsonl (JSON of records), dataset
-    (records, as the name says; of a hub data set its rows). Of records `column` of the source
-    (default text) is the text, and title the title.
+    file one document, whatever it holds), lines (each line one), paragraphs (cut at blank lines, as
+    soon as a document has `min_chars`), endoftext (parted by `<|endoftext|>`), jsonl (JSON of
+    records), dataset (records, as the name says; of a hub data set its rows). Of records `column`
+    of the source (default text) is the text, and title the title; in JSON dots lead to nested
+    fields.
     Raises A3Error when the source cannot be read as that format or nothing is left of it.
     """
     source, form = spec["source"], spec.get("format")
@@ -123,8 +125,8 @@ def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document
         raise A3Error(
             f"text {source}: format is {form}, expected {' or '.join(allowed)}. Correct format."
         )
-    found = hub_documents(source) if hub else local_documents(source, form, wheels)
     least = spec.get("min_chars", 1)
+    found = hub_documents(source) if hub else local_documents(source, form, wheels, least)
     kept = [document for document in found if len(document.text.strip()) >= least]
     if not any(document.text.strip() for document in kept):
         raise A3Error(
@@ -135,16 +137,16 @@ def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document
 
 
 def local_documents(
-    source: dict[str, Any], form: str | None, wheels: Path | None
+    source: dict[str, Any], form: str | None, wheels: Path | None, least: int
 ) -> list[Document]:
-    """Documents of the files of a wheel or path source, as `documents` says."""
+    """Documents of the files of a wheel or path source, as `documents` says; `least` characters."""
     column = source.get("column")
     if column is not None and form in PROSE:
         raise A3Error(f"text {source}: format {form} has no columns. Leave column out.")
     found = [
         document
         for name, content in contents(source, form, wheels)
-        for document in parse_as(form, name, content, column)
+        for document in parse_as(form, name, content, column, least)
     ]
     return found[rows_of(source["split"], len(found))] if "split" in source else found
 
@@ -165,8 +167,13 @@ def contents(
         yield from ((str(file), read_bytes(file)) for file in files)
 
 
-def parse_as(form: str | None, name: str, content: bytes, column: str | None) -> list[Document]:
-    """Documents of one file, in one of the formats; A3Error if it is not of that format."""
+def parse_as(
+    form: str | None, name: str, content: bytes, column: str | None, least: int
+) -> list[Document]:
+    """Documents of one file, in one of the formats; A3Error if it is not of that format.
+
+    Those of format paragraphs have `least` characters or more, but for the last one.
+    """
     if form == "dataset" and type_of(name) not in RECORDS:
         raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
     if form in (None, "dataset", "jsonl"):
@@ -174,11 +181,29 @@ def parse_as(form: str | None, name: str, content: bytes, column: str | None) ->
     text = decode(unpack(name, content), name)
     if form == "lines":
         return [Document("", line) for line in text.split("\n")]
+    if form == "paragraphs":
+        return [Document("", passage) for passage in passages(text, least)]
+    if form == "endoftext":
+        return [Document("", part.strip()) for part in text.split(END_OF_TEXT)]
     if form == "doc-tags":
         return doc_tags(name, text)
     if form == "summaries":
         return summaries(name, text)
     return [Document(inner(name)[0], text)]
+
+
+def passages(text: str, least: int) -> Iterator[str]:
+    """Runs of paragraphs with `least` characters or more, each as short as can be; then the rest.
+
+    Between paragraphs are one or more blank lines.
+    """
+    passage = ""
+    for paragraph in BLANK_LINES.split(text):
+        passage = f"{passage}\n\n{paragraph}" if passage else paragraph
+        if len(passage.strip()) >= least:
+            yield passage.strip("\n")
+            passage = ""
+    yield passage.strip("\n")
 
 
 def doc_tags(name: str, content: str) -> list[Document]:
