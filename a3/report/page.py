@@ -17,7 +17,6 @@ from a3.artifacts.runs import Run, read_runs
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
-from a3.core.records import Record
 from a3.experiments.rows import check_reference
 from a3.report.tables.columns import (
     Column,
