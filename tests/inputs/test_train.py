@@ -211,7 +211,7 @@ def test_the_catalogue_follows_the_schema():
 
 
 def test_the_pages_sources_follow_the_schema():
-    (block,) = re.findall(
+    block, *_ = re.findall(
         r"```yaml\n(.*?)```", (ROOT / "docs/experiments.md").read_text(), re.DOTALL
     )
     models = complete({"experiments": "x.tsv"} | yaml.safe_load(block), SCHEMA)["models"]
