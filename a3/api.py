@@ -10,7 +10,8 @@ Arguments that several functions have:
 - `tokenizer`: needed for a loaded dense model. Compressed models, folders and named models bring
   their own tokenizer.
 - `texts`: strings, a datasets.Dataset with the column `text`, a file or folder, or a name from the
-  catalogue. All texts are read, because the seed shuffles the documents.
+  catalogue (by default its mixture of many kinds, which is downloaded). All texts are read, because
+  the seed shuffles the documents.
 - `ratio`: share of each dimension to remove, in [0, 1). Not needed if each mode has its own.
 - `preset`: modes of all components, `"a3"` (the paper's) or `"a3-plus"` (most accurate).
 - `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
@@ -95,7 +96,7 @@ class Run(TypedDict):
 def compress(
     model: Model,
     tokenizer: Tokenizer = None,
-    texts: Texts = "wiki-articles",
+    texts: Texts = "mixture",
     *,
     ratio: float | str | None = None,
     preset: str = "a3",
@@ -136,7 +137,7 @@ def compress(
 def collect(
     model: Model,
     tokenizer: Tokenizer = None,
-    texts: Texts = "wiki-articles",
+    texts: Texts = "mixture",
     *,
     out: str | Path,
     preset: str = "a3",
@@ -164,7 +165,7 @@ def collect(
     out = path_of("out", out)
     kinds = kinds_of(preset, {"qk": qk, "ov": ov, "mlp": mlp})
     with workplace(progress) as work:
-        folder, docs = model_folder(model, tokenizer, work), documents(texts, work)
+        folder, docs = model_folder(model, tokenizer, work), documents(texts, work, "calibration")
         outputs = {kind: out / f"{kind}.safetensors" for kind in kinds}
         for path in outputs.values():
             targets.check(targets.STATISTICS, {"model": folder, "text": docs, "out": path})
@@ -271,7 +272,7 @@ def evaluate(
     with workplace(progress) as work:
         folder, out = model_folder(model, tokenizer, work), work / "result.json"
         if texts is not None:
-            score(folder, documents(texts, work), name_of(texts), out, sizes, run)
+            score(folder, documents(texts, work, "test"), name_of(texts), out, sizes, run)
         elif task is not None:
             from a3.stages.evaluate.harness import harness
 

