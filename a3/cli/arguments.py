@@ -241,7 +241,7 @@ class Preset(argparse.Action):
 
 
 def add_blocks(
-    one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
+    one: argparse.ArgumentParser, tokens: int | None, seed: bool, scored: bool = False
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
     text = f"number of tokens to use{', or all' if scored else ''}"
@@ -265,11 +265,9 @@ def add_seed(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=SEED, default=0, metavar="N", help=text)
 
 
-def add_run(one: argparse.ArgumentParser) -> None:
+def add_run(one: argparse.ArgumentParser, dtypes: tuple[str, ...] = RUN_DTYPES) -> None:
     """Where and how the model runs."""
-    one.add_argument(
-        "--dtype", choices=RUN_DTYPES, default="float32", help="dtype of the forward pass"
-    )
+    one.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the forward pass")
     add_device(one)
     add_threads(one)
 

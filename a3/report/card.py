@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from a3.artifacts.card import is_own_card, write_card
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, seal_folder, sha256, write_record
@@ -10,7 +11,6 @@ from a3.core.records import Record
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import CARD, Checkpoint, check_file, recorded_files
 from a3.models.compressed import compressed_record
-from a3.stages.approx.card import is_own_card, write_card
 
 # Fields of a result that the card shows.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
