@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3.artifacts import targets
 from a3.core.devices import require_device
-from a3.core.dtypes import GGUF_TYPES, RUN_DTYPES
+from a3.core.dtypes import GGUF_TYPES, HEAL_DTYPES, RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import read_record
@@ -55,6 +55,7 @@ from a3.given import (
     model_entry,
     model_folder,
     name_of,
+    number_of,
     path_of,
     plan_of,
     require_one_of,
@@ -226,6 +227,46 @@ def approximate(
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         approximate(folder, rxx, plan, work / "small", ranks)
+        return loaded_as(work / "small", model)
+
+
+def heal(
+    model: Model,
+    teacher: Model,
+    tokenizer: Tokenizer = None,
+    texts: Texts = "wiki-articles",
+    *,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    rate: float = 1e-4,
+    batch: int = 1,
+    block_length: int = 1024,
+    bos: bool = True,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Train a compressed model towards its dense model `teacher`; returns the trained model.
+
+    The loss is KL(dense ‖ compressed) on blocks of `texts` that the calibration has not seen, as
+    far as the folder `model` says which those are. Training ends after `minutes` or `tokens`,
+    whichever comes first (both None: 10 minutes). `rate` is the largest learning rate of Adam,
+    `batch` the number of blocks of a step. Shapes do not change, and `model` itself is not changed.
+    """
+    from a3.stages.heal.heal import heal
+
+    sizes = sizes_of(block_length if tokens is None else tokens, block_length, bos, 0)
+    settings: dict[str, Any] = {"batch": count_of("batch", batch), "tokens": tokens}
+    settings |= {"block_length": sizes["block_length"], "bos": sizes["bos"]}
+    settings |= {"rate": number_of("rate", rate)}
+    settings["minutes"] = None if minutes is None else number_of("minutes", minutes)
+    require_one_of("dtype", dtype, HEAL_DTYPES)
+    run = run_of(dtype, device, model)
+    with workplace(progress) as work:
+        own = None if isinstance(model, str | Path) or hasattr(model, "beside") else tokenizer
+        folder = model_folder(model, own, work)
+        dense = model_folder(teacher, tokenizer, work / "teacher")
+        heal(folder, dense, documents(texts, work), work / "small", **settings, **run)
         return loaded_as(work / "small", model)
 
 

@@ -32,15 +32,11 @@ from a3.cli.arguments import (
     with_settings,
 )
 from a3.cli.options import count, positive
+from a3.core.dtypes import HEAL_DTYPES
 from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
 from a3.solutions.modes import COMPONENTS, choose
 from a3.solutions.recipes import METHODS, check_method
-
-# What a3 heal does if nothing is said; float16 would need losses to be scaled.
-MINUTES = 10.0
-RATE = 1e-4
-DTYPES = ("float32", "bfloat16")
 
 
 def add_commands(commands: Any) -> None:
@@ -301,8 +297,6 @@ def heal(model: Path, text: Path, out: Path, **options: Any) -> None:
     from a3.stages.heal.heal import heal
 
     teacher = folder(options.pop("teacher"))
-    if options["minutes"] is None and options["tokens"] is None:
-        options["minutes"] = MINUTES
     with keeping(out):
         heal(folder(model), teacher, text, out, **options)
 
@@ -325,14 +319,14 @@ def add_heal(commands: Any) -> None:
     one.add_argument("--teacher", type=Path, required=True, metavar="MODEL", help=text_)
     add_text(one)
     add_out(one, targets.HEALED, "FOLDER", "Hugging Face folder to write")
-    text_ = f"minutes of training at most (default: {MINUTES:g}, where --tokens is not given)"
+    text_ = "minutes of training at most (default: 10, where --tokens is not given)"
     one.add_argument("--minutes", type=positive, metavar="N", help=text_)
     add_blocks(one, tokens=None, seed=False)
     text_ = "largest learning rate, of Adam"
-    one.add_argument("--rate", type=positive, default=RATE, metavar="N", help=text_)
+    one.add_argument("--rate", type=positive, default=1e-4, metavar="N", help=text_)
     text_ = "number of sequences at once"
     one.add_argument("--batch", type=count(), default=1, metavar="N", help=text_)
-    add_run(one, dtypes=DTYPES)
+    add_run(one, dtypes=HEAL_DTYPES)
     add_fresh(one)
 
 

@@ -42,6 +42,9 @@ from a3.texts.reading import text_sha256
 # Keys of the compressed model's record that also hold for the trained one.
 KEPT = ("base", "base_card", "modes", "ranks", "layers", "size")
 
+# The budget in minutes if none is given.
+MINUTES = 10.0
+
 # Weights, gradients and Adam's two moments, in float32.
 COPIES = 4
 
@@ -66,12 +69,15 @@ def heal(
 
     The loss is KL(dense ‖ compressed) per token on blocks that the calibration has not seen. All
     weights of the layers are trained by Adam, in float32; embeddings, final norm and head stay.
-    Training ends after `minutes` of steps or `tokens`, whichever comes first. `batch` blocks of
+    Training ends after `minutes` of steps or `tokens`, whichever comes first (both None: after
+    MINUTES). `batch` blocks of
     `block_length` tokens are a step, `rate` is the largest learning rate, and `dtype` that of the
     products. Shapes and config do not change. After a kill, the same call goes on from the work
     folder beside `out`, unless `fresh`. Raises A3Error for models that cannot be trained or taught,
     a text too short, and a loss that is not finite.
     """
+    if minutes is None and tokens is None:
+        minutes = MINUTES
     record = require_trainable(model_folder)
     require_teacher(model_folder, teacher_folder)
     require_positions(model_folder, block_length)
