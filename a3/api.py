@@ -253,20 +253,26 @@ def heal(
     whichever comes first (both None: 10 minutes). `rate` is the largest learning rate of Adam,
     `batch` the number of blocks of a step. Shapes do not change, and `model` itself is not changed.
     """
-    from a3.stages.heal.heal import heal
+    from a3.stages.heal.heal import Settings, heal
 
     sizes = sizes_of(block_length if tokens is None else tokens, block_length, bos, 0)
-    settings: dict[str, Any] = {"batch": count_of("batch", batch), "tokens": tokens}
-    settings |= {"block_length": sizes["block_length"], "bos": sizes["bos"]}
-    settings |= {"rate": number_of("rate", rate)}
-    settings["minutes"] = None if minutes is None else number_of("minutes", minutes)
     require_one_of("dtype", dtype, HEAL_DTYPES)
     run = run_of(dtype, device, model)
+    settings = Settings(
+        minutes=None if minutes is None else number_of("minutes", minutes),
+        tokens=None if tokens is None else sizes["tokens"],
+        rate=number_of("rate", rate),
+        batch=count_of("batch", batch),
+        block_length=sizes["block_length"],
+        bos=sizes["bos"],
+        dtype=dtype,
+    )
     with workplace(progress) as work:
         own = None if isinstance(model, str | Path) or hasattr(model, "beside") else tokenizer
         folder = model_folder(model, own, work)
         dense = model_folder(teacher, tokenizer, work / "teacher")
-        heal(folder, dense, documents(texts, work), work / "small", **settings, **run)
+        docs, out = documents(texts, work), work / "small"
+        heal(folder, dense, docs, out, settings, device=run["device"])
         return loaded_as(work / "small", model)
 
 

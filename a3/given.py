@@ -1,6 +1,7 @@
 """Converts arguments of the Python interface to the folders, files and plans that stages read."""
 
 import io
+import math
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -264,7 +265,7 @@ def count_of(name: str, value: Any, least: int = 1) -> int:
 
 def number_of(name: str, value: Any) -> float:
     """An argument above 0; raises A3Error for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise A3Error(f"{name}: found {value!r}, expected a number above 0.")
     return float(value)
 

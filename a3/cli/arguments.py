@@ -19,7 +19,7 @@ ROW = (*COMPONENTS, "ratio")
 SEED = count(0, LARGEST_SEED)
 
 
-EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise"))
+EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise", "heal"))
 
 
 SURGERIES = values.rows("model", "calibration", "mode", "size", others=())

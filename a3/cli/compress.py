@@ -292,13 +292,15 @@ def add_quantise(commands: Any) -> None:
     add_threads(one)
 
 
-def heal(model: Path, text: Path, out: Path, **options: Any) -> None:
+def heal(
+    model: Path, teacher: Path, text: Path, out: Path, device: str, fresh: bool, **settings: Any
+) -> None:
     """Train a compressed model towards its dense one."""
-    from a3.stages.heal.heal import heal
+    from a3.stages.heal.heal import Settings, heal
 
-    teacher = folder(options.pop("teacher"))
     with keeping(out):
-        heal(folder(model), teacher, text, out, **options)
+        said = Settings(**settings)
+        heal(folder(model), folder(teacher), text, out, said, device=device, fresh=fresh)
 
 
 def add_heal(commands: Any) -> None:

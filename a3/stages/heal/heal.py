@@ -3,6 +3,7 @@
 Nothing else in a3 trains a compressed model, so that its results are shown apart from all others.
 """
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from a3.models.load import count_parameters, load_config, load_tokenizer, requir
 from a3.models.tokenizer import require_rows
 from a3.models.travel import bring
 from a3.stages.heal.distil import Distillation
-from a3.stages.heal.fresh import HELD_OUT, fresh_text
+from a3.stages.heal.fresh import HELD_OUT, FreshText, fresh_text
 from a3.stages.heal.training import STATE, Budget, Training
 from a3.texts.reading import text_sha256
 
@@ -49,19 +50,31 @@ MINUTES = 10.0
 COPIES = 4
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained.
+
+    Until `minutes` of steps have passed or `tokens` were used, whichever comes first (both None:
+    MINUTES). `batch` blocks of `block_length` tokens are a step, `rate` is the largest learning
+    rate, and `dtype` that of the products.
+    """
+
+    minutes: float | None
+    tokens: int | None
+    rate: float
+    batch: int
+    block_length: int
+    bos: bool
+    dtype: str
+
+
 def heal(
     model_folder: Path,
     teacher_folder: Path,
     text: Path,
     out: Path,
+    settings: Settings,
     *,
-    minutes: float | None,
-    tokens: int | None,
-    rate: float,
-    batch: int,
-    block_length: int,
-    bos: bool,
-    dtype: str,
     device: str,
     fresh: bool = False,
 ) -> None:
@@ -69,26 +82,20 @@ def heal(
 
     The loss is KL(dense ‖ compressed) per token on blocks that the calibration has not seen. All
     weights of the layers are trained by Adam, in float32; embeddings, final norm and head stay.
-    Training ends after `minutes` of steps or `tokens`, whichever comes first (both None: after
-    MINUTES). `batch` blocks of
-    `block_length` tokens are a step, `rate` is the largest learning rate, and `dtype` that of the
-    products. Shapes and config do not change. After a kill, the same call goes on from the work
-    folder beside `out`, unless `fresh`. Raises A3Error for models that cannot be trained or taught,
-    a text too short, and a loss that is not finite.
+    Shapes and config do not change. After a kill, the same call goes on from the work folder beside
+    `out`, unless `fresh`. Raises A3Error for models that cannot be trained or taught, a text too
+    short, and a loss that is not finite.
     """
-    if minutes is None and tokens is None:
-        minutes = MINUTES
+    if settings.minutes is None and settings.tokens is None:
+        settings = replace(settings, minutes=MINUTES)
     record = require_trainable(model_folder)
     require_teacher(model_folder, teacher_folder)
-    require_positions(model_folder, block_length)
+    require_positions(model_folder, settings.block_length)
     require_replaceable(out, HEALED.seal)
     arch, teacher = compressed_arch(model_folder), load_arch(teacher_folder)
     require_same_base(record, teacher, teacher_folder)
-    require_room(model_folder, teacher_folder, dtype, device)
-    statistics = (record.get("provenance") or {}).get("statistics", {})
-    tokenizer = load_tokenizer(model_folder)
-    source = fresh_text(text, statistics, tokenizer, block_length, bos)
-    require_rows(model_folder, tokenizer, source.held_out())
+    require_room(model_folder, teacher_folder, settings.dtype, device)
+    source = unseen(model_folder, record, text, settings)
     said = provenance(
         __name__,
         *modules_of(model_folder),
@@ -98,30 +105,37 @@ def heal(
         text_sha256=text_sha256(text),
         seed=source.seed,
         skipped_blocks=source.skipped,
-        minutes=minutes,
-        tokens=tokens,
-        rate=rate,
-        batch=batch,
-        block_length=block_length,
-        bos=bos,
-        dtype=dtype,
+        **asdict(settings),
     )
     with work_folder(out, said | {"device": device}, lambda _: [STATE], [STATE], fresh) as work:
         student = layerwise(model_folder, arch, "float32", device, stream=False)
-        dense = layerwise(teacher_folder, teacher, dtype, device, stream=False)
-        training = Training(
-            Distillation(student, dense, rate, dtype), source, Budget(minutes, tokens), batch, work
-        )
+        dense = layerwise(teacher_folder, teacher, settings.dtype, device, stream=False)
+        distillation = Distillation(student, dense, settings.rate, settings.dtype)
+        budget = Budget(settings.minutes, settings.tokens)
+        training = Training(distillation, source, budget, settings.batch, work)
         training.run()
-        weights = stored(training.distillation, Checkpoint(model_folder))
+        weights = stored(distillation, Checkpoint(model_folder))
         kept = {key: record[key] for key in KEPT if key in record}
-        # None if the model was saved again after compression.
         kept |= {"approx": record.get("provenance"), "healed": result(training)}
-        kept |= {"provenance": said | {"statistics": statistics}}
+        kept |= {"provenance": said | {"statistics": statistics_of(record)}}
         with whole_folder(out, HEALED.seal, [model_folder, teacher_folder]) as folder:
             write(folder, model_folder, weights, kept)
             seconds = sum(training.progress.seconds)
             write_record(folder / "timing.json", {"seconds": seconds, "layers": []})
+
+
+def statistics_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Records of the statistics of a calibration; none for a model that was saved again."""
+    return (record.get("provenance") or {}).get("statistics", {})
+
+
+def unseen(folder: Path, record: dict[str, Any], text: Path, settings: Settings) -> FreshText:
+    """The blocks of a text that the calibration has not seen; A3Error if the model has no rows."""
+    tokenizer = load_tokenizer(folder)
+    cut = (settings.block_length, settings.bos)
+    source = fresh_text(text, statistics_of(record), tokenizer, *cut)
+    require_rows(folder, tokenizer, source.held_out())
+    return source
 
 
 def require_trainable(folder: Path) -> dict[str, Any]:
