@@ -238,8 +238,8 @@ def heal(
     *,
     minutes: float | None = None,
     tokens: int | None = None,
-    rate: float = 1e-4,
-    batch: int = 1,
+    learning_rate: float = 3e-4,
+    batch_size: int = 1,
     block_length: int = 1024,
     bos: bool = True,
     dtype: str = "float32",
@@ -250,8 +250,8 @@ def heal(
 
     The loss is KL(dense ‖ compressed) on blocks of `texts` that the calibration has not seen, as
     far as the folder `model` says which those are. Training ends after `minutes` or `tokens`,
-    whichever comes first (both None: 10 minutes). `rate` is the largest learning rate of Adam,
-    `batch` the number of blocks of a step. Shapes do not change, and `model` itself is not changed.
+    whichever comes first (both None: 10 minutes). `learning_rate` is the largest one of Adam,
+    `batch_size` the number of blocks of a step. Shapes do not change, nor does `model` itself.
     """
     from a3.stages.heal.heal import Settings, heal
 
@@ -261,8 +261,8 @@ def heal(
     settings = Settings(
         minutes=None if minutes is None else number_of("minutes", minutes),
         tokens=None if tokens is None else sizes["tokens"],
-        rate=number_of("rate", rate),
-        batch=count_of("batch", batch),
+        learning_rate=number_of("learning_rate", learning_rate),
+        batch_size=count_of("batch_size", batch_size),
         block_length=sizes["block_length"],
         bos=sizes["bos"],
         dtype=dtype,

@@ -48,8 +48,8 @@ def trained(folder, minutes, texts, options):
     settings = Settings(
         minutes=minutes,
         tokens=None,
-        rate=options.rate,
-        batch=options.batch,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
         block_length=options.block_length,
         bos=True,
         dtype=options.dtype,
@@ -115,8 +115,8 @@ def main():
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 3, 10])
     parser.add_argument("--score-tokens", type=int, default=8192)
     parser.add_argument("--block-length", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)

@@ -325,9 +325,9 @@ def add_heal(commands: Any) -> None:
     one.add_argument("--minutes", type=positive, metavar="N", help=text_)
     add_blocks(one, tokens=None, seed=False)
     text_ = "largest learning rate, of Adam"
-    one.add_argument("--rate", type=positive, default=1e-4, metavar="N", help=text_)
-    text_ = "number of sequences at once"
-    one.add_argument("--batch", type=count(), default=1, metavar="N", help=text_)
+    one.add_argument("--learning-rate", type=positive, default=3e-4, metavar="N", help=text_)
+    text_ = "number of blocks of a step; one is in memory at a time"
+    one.add_argument("--batch-size", type=count(), default=1, metavar="N", help=text_)
     add_run(one, dtypes=HEAL_DTYPES)
     add_fresh(one)
 

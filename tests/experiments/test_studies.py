@@ -120,7 +120,7 @@ def test_a_training_is_of_a_compressed_row_and_its_text_is_not_scored(tmp_path):
         "evaluate": {"perplexity": ["p"]},
     }
     whole, path = complete(config, load_yaml(SCHEMA)), tmp_path / "x.tsv"
-    assert whole["heal"]["short"]["rate"] == 1e-4
+    assert whole["heal"]["short"]["learning_rate"] == 3e-4
 
     def read(*cells, modes="rxx-w-rxx xkv rxx-w 0.2", columns="quantise heal"):
         names = ["model", "calibration", "qk", "ov", "mlp", "ratio", *columns.split()]

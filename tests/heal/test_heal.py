@@ -65,7 +65,15 @@ def home(once, tmp_path, monkeypatch):
 
 def command(*others, tokens=640, out="healed"):
     words = ["heal", "small", "--teacher", "dense", "--text", "text.jsonl", *BLOCKS]
-    return [*words, "--tokens", str(tokens), "--rate", "1e-3", *others, "-o", out]
+    return [*words, "--tokens", str(tokens), "--learning-rate", "1e-3", *others, "-o", out]
+
+
+def distillation(folder):
+    """The two models of a folder, to be trained."""
+    dense, small = folder / "dense", folder / "small"
+    models = (small, compressed_arch(small)), (dense, load_arch(dense))
+    student, teacher = (layerwise(path, arch, "float32", "cpu", False) for path, arch in models)
+    return Distillation(student, teacher, 1e-3, "float32")
 
 
 def content(folder):
@@ -107,10 +115,7 @@ def test_training_lowers_the_loss_and_changes_the_layers_alone(family, tmp_path,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_is_that_of_the_whole_models(family, tmp_path):
     folder = made(tmp_path, family)
-    dense, small = folder / "dense", folder / "small"
-    models = (small, compressed_arch(small)), (dense, load_arch(dense))
-    student, teacher = (layerwise(path, arch, "float32", "cpu", False) for path, arch in models)
-    one = Distillation(student, teacher, 1e-3, "float32")
+    dense, small, one = folder / "dense", folder / "small", distillation(folder)
     blocks = torch.randint(0, 300, (2, 300), generator=torch.Generator().manual_seed(0))
     one.prepare(blocks[0])
     found = sum(one.divergence(block, 2) for block in blocks) / 2
@@ -165,10 +170,10 @@ def killed(words, name, times):
 def test_another_command_is_refused_and_fresh_starts_over(home, capsys, monkeypatch):
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0)
     assert killed(command(), "training.safetensors", 3)
-    assert main(command("--batch", "2")) == 1
+    assert main(command("--batch-size", "2")) == 1
     said = capsys.readouterr().err
-    assert "healed.a3-work: was made for another command: batch is 1, now 2" in said
-    run(*command("--batch", "2", "--fresh"))
+    assert "healed.a3-work: was made for another command: batch_size is 1, now 2" in said
+    run(*command("--batch-size", "2", "--fresh"))
     assert record(home / "healed")["healed"]["steps"] == 10
 
 
@@ -189,9 +194,15 @@ def test_blocks_are_those_that_the_calibration_has_not_seen(home):
     (home / "other.txt").write_text("A river moves towards an ocean or a lake. " * 60)
     assert fresh_text(home / "other.txt", statistics, tokenizer, 32, True).skipped == 0
     assert fresh_text(home / "text.jsonl", {}, tokenizer, 32, True).skipped == 0
-    run(*command())
+    run(*command(tokens=64))
     said = record(home / "healed")["provenance"]
     assert (said["seed"], said["skipped_blocks"], said["text"]) == (0, 16, "text.jsonl")
+    # The loss of the first step is that of the first block to train on, before training.
+    one = distillation(home)
+    one.prepare(whole[0])
+    losses = [one.measure(blocks) for blocks in (text.training(1), text.held_out())]
+    found = record(home / "healed")["healed"]
+    assert losses == pytest.approx([found["losses"][0], found["loss_before"]], rel=1e-6)
 
 
 def test_a_budget_in_minutes_is_kept(home):
@@ -220,7 +231,7 @@ def test_bfloat16_computes_in_it_and_stores_what_the_folder_has(home):
     small = a3.compress(
         model, tokenizer, texts, ratio=0.5, tokens=512, block_length=32, progress=False
     )
-    sizes = {"tokens": 640, "block_length": 32, "rate": 1e-3}
+    sizes = {"tokens": 640, "block_length": 32, "learning_rate": 1e-3}
     healed = a3.heal(small, model, tokenizer, texts, **sizes, dtype="bfloat16", progress=False)
     assert {weight.dtype for weight in healed.parameters()} == {torch.bfloat16}
     before, after, target = (
@@ -300,6 +311,6 @@ def test_other_weights_of_the_same_vocabulary_teach_with_a_warning(home, capfd):
 
 
 def test_a_loss_that_is_not_finite_says_what_to_do(home, capsys):
-    assert main([*command("--rate", "1e30"), "--fresh"]) == 1
+    assert main([*command("--learning-rate", "1e30"), "--fresh"]) == 1
     assert "Lower the learning rate, which is 1e+30" in capsys.readouterr().err
     assert not (home / "healed").exists()

@@ -9,7 +9,7 @@ from a3.cli.main import main
 
 HEAL = """
 heal:
-  quick: {text: train, tokens: 640, block_length: 64, rate: 0.001}
+  quick: {text: train, tokens: 640, block_length: 64, learning_rate: 0.001}
 """
 
 

@@ -55,14 +55,14 @@ class Settings:
     """How a model is trained.
 
     Until `minutes` of steps have passed or `tokens` were used, whichever comes first (both None:
-    MINUTES). `batch` blocks of `block_length` tokens are a step, `rate` is the largest learning
-    rate, and `dtype` that of the products.
+    MINUTES). `batch_size` blocks of `block_length` tokens are a step, `learning_rate` is the
+    largest, and `dtype` that of the products.
     """
 
     minutes: float | None
     tokens: int | None
-    rate: float
-    batch: int
+    learning_rate: float
+    batch_size: int
     block_length: int
     bos: bool
     dtype: str
@@ -110,9 +110,9 @@ def heal(
     with work_folder(out, said | {"device": device}, lambda _: [STATE], [STATE], fresh) as work:
         student = layerwise(model_folder, arch, "float32", device, stream=False)
         dense = layerwise(teacher_folder, teacher, settings.dtype, device, stream=False)
-        distillation = Distillation(student, dense, settings.rate, settings.dtype)
+        distillation = Distillation(student, dense, settings.learning_rate, settings.dtype)
         budget = Budget(settings.minutes, settings.tokens)
-        training = Training(distillation, source, budget, settings.batch, work)
+        training = Training(distillation, source, budget, settings.batch_size, work)
         training.run()
         weights = stored(distillation, Checkpoint(model_folder))
         kept = {key: record[key] for key in KEPT if key in record}

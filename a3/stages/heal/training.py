@@ -54,15 +54,20 @@ class Progress:
 
 
 class Training:
-    """Trains on a fresh text within a budget, `batch` blocks a step; keeps its state in `work`."""
+    """Trains within a budget, `batch_size` blocks of a text a step; keeps its state in `work`."""
 
     def __init__(
-        self, distillation: Distillation, text: FreshText, budget: Budget, batch: int, work: Path
+        self,
+        distillation: Distillation,
+        text: FreshText,
+        budget: Budget,
+        batch_size: int,
+        work: Path,
     ) -> None:
         self.distillation = distillation
         self.text = text
         self.budget = budget
-        self.batch = batch
+        self.batch_size = batch_size
         self.path = work / STATE
         self.saved = time.perf_counter()
         held_out = text.held_out()
@@ -78,15 +83,17 @@ class Training:
     @property
     def tokens(self) -> int:
         """Tokens of a step."""
-        return self.batch * self.text.block_length
+        return self.batch_size * self.text.block_length
 
     def cut(self) -> Tensor:
         """The blocks (N, L) of all steps that are planned, or as many as the text has."""
-        return self.text.training((self.progress.steps or WARMUP) * self.batch)
+        return self.text.training((self.progress.steps or WARMUP) * self.batch_size)
 
     def run(self) -> None:
         """Take all steps that are left."""
         progress = self.progress
+        if progress.steps is not None:
+            self.announce()
         with Bar(unit="tok", desc="heal", initial=progress.done * self.tokens) as bar:
             while not progress.finished:
                 self.step()
@@ -101,8 +108,8 @@ class Training:
     def step(self) -> None:
         """The next step: all blocks are used once before any is used again."""
         progress, start = self.progress, time.perf_counter()
-        first = progress.done * self.batch
-        chosen = [number % len(self.blocks) for number in range(first, first + self.batch)]
+        first = progress.done * self.batch_size
+        chosen = [number % len(self.blocks) for number in range(first, first + self.batch_size)]
         factor = schedule(progress.done, progress.steps)
         progress.losses.append(self.distillation.step(self.blocks[chosen], factor))
         progress.seconds.append(time.perf_counter() - start)
@@ -114,15 +121,22 @@ class Training:
         most = progress.done + max(0, int(left / (sum(progress.seconds[1:]) / TIMED)))
         progress.steps = most if progress.steps is None else min(most, progress.steps)
         self.blocks = self.cut()
+        self.announce()
+
+    def announce(self) -> None:
+        """Say how many steps are planned, which are known."""
+        steps = self.progress.steps or 0
+        passes = steps * self.batch_size / len(self.blocks)
         LOG.info(
-            f"heal: {progress.steps} steps of {self.tokens} tokens, "
-            f"{progress.steps * self.batch / len(self.blocks):.1f} times over the blocks that are "
-            "left of the text"
+            f"heal: {steps} steps of {self.tokens} tokens, {passes:.1f} times over the blocks that "
+            "are left of the text"
         )
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
-        tensors = {name: value.cpu() for name, value in self.distillation.state().items()}
+        tensors = {
+            name: value.cpu().contiguous() for name, value in self.distillation.state().items()
+        }
         with whole_file(self.path) as temporary:
             save_file(tensors, temporary, {"progress": json.dumps(asdict(self.progress))})
         self.saved = time.perf_counter()
