@@ -32,7 +32,8 @@ COUNTS = [
     *((words, "--threads", "1025") for words in (PPL, HARNESS, SPEED, COLLECT, APPROX, PLAN)),
     *((words, option, "0") for words, options_ in (
         (PPL, ("--tokens", "--block-length", "--threads")), (COLLECT, ("--tokens", "--threads")),
-        (HARNESS, ("--limit",)), (QUANTISE, ("--rank",)), (HEAL, ("--tokens", "--batch-size")), (APPROX, ("--multiple",)),
+        (HARNESS, ("--limit",)), (QUANTISE, ("--rank",)), (APPROX, ("--multiple",)),
+        (HEAL, ("--tokens", "--batch-size")),
         (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiple")),
         (GENERATION, ("--new-tokens",)), (PLAN, ("--tokens", "--cores", "--block-length")),
         (["items", "d.jsonl", "-o", "i"], ("--items",)),
