@@ -1,6 +1,7 @@
 """Rows that are trained: a stage, a place and a method of their own, beside training-free rows."""
 
 import json
+import re
 
 import pandas as pd
 from test_workflow import HEADER, ROW, Project
@@ -41,6 +42,16 @@ def test_a_trained_row_has_its_own_place_method_and_column(tmp_path, monkeypatch
     said = (folder / "results/tables/default/results.md").read_text()
     assert "rxx-w-rxx + xkv + rxx-w + heal-quick" in said
     assert "trained on tokens" in said
+
+    page = (folder / "results/tables/default/report.html").read_text()
+    free, trained = (
+        f"{start} of the smallest models at each ratio: at 0.25, "
+        for start in ("Best", "Best after training (a3 heal)")
+    )
+    assert re.search(re.escape(free) + r"[^;]* by rxx-w-rxx\+xkv\+rxx-w, which", page)
+    assert re.search(
+        re.escape(trained) + r"[^;]* by rxx-w-rxx\+xkv\+rxx-w\+heal-quick, which", page
+    )
 
     monkeypatch.chdir(folder)
     assert main(["verify", "results"]) == 0
