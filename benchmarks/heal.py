@@ -98,8 +98,8 @@ def draw(frame, path):
         ):
             rows = rows.sort_values("minutes")
             axes.plot(rows["minutes"], rows["perplexity"], marker=marker, label=model)
-        axes.set(title=text, xlabel="minutes of training", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(title=text, xlabel="minutes of training")
+        axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("perplexity (lower is better)")
     panels[0][0].legend(frameon=False)
     for ending in ("png", "svg"):
