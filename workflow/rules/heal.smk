@@ -31,7 +31,9 @@ rule heal:
         model=lambda wildcards, input: Path(input.model[0]).parent,
         teacher=subpath(input.teacher, parent=True),
         settings=settings(
-            "heal", "heal", ("tokens", "learning_rate", "batch_size", "block_length", "bos", "dtype")
+            "heal",
+            "heal",
+            ("tokens", "learning_rate", "batch_size", "block_length", "bos", "dtype"),
         ),
         threads=C["threads"]["heal"],
         device=C["device"],
