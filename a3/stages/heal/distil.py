@@ -105,12 +105,14 @@ class Distillation:
         return torch.autocast(self.device.type, self.dtype, enabled=wanted)
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on: each weight, and Adam's two moments of it."""
+        """What the next step depends on: each weight, Adam's two moments of it, and its steps.
+
+        Experts that no token has reached have no moments.
+        """
         found: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            moments = self.optimizer.state[weight]
-            found |= {f"weight.{name}": weight.detach()}
-            found |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+            own = {"weight": weight.detach()} | self.optimizer.state[weight]
+            found |= {f"{key}.{name}": value for key, value in own.items()}
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -121,6 +123,7 @@ class Distillation:
                 self.optimizer.state[weight] = {
                     key: state[f"{key}.{name}"].to(weight.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in state
                 }
 
 

@@ -14,7 +14,7 @@ from a3.texts.blocks import token_blocks
 from a3.texts.reading import Document, load_documents, text_sha256, write_documents
 
 # The first fresh blocks are never trained on: the loss before and after is measured on them.
-HELD_OUT = 8
+HELD_OUT = 4
 
 
 @dataclass(frozen=True)
