@@ -11,7 +11,7 @@ import a3.models.registry  # noqa: F401
 from a3.core.errors import A3Error
 
 if TYPE_CHECKING:
-    from a3.api import allocate, approximate, collect, compress, evaluate, export, load
+    from a3.api import allocate, approximate, collect, compress, evaluate, export, heal, load
 
 __all__ = [
     "A3Error",
@@ -21,6 +21,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "heal",
     "load",
 ]
 

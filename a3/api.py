@@ -39,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from a3.artifacts import targets
 from a3.core.devices import require_device
-from a3.core.dtypes import GGUF_TYPES, RUN_DTYPES
+from a3.core.dtypes import GGUF_TYPES, HEAL_DTYPES, RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import read_record
@@ -56,6 +56,7 @@ from a3.given import (
     model_entry,
     model_folder,
     name_of,
+    number_of,
     path_of,
     plan_of,
     require_one_of,
@@ -233,6 +234,52 @@ def approximate(
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         approximate(folder, rxx, plan, work / "small", ranks)
+        return loaded_as(work / "small", model)
+
+
+def heal(
+    model: Model,
+    teacher: Model,
+    tokenizer: Tokenizer = None,
+    texts: Texts = "wiki-articles",
+    *,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    learning_rate: float = 3e-4,
+    batch_size: int = 1,
+    block_length: int = 1024,
+    bos: bool = True,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Train a compressed model towards its dense model `teacher`; returns the trained model.
+
+    The loss is KL(dense ‖ compressed) on blocks of `texts` that the calibration has not seen, as
+    far as the folder `model` says which those are. Training ends after `minutes` or `tokens`,
+    whichever comes first (both None: 10 minutes). `learning_rate` is the largest one of Adam,
+    `batch_size` the number of blocks of a step. Shapes do not change, nor does `model` itself.
+    """
+    from a3.stages.heal.heal import Settings, heal
+
+    sizes = sizes_of(block_length if tokens is None else tokens, block_length, bos, 0)
+    require_one_of("dtype", dtype, HEAL_DTYPES)
+    run = run_of(dtype, device, model)
+    settings = Settings(
+        minutes=None if minutes is None else number_of("minutes", minutes),
+        tokens=None if tokens is None else sizes["tokens"],
+        learning_rate=number_of("learning_rate", learning_rate),
+        batch_size=count_of("batch_size", batch_size),
+        block_length=sizes["block_length"],
+        bos=sizes["bos"],
+        dtype=dtype,
+    )
+    with workplace(progress) as work:
+        own = None if isinstance(model, str | Path) or hasattr(model, "beside") else tokenizer
+        folder = model_folder(model, own, work)
+        dense = model_folder(teacher, tokenizer, work / "teacher")
+        docs, out = documents(texts, work, "calibration"), work / "small"
+        heal(folder, dense, docs, out, settings, device=run["device"])
         return loaded_as(work / "small", model)
 
 

@@ -1,12 +1,13 @@
 """Converts arguments of the Python interface to the folders, files and plans that stages read."""
 
 import io
+import math
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from decimal import Decimal, InvalidOperation
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -263,6 +264,13 @@ def count_of(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise A3Error(f"{name}: found {value!r}, expected an integer from {least} on.")
     return int(value)
+
+
+def number_of(name: str, value: Any) -> float:
+    """An argument above 0; raises A3Error for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise A3Error(f"{name}: found {value!r}, expected a number above 0.")
+    return float(value)
 
 
 # --- results --------------------------------------------------------------------------------------

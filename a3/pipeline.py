@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from a3.artifacts.card import record_loss
 from a3.artifacts.fit import said_of as said_of_loss
 from a3.artifacts.fit import warning_of
 from a3.artifacts.targets import NEW
@@ -29,7 +30,6 @@ from a3.models.checkpoint import recorded_files
 from a3.models.inputs import local_inputs, marks
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
-from a3.stages.approx.card import record_loss
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect

@@ -13,7 +13,7 @@ from pathlib import Path
 # Ten typical changes: the file that each touches before the move of November 2026, and after.
 CHANGES = {
     "an estimate of time and memory": ("cost.py", "models/cost.py"),
-    "the model card": ("stages/card.py", "stages/approx/card.py"),
+    "the model card": ("stages/card.py", "artifacts/card.py"),
     "a figure": ("stages/figures.py", "report/figures/quality.py"),
     "a column of the table": ("results.py", "report/tables/columns.py"),
     "a mode's solution (MLP)": ("solutions/mlp.py", "solutions/mlp.py"),

@@ -60,7 +60,7 @@ class Job:
         get = self.wildcards.get
         fields = [get("model"), get("calibration")]
         fields += ["+".join(self.wildcards[c] for c in COMPONENTS if c in self.wildcards)]
-        fields += [get(key) for key in ("mode", "ratio", "size", "quantise")]
+        fields += [get(key) for key in ("mode", "ratio", "size", "quantise", "heal")]
         fields += get("run", "").split("/")
         fields += [get(key) for key in ("kind", "text", "task", "speed", "table", "type", "wheel")]
         fields += [(get("shard") or get("shard_folder") or "").rpartition("/")[2]]

@@ -1,8 +1,8 @@
 """Names of rows and paths of their files. Only this module writes and parses paths of results.
 
 A row is written as MODEL/dense or MODEL/CALIBRATION/QK+OV+MLP/RATIO, with /QUANTISATION added if it
-is quantised, or as MODEL/CALIBRATION/MODE/SIZE for a surgery. `Place.format` writes it,
-`Place.parse` reads it back.
+is quantised and /heal-ENTRY if it is trained, or as MODEL/CALIBRATION/MODE/SIZE for a surgery.
+`Place.format` writes it, `Place.parse` reads it back.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -15,6 +15,9 @@ from a3.solutions.recipes import PLAIN
 
 # Folder for the statistics of shards, inside the folder of a calibration's statistics.
 SHARDS = "shards"
+
+# How paths and methods begin that say how a row was trained; no quantisation is written so.
+HEALED_BY = "heal-"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Place:
     ratio: str = "0"
     # How the compressed model was then quantised (a3.solutions.recipes).
     quantise: str = PLAIN
+    # The entry of the configuration by which the compressed model was then trained.
+    heal: str = PLAIN
 
     @staticmethod
     def parse(text: str) -> "Place":
@@ -36,15 +41,18 @@ class Place:
         match text.split("/"):
             case [model, how] if how == DENSE:
                 return Place(model)
-            case [model, calibration, modes, ratio, *quantise] if "+" in modes:
-                if modes.count("+") == len(COMPONENTS) - 1 and len(quantise) < 2:
+            case [model, calibration, modes, ratio, *then] if "+" in modes:
+                if modes.count("+") == len(COMPONENTS) - 1 and len(then) < 2:
                     qk, ov, mlp = modes.split("+")
-                    return Place(model, calibration, qk, ov, mlp, ratio, *quantise)
+                    made = Place(model, calibration, qk, ov, mlp, ratio)
+                    if then and then[0].startswith(HEALED_BY):
+                        return replace(made, heal=then[0].removeprefix(HEALED_BY))
+                    return replace(made, quantise=then[0]) if then else made
             case [model, calibration, mode, size]:
                 return SurgeryPlace(model, calibration, mode=mode, size=size)
         raise A3Error(
             f"{text}: expected MODEL/{DENSE}, MODEL/CALIBRATION/QK+OV+MLP/RATIO, the same and "
-            "/QUANTISATION, or MODEL/CALIBRATION/MODE/SIZE of a surgery."
+            "/QUANTISATION or /heal-ENTRY, or MODEL/CALIBRATION/MODE/SIZE of a surgery."
         )
 
     def format(self) -> str:
@@ -57,6 +65,8 @@ class Place:
         if self.is_dense:
             return (DENSE,)
         own = (self.calibration, self.modes, self.ratio)
+        if self.is_healed:
+            return (*own, f"{HEALED_BY}{self.heal}")
         return (*own, self.quantise) if self.is_quantised else own
 
     @property
@@ -80,14 +90,21 @@ class Place:
         return self.quantise != PLAIN
 
     @property
+    def is_healed(self) -> bool:
+        """Whether the compressed model was trained."""
+        return self.heal != PLAIN
+
+    @property
     def modes(self) -> str:
         """The modes of QK, OV and MLP as they are written in paths."""
         return f"{self.qk}+{self.ov}+{self.mlp}"
 
     @property
     def method(self) -> str:
-        """The method as shown in tables: the modes, and the quantisation if there is one."""
+        """The method as shown in tables: the modes, and the training or quantisation after them."""
         done = [] if self.is_whole else [self.modes]
+        if self.is_healed:
+            done.append(f"{HEALED_BY}{self.heal}")
         return "+".join([*done, self.quantise] if self.is_quantised else done) or DENSE
 
     @property
@@ -103,14 +120,16 @@ class Place:
     @property
     def base(self) -> Self:
         """The row whose weights this one was made from."""
-        compressed = self.is_quantised and not self.is_whole
-        return replace(self, quantise=PLAIN) if compressed else self.dense
+        compressed = (self.is_quantised or self.is_healed) and not self.is_whole
+        return replace(self, quantise=PLAIN, heal=PLAIN) if compressed else self.dense
 
     def weights(self, results: Path) -> Path:
         """The JSON file that describes the weights: arch.json, or approx.json of a checkpoint."""
         if self.is_dense:
             return results / "models" / self.model / "arch.json"
         folder = "quantised" if self.is_quantised else "checkpoints"
+        if self.is_healed:
+            folder = "healed"
         return results / folder / self.format() / "approx.json"
 
     def perplexity(self, results: Path, text: str) -> Path:
@@ -134,20 +153,20 @@ class Place:
 
         Quantising a compressed model needs statistics of that model, not of the dense one.
         """
-        own = not self.base.is_dense
+        own = self.is_quantised and not self.is_whole
         folder = self.base.format() if own else f"{self.model}/{self.calibration}"
         return results / "rxx" / folder / f"{kind}.safetensors"
 
     def losses(self, results: Path) -> Path | None:
         """The folder of the losses by rank, of all shards; needed if some mode eliminates."""
-        if self.is_quantised or not (found := eliminating(self.names)):
+        if self.is_quantised or self.is_healed or not (found := eliminating(self.names)):
             return None
         modes = "+".join(found.get(component, DENSE) for component in COMPONENTS)
         return results / "losses" / self.model / self.calibration / modes
 
     def allocation(self, results: Path) -> Path | None:
         """The ranks of each layer; needed if some mode has an allocated ratio."""
-        shared = SHARED in self.modes and not self.is_quantised
+        shared = SHARED in self.modes and not self.is_quantised and not self.is_healed
         return results / "allocations" / f"{self.format()}.json" if shared else None
 
     def spectra(self, results: Path) -> Path:
@@ -194,7 +213,7 @@ class SurgeryPlace(Place):
 SURGERY_PLACE = ("model", "calibration", "mode", "size")
 
 # Number of path components after those of the row, for each top-level folder.
-AFTER_ROW = {"checkpoints": 1, "quantised": 1, "exports": 2, "eval": 2}
+AFTER_ROW = {"checkpoints": 1, "quantised": 1, "healed": 1, "exports": 2, "eval": 2}
 
 
 def place_of(results: Path, path: Path) -> Place:

@@ -56,7 +56,7 @@ class Folder:
 
 
 class Resumed(Folder):
-    """A new folder that is made in a work folder; with that, it may be there already.
+    """A folder that is made with a work folder; with that, it may be there already.
 
     The command itself compares the two: it may have been killed after its last step.
     """
@@ -211,6 +211,8 @@ TRAINED = Folder(Seal("train.json", "train"))
 APPROXIMATED = Folder(Seal("approx.json", "approximate"))
 
 QUANTISED = Folder(Seal("approx.json", "quantise"))
+
+HEALED = Resumed(Seal("approx.json", "heal"))
 
 OPERATED = Folder(Seal("approx.json", "surgery"))
 

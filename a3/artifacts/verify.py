@@ -70,6 +70,7 @@ class Verifier:
             "shards": ("shards/**/*.json", self.shard),
             "checkpoints": ("checkpoints/**/approx.json", self.checkpoint),
             "quantised checkpoints": ("quantised/**/approx.json", self.quantised),
+            "trained checkpoints": ("healed/**/approx.json", self.healed),
             "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
@@ -78,7 +79,7 @@ class Verifier:
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "losses", "allocations", "eval", "checkpoints", "quantised")
+        seconds = ("rxx", "losses", "allocations", "eval", "checkpoints", "quantised", "healed")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -86,7 +87,7 @@ class Verifier:
                     yield sort, path, check
         for path in timings:
             yield "seconds", path, Record.read
-        for top in ("models/*", "checkpoints/**", "quantised/**"):
+        for top in ("models/*", "checkpoints/**", "quantised/**", "healed/**"):
             folders = [path.parent for path in self.paths(f"{top}/config.json")]
             bare = [f for f in folders if not any((f / name).exists() for name in RECORDS)]
             self.missing["record of a model's folder"] += len(bare)
@@ -232,6 +233,13 @@ class Verifier:
         record, place = self.files(path), place_of(self.results, path)
         self.made_of(record, "provenance.weights_sha256", place.base)
         self.statistics(record, place)
+
+    def healed(self, path: Path) -> None:
+        """A trained model, and the compressed model, the dense one and the text it was made of."""
+        record, place = self.files(path), place_of(self.results, path)
+        self.made_of(record, "provenance.weights_sha256", place.base)
+        self.made_of(record, "provenance.teacher_sha256", place.dense)
+        self.known(record, "provenance.text_sha256", self.texts)
 
     def export(self, path: Path) -> None:
         """An ordinary checkpoint, and the compressed one that it was made of."""

@@ -19,7 +19,7 @@ ROW = (*COMPONENTS, "ratio")
 SEED = count(0, LARGEST_SEED)
 
 
-EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise"))
+EXPERIMENTS = values.rows("model", others=("calibration", *ROW, "quantise", "heal"))
 
 
 SURGERIES = values.rows("model", "calibration", "mode", "size", others=())
@@ -243,7 +243,7 @@ class Preset(argparse.Action):
 
 
 def add_blocks(
-    one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
+    one: argparse.ArgumentParser, tokens: int | None, seed: bool, scored: bool = False
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
     text = f"number of tokens to use{', or all' if scored else ''}"
@@ -266,11 +266,9 @@ def add_seed(one: argparse.ArgumentParser) -> None:
     one.add_argument("--seed", type=SEED, default=0, metavar="N", help=DRAWN)
 
 
-def add_run(one: argparse.ArgumentParser) -> None:
+def add_run(one: argparse.ArgumentParser, dtypes: tuple[str, ...] = RUN_DTYPES) -> None:
     """Where and how the model runs."""
-    one.add_argument(
-        "--dtype", choices=RUN_DTYPES, default="float32", help="dtype of the forward pass"
-    )
+    one.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the forward pass")
     add_device(one)
     add_threads(one)
 

@@ -1,5 +1,8 @@
 """Commands that make smaller models: a3 compress and the stages that it runs."""
 
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from a3.artifacts import targets
 from a3.cli.arguments import (
     ANY_MODEL,
     NAMED_TEXT,
+    SMALL_MODEL,
     add,
     add_blocks,
     add_components,
@@ -22,11 +26,13 @@ from a3.cli.arguments import (
     add_rxx,
     add_servable,
     add_shard,
+    add_text,
     add_threads,
     folder,
     with_settings,
 )
-from a3.cli.options import count
+from a3.cli.options import count, positive
+from a3.core.dtypes import HEAL_DTYPES
 from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
 from a3.solutions.modes import COMPONENTS, choose
@@ -41,6 +47,7 @@ def add_commands(commands: Any) -> None:
     add_approx(commands)
     add_gather(commands)
     add_quantise(commands)
+    add_heal(commands)
     add_surgery(commands)
     add_spectra(commands)
 
@@ -63,13 +70,26 @@ def compress(
 
     plan, texts = Plan(choose(row), servable, multiple), 1 if dev_text is None else 2
     say = partial(announce, row, settings, texts)
-    try:
+    with keeping(out):
         compress(model, text, plan, out, settings, dev_text=dev_text, fresh=fresh, announce=say)
+
+
+@contextmanager
+def keeping(out: Path) -> Iterator[None]:
+    """After an error inside the block, say where the finished work is."""
+    try:
+        yield
     except BaseException as error:
         # Not of an error of this command's options, after which nothing goes on.
         if (work_of(out) / RECORD).is_file() and not isinstance(error, WorkError):
             LOG.warning(f"{work_of(out)}: keeps what is finished; the same command goes on there")
         raise
+
+
+def add_fresh(one: argparse.ArgumentParser) -> None:
+    """Whether a killed run's work is used."""
+    text_ = "start over where a killed run left FOLDER.a3-work; otherwise it goes on from there"
+    one.add_argument("--fresh", action="store_true", help=text_)
 
 
 def add_compress(commands: Any) -> None:
@@ -92,8 +112,7 @@ def add_compress(commands: Any) -> None:
     add_servable(one)
     add_out(one, targets.COMPRESSED, "FOLDER", "new Hugging Face folder")
     add_run(add_blocks(one, tokens=32768, seed=True))
-    text_ = "start over where a killed run left FOLDER.a3-work; otherwise it goes on from there"
-    one.add_argument("--fresh", action="store_true", help=text_)
+    add_fresh(one)
     one.set_defaults(
         command=lambda **options: compress(**with_settings(options)),
         entries={"model": "models", "text": "texts", "dev_text": "texts"},
@@ -275,6 +294,46 @@ def add_quantise(commands: Any) -> None:
     add_out(one, targets.QUANTISED, "FOLDER", "Hugging Face folder to write")
     one.set_defaults(entries={"recipe": "quantisations"})
     add_threads(one)
+
+
+def heal(
+    model: Path, teacher: Path, text: Path, out: Path, device: str, fresh: bool, **settings: Any
+) -> None:
+    """Train a compressed model towards its dense one."""
+    from a3.stages.heal.heal import Settings, heal
+
+    with keeping(out):
+        said = Settings(**settings)
+        heal(folder(model), folder(teacher), text, out, said, device=device, fresh=fresh)
+
+
+def add_heal(commands: Any) -> None:
+    """Arguments of a3 heal."""
+    one = add(
+        commands,
+        "heal",
+        heal,
+        "train a compressed model towards its dense one (distillation)",
+        "Reads a compressed model, the dense model that it was made from, and a text, and writes a "
+        "model of the same shapes whose layers were trained to predict like the dense one, on "
+        "blocks that the calibration has not seen. FOLDER.a3-work has its state until then: after "
+        "a kill, the same command goes on from there.",
+        "a3 heal small --teacher my-llama --text my-text.txt --minutes 10 -o healed",
+    )
+    add_model(one, SMALL_MODEL)
+    text_ = "Hugging Face folder of the dense model, which has the same tokenizer"
+    one.add_argument("--teacher", type=Path, required=True, metavar="MODEL", help=text_)
+    add_text(one)
+    add_out(one, targets.HEALED, "FOLDER", "Hugging Face folder to write")
+    text_ = "minutes of training at most (default: 10, where --tokens is not given)"
+    one.add_argument("--minutes", type=positive, metavar="N", help=text_)
+    add_blocks(one, tokens=None, seed=False)
+    text_ = "largest learning rate, of Adam"
+    one.add_argument("--learning-rate", type=positive, default=3e-4, metavar="N", help=text_)
+    text_ = "number of blocks of a step; one is in memory at a time"
+    one.add_argument("--batch-size", type=count(), default=1, metavar="N", help=text_)
+    add_run(one, dtypes=HEAL_DTYPES)
+    add_fresh(one)
 
 
 def surgery(model: Path, rxx: Path | None, mode: str, size: str, out: Path) -> None:

@@ -64,6 +64,14 @@ def count(least: int = 1, most: int = MOST) -> Callable[[str], int]:
     return read
 
 
+def positive(word: str) -> float:
+    """A number above 0: 10, 0.5, 1e-4."""
+    written = re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?(e-?[0-9]{1,2})?", word)
+    if written is None or not float(word) > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {shown(word)}")
+    return float(word)
+
+
 def count_or_all(word: str) -> int | str:
     """A number of tokens, or all."""
     return word if word == "all" else count()(word)

@@ -102,7 +102,7 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     catalogue = load_yaml(CATALOGUE)
     named = {key: catalogue[key] | config.get(key, {}) for key in SECTIONS}
     whole = with_defaults(config | named, schema, schema.get("$defs", {}))
-    for section in ("calibrations", "perplexity", "harness"):
+    for section in ("calibrations", "heal", "perplexity", "harness"):
         for name, entry in whole[section].items():
             for text in texts_of(entry):
                 defined("text", text, whole["texts"], f"{section}.{name}")

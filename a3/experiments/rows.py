@@ -16,8 +16,8 @@ COLUMNS = ("model", "calibration", *COMPONENTS, "ratio")
 
 SURGERY_COLUMNS = ("model", "calibration", "mode", "size")
 
-# Tables with quantised rows have one more column.
-QUANTISE = "quantise"
+# Tables with quantised or trained rows have more columns.
+QUANTISE, HEAL = "quantise", "heal"
 
 
 def texts_seen(row: dict[str, str], config: dict[str, Any]) -> dict[str, str]:
@@ -31,6 +31,8 @@ def texts_seen(row: dict[str, str], config: dict[str, Any]) -> dict[str, str]:
         source = config["models"][model]["source"]
     if "train" in source:
         seen[f"model {model!r}"] = source["train"]["text"]
+    if (name := row.get(HEAL, PLAIN)) != PLAIN:
+        seen[f"heal {name!r}"] = config["heal"][name]["text"]
     return seen
 
 
@@ -40,13 +42,14 @@ def read_experiments(path: Path, config: dict[str, Any]) -> list[dict[str, str]]
     Raises A3Error, with the file's line, for wrong columns, names not defined, unknown modes,
     wrong sizes, two rows that say the same, and evaluation text that is calibrated on.
     """
-    rows = read_rows(path, COLUMNS, "experiments", QUANTISE)
-    seen: list[tuple[str, str, dict[str, Choice], str]] = []
+    rows = read_rows(path, COLUMNS, "experiments", (QUANTISE, HEAL))
+    seen: list[tuple[str, str, dict[str, Choice], str, str]] = []
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         check_row(row, config, where)
         # Compare rows by meaning, not by spelling: xkv@0.2 is the same as xkv at ratio 0.2.
-        meaning = row["model"], row["calibration"], choose(row), row.get(QUANTISE, PLAIN)
+        then = (row.get(QUANTISE, PLAIN), row.get(HEAL, PLAIN))
+        meaning = row["model"], row["calibration"], choose(row), *then
         if meaning in seen:
             raise A3Error(f"{where}: means the same as row {seen.index(meaning) + 1}. Delete one.")
         seen.append(meaning)
@@ -75,12 +78,12 @@ def read_surgeries(path: Path, config: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def read_rows(
-    path: Path, columns: tuple[str, ...], key: str, optional: str | None = None
+    path: Path, columns: tuple[str, ...], key: str, optional: tuple[str, ...] = ()
 ) -> list[dict[str, str]]:
     """Rows of a table, each with the keys `columns`, all text; `key` is the config's key for it.
 
-    The table may also have the column `optional`. Raises A3Error if the file is missing or not a
-    table, or if it has other columns or no rows.
+    The table may also have columns of `optional`, in this order. Raises A3Error if the file is
+    missing or not a table, or if it has other columns or no rows.
     """
     try:
         with path.open(newline="") as stream:
@@ -96,12 +99,13 @@ def read_rows(
 
 
 def check_table(
-    path: Path, lines: list[str], columns: tuple[str, ...], optional: str | None = None
+    path: Path, lines: list[str], columns: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> list[dict[str, str]]:
     """Rows of the lines of a table; raises A3Error as `read_rows` does, and csv.Error."""
     reader = csv.DictReader(lines, delimiter="\t")
-    if tuple(reader.fieldnames or ()) not in (columns, (*columns, optional)):
-        more = f" (and {optional}, where rows have it)" if optional else ""
+    found = tuple(reader.fieldnames or ())
+    if found != (*columns, *(name for name in optional if name in found[len(columns) :])):
+        more = f" (and {', '.join(optional)}, where rows have it)" if optional else ""
         raise A3Error(
             f"{path}: columns are {reader.fieldnames}, expected {', '.join(columns)}{more}, "
             "separated by tabs."
@@ -133,9 +137,22 @@ def check_row(row: dict[str, str], config: dict[str, Any], where: str) -> None:
         if (cell := row.get(QUANTISE, PLAIN)) != PLAIN:
             recipe = parse_quantisation(cell).recipe
             defined("recipe", recipe, config["quantisations"], QUANTISE)
+        check_heal(row, config)
     except A3Error as error:
         raise A3Error(f"{where}: {error}") from error
     check_place(row, config, where)
+
+
+def check_heal(row: dict[str, str], config: dict[str, Any]) -> None:
+    """Raise A3Error unless a row can be trained by its entry of the configuration."""
+    if (name := row.get(HEAL, PLAIN)) == PLAIN:
+        return
+    defined("training", name, config["heal"], HEAL)
+    if row.get(QUANTISE, PLAIN) != PLAIN or Place(**row).is_whole:
+        raise A3Error(
+            f"heal is {name!r}, but only a compressed row that is not quantised is trained. Write "
+            f"{PLAIN} there."
+        )
 
 
 def check_place(row: dict[str, str], config: dict[str, Any], where: str) -> None:

@@ -199,6 +199,19 @@ def perplexity_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype:
     return Cost(LIBRARIES + memory, tokens * arch["size"]["flops_per_token"])
 
 
+def heal_cost(arch: dict[str, Any], tokens: int, block_length: int, dtype: str) -> Cost:
+    """Cost of training a model on `tokens` tokens beside its teacher.
+
+    In float32: weights, gradients, Adam's two moments and, as they are saved, copies of all but the
+    gradients; the activations of all layers for one block, and logits of both models. A step back
+    takes as long as two steps forward.
+    """
+    trained = 7 * weights_memory(arch, "float32") + weights_memory(arch, dtype)
+    logits = 8 * 4 * min(block_length, LOGITS_TOKENS) * arch["vocab_size"]
+    memory = trained + arch["layers"] * forward_memory(arch, block_length) + logits
+    return Cost(LIBRARIES + memory, 4.0 * tokens * arch["size"]["flops_per_token"])
+
+
 def harness_cost(arch: dict[str, Any], items: int, shots: int, dtype: str) -> Cost:
     """Cost of one lm-eval task with `items` items of four choices; each shot is one item more."""
     tokens = HARNESS_TOKENS * (1 + shots)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from a3.artifacts.card import is_own_card, record_again, write_card
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol, texts_scored
 from a3.core.errors import A3Error
 from a3.core.records import Record
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import CARD, Checkpoint, check_file, recorded_files
 from a3.models.compressed import compressed_record
-from a3.stages.approx.card import is_own_card, record_again, write_card
 
 # Fields of a result that the card shows.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")

@@ -161,13 +161,15 @@ def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
             f"({tokens:,} tokens scored, blocks of "
             f"{records[0]['block_length']:,}, {records[0]['dtype']})."
         )
-        by_ratio: dict[str, list[Run]] = {}
-        for run in runs:
-            if run.place.nominal is not None:
-                by_ratio.setdefault(run.place.ratio, []).append(run)
-        if by_ratio:
-            best = [_best(dense, by_ratio[ratio], text) for ratio in sorted(by_ratio, key=float)]
-            said.append(f"Best of the smallest models at each ratio: {'; '.join(best)}.")
+        # A row that was trained is no rival of those that were not.
+        for trained, title in ((False, "Best"), (True, "Best after training (a3 heal)")):
+            by_ratio: dict[str, list[Run]] = {}
+            for run in runs:
+                if run.place.nominal is not None and run.place.is_healed is trained:
+                    by_ratio.setdefault(run.place.ratio, []).append(run)
+            found = [_best(dense, by_ratio[ratio], text) for ratio in sorted(by_ratio, key=float)]
+            if found:
+                said.append(f"{title} of the smallest models at each ratio: {'; '.join(found)}.")
     return " ".join(said)
 
 

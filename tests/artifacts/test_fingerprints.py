@@ -125,6 +125,8 @@ def statistics_and_checkpoints():
     yield "collect_compressed", ["collect", small, *reading, "-o", *rxx(RUN, INPUTS)]
     recipe = ["--recipe", json.dumps(RECIPE), "--method", "none"]
     yield "quantise", ["quantise", small, "--rxx", f"rxx/{RUN}", *recipe, "-o", low]
+    teaching = ["--teacher", dense, "--text", "texts/learn/docs.jsonl", "--tokens", 32]
+    yield "heal", ["heal", small, *teaching, "--block-length", 16, "-o", "healed"]
     yield "spectra", ["spectra", dense, *here, "-o", "spectra/tiny/short.json"]
     surgery = ["--mode", SURGERY["mode"], "--size", SURGERY["size"]]
     yield "surgery", ["surgery", dense, *surgery, "-o", f"checkpoints/{OPERATED}"]
@@ -251,7 +253,7 @@ def test_a_change_makes_stale_what_it_can_change(module, rules):
 
 
 @pytest.mark.parametrize(
-    "rule", ["collect", "approx", "losses", "allocate", "gather", "quantise", "eval_ppl"]
+    "rule", ["collect", "approx", "losses", "allocate", "gather", "quantise", "heal", "eval_ppl"]
 )
 def test_reading_results_back_is_no_part_of_making_them(rule):
     covered = {path for module in RULES[rule] for path in sources(module)}

@@ -21,6 +21,7 @@ PPL = ["eval", "ppl", "m", "--text", "d.jsonl", "-o", "r.json"]
 HARNESS = ["eval", "harness", "m", "--task", "x", "--items", "i.jsonl", "-o", "r.json"]
 SPEED = ["eval", "speed", "m", "-o", "r.json"]
 GENERATION = ["eval", "generation", "m", "--prompt", "x", "-o", "r.json"]
+HEAL = ["heal", "m", "--teacher", "n", "--text", "d.jsonl", "-o", "h"]
 QUANTISE = ["quantise", "m", "--rxx", "rx", "-o", "q"]
 COLLECT = ["collect", "m", "--text", "d.jsonl", "-o", "v_blocks.safetensors"]
 APPROX = ["approx", "m", "--rxx", "rx", "-o", "small"]
@@ -32,6 +33,7 @@ COUNTS = [
     *((words, option, "0") for words, options_ in (
         (PPL, ("--tokens", "--block-length", "--threads")), (COLLECT, ("--tokens", "--threads")),
         (HARNESS, ("--limit",)), (QUANTISE, ("--rank",)), (APPROX, ("--multiple",)),
+        (HEAL, ("--tokens", "--batch-size")),
         (SPEED, ("--batch", "--prompt", "--repeats", "--new-tokens", "--layers", "--multiple")),
         (GENERATION, ("--new-tokens",)), (PLAN, ("--tokens", "--cores", "--block-length")),
         (["items", "d.jsonl", "-o", "i"], ("--items",)),
@@ -65,6 +67,14 @@ def test_a_number_out_of_range(empty, capsys, words, option, value):
     assert f"argument {option}: expected an integer from" in refused(
         capsys, *words, f"{option}={value}"
     )
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--learning-rate"])
+def test_a_measure_is_above_nothing(empty, capsys, option):
+    assert [options.positive(word) for word in ("10", "0.5", "3e-4")] == [10, 0.5, 3e-4]
+    for word in ("0", "-1", "nan", "inf", "1e999", "0x10", "", " 1", "+1", "1_0", "٣", "0e0"):
+        said = refused(capsys, *HEAL, f"{option}={word}")
+        assert f"argument {option}: expected a number above 0" in said
 
 
 @pytest.mark.parametrize("word", NO_NUMBERS)

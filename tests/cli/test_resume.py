@@ -11,6 +11,7 @@ import pytest
 from tiny import document, run, tiny_llama
 
 from a3 import pipeline
+from a3.artifacts.card import record_loss
 from a3.cli.main import main
 from a3.core.files import read_record
 from a3.core.work import RECORD, locked
@@ -18,7 +19,6 @@ from a3.jobs import forecast
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import Plan
 from a3.stages.approx import kept
-from a3.stages.approx.card import record_loss
 
 # After which of its files, in order, a run is killed.
 KILLS = [

@@ -37,6 +37,7 @@ COMMANDS = {
     "gather": ([M, "rx/0of1.safetensors"], M, ""),
     "surgery": ([M, "--size", "variance@0.5"], M, ""),
     "quantise": ([M, "--rxx", RX, "--rank", "4"], M, ""),
+    "heal": ([M, "--teacher", "models/n", "--text", D], M, ""),
     "export hf": ([M], M, ""),
     "export gguf": ([M], M, ".gguf"),
     "eval ppl": ([M, "--text", D], M, ".json"),

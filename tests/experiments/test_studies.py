@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from a3.artifacts.places import Place, SurgeryPlace
+from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.experiments.config import SCHEMA, complete
 from a3.experiments.needed import (
@@ -115,3 +116,40 @@ def test_an_entry_becomes_options():
         *("--apply-chat-template", "--system-instruction=-be brief"),
     ]
     assert option_words({"apply_chat_template": "-t"}, names[-1:]) == ["--apply-chat-template=-t"]
+
+
+def test_a_training_is_of_a_compressed_row_and_its_text_is_not_scored(tmp_path):
+    text = {"source": {"path": "x.txt"}}
+    config = {
+        "experiments": "x.tsv",
+        "models": {"m": {"source": {"path": "m"}}},
+        "texts": {"a": text, "b": text, "c": text | {"exclude": ["a"]}},
+        "calibrations": {"a": {"text": "a", "tokens": 64}},
+        "heal": {"short": {"text": "b", "tokens": 64}, "same": {"text": "a", "tokens": 64}},
+        "perplexity": {"p": {"text": "c"}},
+        "evaluate": {"perplexity": ["p"]},
+    }
+    whole, path = complete(config, load_yaml(SCHEMA)), tmp_path / "x.tsv"
+    assert whole["heal"]["short"]["learning_rate"] == 3e-4
+
+    def read(*cells, modes="rxx-w-rxx xkv rxx-w 0.2", columns="quantise heal"):
+        names = ["model", "calibration", "qk", "ov", "mlp", "ratio", *columns.split()]
+        row = ["m", "a", *modes.split(), *cells]
+        path.write_text("\t".join(names) + "\n" + "\t".join(row) + "\n")
+        return read_experiments(path, whole)
+
+    assert read("-", "same")[0]["heal"] == "same"
+    assert read("same", columns="heal")[0]["heal"] == "same"
+    assert read("-", "-")
+    for cells, options, message in (
+        (("-", "long"), {}, "heal names the training 'long', which is not defined"),
+        (("w4a8+none", "same"), {}, "only a compressed row that is not quantised is trained"),
+        (("-", "same"), {"modes": "dense dense dense -"}, "only a compressed row"),
+        (("-", "short"), {}, "heal 'short' uses the text 'b', and perplexity 'p' is scored on"),
+        (("same", "-"), {"columns": "heal quantise"}, "columns are"),
+    ):
+        with pytest.raises(A3Error, match=message):
+            read(*cells, **options)
+    wrong = config | {"heal": {"short": {"text": "nosuch", "tokens": 64}}}
+    with pytest.raises(A3Error, match=r"heal\.short\.text names the text 'nosuch'"):
+        complete(wrong, load_yaml(SCHEMA))

@@ -23,7 +23,7 @@ def allocation_needed(wildcards):
 
 def losses_needed(wildcards):
     """The losses by rank of modes that eliminate; a shard needs those of its own layers."""
-    folder = Place(**{key: wildcards[key] for key in PLACE[:-1]}).losses(Path(RESULTS))
+    folder = place_of(wildcards).losses(Path(RESULTS))
     shards = [wildcards.get("shard")] if "shard" in wildcards.keys() else SHARDS
     return [f"{folder}/{shard}.safetensors" for shard in shards] if folder else []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.artifacts.places import PLACE, Place, SurgeryPlace
+from a3.artifacts.places import HEALED_BY, PLACE, Place, SurgeryPlace
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.core.provenance import fingerprint
@@ -106,7 +106,8 @@ wildcard_constraints:
     speed=r"[\w.-]+",
     # A recipe, a method and its rank.
     quantise=r"[\w.-]+\+[a-z-]+(@\d+)?",
-    # The dense model, or calibration/modes/ratio of a compressed one, and how it was quantised.
+    heal=r"[\w.-]+",
+    # The dense model, or calibration/modes/ratio of a compressed one, and what was done to it then.
     run=f"{DENSE}|[^/]+/[^/]+/[^/]+(/[^/]+)?",
 
 
@@ -175,7 +176,7 @@ def learned(text):
 def place_of(wildcards):
     """The row of a job, by its run or by names of its own."""
     if "run" not in wildcards.keys():
-        return Place(*(wildcards[key] for key in PLACE))
+        return Place(**{key: wildcards[key] for key in PLACE if key in wildcards.keys()})
     with correctable():
         return Place.parse(f"{wildcards.model}/{wildcards.run}")
 
@@ -186,7 +187,7 @@ def model_files(wildcards):
 
 
 def base_files(wildcards):
-    """The same of the model that is quantised."""
+    """The same of the model that is quantised or trained."""
     return folder_files(place_of(wildcards).base)
 
 
@@ -196,7 +197,7 @@ def folder_files(place):
     if place.is_dense:
         return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
     # A surgery keeps the dense model's files of weights, whatever they are.
-    if place.is_quantised or isinstance(place, SurgeryPlace):
+    if place.is_quantised or place.is_healed or isinstance(place, SurgeryPlace):
         return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
     return checkpoint_files(folder)
 

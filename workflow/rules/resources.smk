@@ -13,6 +13,7 @@ from a3.models.cost import (
     collect_cost,
     gather_cost,
     harness_cost,
+    heal_cost,
     merge_cost,
     perplexity_cost,
     shapes,
@@ -114,6 +115,12 @@ def cost_of_collect_compressed(arch, wildcards):
 def cost_of_quantise(arch, wildcards):
     """Cost of one quantised checkpoint, as if its base were dense."""
     return approx_cost(arch, 1, kinds_to_quantise(place_of(wildcards)))
+
+
+def cost_of_heal(arch, wildcards):
+    """Cost of one training, as if the compressed model were dense."""
+    chosen = entry("heal", wildcards.heal)
+    return heal_cost(arch, chosen["tokens"], chosen["block_length"], chosen["dtype"])
 
 
 def cost_of_spectra(arch, wildcards):

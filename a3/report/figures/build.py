@@ -60,11 +60,13 @@ def _model(
         drawings.append(_harness(dense, whole, harness))
     if whole != runs:
         drawings.append(bits_drawing(dense, runs, _perplexities(perplexity) | _scores(harness)))
-    errors = {key: _error_rows(runs, key) for key in COMPONENTS}
+    # A trained row has the solutions of the row that it was made from.
+    solved = [run for run in runs if not run.place.is_healed]
+    errors = {key: _error_rows(solved, key) for key in COMPONENTS}
     if any(errors.values()):
         drawings.append(_layer_error(dense, {key: rows for key, rows in errors.items() if rows}))
-    drawings += rope_drawings(dense, runs)
-    if ranks := ranks_drawing(dense, runs):
+    drawings += rope_drawings(dense, solved)
+    if ranks := ranks_drawing(dense, solved):
         drawings.append(ranks)
     drawings += [spectra_drawing(dense, path) for path in spectra]
     return drawings

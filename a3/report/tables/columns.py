@@ -75,6 +75,8 @@ def result_columns(
     if "bits_per_weight" in frame:
         title = "bits a weight of the dense matrices"
         found.append(numbers(frame, title, "bits_per_weight", rounded))
+    if "trained_tokens" in frame:
+        found.append(numbers(frame, "trained on tokens", "trained_tokens", "{:,.0f}".format))
     return [*found, numbers(frame, "calibration tokens", "calibration_tokens", "{:,.0f}".format)]
 
 

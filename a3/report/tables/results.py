@@ -74,6 +74,9 @@ def frames_of(results: Path, groups: Groups, reference: str | None) -> dict[str,
     if any(run.place.is_quantised for _, run in pairs):
         for row, (dense, run) in zip(rows, pairs, strict=True):
             row["bits_per_weight"] = run.bits_per_weight(dense)
+    if any(run.place.is_healed for _, run in pairs):
+        for row, (_, run) in zip(rows, pairs, strict=True):
+            row["trained_tokens"] = run.weights["healed.tokens"] if run.place.is_healed else None
     return {
         "results": frame_of(rows),
         "comparisons": frame_of(comparisons(groups, reference)),
@@ -165,9 +168,10 @@ def _seconds(results: Path, run: Run) -> dict[str, Any]:
             row["losses.seconds"] = _all_shards(losses)
         if allocation := place.allocation(results):
             row["allocate.seconds"] = Record.read(timing(allocation))["seconds"]
-        row["quantise.seconds" if place.is_quantised else "approx.seconds"] = spent["seconds"]
+        stage = "quantise" if place.is_quantised else "heal" if place.is_healed else "approx"
+        row[f"{stage}.seconds"] = spent["seconds"]
         for component in COMPONENTS:
-            if getattr(place, component) != DENSE and not place.is_quantised:
+            if getattr(place, component) != DENSE and stage == "approx":
                 row[f"approx {component}.seconds"] = sum(
                     layer[component] for layer in spent["layers"]
                 )

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from a3.artifacts.card import base_of, write_card
 from a3.artifacts.targets import APPROXIMATED
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
@@ -33,7 +34,6 @@ from a3.models.sizes import Ranks, sizes
 from a3.models.travel import bring
 from a3.numerics.finite import require_finite
 from a3.solutions.modes import COMPONENTS
-from a3.stages.approx.card import base_of, write_card
 from a3.stages.approx.shards import Shard, read_shards
 
 

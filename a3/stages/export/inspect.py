@@ -65,6 +65,8 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
     if any(content["a3"]["factors"]):
         names = sorted({name for layer in content["a3"]["factors"] for name in layer})
         lines.append(("", f"two factors in place of each of {', '.join(names)}"))
+    if said := record.get("healed"):
+        lines.append(("trained", training(said)))
     if "quantised" in content["a3"]:
         lines.append(("low precision", low_precision(size, content["a3"]["quantised"])))
     if loss := record.get("loss"):
@@ -73,6 +75,15 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
             lines.append(("", f"warning: {warning}"))
     both = size_lines(size["compressed"], size["dense"])
     return lines + [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
+
+
+def training(said: dict[str, Any]) -> str:
+    """What a3 heal did, in a line."""
+    losses = f"{said['loss_before']:.4f} → {said['loss_after']:.4f}"
+    return (
+        f"after compression: {said['steps']:,} steps, {said['tokens']:,} tokens of {said['text']}; "
+        f"KL(dense ‖ compressed) on held-out blocks {losses} nats a token"
+    )
 
 
 def low_precision(size: dict[str, Any], said: dict[str, Any]) -> str:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from tiny import run, tiny_llama
 
+from a3.artifacts.card import base_of
 from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint, front_matter
-from a3.stages.approx.card import base_of
 
 BLOCKS = ["--tokens", "256", "--block-length", "64"]
 BASE = """---

@@ -21,6 +21,10 @@ PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
 
 MADE = f"Made from {{name}} without training, by closed-form low-rank solutions ({PAPER})"
 
+TRAINED = (
+    f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), and then trained towards it"
+)
+
 SAVED_AGAIN = (
     f"Made from {{name}} by closed-form low-rank solutions ({PAPER}), then saved again by "
     "another program, so perhaps fine-tuned"
@@ -100,11 +104,13 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     )
     name = base["name"] or f"a {record['base']['family']} model"
     known = "modes" in record
+    made = TRAINED if "healed" in record else MADE if known else SAVED_AGAIN
     paragraphs = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, compressed",
-        (MADE if known else SAVED_AGAIN).format(name=name) + SMALLER,
+        made.format(name=name) + SMALLER,
         *([components_table(record)] if known else []),
+        *([training(record)] if "healed" in record else []),
         *([low_precision(record)] if "matrices" in record else []),
         sizes_table(record["size"]),
         calibration(record),
@@ -172,6 +178,17 @@ def components_table(record: dict[str, Any]) -> str:
             f"| {NAMES[component]} | `{record['modes'][component]}` | {span} of {full} | {error} |"
         )
     return "\n".join(rows)
+
+
+def training(record: dict[str, Any]) -> str:
+    """What a3 heal did; of a model that was quantised after it, too."""
+    said = record["healed"]
+    return (
+        f"Training after compression (a3 heal): {said['steps']:,} steps, {said['tokens']:,} tokens "
+        f"of {said['text']} (SHA-256 `{said['text_sha256']}`) that the calibration has not seen. "
+        f"KL(dense ‖ compressed) on held-out blocks, nats a token: {said['loss_before']:.4f} "
+        f"before, {said['loss_after']:.4f} after. The relative errors above are those before."
+    )
 
 
 def low_precision(record: dict[str, Any]) -> str:

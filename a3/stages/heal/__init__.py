@@ -1,0 +1,1 @@
+"""Stage heal: trains a compressed model towards its dense one."""
