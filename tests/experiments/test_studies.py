@@ -151,5 +151,5 @@ def test_a_training_is_of_a_compressed_row_and_its_text_is_not_scored(tmp_path):
         with pytest.raises(A3Error, match=message):
             read(*cells, **options)
     wrong = config | {"heal": {"short": {"text": "nosuch", "tokens": 64}}}
-    with pytest.raises(A3Error, match=r"heal\.short\.text names the text 'nosuch'"):
+    with pytest.raises(A3Error, match=r"heal\.short names the text 'nosuch'"):
         complete(wrong, load_yaml(SCHEMA))
