@@ -241,7 +241,7 @@ def heal(
     model: Model,
     teacher: Model,
     tokenizer: Tokenizer = None,
-    texts: Texts = "wiki-articles",
+    texts: Texts = "mixture",
     *,
     minutes: float | None = None,
     tokens: int | None = None,

@@ -45,7 +45,7 @@ def workplace(progress: bool) -> Iterator[Path]:
     with call(progress), tempfile.TemporaryDirectory(prefix="a3.") as name:
         work = Path(name)
         known = {work / "model": "model", work / "docs.jsonl": "texts", work / "small": "result"}
-        known[work / "dev.jsonl"] = "dev_texts"
+        known |= {work / "dev.jsonl": "dev_texts", work / "teacher/model": "teacher"}
         with named(known):
             yield work
 
@@ -159,7 +159,11 @@ def documents(texts: Texts, work: Path, split: str) -> Path:
 
     Of a text of the catalogue only those that may serve as `split`: calibration, dev or test.
     """
-    entry = text_entry(texts, work)
+    return file_of(text_entry(texts, work), work, split)
+
+
+def file_of(entry: dict[str, Any], work: Path, split: str) -> Path:
+    """The file or folder with the documents of an entry, as `documents` says."""
     if "path" in entry["source"]:
         return Path(entry["source"]["path"])
     make_text(entry, work, work / "docs.jsonl", split)

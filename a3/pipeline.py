@@ -26,15 +26,16 @@ from a3.core.files import (
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.core.work import work_folder, work_of
+from a3.experiments.entries import CATALOGUE
 from a3.models.checkpoint import recorded_files
-from a3.models.inputs import local_inputs, marks
+from a3.models.inputs import local_inputs, mark, marks
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
 from a3.stages.evaluate.fit import BLOCKS, Few, few_blocks, increases, predicted_loss
-from a3.stages.inputs.catalogued import find_source, make_text
+from a3.stages.inputs.catalogued import find_source, make_text, require_apart
 from a3.stages.inputs.model import resolve_model
 
 # Files of the work folder: model and text, and what takes long.
@@ -83,6 +84,8 @@ def compress(
     if not (work_of(out) / FINISHED).is_file():
         require_replaceable(out, NEW.seal)
     texts = {"docs": text} | ({} if dev_text is None else {"dev": dev_text})
+    if dev_text is not None:
+        require_apart(text, dev_text)
     made_for = purpose(model, texts, plan, settings)
     with work_folder(out, made_for, own, LONG, fresh) as work:
         known: dict[str, Path | str] = {"model": known_as(model), "result": out}
@@ -123,6 +126,7 @@ def purpose(
         **settings,
         **{f"the content of {path}": mark for path, mark in files.items()},
         "the code of a3": made["code"],
+        "the catalogue of a3": mark(CATALOGUE),
         **{f"the version of {name}": version for name, version in made["libraries"].items()},
     }
 

@@ -2,7 +2,7 @@
 
 Such a record has the loss over the dense model's, in nats a token: under `predicted` what the
 allocation expects, under `calibration` and `dev` what a3.stages.evaluate.fit measured on a few
-blocks of these texts. Each is None if it is not known.
+blocks of these texts. Each is None if it is not known, as is the standard error of one block.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ Loss = Mapping[str, Any]
 
 def is_overfitted(loss: Loss) -> bool:
     """Whether the dev text loses more than FAR times what was predicted, if both are known."""
-    if loss["predicted"] is None or loss["dev"] is None:
-        return False
     dev = loss["dev"]
+    if loss["predicted"] is None or dev is None or dev["stderr"] is None:
+        return False
     return bool(dev["increase"] > max(FAR * loss["predicted"], SURE * dev["stderr"]))
 
 
@@ -29,7 +29,8 @@ def said_of(loss: Loss) -> str:
     for key, name in (("calibration", "calibration"), ("dev", "dev text")):
         if said := loss[key]:
             blocks = f"{said['blocks']} block{'s' if said['blocks'] > 1 else ''}"
-            found.append(f"{name} {said['increase']:.3f} ± {said['stderr']:.3f} ({blocks})")
+            error = "" if said["stderr"] is None else f" ± {said['stderr']:.3f}"
+            found.append(f"{name} {said['increase']:.3f}{error} ({blocks})")
     return ", ".join(found)
 
 

@@ -45,7 +45,8 @@ class Place:
                 if modes.count("+") == len(COMPONENTS) - 1 and len(then) < 2:
                     qk, ov, mlp = modes.split("+")
                     made = Place(model, calibration, qk, ov, mlp, ratio)
-                    if then and then[0].startswith(HEALED_BY):
+                    # A quantisation names its method after a +.
+                    if then and then[0].startswith(HEALED_BY) and "+" not in then[0]:
                         return replace(made, heal=then[0].removeprefix(HEALED_BY))
                     return replace(made, quantise=then[0]) if then else made
             case [model, calibration, mode, size]:

@@ -243,16 +243,13 @@ class Preset(argparse.Action):
 
 
 def add_blocks(
-    one: argparse.ArgumentParser, tokens: int | None, seed: bool, scored: bool = False
+    one: argparse.ArgumentParser, tokens: int, seed: bool, scored: bool = False
 ) -> argparse.ArgumentParser:
     """How text is cut into blocks; where it is `scored`, all of it can be, with BOS once."""
     text = f"number of tokens to use{', or all' if scored else ''}"
     number = values.count_or_all if scored else count()
     one.add_argument("--tokens", type=number, default=tokens, metavar="N", help=text)
-    text = "tokens of a block, which the model sees at once"
-    one.add_argument("--block-length", type=count(2), default=1024, metavar="N", help=text)
-    bos = argparse.BooleanOptionalAction
-    one.add_argument("--bos", action=bos, default=True, help="start each block with BOS")
+    add_cut(one)
     if scored:
         text = "BOS before the whole text only, where the tokenizer adds one"
         one.add_argument("--bos-once", action="store_const", const="once", dest="bos", help=text)
@@ -261,14 +258,26 @@ def add_blocks(
     return one
 
 
+def add_cut(one: argparse.ArgumentParser) -> None:
+    """The length of a block, and whether it begins with BOS."""
+    text = "tokens of a block, which the model sees at once"
+    one.add_argument("--block-length", type=count(2), default=1024, metavar="N", help=text)
+    bos = argparse.BooleanOptionalAction
+    one.add_argument("--bos", action=bos, default=True, help="start each block with BOS")
+
+
 def add_seed(one: argparse.ArgumentParser) -> None:
     """What is drawn at random."""
     one.add_argument("--seed", type=SEED, default=0, metavar="N", help=DRAWN)
 
 
-def add_run(one: argparse.ArgumentParser, dtypes: tuple[str, ...] = RUN_DTYPES) -> None:
-    """Where and how the model runs."""
-    one.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the forward pass")
+def add_run(
+    one: argparse.ArgumentParser,
+    dtype: str = "dtype of the forward pass",
+    dtypes: tuple[str, ...] = RUN_DTYPES,
+) -> None:
+    """Where and how the model runs; `dtype` is the help of --dtype."""
+    one.add_argument("--dtype", choices=dtypes, default="float32", help=dtype)
     add_device(one)
     add_threads(one)
 

@@ -122,6 +122,11 @@ def complete(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
             )
     if dev := whole["evaluate"].get("fit", {}).get("dev"):
         defined("text", dev, whole["texts"], "evaluate.fit.dev")
+        if not whole["texts"][dev].get("split", {}).get("dev"):
+            raise A3Error(
+                f"config: evaluate.fit.dev names {dev!r}, which has no dev split. Give texts.{dev} "
+                "a share for dev (split), or name another text."
+            )
     for section in ("perplexity", "harness", "speed"):
         for name in whole["evaluate"][section]:
             defined(section, name, whole[section], f"evaluate.{section}")

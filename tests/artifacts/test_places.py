@@ -16,6 +16,8 @@ PLACES = {
     "m/c/a+b+d/0.2/w4a8+qera@32": Place("m", "c", "a", "b", "d", "0.2", "w4a8+qera@32"),
     "m/c/dense+dense+dense/-/w4a8+none": Place("m", "c", *WHOLE, "-", "w4a8+none"),
     "m/c/a+b+d/0.2/heal-ten.min": Place("m", "c", "a", "b", "d", "0.2", heal="ten.min"),
+    # A recipe may begin like a training.
+    "m/c/a+b+d/0.2/heal-x+qera@32": Place("m", "c", "a", "b", "d", "0.2", "heal-x+qera@32"),
     "m/c/pca-separate/variance@0.9": SurgeryPlace(
         "m", "c", mode="pca-separate", size="variance@0.9"
     ),

@@ -169,7 +169,7 @@ def test_science_and_speeches_are_in_no_choice():
     held_out = set(catalogue["perplexity"]["kinds"]["texts"])
     held_out -= set(catalogue["perplexity"]["kinds-dev"]["texts"])
     assert held_out == {"science", "speeches"}
-    assert not any("split" in catalogue["texts"][name] for name in held_out)
+    assert all(catalogue["texts"][name]["split"] == {"test": 1} for name in held_out)
 
 
 def test_a_set_of_undefined_texts_is_refused():

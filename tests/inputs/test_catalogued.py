@@ -72,6 +72,20 @@ def test_a_text_without_splits_serves_whole_but_not_what_calibration_reads(texts
         made(texts, "unseen", tmp_path / "unseen", "dev")
 
 
+def test_what_the_calibration_reads_is_no_dev_text(texts, tmp_path):
+    for text in ("plain", "mixed"):
+        with pytest.raises(A3Error, match="the calibration reads all of it"):
+            catalogued.require_apart(texts[text], texts["plain"])
+    # Of these the calibration has only a split, or nothing.
+    for text, dev in (("mixed", "pages"), ("pages", "pages"), ("pages", "plain")):
+        catalogued.require_apart(texts[text], texts[dev])
+    with pytest.raises(A3Error, match="a mixture serves for calibration only"):
+        made(texts, "mixed", tmp_path / "mixed", "dev")
+    texts["pages"]["split"] = {"test": 0.5, "calibration": 0.5}
+    with pytest.raises(A3Error, match="none of it is for dev; it has test, calibration"):
+        made(texts, "pages", tmp_path / "pages", "dev")
+
+
 def test_members_and_excluded_texts_of_the_catalogue_can_be_made_by_name():
     texts = load_yaml(CATALOGUE)["texts"]
     for member in texts["mixture"]["source"]["mix"]:

@@ -178,7 +178,7 @@ def test_what_cannot_share_out_a_ratio_is_refused_before_collecting(
     """By the command line before the text is read, and by the workflow's own check of its rows."""
     model_type, config, words, says = NO_SHARING[case]
     folder = tiny_model(tmp_path / "m", model_type, **config)
-    monkeypatch.setattr(pipeline, "make_documents", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(pipeline, "make_text", lambda *_: pytest.fail("the text was read"))
     given = ["compress", str(folder), "--text", str(folder), "--preset", "a3-plus"]
     assert main([*given, "--ratio", "0.2", *words, "-o", str(tmp_path / "small")]) == 1
     (line,) = re.findall(r"a3: error: .*", capsys.readouterr().err)

@@ -436,6 +436,6 @@ def test_the_catalogue_is_whole():
             revision = "[0-9a-f]{40}|refs/convert/parquet"
             assert re.fullmatch(revision, entry["source"]["revision"])
         else:  # made here of another entry (test_train.py)
-            assert entry["source"].keys() <= {"repeat_kv", "train"}
+            assert entry["source"].keys() <= {"repeat_kv", "train", "mix"}
     for text in catalogue["texts"].values():
         assert set(text.get("exclude", [])) <= set(catalogue["texts"])

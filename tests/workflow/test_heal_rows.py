@@ -7,6 +7,8 @@ import pandas as pd
 from test_workflow import HEADER, ROW, Project
 
 from a3.cli.main import main
+from a3.core.files import sha256
+from a3.texts.reading import Document, write_documents
 
 HEAL = """
 heal:
@@ -17,12 +19,13 @@ heal:
 def test_a_trained_row_has_its_own_place_method_and_column(tmp_path, monkeypatch, capsys):
     project = Project(tmp_path / "project")
     folder = project.folder
-    project.edit("config/config.yaml", "texts:\n", "texts:\n  train: {source: {path: boats.txt}}\n")
+    text = "train: {source: {path: boats.jsonl}, split: {test: 0.3, calibration: 0.7}}"
+    project.edit("config/config.yaml", "texts:\n", f"texts:\n  {text}\n")
     project.edit("config/config.yaml", "exclude: [learn]", "exclude: [learn, train]")
     with (folder / "config/config.yaml").open("a") as config:
         config.write(HEAL)
     boats = (f"In {i} harbours {7 * i} boats were counted by {i} men. " for i in range(200))
-    (folder / "boats.txt").write_text("".join(boats))
+    write_documents(folder / "boats.jsonl", [Document("", one) for one in boats])
     rows = [ROW.format("0.25").rstrip("\n") + f"\t{cell}\n" for cell in ("-", "quick")]
     (folder / "experiments.tsv").write_text(HEADER.rstrip("\n") + "\theal\n" + "".join(rows))
     rules, _ = project.snakemake()
@@ -32,7 +35,10 @@ def test_a_trained_row_has_its_own_place_method_and_column(tmp_path, monkeypatch
     made = folder / "results/healed/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25/heal-quick"
     record = json.loads((made / "approx.json").read_text())
     assert record["healed"]["tokens"] == 640
-    assert record["provenance"]["skipped_blocks"] == 0  # another text
+    said = record["provenance"]
+    assert said["skipped_blocks"] == 0  # another text
+    # Only the part that may be learned from.
+    assert said["text_sha256"] == sha256(folder / "results/texts/train/calibration.jsonl")
     table = pd.read_csv(folder / "results/tables/default/results.csv", dtype=str)
     assert table["heal"].fillna("-").tolist() == ["-", "-", "quick"]
     assert table["trained_tokens"].fillna("").str.removesuffix(".0").tolist() == ["", "", "640"]

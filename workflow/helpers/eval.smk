@@ -40,7 +40,7 @@ def fit_calibration(wildcards):
 
 def fitted_text(wildcards):
     """Documents that a row's calibration reads."""
-    return f"{RESULTS}/texts/{fit_calibration(wildcards)['text']}/docs.jsonl"
+    return learned(fit_calibration(wildcards)["text"])
 
 
 def fit_dev(wildcards):
@@ -61,8 +61,9 @@ def fit_blocks():
 
 
 def fit_tokens(wildcards):
-    """How many tokens the two models score, of two texts."""
-    return 4 * fit_blocks() * fit_calibration(wildcards)["block_length"]
+    """How many tokens the two models score, of one text or two."""
+    texts = 1 + len(fit_dev(wildcards))
+    return 2 * texts * fit_blocks() * fit_calibration(wildcards)["block_length"]
 
 
 def fit_settings(wildcards):

@@ -3,16 +3,11 @@
 HEALED = f"{RESULTS}/healed/{RUN}/{HEALED_BY}{{heal}}"
 
 
-def heal_text(wildcards):
-    """Documents that a training reads."""
-    return f"{RESULTS}/texts/{entry('heal', wildcards.heal)['text']}/docs.jsonl"
-
-
 rule heal:
     input:
         model=base_files,
         teacher=f"{RESULTS}/models/{{model}}/config.json",
-        text=heal_text,
+        text=lambda wildcards: learned(entry("heal", wildcards.heal)["text"]),
     output:
         # Weights are in as many files as the checkpoint's; approx.json has their hashes.
         config=f"{HEALED}/config.json",

@@ -32,5 +32,6 @@ def fit_note(frame: pd.DataFrame) -> list[str]:
         "Predicted Δ nll is the loss that the allocation of ranks expects; calibration Δ nll and "
         "dev Δ nll are what a few blocks of the calibration and of a dev text really lose. A "
         "model that loses more on the dev text than on its calibration is overfitted; ! marks a "
-        "dev loss of more than twice the predicted one."
+        "dev loss of more than twice the predicted one, and of more than two standard errors. Only "
+        "an allocation of all components (a3-plus) predicts a loss."
     ]

@@ -167,7 +167,7 @@ def increases(
             "dense": one.mean().item(),
             "compressed": other.mean().item(),
             "increase": more.mean().item(),
-            "stderr": more.std().item() / count**0.5 if count > 1 else 0.0,
+            "stderr": more.std().item() / count**0.5 if count > 1 else None,
         }
     return found
 

