@@ -159,11 +159,7 @@ def documents(texts: Texts, work: Path, split: str) -> Path:
 
     Of a text of the catalogue only those that may serve as `split`: calibration, dev or test.
     """
-    return file_of(text_entry(texts, work), work, split)
-
-
-def file_of(entry: dict[str, Any], work: Path, split: str) -> Path:
-    """The file or folder with the documents of an entry, as `documents` says."""
+    entry = text_entry(texts, work)
     if "path" in entry["source"]:
         return Path(entry["source"]["path"])
     make_text(entry, work, work / "docs.jsonl", split)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from a3.artifacts import targets
@@ -28,6 +27,7 @@ from a3.cli.arguments import (
     add_rxx,
     add_servable,
     add_shard,
+    add_text,
     add_threads,
     folder,
     with_settings,
@@ -300,19 +300,18 @@ def add_quantise(commands: Any) -> None:
 def heal(
     model: Path,
     teacher: Path,
-    text: dict[str, Any],
+    text: Path,
     out: Path,
     device: str,
     fresh: bool,
     **settings: Any,
 ) -> None:
     """Train a compressed model towards its dense one."""
-    from a3.given import file_of
     from a3.stages.heal.heal import Settings, heal
 
-    with keeping(out), TemporaryDirectory(prefix="a3-heal-") as work:
-        said, docs = Settings(**settings), file_of(text, Path(work), "calibration")
-        heal(folder(model), folder(teacher), docs, out, said, device=device, fresh=fresh)
+    with keeping(out):
+        said = Settings(**settings)
+        heal(folder(model), folder(teacher), text, out, said, device=device, fresh=fresh)
 
 
 def add_heal(commands: Any) -> None:
@@ -331,20 +330,19 @@ def add_heal(commands: Any) -> None:
     add_model(one, SMALL_MODEL)
     text_ = "Hugging Face folder of the dense model, which has the same tokenizer"
     one.add_argument("--teacher", type=Path, required=True, metavar="MODEL", help=text_)
-    one.add_argument("--text", default="mixture", metavar="TEXT", help=NAMED_TEXT)
+    add_text(one)
     add_out(one, targets.HEALED, "FOLDER", "Hugging Face folder to write")
     text_ = "minutes of training at most (default: 10, where --tokens is not given)"
     one.add_argument("--minutes", type=positive, metavar="N", help=text_)
-    text_ = "tokens of training at most; what ends first, this or --minutes, ends it"
+    text_ = "number of tokens to use at most; --minutes may end it earlier"
     one.add_argument("--tokens", type=count(), metavar="N", help=text_)
     add_cut(one)
     text_ = "largest learning rate, of Adam"
     one.add_argument("--learning-rate", type=positive, default=3e-4, metavar="N", help=text_)
     text_ = "number of blocks of a step; one is in memory at a time"
     one.add_argument("--batch-size", type=count(), default=1, metavar="N", help=text_)
-    add_run(one, "dtype of the products; weights are trained in float32", HEAL_DTYPES)
+    add_run(one, "dtype of the forward pass and of gradients; weights are float32", HEAL_DTYPES)
     add_fresh(one)
-    one.set_defaults(entries={"text": "texts"})
 
 
 def surgery(model: Path, rxx: Path | None, mode: str, size: str, out: Path) -> None:

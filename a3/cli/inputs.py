@@ -1,6 +1,7 @@
 """Commands for what the workflow starts from: wheels, models, texts."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from a3.artifacts import targets
@@ -141,7 +142,13 @@ def text(text: dict[str, Any], wheels: Path | None, members: list[Path], out: Pa
     """Make docs.jsonl."""
     from a3.stages.inputs.text import make_documents
 
-    make_documents(text, wheels, members, out)
+    if "mix" not in text["source"] or members:
+        make_documents(text, wheels, members, out)
+        return
+    from a3.stages.inputs.catalogued import CALIBRATION, make_text
+
+    with TemporaryDirectory(prefix="a3-text-") as work:
+        make_text(text, wheels or Path(work), out, CALIBRATION)
 
 
 def add_text_command(commands: Any) -> None:
@@ -158,7 +165,8 @@ def add_text_command(commands: Any) -> None:
     one.set_defaults(entries={"text": "texts"})
     one.add_argument("text", metavar="TEXT", help=f"JSON of an entry, {NAMED_TEXT}")
     add_wheels(one)
-    text_ = "files of documents that a mixture is made of, in the order of the members' names"
+    text_ = "files of documents that a mixture is made of, in the order of the members' names; "
+    text_ += "without, texts of the catalogue, of which only what calibrations may read"
     one.add_argument("--members", type=Path, nargs="*", default=[], metavar="FILE", help=text_)
     add_out(one, targets.DOCUMENTS, "FILE", ".jsonl file to write")
 

@@ -1,8 +1,11 @@
 """Texts of the catalogue by name: members of mixtures, splits, and what is excluded."""
 
+import json
+
 import pytest
 import yaml
 
+from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml, read_record
 from a3.experiments.entries import CATALOGUE
@@ -92,3 +95,15 @@ def test_members_and_excluded_texts_of_the_catalogue_can_be_made_by_name():
         assert "mix" not in texts[member]["source"]
         assert not set(texts[member].get("exclude", [])) - set(texts)
     assert sum(texts["mixture"]["source"]["mix"].values()) == pytest.approx(1)
+
+
+def test_a3_text_makes_a_mixture_of_the_catalogue(texts, tmp_path, capsys):
+    entry = json.dumps(texts["mixed"])
+    assert main(["text", entry, "-o", str(tmp_path / "mixed.jsonl")]) == 0
+    assert load_documents(tmp_path / "mixed.jsonl") == made(
+        texts, "mixed", tmp_path / "found", "calibration"
+    )
+    gone = json.dumps({"source": {"mix": {"plain": 0.5, "gone": 0.5}}})
+    assert main(["text", gone, "-o", str(tmp_path / "gone.jsonl")]) == 1
+    assert "its member 'gone' is not in the catalogue" in capsys.readouterr().err
+    assert not (tmp_path / "gone.jsonl").exists()

