@@ -223,9 +223,12 @@ def members_of(name: str, texts: dict[str, Any]) -> list[str]:
 
 def excluded(name: str, texts: dict[str, Any]) -> list[str]:
     """The texts that a text excludes; an excluded mixture counts as all its members."""
-    found = [
-        member for other in texts[name].get("exclude", []) for member in members_of(other, texts)
-    ]
+    return excluded_from(texts[name], texts)
+
+
+def excluded_from(entry: dict[str, Any], texts: dict[str, Any]) -> list[str]:
+    """As `excluded`, of an entry that need not be among the texts."""
+    found = [member for other in entry.get("exclude", []) for member in members_of(other, texts)]
     return list(dict.fromkeys(found))
 
 

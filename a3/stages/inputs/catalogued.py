@@ -10,7 +10,7 @@ from typing import Any
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import load_yaml
-from a3.experiments.config import members_of
+from a3.experiments.config import excluded_from
 from a3.experiments.entries import CATALOGUE
 from a3.stages.inputs.model import is_gguf
 from a3.stages.inputs.split import exclude_and_split
@@ -115,9 +115,6 @@ class Maker:
                 f"text {entry['source']}: none of it is for {split}; it has {', '.join(shares)}. "
                 "Name another text."
             )
-        others = [
-            one for other in entry.get("exclude", []) for one in members_of(other, self.texts)
-        ]
-        known = [self.whole(one, self.texts[one]) for one in dict.fromkeys(others)]
+        known = [self.whole(one, self.texts[one]) for one in excluded_from(entry, self.texts)]
         exclude_and_split(self.whole(name, entry), known, shares, self.folder / name)
         return self.folder / name / f"{split}.jsonl"
