@@ -35,7 +35,7 @@ from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
 from a3.stages.evaluate.fit import BLOCKS, Few, few_blocks, increases, predicted_loss
-from a3.stages.inputs.catalogued import find_source, make_text, require_apart
+from a3.stages.inputs.catalogued import find_source, known_as, make_text, require_apart
 from a3.stages.inputs.model import resolve_model
 
 # Files of the work folder: model and text, and what takes long.
@@ -241,12 +241,3 @@ def said_of(paths: list[Path]) -> str:
         f"{sum(path.parent.name == folder for path in paths)} {what}"
         for what, folder in counts.items()
     )
-
-
-def known_as(entry: dict[str, Any]) -> str:
-    """The user's name for a model or text: its path, the hub's name, or a wheel's member."""
-    source = entry["source"]
-    wheel = source.get("wheel", {})
-    if "mix" in source:
-        return f"a mixture of {', '.join(source['mix'])}"
-    return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"

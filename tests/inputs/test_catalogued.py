@@ -82,7 +82,7 @@ def test_what_the_calibration_reads_is_no_dev_text(texts, tmp_path):
     # Of these the calibration has only a split, or nothing.
     for text, dev in (("mixed", "pages"), ("pages", "pages"), ("pages", "plain")):
         catalogued.require_apart(texts[text], texts[dev])
-    with pytest.raises(A3Error, match="a mixture serves for calibration only"):
+    with pytest.raises(A3Error, match="a mixture of plain, pages serves for calibration only"):
         made(texts, "mixed", tmp_path / "mixed", "dev")
     texts["pages"]["split"] = {"test": 0.5, "calibration": 0.5}
     with pytest.raises(A3Error, match="none of it is for dev; it has test, calibration"):

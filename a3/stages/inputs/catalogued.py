@@ -37,6 +37,15 @@ def find_source(entry: dict[str, Any], wheels: Path) -> None:
             fetch_wheel(name, version, wheel["sha256"], path)
 
 
+def known_as(entry: dict[str, Any]) -> str:
+    """The user's name for a model or text: its path, the hub's name, or a wheel's member."""
+    source = entry["source"]
+    wheel = source.get("wheel", {})
+    if "mix" in source:
+        return f"a mixture of {', '.join(source['mix'])}"
+    return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"
+
+
 def make_text(entry: dict[str, Any], wheels: Path, out: Path, split: str) -> None:
     """Write the documents of a text to `out`, a .jsonl file, and its provenance beside it in JSON.
 
@@ -50,8 +59,7 @@ def make_text(entry: dict[str, Any], wheels: Path, out: Path, split: str) -> Non
         if "mix" in entry["source"]:
             if split != CALIBRATION:
                 raise A3Error(
-                    f"{split} text {entry['source']}: a mixture serves for calibration only. Name "
-                    "one text."
+                    f"{split} text: {known_as(entry)} serves for calibration only. Name one text."
                 )
             members = [maker.serving(one, split) for one in sorted(entry["source"]["mix"])]
             make_documents(entry, wheels, members, out)
@@ -69,7 +77,7 @@ def require_apart(text: dict[str, Any], dev_text: dict[str, Any]) -> None:
     read = [texts[one] for one in text["source"].get("mix", [])] or [text]
     if any(one["source"] == dev_text["source"] for one in read if not shares_for(one, CALIBRATION)):
         raise A3Error(
-            f"dev text {dev_text['source']}: the calibration reads all of it. Name a text that it "
+            f"dev text {known_as(dev_text)}: the calibration reads all of it. Name a text that it "
             "has not seen."
         )
 
@@ -112,7 +120,7 @@ class Maker:
         """One split of a text, without what occurs in the texts that it excludes."""
         if not shares.get(split):
             raise A3Error(
-                f"text {entry['source']}: none of it is for {split}; it has {', '.join(shares)}. "
+                f"text {known_as(entry)}: none of it is for {split}; it has {', '.join(shares)}. "
                 "Name another text."
             )
         known = [self.whole(one, self.texts[one]) for one in excluded_from(entry, self.texts)]
