@@ -151,6 +151,12 @@ def add_text(one: argparse.ArgumentParser) -> None:
     one.add_argument("--text", type=Path, required=True, metavar="TEXT", help=TEXT)
 
 
+def add_wheels(one: argparse.ArgumentParser) -> None:
+    """Where wheels are."""
+    text = "folder of the wheels that a3 wheel downloaded"
+    one.add_argument("--wheels", type=Path, metavar="FOLDER", help=text)
+
+
 def add_rxx(one: argparse.ArgumentParser, required: bool = True) -> None:
     """Where the statistics are."""
     text = "folder of the statistics (<kind>.safetensors) that a3 collect wrote"

@@ -1,6 +1,8 @@
-"""Commands that evaluate: a3 eval ppl, harness, generation, speed."""
+"""Commands that evaluate: a3 eval ppl, fit, harness, generation, speed, and a3 compare."""
 
+import tempfile
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from a3.cli.arguments import (
     ANY_MODEL,
     DRAWN,
     JOINS,
+    NAMED_TEXT,
     SEED,
     SMALL_MODEL,
     TEXT,
@@ -24,6 +27,8 @@ from a3.cli.arguments import (
     add_seed,
     add_stream,
     add_text,
+    add_wheels,
+    entry,
     folder,
     ratio,
 )
@@ -31,6 +36,9 @@ from a3.cli.options import count
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.solutions.modes import COMPONENTS
+
+# What a3 compare lets models continue: a fact, a story, code.
+PROMPTS = ("The capital of France is", "Once upon a time, a fox", "def is_prime(n):")
 
 
 def add_commands(commands: Any) -> None:
@@ -47,6 +55,7 @@ def add_commands(commands: Any) -> None:
     add_harness(subcommands)
     add_generation(subcommands)
     add_speed(subcommands)
+    add_compare(commands)
 
 
 def perplexity(
@@ -255,4 +264,77 @@ def add_speed(commands: Any) -> None:
     text_ = "implementations of attention in transformers to time"
     one.add_argument("--attention", nargs="+", choices=attention, default=attention, help=text_)
     add_out(one, targets.SPEED, "FILE", "JSON file to write")
+    add_run(one)
+
+
+def compare(
+    models: list[Path], text: list[str], split: str, wheels: Path | None, json: bool, **options: Any
+) -> None:
+    """Print a comparison of several models."""
+    from a3.report.comparison import markdown
+    from a3.stages.evaluate.compare import compare
+
+    if options["task"] is not None:
+        require_installed("lm_eval", "eval")
+    elif options["items"] is not None:
+        raise A3Error("--items: items of which task? Name it (--task).")
+    folders = [folder(model) for model in models]
+    with tempfile.TemporaryDirectory(prefix="a3-compare-") as work:
+        texts = make_texts(text, split, wheels, Path(work))
+        record = compare(folders, texts, **options)
+    print(dumps(record, indent=2, ensure_ascii=False) if json else markdown(record))
+
+
+def make_texts(words: list[str], split: str, wheels: Path | None, work: Path) -> list[Any]:
+    """The texts that a user names, made in the folder `work`, where wheels go without `wheels`."""
+    from a3.stages.evaluate.perplexity import Scored
+    from a3.stages.inputs.catalogued import make_text
+
+    found = []
+    for number, word in enumerate(words):
+        made = work / f"{number}.jsonl"
+        make_text(entry(word, "texts"), wheels or work, made, split)
+        found.append(Scored(Path(word).stem, made))
+    return found
+
+
+def add_compare(commands: Any) -> None:
+    """Arguments of a3 compare."""
+    one = add(
+        commands,
+        "compare",
+        compare,
+        "show models side by side: sizes, perplexity, speed, text",
+        "Reads a model, usually the dense one, and others, and prints one table: sizes, and on "
+        "texts perplexity, bits a byte, the paired increase of the loss and how far predictions "
+        "are from the first model's; then how each model continues prompts. Writes nothing.",
+        "a3 compare dense small --text web code --speed",
+    )
+    text_ = "Hugging Face folders, dense or compressed; the first is what others are compared to"
+    one.add_argument("models", type=Path, nargs="+", metavar="MODEL", help=text_)
+    text_ = f"texts to score: each a {NAMED_TEXT}"
+    one.add_argument("--text", nargs="+", default=[], metavar="TEXT", help=text_)
+    text_ = "of a text of the catalogue, which split to score"
+    one.add_argument("--split", choices=("dev", "test"), default="test", help=text_)
+    add_wheels(one)
+    text_ = "prompts to continue greedily"
+    one.add_argument(
+        "--prompt",
+        nargs="*",
+        dest="prompts",
+        type=values.unicode,
+        default=list(PROMPTS),
+        metavar="TEXT",
+        help=text_,
+    )
+    add_new_tokens(one, 24)
+    text_ = "time prefill and decoding too"
+    one.add_argument("--speed", action="store_true", help=text_)
+    text_ = "score a task of lm-eval too; with --items any name"
+    one.add_argument("--task", metavar="NAME", help=text_)
+    text_ = "local task: items.jsonl (query, choices, gold)"
+    one.add_argument("--items", type=Path, metavar="FILE", help=text_)
+    text_ = "print JSON, with all digits and the loss of each block"
+    one.add_argument("--json", action="store_true", help=text_)
+    add_blocks(one, tokens=8192, seed=False, scored=True)
     add_run(one)

@@ -15,6 +15,7 @@ from a3.cli.arguments import (
     add_seed,
     add_text,
     add_threads,
+    add_wheels,
     folder,
     shares,
 )
@@ -58,12 +59,6 @@ def add_wheel(commands: Any) -> None:
     one.add_argument("version", metavar="VERSION", help="version of the package")
     one.add_argument("sha256", metavar="SHA256", help="expected hash of the wheel")
     add_out(one, targets.PLAIN, "FILE", ".whl file to write")
-
-
-def add_wheels(one: Any) -> None:
-    """Where wheels are."""
-    text_ = "folder of the wheels that a3 wheel downloaded"
-    one.add_argument("--wheels", type=Path, metavar="FOLDER", help=text_)
 
 
 def model(model: dict[str, Any], wheels: Path | None, base: Path | None, out: Path) -> None:

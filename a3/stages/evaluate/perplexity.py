@@ -199,15 +199,24 @@ def block_losses(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 def streamed_losses(model: Layerwise, blocks: Tensor) -> Tensor:
     """As `block_losses`, one layer at a time; hidden states are in a temporary file."""
+    with tempfile.TemporaryDirectory(prefix="a3-ppl-") as work, torch.inference_mode():
+        hidden = last_states(model, blocks, Path(work, "hidden"), "ppl")
+        losses = []
+        with model.exit():
+            for states, block in zip(hidden, blocks, strict=True):
+                losses.append(loss_of(model.leave(states[None].to(blocks.device)), block))
+    return torch.stack(losses)
+
+
+def last_states(model: Layerwise, blocks: Tensor, out: Path, what: str) -> Tensor:
+    """The last layer's outputs (N, L, d) for blocks (N, L), one layer at a time, in a new file.
+
+    `what` is the progress bar's word.
+    """
     layers = range(model.arch.layers)
-    total = blocks.numel() * len(layers)
-    with (
-        tempfile.TemporaryDirectory(prefix="a3-ppl-") as work,
-        torch.inference_mode(),
-        Bar(total=total, unit="tok·layer", desc="ppl") as bar,
-    ):
-        shape = (*blocks.shape, model.arch.hidden_size)
-        hidden, _ = mapped(Path(work, "hidden"), shape, model.dtype)
+    shape = (*blocks.shape, model.arch.hidden_size)
+    hidden, _ = mapped(out, shape, model.dtype)
+    with Bar(total=blocks.numel() * len(layers), unit="tok·layer", desc=what) as bar:
         with model.entrance():
             model.record(blocks[0])
             for number, block in enumerate(blocks):
@@ -217,11 +226,7 @@ def streamed_losses(model: Layerwise, blocks: Tensor) -> Tensor:
                 for number, states in enumerate(hidden):
                     hidden[number] = model.run(layer, states[None].to(blocks.device, copy=True))[0]
                     bar.update(blocks.shape[1])
-        losses = []
-        with model.exit():
-            for states, block in zip(hidden, blocks, strict=True):
-                losses.append(loss_of(model.leave(states[None].to(blocks.device)), block))
-    return torch.stack(losses)
+    return hidden
 
 
 def loss_of(output: CausalLMOutput, block: Tensor) -> Tensor:
