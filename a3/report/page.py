@@ -18,6 +18,7 @@ from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
 from a3.experiments.rows import check_reference
+from a3.report.advice import advice, is_level, smallest
 from a3.report.tables.columns import (
     Column,
     by_text_columns,
@@ -36,7 +37,6 @@ from a3.report.tables.columns import (
 from a3.report.tables.compare import settings
 from a3.report.tables.fit import fit_note
 from a3.report.tables.frames import read_csv, write_text
-from a3.report.tables.paired import WORSE, losses_apart, verdict
 from a3.report.tables.results import frames_of
 from a3.report.tables.surgery import (
     generation_columns,
@@ -79,6 +79,12 @@ def build_report(
     runs = [run for dense, others in groups for run in (dense, *others)]
     page = _template().render(
         title=tables.name,
+        advice=[
+            found
+            for dense, others in groups
+            for text in perplexity[:1]
+            if (found := advice(dense, others, text))
+        ],
         summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
         results=result_columns(frames["results"], perplexity, harness),
         fit=" ".join(fit_note(frames["results"])),
@@ -179,11 +185,10 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     A row that compresses only one component loses less but also saves less, so it is left out.
     Methods whose difference from the best is not significant over the blocks are also named.
     """
-    fewest = min(run.size["parameters"] for run in runs)
-    smallest = [run for run in runs if run.size["parameters"] <= 1.005 * fewest]
-    best = min(smallest, key=lambda run: run.perplexity[text]["perplexity"])
+    rows = smallest(runs)
+    best = min(rows, key=lambda run: run.perplexity[text]["perplexity"])
     first, place = best.perplexity[text], best.place
-    level = {run.place.method for run in smallest if _is_level(best, run, text)}
+    level = {run.place.method for run in rows if is_level(best, run, text)}
     level -= {place.method}
     also = f" (within two standard errors of it: {', '.join(sorted(level))})"
     kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
@@ -193,11 +198,6 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
         f"{also if level else ''}, which keeps {kept['parameters']:.1%} of the parameters and "
         f"{kept['kv_bytes_per_token']:.1%} of the KV cache"
     )
-
-
-def _is_level(best: Run, other: Run, entry: str) -> bool:
-    """Whether another result is not significantly worse than the best one over the blocks."""
-    return verdict(**losses_apart(best, other, entry), lower_is_better=True) != WORSE
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:

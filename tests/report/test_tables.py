@@ -590,6 +590,24 @@ def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
         assert expected in Page(report(tmp_path, experiments)).text
 
 
+def test_the_first_lines_say_what_to_take(tmp_path):
+    """The other method is better by 0.05 nats, ± 0.05; then ± 0.005: no longer level."""
+    experiments = [experiment("small"), experiment("small", qk="other")]
+    write_results(tmp_path, experiments)
+    path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
+    costs = "Perplexity on encyclopedia, dense 22.2; at 0.2, other+xkv+rxx-w 25.8, a3 27.1."
+    for nll in ([3.1, 3.4], [3.045, 3.455]):
+        change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
+        said = Page(report(tmp_path, experiments)).text
+        assert f"Take other+xkv+rxx-w: no method here loses less at any ratio. {costs}" in said
+    change(path, block_nll=[3.345, 3.755], nll=3.55, perplexity=math.exp(3.55))
+    assert "Take a3 (--preset a3): no method" in Page(report(tmp_path, experiments)).text
+
+
+def test_one_method_alone_is_not_recommended(html):
+    assert "Take " not in html
+
+
 def test_report_tells_nothing_of_this_machine(html, tmp_path_factory):
     assert str(tmp_path_factory.getbasetemp()) not in html
 
