@@ -218,7 +218,9 @@ def kept_rope(dense: PreTrainedConfig, kept: Tensor, frequencies: Tensor) -> dic
     if contiguous and rope["rope_type"] in ("default", "linear"):
         head_dim = 2 * len(frequencies)
         base, factor = theta ** (rank / head_dim), theta ** (2 * first / head_dim)
-        return plain_rope(base, factor * rope.get("factor", 1.0))
+        # A default RoPE may have a factor that nothing reads.
+        factor *= rope["factor"] if rope["rope_type"] == "linear" else 1.0
+        return plain_rope(base, factor)
     factors = geometric(theta, rank) / frequencies[kept].double()
     return {
         "rope_type": "longrope",

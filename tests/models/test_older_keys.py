@@ -1,4 +1,4 @@
-"""Folders that a3 writes say RoPE in older keys too: what reads those alone turns by equal angles."""
+"""Folders that a3 writes say RoPE in older keys, too: what reads those alone turns equally."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Modes and allocations for stock runtimes: one set of RoPE pairs, contiguous ones, one head size."""
+"""For stock runtimes: one set of RoPE pairs, contiguous pairs, one head size allocated."""
 
 from dataclasses import replace
 from itertools import product

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+
 from safetensors.torch import save_file
 
 from a3.artifacts.targets import EXPORTED
