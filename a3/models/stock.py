@@ -36,6 +36,9 @@ FAMILIES = ("llama", "mistral", "ministral", "qwen2")
 # RoPE types whose frequencies don't depend on the length; longrope only if its two lists agree.
 FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 
+# Types whose frequencies are a geometric series.
+PLAIN = ("default", "linear")
+
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
 
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
@@ -209,13 +212,22 @@ def llama_cpp_cache(head_dim: int) -> str:
     )
 
 
+def kept_type(rope_type: str, kept: list[int], whole: int) -> str:
+    """The type of RoPE that the pairs `kept` of `whole` ones have, of a RoPE of a type."""
+    first = kept[0]
+    if len(kept) == whole:
+        return rope_type
+    if rope_type not in PLAIN or kept != list(range(first, first + len(kept))):
+        return "longrope"
+    return "linear" if first else rope_type
+
+
 def kept_rope(dense: PreTrainedConfig, kept: Tensor, frequencies: Tensor) -> dict[str, Any]:
     """RoPE's parameters of a smaller head with the pairs `kept` (r / 2,) of the dense model's
     `frequencies` (h / 2,): plain where the pairs are contiguous, else with factors (longrope)."""
     rope, rank = dense.rope_parameters, 2 * len(kept)
     theta, first = rope["rope_theta"], int(kept[0])
-    contiguous = torch.equal(kept.cpu(), torch.arange(first, first + len(kept)))
-    if contiguous and rope["rope_type"] in ("default", "linear"):
+    if kept_type(rope["rope_type"], kept.tolist(), len(frequencies)) in PLAIN:
         head_dim = 2 * len(frequencies)
         base, factor = theta ** (rank / head_dim), theta ** (2 * first / head_dim)
         # A default RoPE may have a factor that nothing reads.

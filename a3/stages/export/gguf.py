@@ -23,6 +23,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 import a3.models.modeling_a3  # noqa: F401
+from a3.artifacts.runtimes import GGUF, facts_of, warnings_of
 from a3.core.errors import A3Error
 from a3.core.files import whole_file
 from a3.core.progress import LOG, Bar
@@ -68,6 +69,8 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
         writer.close()
     if model.folded:
         LOG.info(f"export: {model.folded}.")
+    for warning in warnings_of(facts_of(model), GGUF):
+        LOG.warning(f"export: {warning}.")
     if model.head_dim % BLOCK:
         LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from a3.artifacts.runtimes import HF, facts_of, warnings_of
 from a3.artifacts.targets import EXPORTED
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, sha256, whole_folder, write_record
@@ -53,6 +54,8 @@ def export_hf(folder: Path, out: Path) -> None:
         write_record(made / "export.json", record)
     if model.folded:
         LOG.info(f"export: {model.folded}.")
+    for warning in warnings_of(facts_of(model), HF):
+        LOG.warning(f"export: {warning}.")
 
 
 def write_weights(model: Stock, folder: Path) -> list[str]:
