@@ -159,13 +159,11 @@ def protocols() -> str:
 def runtimes() -> str:
     """What runtimes make of exports."""
     text = (
-        f"{MADE}# Runtimes\n\nWhat each runtime makes of an export, by the version that was tried. Of "
-        "each runtime, the first row that fits a model applies.\n\n"
+        f"{MADE}# Runtimes\n\nWhat each runtime makes of an export, by the version that was tried. "
+        "Of each runtime, the first row that fits a model applies.\n\n"
     )
     for reads in (HF, GGUF):
-        rows = [
-            [one.runtime, one.case, one.verdict, one.why] for one in SEEN if one.reads == reads
-        ]
+        rows = [[one.runtime, one.case, one.verdict, one.why] for one in SEEN if one.reads == reads]
         text += f"## After `a3 export {reads}`\n\n"
         text += table(["runtime", "models", "result", "why"], rows)
     return text
