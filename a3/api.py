@@ -13,7 +13,8 @@ Arguments that several functions have:
   catalogue (by default its mixture of many kinds, which is downloaded). All texts are read, because
   the seed shuffles the documents.
 - `ratio`: share of each dimension to remove, in [0, 1). Not needed if each mode has its own.
-- `preset`: modes of all components, `"a3"` (the paper's) or `"a3-plus"` (most accurate).
+- `preset`: modes of all components, `"a3"` (the paper's), `"a3-plus"` (most accurate) or
+  `"a3-stock"` (for stock llama.cpp).
 - `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
   `"xkv@0.3"`, `"xkv@48"`, or `"dense"` to skip the component.
 - `tokens`, `block_length`: total number of tokens, and number of tokens that the model sees at

@@ -29,6 +29,7 @@ from a3.core.work import work_folder, work_of
 from a3.experiments.entries import CATALOGUE
 from a3.models.checkpoint import recorded_files
 from a3.models.inputs import local_inputs, mark, marks
+from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
@@ -215,6 +216,8 @@ def announce_loss(loss: dict[str, Any]) -> None:
 def all_losses(plan: Plan, work: Path, layers: int, device: str) -> list[Path]:
     """Files of the losses by rank, a few layers each; those that are missing are computed."""
     modes = {component: choice.mode for component, choice in plan.choices.items()}
+    if not eliminating(modes):
+        return []
     count = -(-layers // LAYERS_A_FILE)
     paths = [work / "losses" / f"{number}of{count}.safetensors" for number in range(count)]
     for path in paths:

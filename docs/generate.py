@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import a3.api
+from a3.artifacts.runtimes import GGUF, HF, SEEN
 from a3.cli.arguments import parsers
 from a3.cli.main import parser
 from a3.core.files import load_yaml
@@ -33,6 +34,7 @@ def pages() -> dict[str, str]:
         "modes.md": modes(),
         "families.md": families(),
         "protocols.md": protocols(),
+        "runtimes.md": runtimes(),
     }
 
 
@@ -151,6 +153,19 @@ def protocols() -> str:
     for section, entries in catalogue.items():
         rows = [[f"`{name}`", f"`{said(entry)}`"] for name, entry in entries.items()]
         text += f"## {section}\n\n" + table(["name", "definition"], rows)
+    return text
+
+
+def runtimes() -> str:
+    """What runtimes make of exports."""
+    text = (
+        f"{MADE}# Runtimes\n\nWhat each runtime makes of an export, by the version that was tried. "
+        "Of each runtime, the first row that fits a model applies.\n\n"
+    )
+    for reads in (HF, GGUF):
+        rows = [[one.runtime, one.case, one.verdict, one.why] for one in SEEN if one.reads == reads]
+        text += f"## After `a3 export {reads}`\n\n"
+        text += table(["runtime", "models", "result", "why"], rows)
     return text
 
 

@@ -1,5 +1,7 @@
 """The model card of a compressed folder: README.md, always written from approx.json alone.
 
+Of config.json it has the type of RoPE.
+
 If transformers saved the folder again, approx.json is missing. The card then has what
 a3.models.compressed can read from the folder, and says that the rest is unknown.
 """
@@ -12,9 +14,19 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from a3.artifacts.fit import said_of, warning_of
-from a3.core.files import SEAL, read_record, seal_folder, sha256, whole_file, write_record
+from a3.artifacts.runtimes import GGUF, HF, Facts
+from a3.artifacts.runtimes import said_of as said_of_runtimes
+from a3.core.files import (
+    SEAL,
+    read_json,
+    read_record,
+    seal_folder,
+    sha256,
+    whole_file,
+    write_record,
+)
 from a3.models.checkpoint import CARD, front_matter
-from a3.models.stock import FAMILIES, llama_cpp_cache
+from a3.models.stock import FAMILIES, kept_type, llama_cpp_cache
 from a3.solutions.modes import COMPONENTS, DENSE
 
 PAPER = "[A³](https://arxiv.org/abs/2505.12942)"
@@ -120,7 +132,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "## Use",
         # The code in the folder does not simulate low precision, so it needs a3.
         USE.format(without="" if "matrices" in record else WITHOUT),
-        *llama_cpp(record),
+        *runtimes(record, dense_rope_type(folder)),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),
@@ -213,19 +225,46 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
     return "\n".join(rows)
 
 
-def llama_cpp(record: dict[str, Any]) -> list[str]:
-    """Which KV-cache types work in llama.cpp; empty unless all layers have one head size."""
-    if "layers" not in record:
+def runtimes(record: dict[str, Any], rope_type: str) -> list[str]:
+    """What runtimes make of the exports, and which KV-cache types work in llama.cpp.
+
+    `rope_type` is the dense model's. Empty unless all layers have one head size and one set of
+    RoPE pairs.
+    """
+    base = record["base"]
+    if "layers" not in record or base["family"] not in FAMILIES:
         return []
-    dense = record["base"]["head_dim"]
-    sizes = {
-        layer.get(component, {}).get("rank", dense)
-        for layer in record["layers"]
-        for component in HEAD
-    }
-    if record["base"]["family"] not in FAMILIES or len(sizes) != 1:
+    dense = base["head_dim"]
+    said = [layer.get(component, {}) for layer in record["layers"] for component in HEAD]
+    sizes = {one.get("rank", dense) for one in said}
+    whole = list(range(dense // 2))
+    pairs = {tuple(group) for one in said for group in one.get("rope_pairs", [whole])}
+    if len(sizes) != 1 or len(pairs - {tuple(whole)}) > 1:
         return []
-    return [f"KV cache in llama.cpp (after `a3 export gguf`): {llama_cpp_cache(*sizes)}."]
+    (size,), widths = sizes, {layer.get("mlp", {}).get("rank") for layer in record["layers"]}
+    kept = list(min(pairs, key=len))
+    facts = Facts(
+        head_dim=size,
+        rope=kept_type(rope_type, kept, len(whole)),
+        usual=size * base["heads"] == base["hidden_size"],
+        by_layer=len(widths) > 1,
+    )
+    exports = [GGUF] if facts.by_layer else [HF, GGUF]
+    return [
+        "What runtimes make of its exports, as far as somebody tried (versions as named):",
+        "\n".join(
+            f"- after `a3 export {one}`, {text}"
+            for one in exports
+            for text in said_of_runtimes(facts, one)
+        ),
+        f"KV cache in llama.cpp (after `a3 export gguf`): {llama_cpp_cache(size)}.",
+    ]
+
+
+def dense_rope_type(folder: Path) -> str:
+    """The type of RoPE that config.json says, of the dense model."""
+    rope = read_json(folder / "config.json").get("rope_parameters") or {}
+    return str(rope.get("rope_type", "default"))
 
 
 def calibration(record: dict[str, Any]) -> str:

@@ -235,7 +235,8 @@ def add_components(one: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         action=Preset,
         default=argparse.SUPPRESS,
-        help="modes of all components: a3 (the paper's, the default) or a3-plus (most accurate)",
+        help="modes of all components: a3 (the paper's, the default), a3-plus (most accurate) or "
+        "a3-stock (one head size, for llama.cpp)",
     )
 
 

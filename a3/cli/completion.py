@@ -15,7 +15,7 @@ from a3.cli.arguments import parsers
 from a3.core.files import load_yaml
 from a3.experiments.entries import CATALOGUE
 from a3.rxx.kinds import KINDS
-from a3.solutions.modes import COMPONENTS, DENSE, METRICS, MODES, SHARED, SHARING
+from a3.solutions.modes import COMPONENTS, DENSE, MARKED, METRICS, MODES, SHARED
 from a3.solutions.surgeries import SURGERIES
 
 FILES = FilesCompleter()
@@ -37,7 +37,7 @@ def completer_of(action: argparse.Action, one: argparse.ArgumentParser) -> Calla
     if action.dest in entries:
         return Names(list(load_yaml(CATALOGUE)[entries[action.dest]]))
     if action.dest in COMPONENTS:
-        shared = [SHARING[action.dest] + SHARED]
+        shared = [mode + SHARED for mode in MARKED[action.dest]]
         return ChoicesCompleter([*MODES[action.dest], *shared, DENSE])
     if action.dest == "mode":
         return ChoicesCompleter(list(SURGERIES))

@@ -23,7 +23,7 @@ from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import losses_of, solver_of
-from a3.solutions.modes import SHARING, find_mode
+from a3.solutions.modes import ONE_SIZE, SHARING, find_mode
 
 # Floating-point operations of the longest piece, and the widths of pieces, by type of device.
 PIECE_FLOPS = {"cpu": 1e10, "cuda": 1e12}
@@ -205,7 +205,7 @@ class Pieces:
             with self.device:
                 weights = mlp_weights(piece) if component == "mlp" else attention_weights(piece)
                 read: list[Any] = [statistic(piece.statistic_shape(KINDS[k])) for k in chosen.kinds]
-                if mode == "uniform-global":
+                if mode in ONE_SIZE:
                     read.append(torch.arange(piece.rope_dims // 2))
             own = rank
             if component == "mlp":

@@ -4,6 +4,10 @@ If all layers have the same sizes and keep the same RoPE pairs, a compressed mod
 family with a smaller `head_dim`. The kept frequencies are no longer a geometric series, so they are
 stored as factors on the frequencies of the smaller head (`longrope`). The softmax scale of the
 dense model is folded into the queries.
+
+A contiguous run of pairs is a RoPE of its own: pairs a … a + r/2 - 1 of a head of h dimensions turn
+by θ^(-2(a + i)/h) = θ'^(-2i/r) / s, with θ' = θ^(r/h) and s = θ^(2a/h), which is a smaller base
+and, where a > 0, `linear` scaling. Every runtime has these, so that no factors are needed.
 """
 
 import re
@@ -32,6 +36,9 @@ FAMILIES = ("llama", "mistral", "ministral", "qwen2")
 # RoPE types whose frequencies don't depend on the length; longrope only if its two lists agree.
 FIXED = ("default", "linear", "llama3", "yarn", "longrope")
 
+# Types whose frequencies are a geometric series.
+PLAIN = ("default", "linear")
+
 Q = re.compile(r"\.self_attn\.q_proj\.(weight|bias)$")
 
 K = re.compile(r"\.self_attn\.k_proj\.(weight|bias)$")
@@ -58,6 +65,8 @@ BLOCK = 32
 
 HOW = "One that it can: a3 compress MODEL --qk uniform-global --ov xkv --mlp rxx-w --ratio 0.25"
 
+HOW_GGUF = "One that it can: a3 compress MODEL --preset a3-stock --ratio 0.2"
+
 HOW_PLAIN = "Export the model that it was made of, or quantise weights alone (x, products: none)."
 
 
@@ -67,12 +76,14 @@ class Stock:
 
     `content` is the content of the new config.json, `q_scale` the factor on its queries, and
     `frequencies` (head_dim / 2,) the angles per position by which RoPE rotates each pair, float32.
+    `mlp_ranks` are the intermediate sizes of all layers; the content has the first one.
     """
 
     folder: Path
     content: dict[str, Any]
     q_scale: float
     frequencies: Tensor
+    mlp_ranks: list[int]
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -93,6 +104,12 @@ class Stock:
     def theta(self) -> float:
         """Base of RoPE's frequencies."""
         return self.config.rope_parameters["rope_theta"]
+
+    @property
+    def linear(self) -> float | None:
+        """The one divisor of all of RoPE's frequencies (1: none); None if each has its own."""
+        rope = self.config.rope_parameters
+        return {"default": 1.0, "linear": rope.get("factor")}.get(rope["rope_type"])
 
     @property
     def rope_factors(self) -> Tensor:
@@ -158,26 +175,30 @@ class Stock:
             yield {name: self.tensor(name) for name in names.values() if name in read}
 
 
-def stock(folder: Path) -> Stock:
+def stock(folder: Path, by_layer: bool = False) -> Stock:
     """Convert a dense or compressed folder to a model of its family.
 
-    Raises A3Error, with all reasons and how to make one that is, where it is none.
+    `by_layer`: the runtime takes MLPs of other sizes in each layer. Raises A3Error, with all
+    reasons and how to make one that is, where it is none.
     """
-    if found := obstacles(folder):
-        how = HOW_PLAIN if found == precision_obstacles(quantised(folder)) else HOW
+    if found := obstacles(folder, by_layer):
+        how = HOW_GGUF if by_layer else HOW
+        how = HOW_PLAIN if found == precision_obstacles(quantised(folder)) else how
         raise A3Error(f"{folder}: its family's own code cannot run it: {'; '.join(found)}. {how}")
     dense, kept, content = dense_config(folder), kept_pairs(folder), own_content(folder)
     rope, frequencies = dict(dense.rope_parameters), rotary(dense).inv_freq
     rope.pop("partial_rotary_factor", None)
     if kept is None:
-        return Stock(folder, content | {"rope_parameters": rope}, 1.0, frequencies)
-    rank = 2 * len(kept)
-    if len(kept) < len(frequencies):
-        rope = kept_rope(dense, geometric(rope["rope_theta"], rank) / frequencies[kept].double())
-    scaling = read_json(folder / "config.json")["a3"]["scaling"]
+        ranks = [dense.intermediate_size] * dense.num_hidden_layers
+        return Stock(folder, content | {"rope_parameters": rope}, 1.0, frequencies, ranks)
+    a3 = read_json(folder / "config.json")["a3"]
+    whole = len(kept) == len(frequencies)
+    if not whole:
+        rope = kept_rope(dense, kept, frequencies)
     # A full-size head has exactly the family's own scale.
-    q_scale = 1.0 if len(kept) == len(frequencies) else scaling * rank**0.5
-    return Stock(folder, content | {"rope_parameters": rope}, q_scale, frequencies[kept])
+    q_scale = 1.0 if whole else a3["scaling"] * (2 * len(kept)) ** 0.5
+    content |= {"rope_parameters": rope}
+    return Stock(folder, content, q_scale, frequencies[kept], a3["mlp_ranks"])
 
 
 def llama_cpp_cache(head_dim: int) -> str:
@@ -191,11 +212,31 @@ def llama_cpp_cache(head_dim: int) -> str:
     )
 
 
-def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
-    """RoPE's parameters for the frequencies of a smaller head divided by `factors`."""
+def kept_type(rope_type: str, kept: list[int], whole: int) -> str:
+    """The type of RoPE that the pairs `kept` of `whole` ones have, of a RoPE of a type."""
+    first = kept[0]
+    if len(kept) == whole:
+        return rope_type
+    if rope_type not in PLAIN or kept != list(range(first, first + len(kept))):
+        return "longrope"
+    return "linear" if first else rope_type
+
+
+def kept_rope(dense: PreTrainedConfig, kept: Tensor, frequencies: Tensor) -> dict[str, Any]:
+    """RoPE's parameters of a smaller head with the pairs `kept` (r / 2,) of the dense model's
+    `frequencies` (h / 2,): plain where the pairs are contiguous, else with factors (longrope)."""
+    rope, rank = dense.rope_parameters, 2 * len(kept)
+    theta, first = rope["rope_theta"], int(kept[0])
+    if kept_type(rope["rope_type"], kept.tolist(), len(frequencies)) in PLAIN:
+        head_dim = 2 * len(frequencies)
+        base, factor = theta ** (rank / head_dim), theta ** (2 * first / head_dim)
+        # A default RoPE may have a factor that nothing reads.
+        factor *= rope["factor"] if rope["rope_type"] == "linear" else 1.0
+        return plain_rope(base, factor)
+    factors = geometric(theta, rank) / frequencies[kept].double()
     return {
         "rope_type": "longrope",
-        "rope_theta": dense.rope_parameters["rope_theta"],
+        "rope_theta": theta,
         "factor": 1.0,
         "short_factor": factors.tolist(),
         "long_factor": factors.tolist(),
@@ -205,15 +246,25 @@ def kept_rope(dense: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
     }
 
 
-def obstacles(folder: Path) -> list[str]:
-    """Reasons why the family's code cannot run a folder, dense or compressed; empty if it can."""
+def plain_rope(theta: float, factor: float) -> dict[str, Any]:
+    """RoPE's parameters for a geometric series whose frequencies are divided by a factor."""
+    if factor == 1:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+
+
+def obstacles(folder: Path, by_layer: bool = False) -> list[str]:
+    """Reasons why the family's code cannot run a folder, dense or compressed; empty if it can.
+
+    `by_layer`: sizes of MLPs may differ between layers.
+    """
     load_config(folder)  # refuses an invalid config
     config = dense_config(folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         return [f"a3 writes no ordinary checkpoints of {config.model_type} (of {known} it does)"]
     a3 = read_json(folder / "config.json").get("a3")
-    found = [] if a3 is None else [*size_obstacles(a3), *pair_obstacles(folder)]
+    found = [] if a3 is None else [*size_obstacles(a3, by_layer), *pair_obstacles(folder)]
     return [*found, *rope_obstacles(config), *precision_obstacles(quantised(folder))]
 
 
@@ -235,9 +286,14 @@ def precision_obstacles(said: dict[str, Any]) -> list[str]:
     return found
 
 
-def size_obstacles(a3: dict[str, Any]) -> list[str]:
-    """Reasons in the sizes, which no family supports; `a3` is the entry of the config."""
-    ranks = {"QK": a3["qk_ranks"], "OV": a3["ov_ranks"], "MLP": a3["mlp_ranks"]}
+def size_obstacles(a3: dict[str, Any], by_layer: bool) -> list[str]:
+    """Reasons in the sizes, which no family supports; `a3` is the entry of the config.
+
+    `by_layer`: sizes of MLPs may differ between layers.
+    """
+    ranks = {"QK": a3["qk_ranks"], "OV": a3["ov_ranks"]}
+    if not by_layer:
+        ranks["MLP"] = a3["mlp_ranks"]
     found = [
         f"ranks of {component} differ between layers, {min(of)} to {max(of)}"
         for component, of in ranks.items()

@@ -47,12 +47,24 @@ SHARED = "~"
 # Modes that support allocation: they predict the model's loss at each rank, in the same unit.
 SHARING = {"qk": "fisher", "ov": "joint", "mlp": "obs"}
 
-# The paper's modes, and the most accurate combination beyond it (docs/log.md), as options name
-# them.
+# QK modes with one set of RoPE pairs for the whole model, as stock checkpoints need. If they are
+# allocated, all heads get one size, OV's too, and the budget is of parameters alone.
+ONE_SIZE = ("uniform-global", "uniform-contiguous")
+
+# All modes that `~` may follow.
+MARKED = {component: (mode, *ONE_SIZE * (component == "qk")) for component, mode in SHARING.items()}
+
+# The paper's modes, the most accurate combination beyond it (docs/log.md), and the most accurate
+# one that stock llama.cpp runs, as options name them.
 PRESETS = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
     "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
+    "a3-stock": {"qk": ONE_SIZE[1] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
 }
+
+# Ranks of models of one head size are multiples of these unless the plan has its own: of MLPs the
+# block of llama.cpp's weight types, of heads what leaves several sizes below 64.
+STOCK_STEPS = {"qk": 4, "ov": 4, "mlp": 32}
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "rxx-w-rxx": Mode(QK, ROPE),
         "rxx-w-rxx-uniform": Mode(QK, ROPE),
         "uniform-global": Mode((*QK, "pair_gradient"), ROPE),
+        "uniform-contiguous": Mode((*QK, "pair_gradient"), ROPE),
         "abs-w": Mode(QK, ROPE),
         "wanda": Mode((*QK, "attention_input_diagonal"), ROPE),
         "modegpt": Mode(QK, NOPE + ROPE),
@@ -233,9 +246,10 @@ def parse_choice(component: str, cell: str, ratio: str) -> Choice:
     """`xkv`, `xkv@0.3` or `xkv@48` of a row with this ratio; raises A3Error for the size only."""
     mode, at, size = cell.partition("@")
     if mode.endswith(SHARED):
-        if at or ratio == NO_RATIO or mode[:-1] != SHARING[component]:
+        if at or ratio == NO_RATIO or mode[:-1] not in MARKED[component]:
+            expected = " or ".join(name + SHARED for name in MARKED[component])
             raise A3Error(
-                f"{component} is {cell!r}; expected {SHARING[component]}{SHARED} and a ratio of "
+                f"{component} is {cell!r}; expected {expected} and a ratio of "
                 f"the row: {SHARED} allocates it by the loss that this mode estimates at each rank."
             )
         return Choice(mode[:-1], parse_ratio(ratio), shared=True)

@@ -12,8 +12,10 @@ from a3.solutions.modes import (
     COMPONENTS,
     DENSE,
     EXPERTS,
+    ONE_SIZE,
     SERVABLE,
     SHARED,
+    STOCK_STEPS,
     Choice,
     Mode,
     check_fit,
@@ -51,9 +53,9 @@ class Plan:
         ]
         if self.servable and shared:
             raise A3Error(
-                f"servable: {' and '.join(shared)} are marked {SHARED}, so heads would differ by "
-                "layer; serving runtimes need one size. Give each its own ratio or rank, or "
-                "remove --servable."
+                f"servable: {' and '.join(shared)} are marked {SHARED}, so the allocation chooses "
+                "sizes of heads; serving runtimes need one of a few. Give each its own ratio or "
+                "rank, or remove --servable."
             )
 
     def kinds(self) -> list[str]:
@@ -75,7 +77,8 @@ class Plan:
             if component == "qk":
                 require_whole_rope(arch)
             # The budget is the size at this ratio before rounding.
-            require_room(arch, component, component_rank(arch, component, choice, 1), self.multiple)
+            rank = component_rank(arch, component, choice, 1)
+            require_room(arch, component, rank, self.step(component))
 
     def ranks(self, arch: Arch) -> dict[str, int]:
         """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
@@ -109,6 +112,16 @@ class Plan:
     def shared(self) -> dict[str, Choice]:
         """The components with an allocated ratio."""
         return {component: choice for component, choice in self.choices.items() if choice.shared}
+
+    @property
+    def one_size(self) -> tuple[str, ...]:
+        """The components of heads whose allocated rank is the same in all layers, and for both."""
+        heads = tuple(component for component in self.shared if component != "mlp")
+        return heads if any(self.choices[one].mode in ONE_SIZE for one in heads) else ()
+
+    def step(self, component: str) -> int:
+        """Of what an allocated rank of a component is a multiple."""
+        return STOCK_STEPS[component] if self.one_size and self.multiple == 1 else self.multiple
 
     def mode(self, component: str) -> Mode:
         """The mode of a component."""
@@ -148,6 +161,8 @@ def require_fit(arch: Arch, component: str, mode: str) -> None:
     """Raise A3Error if a mode does not fit the model's attention or MLP."""
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(component, mode, mlp if component == "mlp" else arch.attention)
+    if mode == "uniform-contiguous":
+        require_whole_rope(arch)
 
 
 def require_whole_rope(arch: Arch) -> None:

@@ -142,6 +142,23 @@ def uniform_global(
     return _eliminated(weights, Gq, Gk, C, order.expand(len(weights.k), -1), rank, share)
 
 
+def uniform_contiguous(
+    weights: AttentionWeights, Gq: Tensor, Gk: Tensor, C: Tensor, first: Tensor, rank: int
+) -> QKSolution:
+    """As `uniform-global`, with pairs that follow one another, so that RoPE stays plain.
+
+    `first` (F,) is the first pair that is kept where 0 to F - 1 pairs are dropped. The frequencies
+    θ^(-2j/h) of pairs a to a + r/2 - 1 are those of a RoPE of r dimensions, base θ^(r/h), divided
+    by θ^(2a/h). Fits only heads that RoPE rotates whole.
+    """
+    pairs, kept = len(first), rank // 2
+    every = torch.arange(pairs, device=first.device)
+    start = first[pairs - kept]
+    inside = (every >= start) & (every < start + kept)
+    order = torch.cat((every[~inside], every[inside])).expand(len(weights.k), -1)
+    return _eliminated(weights, Gq, Gk, C, order, rank)
+
+
 def _eliminated(
     weights: AttentionWeights,
     Gq: Tensor,
@@ -162,12 +179,37 @@ def _eliminated(
     return _with_factors(solution, kept, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
 
 
-def global_order(C: Tensor, real: bool) -> Tensor:
+def uniform_global_losses(C: Tensor, real: bool) -> Elimination:
     """The order (F,) in which pairs go from all heads of all layers, C (L H, 2 F, 2 F).
 
     `real`: queries are normed, so that factors have no imaginary part.
     """
-    return _eliminate(_by_group(C, 1, real)).order[0]
+    found = _eliminate(_by_group(C, 1, real))
+    return found._replace(order=found.order[0])
+
+
+def uniform_contiguous_losses(C: Tensor, real: bool) -> Elimination:
+    """The first pair (F,) of the best run where 0 to F - 1 pairs go; C and `real` as above.
+
+    Dropping D costs ½ V_Dᵀ (P_DD)⁻¹ V_D = ½ ‖L⁻¹ V_D‖² with P_DD = L Lᵀ. L of the pairs before a
+    run, followed by those after it from the last one on, has the L of all runs that start there.
+    """
+    grouped = _by_group(C, 1, real)
+    parts, pairs = grouped.shape[2:4]
+    P = _inverse(grouped)[0]
+    losses = P.new_full((pairs, pairs), torch.inf)  # by first pair, and number dropped
+    losses[0, 0] = 0
+    for start in range(pairs):
+        gone = torch.cat((torch.arange(start), torch.arange(pairs - 1, start, -1))).to(P.device)
+        dims = (gone[:, None] + pairs * torch.arange(parts, device=P.device)).flatten()
+        root = torch.linalg.cholesky(P[:, dims][:, :, dims])
+        V = (dims < pairs).to(P.dtype).expand(len(P), -1)[..., None]
+        Y = torch.linalg.solve_triangular(root, V, upper=False)
+        cost = Y.square().sum((0, 2)).unflatten(0, (-1, parts)).sum(1).cumsum(0) / 2
+        least = max(start, 1)
+        losses[start, least:] = cost[least - 1 :]
+    best = losses.min(0)
+    return Elimination(best.indices, best.values, grouped[:, :, 0, :, 0].sum() / 2)
 
 
 def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:

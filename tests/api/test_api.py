@@ -63,7 +63,7 @@ def test_compress_logs_the_loss_on_a_dev_text(dense, loaded, tmp_path, caplog):
         a3.compress(*loaded, TEXTS, dev_texts=[""], **options)
 
 
-@pytest.mark.parametrize("preset", ["a3", "a3-plus"])
+@pytest.mark.parametrize("preset", ["a3", "a3-plus", "a3-stock"])
 def test_compress_gives_what_the_command_line_writes(dense, loaded, tmp_path, preset):
     text = tmp_path / "docs.jsonl"
     text.write_text("".join(json.dumps({"title": "", "text": one}) + "\n" for one in TEXTS))

@@ -68,9 +68,11 @@ COMPLETED = {
     "a3 eval ": {"ppl", "harness", "generation", "speed"},
     "a3 compress smol": {"smollm2-135m", "smolfolder/"},
     "a3 compress smollm2-135m --text wiki-a": {"wiki-articles"},
-    "a3 approx smolfolder --qk uni": {"uniform-global"},
+    "a3 approx smolfolder --qk uni": {
+        *("uniform-global", "uniform-global~", "uniform-contiguous", "uniform-contiguous~"),
+    },
     "a3 approx smolfolder --mlp ob": {"obs", "obs~"},
-    "a3 compress m --preset ": {"a3", "a3-plus"},
+    "a3 compress m --preset ": {"a3", "a3-plus", "a3-stock"},
     "a3 eval speed m --beside svd-llm-": {"svd-llm-v2"},
     "a3 quantise m --recipe w4a16-": {"w4a16-int"},
     "a3 surgery m --mode pca-sh": {"pca-shared-kv", "pca-shared-kv-rxx"},

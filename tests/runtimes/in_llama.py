@@ -17,8 +17,11 @@ def main(path, asked, out):
         said = json.load(stream)
     model, answers = Model(path), {}
     for cache in said["caches"]:
-        logits, held = model.logits(said["tokens"], cache, size=said.get("size", 1024))
+        how = {"size": said.get("size", 1024), "calls": said.get("calls", 1)}
+        logits, held = model.logits(said["tokens"], cache, **how)
         answers[f"logits_{cache}"], answers[f"cache_{cache}"] = logits, held
+    if count := said.get("greedy"):
+        answers["greedy"] = np.array(model.greedy(said["tokens"][: said["prompt"]], count))
     surround = said.get("surround", False)
     ids = [model.tokenize(text, surround=surround) for text in said["texts"]]
     answers["ids"] = np.array([number for one in ids for number in [*one, -1]], np.int64)

@@ -110,6 +110,7 @@ def library():
     lib.llama_context_default_params.restype = ContextParams
     lib.llama_batch_init.restype = Batch
     lib.llama_decode.argtypes = [c_void_p, Batch]
+    lib.llama_batch_free.argtypes = [Batch]
     for name in ("llama_free", "llama_model_free", "llama_n_ctx", "llama_vocab_n_tokens"):
         getattr(lib, name).argtypes = [c_void_p]
     lib.llama_state_seq_get_size.argtypes = [c_void_p, c_int32]
@@ -150,12 +151,34 @@ class Model:
         found = LIB.llama_model_chat_template(self.model, name.encode() if name else None)
         return found.decode() if found else None
 
-    def logits(self, ids, cache="f16", flash=False, size=1024):
-        """Logits (tokens, vocabulary) float32 and the bytes of the cache that they left."""
+    def logits(self, ids, cache="f16", flash=False, size=1024, calls=1):
+        """Logits (tokens, vocabulary) float32 and the bytes of the cache that they left.
+
+        The tokens are read in so many calls, one after the other.
+        """
+        context = self.context(cache, flash, max(size, len(ids)))
+        each = -(-len(ids) // calls)
+        found = [self.read(context, ids[i : i + each], i) for i in range(0, len(ids), each)]
+        held = LIB.llama_state_seq_get_size(context, 0)
+        LIB.llama_free(context)
+        return np.concatenate(found), held
+
+    def greedy(self, ids, count, size=1024):
+        """The `count` likeliest tokens after `ids`, one by one."""
+        context, made = self.context("f32", flash=False, size=size), []
+        last = self.read(context, ids, 0)
+        for place in range(len(ids), len(ids) + count):
+            made.append(int(last[-1].argmax()))
+            last = self.read(context, made[-1:], place)
+        LIB.llama_free(context)
+        return made
+
+    def context(self, cache, flash, size):
+        """A cache of `size` tokens."""
         params = LIB.llama_context_default_params()
         # The structure fits where llama.cpp's own default of the cache is where it is looked for.
         assert (params.type_k, params.type_v) == (TYPES["f16"], TYPES["f16"])
-        params.n_ctx, params.n_batch, params.n_ubatch = size, len(ids), len(ids)
+        params.n_ctx, params.n_batch, params.n_ubatch = size, size, size
         params.n_threads = params.n_threads_batch = 2
         params.flash_attn_type = ON if flash else OFF
         params.type_k = TYPES[cache]
@@ -165,16 +188,19 @@ class Model:
         if not context:
             raise ValueError(f"llama.cpp makes no cache of {cache}")
         assert LIB.llama_n_ctx(context) >= size
+        return context
+
+    def read(self, context, ids, start):
+        """Logits of tokens that stand from `start` on."""
         batch = LIB.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, number in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.logits[i] = number, i, 1
+            batch.token[i], batch.pos[i], batch.logits[i] = number, start + i, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         assert LIB.llama_decode(context, batch) == 0
         found = np.ctypeslib.as_array(LIB.llama_get_logits(context), (len(ids), self.tokens)).copy()
-        held = LIB.llama_state_seq_get_size(context, 0)
-        LIB.llama_free(context)
-        return found, held
+        LIB.llama_batch_free(batch)
+        return found
 
     def close(self):
         """Give the memory back."""

@@ -152,7 +152,10 @@ def test_experiments_that_do_not_fit_are_refused_before_collecting(llama, tmp_pa
     assert main([*words, json.dumps([PAPER, bad])]) == 1
     said = capsys.readouterr()
     assert "experiment model m, qk k-only@4, ov xkv, mlp rxx-w, ratio 0.2: qk mode" in said.err
-    assert "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, uniform-global, abs-w, " in said.err
+    assert (
+        "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, uniform-global, uniform-contiguous, "
+        in said.err
+    )
     assert "tokens" not in said.out
     assert not out.parent.exists()
     assert main([*words, json.dumps([PAPER, OWN])]) == 0

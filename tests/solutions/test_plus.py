@@ -376,7 +376,7 @@ def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
     C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
     together = replace(attention(), k=attention().k[:1])
     expected = qk.fisher_losses(together, C).order
-    assert torch.equal(qk.global_order(C, real=False), expected[0])
+    assert torch.equal(qk.uniform_global_losses(C, real=False).order, expected[0])
     weights = replace(attention(), rope_dims=h)
     grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
     found = qk.uniform_global(weights, *grams, C[:H], expected[0], 6)
@@ -734,7 +734,7 @@ def curve(seed, convex, parameters, cache, ranks=5, component="mlp"):
     steps = random(ranks - 1, seed=seed).abs() + 0.01
     steps = steps.sort().values if convex else steps
     loss = torch.cat((torch.zeros(1).double(), steps.cumsum(0)))
-    return Curve(component, range(1), 8 - torch.arange(ranks), loss, parameters, cache)
+    return Curve((component,), range(1), 8 - torch.arange(ranks), loss, parameters, cache)
 
 
 def hull_step(curve):

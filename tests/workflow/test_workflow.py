@@ -250,7 +250,10 @@ def test_a_row_that_does_not_fit_is_refused_before_collecting(settled):
     assert rules == ["collect"]
     assert "statistics take" not in output
     assert not list(settled.folder.glob("results/rxx/tiny/short/o_proj_blocks*"))
-    assert "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, uniform-global, abs-w, " in output
+    assert (
+        "Modes that do: rxx-w-rxx, rxx-w-rxx-uniform, uniform-global, uniform-contiguous, "
+        in output
+    )
     assert "Traceback" not in output
 
 

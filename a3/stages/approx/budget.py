@@ -1,6 +1,6 @@
 """Allocates ranks: minimises the predicted loss under one budget."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ HALVINGS = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks that a component of some layers may have, descending, and the loss at each.
+    """Ranks that components of some layers may have, descending, and the loss at each.
 
-    Losses are in nats a token. `parameters` and `cache` are the cost of one rank: weights, and
-    cached numbers per token.
+    All of them get the same rank. Losses are in nats a token. `parameters` and `cache` are the cost
+    of one rank: weights, and cached numbers per token.
     """
 
-    component: str
+    components: tuple[str, ...]
     layers: range
     ranks: Tensor
     loss: Tensor
@@ -34,23 +34,24 @@ def at(curve: Curve, rank: int) -> float:
     return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
 
 
-def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
-    """Merge the curves of all layers into one, for each component in `uniform`."""
-    joined = [curve for curve in curves if curve.component not in uniform]
-    for component in uniform:
-        own = [curve for curve in curves if curve.component == component]
-        count = len(own)
-        joined.append(
-            Curve(
-                component,
-                range(count),
-                own[0].ranks,
-                torch.stack([curve.loss for curve in own]).sum(0),
-                count * own[0].parameters,
-                count * own[0].cache,
-            )
+def together(curves: list[Curve], groups: list[tuple[str, ...]]) -> list[Curve]:
+    """Merge the curves of all layers into one for each group of components of one rank."""
+    for group in groups:
+        own = [curve for curve in curves if set(curve.components) & set(group)]
+        others = [curve for curve in curves if not set(curve.components) & set(group)]
+        ranks = own[0].ranks
+        for curve in own[1:]:
+            ranks = ranks[torch.isin(ranks, curve.ranks)]
+        joined = Curve(
+            group,
+            range(max(curve.layers.stop for curve in own)),
+            ranks,
+            torch.stack([curve.loss[torch.isin(curve.ranks, ranks)] for curve in own]).sum(0),
+            sum(curve.parameters for curve in own),
+            sum(curve.cache for curve in own),
         )
-    return joined
+        curves = [*others, joined]
+    return curves
 
 
 def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
@@ -82,6 +83,29 @@ def least_loss(curves: list[Curve], budget: tuple[int, int]) -> list[int]:
 
     ranks = bisect(cheapest, curves, budget[1], which=1)
     return fill(curves, ranks, budget)
+
+
+def least_loss_by_rank(curves: list[Curve], which: int, budget: tuple[int, int]) -> list[int]:
+    """As `least_loss`, with each rank of one curve tried in turn.
+
+    That curve has a few ranks and each of its steps is a large part of the budget, of which
+    Lagrange multipliers would leave much unused.
+    """
+    best, chosen = torch.inf, None
+    for place in range(len(curves[which].ranks)):
+        fixed = slice(place, place + 1)
+        one = replace(
+            curves[which], ranks=curves[which].ranks[fixed], loss=curves[which].loss[fixed]
+        )
+        tried = [*curves[:which], one, *curves[which + 1 :]]
+        least = cost(tried, [int(curve.ranks[-1]) for curve in tried])
+        if least[0] > budget[0] or least[1] > budget[1]:
+            continue
+        ranks = least_loss(tried, budget)
+        if (loss := sum(map(at, tried, ranks))) < best:
+            best, chosen = loss, ranks
+    # Where no rank fits, the error is that of `least_loss`.
+    return least_loss(curves, budget) if chosen is None else chosen
 
 
 def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int]:

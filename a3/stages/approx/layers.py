@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -19,10 +19,10 @@ from a3.numerics.elimination import Elimination
 from a3.numerics.finite import require_finite
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
-from a3.solutions import mlp, qk
+from a3.solutions import mlp
 from a3.solutions.factors import Matrix, factorise, shares
-from a3.solutions.functions import losses_of, solver_of
-from a3.solutions.modes import COMPONENTS, SHARING, find_mode
+from a3.solutions.functions import losses_of, losses_of_model, solver_of
+from a3.solutions.modes import COMPONENTS, ONE_SIZE, SHARING, find_mode
 from a3.solutions.plan import factor_ranks, least_rank
 
 Weights: TypeAlias = AttentionWeights | MLPWeights
@@ -65,6 +65,8 @@ class LayerSolver:
         self.fields = arch.to_json()
         # The share that each matrix keeps, by its name in every layer, where it is not the same.
         self.kept: dict[str, list[float]] = {}
+        # By mode, of those with one set of RoPE pairs.
+        self.of_models: dict[str, Elimination] = {}
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
         """Compressed tensors of one layer, its report in approx.json, and seconds by component."""
@@ -304,8 +306,8 @@ class LayerSolver:
         read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
         if mode.prior:
             read.append(mode.prior / self.statistics[mode.kinds[0]].tokens)
-        if name == "uniform-global":
-            read.append(self.order)
+        if name in ONE_SIZE:
+            read.append(self.of_model(name).order)
         return read
 
     def rxx(self, kind: str, layer: int) -> Tensor:
@@ -317,12 +319,13 @@ class LayerSolver:
         """The statistics that a component's mode reads."""
         return find_mode(component, self.modes[component]).kinds
 
-    @cached_property
-    def order(self) -> Tensor:
-        """The order in which RoPE pairs are dropped, if all layers drop the same ones."""
-        layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
-        C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
-        return qk.global_order(C, self.arch.qk_norm is not None)
+    def of_model(self, mode: str) -> Elimination:
+        """Which RoPE pairs a mode of one set of pairs drops from all layers, and the losses."""
+        if mode not in self.of_models:
+            layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
+            C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
+            self.of_models[mode] = losses_of_model(mode, C, self.arch.qk_norm is not None)
+        return self.of_models[mode]
 
     def pack(
         self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None

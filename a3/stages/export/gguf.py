@@ -1,4 +1,8 @@
-"""a3 export gguf: converts a folder to a file for llama.cpp, with the architecture `llama`."""
+"""a3 export gguf: converts a folder to a file for llama.cpp.
+
+Its architecture is `llama`, or, where the sizes of MLPs differ between layers, `deci`, which has
+the same graph with sizes by layer.
+"""
 
 from math import prod
 from pathlib import Path
@@ -8,15 +12,18 @@ import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
+    RopeScalingType,
     get_tensor_name_map,
 )
 from gguf.quants import quantize
 from torch import Tensor
 
 import a3.models.modeling_a3  # noqa: F401
+from a3.artifacts.runtimes import GGUF, facts_of, warnings_of
 from a3.core.errors import A3Error
 from a3.core.files import whole_file
 from a3.core.progress import LOG, Bar
@@ -24,7 +31,7 @@ from a3.models.checkpoint import model_source
 from a3.models.gguf_rope import FACTORS
 from a3.models.stock import BLOCK, K, Q, Stock, llama_cpp_cache, stock
 from a3.stages.export.gguf_vocabulary import add_vocabulary
-from a3.stages.export.llama import ARCH, require_llama
+from a3.stages.export.llama import require_llama
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -39,27 +46,31 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
     its blocks; all else is float32. One tensor at a time is in memory. Raises A3Error, with all
     reasons, for a model that llama.cpp's `llama` would not run as it is, and for its tokenizer.
     """
-    model = stock(folder)
+    model = stock(folder, by_layer=True)
     require_llama(model)
     wanted = GGMLQuantizationType[dtype.upper()]
     with whole_file(out) as temporary:
-        writer = GGUFWriter(temporary, ARCH)
+        writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture(model)])
         add_sizes(writer, model)
         add_vocabulary(writer, folder, model.config.vocab_size)
         writer.add_file_type(file_type(wanted))
         types = {name: stored_type(model, name, wanted) for name in names(model)}
         for name, type_ in types.items():
             add_info(writer, tensor_name(model, name), model.checkpoint.shape(name), type_)
-        add_info(writer, FACTORS, (model.head_dim // 2,), GGMLQuantizationType.F32)
+        if model.linear is None:
+            add_info(writer, FACTORS, (model.head_dim // 2,), GGMLQuantizationType.F32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, type_ in Bar(types.items(), unit="tensor", desc="gguf"):
             writer.write_tensor_data(quantize(value_of(model, name), type_))
-        writer.write_tensor_data(model.rope_factors.float().numpy())
+        if model.linear is None:
+            writer.write_tensor_data(model.rope_factors.float().numpy())
         writer.close()
     if model.folded:
         LOG.info(f"export: {model.folded}.")
+    for warning in warnings_of(facts_of(model), GGUF):
+        LOG.warning(f"export: {warning}.")
     if model.head_dim % BLOCK:
         LOG.info(f"export: in llama.cpp, {llama_cpp_cache(model.head_dim)}.")
     if others := [name for name, type_ in types.items() if type_ == INSTEAD != wanted]:
@@ -80,14 +91,26 @@ def add_sizes(writer: GGUFWriter, model: Stock) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    sizes = {
+        writer.add_feed_forward_length: model.mlp_ranks,
+        writer.add_head_count: [config.num_attention_heads] * config.num_hidden_layers,
+        writer.add_head_count_kv: [config.num_key_value_heads] * config.num_hidden_layers,
+    }
+    for add, of in sizes.items():
+        add(of if architecture(model) == MODEL_ARCH.DECI else of[0])
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_rope_freq_base(model.theta)
+    if model.linear not in (None, 1):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(model.linear)
+
+
+def architecture(model: Stock) -> MODEL_ARCH:
+    """llama.cpp's architecture: `llama`, or `deci` where MLPs have other sizes by layer."""
+    return MODEL_ARCH.DECI if len(set(model.mlp_ranks)) > 1 else MODEL_ARCH.LLAMA
 
 
 def names(model: Stock) -> list[str]:
@@ -102,10 +125,12 @@ def names(model: Stock) -> list[str]:
 
 def tensor_name(model: Stock, name: str) -> str:
     """llama.cpp's name of a tensor; raises A3Error if it has none."""
-    known = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    arch = architecture(model)
+    known = get_tensor_name_map(arch, model.config.num_hidden_layers)
     found = known.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
-        raise A3Error(f"{model.folder}: tensor {name!r} has no place in llama.cpp's {ARCH!r}.")
+        where = MODEL_ARCH_NAMES[arch]
+        raise A3Error(f"{model.folder}: tensor {name!r} has no place in llama.cpp's {where!r}.")
     return found
 
 

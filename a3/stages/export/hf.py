@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
+from a3.artifacts.runtimes import HF, facts_of, warnings_of
 from a3.artifacts.targets import EXPORTED
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, sha256, whole_folder, write_record
@@ -15,6 +15,7 @@ from a3.models.arch import is_compressed
 from a3.models.checkpoint import combined, hash_files, model_source
 from a3.models.folders import write_index
 from a3.models.load import load_whole
+from a3.models.older import older_rope
 from a3.models.stock import Stock, stock
 from a3.models.travel import bring
 
@@ -33,7 +34,7 @@ def export_hf(folder: Path, out: Path) -> None:
     model = stock(folder)
     with whole_folder(out, EXPORTED.seal, [folder]) as made:
         names = write_weights(model, made)
-        content = model.content | older_names(model.content["rope_parameters"])
+        content = model.content | older_rope(model.content)
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         bring(folder, made, "config.json", "timing.json", *RECORDS)
         # Of all that transformers reads, nothing may be missing.
@@ -53,15 +54,8 @@ def export_hf(folder: Path, out: Path) -> None:
         write_record(made / "export.json", record)
     if model.folded:
         LOG.info(f"export: {model.folded}.")
-
-
-def older_names(rope: dict[str, Any]) -> dict[str, Any]:
-    """RoPE's parameters as transformers 4, and servers built on it, look for them.
-
-    They ignore rope_parameters, and would silently rotate by other angles.
-    """
-    scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
-    return {"rope_theta": rope["rope_theta"], **scaling}
+    for warning in warnings_of(facts_of(model), HF):
+        LOG.warning(f"export: {warning}.")
 
 
 def write_weights(model: Stock, folder: Path) -> list[str]:

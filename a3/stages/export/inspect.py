@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts.fit import said_of, warning_of
+from a3.artifacts.runtimes import GGUF, HF, facts_of
+from a3.artifacts.runtimes import said_of as said_of_runtimes
 from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.arch import is_compressed, load_arch
@@ -129,25 +131,32 @@ def runs(ranks: list[Any]) -> str:
 
 def runtimes(folder: Path, compressed: bool) -> list[str]:
     """Which runtimes load a folder, as it is or exported, and why others do not."""
-    found = obstacles(folder)
+    found, gguf_obstacles = obstacles(folder), obstacles(folder, by_layer=True)
     lines = ["transformers after `import a3`"] if compressed else ["transformers"]
     if "auto_map" in read_json(folder / "config.json"):
         lines.append("transformers without a3, with trust_remote_code=True")
-    if found:
+    if gguf_obstacles:
         lines.append(f"transformers without a3, llama.cpp, {UNTESTED}: no: {'; '.join(found)}")
         return lines
-    model = stock(folder)
-    if compressed:
+    model = stock(folder, by_layer=True)
+    facts = facts_of(model)
+    if found:
+        lines.append(f"transformers without a3, {UNTESTED}: no: {'; '.join(found)}")
+    elif compressed:
         folded = f" ({model.folded})" if model.folded else ""
         lines.append(f"transformers without a3: after a3 export hf{folded}")
     reason = no_llama(folder)
-    size, where = model.head_dim, "the folder of a3 export hf" if compressed else "it"
-    cache = llama_cpp_cache(size)
+    cache = llama_cpp_cache(model.head_dim)
     lines.append(f"llama.cpp: {f'no: {reason}' if reason else f'after a3 export gguf; {cache}'}")
-    lines.append(
-        f"{UNTESTED}: untested; they read checkpoints like {where}, with fused attention for heads "
-        f"of {', '.join(map(str, SERVABLE))}: this model has heads of {size}"
-    )
+    if not found:
+        where = "after a3 export hf, " if compressed else ""
+        lines += [where + text for text in said_of_runtimes(facts, HF)]
+        sizes = ", ".join(map(str, SERVABLE))
+        lines.append(
+            f"{UNTESTED}: fused attention for heads of {sizes}: this model has {model.head_dim}"
+        )
+    if not reason:
+        lines += [f"after a3 export gguf, {text}" for text in said_of_runtimes(facts, GGUF)]
     return lines
 
 
@@ -155,7 +164,7 @@ def no_llama(folder: Path) -> str | None:
     """Why llama.cpp cannot have a folder that other runtimes can; None if it can."""
     path = folder / "tokenizer.json"
     try:
-        require_llama(stock(folder))
+        require_llama(stock(folder, by_layer=True))
         rules_of(content_of(load_tokenizer(folder), path), path)
     except A3Error as error:
         return str(error)

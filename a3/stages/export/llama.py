@@ -15,8 +15,6 @@ from a3.core.errors import A3Error
 from a3.models.gguf_rules import RULES, Rules, steps_in
 from a3.models.stock import Stock
 
-ARCH = "llama"
-
 NFC = {"type": "NFC"}
 
 # What a token of the vocabulary takes of the text beside it; llama.cpp takes the token alone.
@@ -24,7 +22,7 @@ GREEDY = ("lstrip", "rstrip", "single_word")
 
 
 def require_llama(model: Stock) -> None:
-    """Raise A3Error for what llama.cpp's `llama` does otherwise than the family."""
+    """Raise A3Error for what llama.cpp's `llama` and `deci` do otherwise than the family."""
     config, found = model.config, []
     if config.hidden_act != "silu":
         found.append(f"its activation is {config.hidden_act}")
@@ -33,8 +31,8 @@ def require_llama(model: Stock) -> None:
         found.append(f"its attention has a window of {window} positions")
     if found:
         raise A3Error(
-            f"{model.folder}: llama.cpp's architecture {ARCH!r} does not fit: {'; '.join(found)}. "
-            "a3 export hf makes a checkpoint for other runtimes."
+            f"{model.folder}: llama.cpp's architectures llama and deci do not fit: "
+            f"{'; '.join(found)}. a3 export hf makes a checkpoint for other runtimes."
         )
 
 

@@ -24,6 +24,7 @@ from a3.core.provenance import provenance
 from a3.models.arch import describe, known_family, load_arch
 from a3.models.checkpoint import CARD, Checkpoint, front_matter, hash_files, recorded_files
 from a3.models.inputs import files_of, hash_inputs, is_model_file
+from a3.models.older import older_rope
 from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.models.travel import copy
@@ -123,6 +124,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
     tokenizer = tokenizer_of(file)
     load_gguf(file, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    content = read_json(folder / "config.json")
+    text = json.dumps(content | older_rope(content), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text)
 
 
 def link_model(source: Path, folder: Path) -> None:

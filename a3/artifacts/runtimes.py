@@ -1,0 +1,175 @@
+"""What runtimes make of a3's exports, as far as somebody tried: right, a refusal, or wrong text.
+
+One row a case; of each runtime the first row that fits a model applies. Versions are those that
+were tried, in November 2026, on exports of SmolLM2 and of tiny models (docs/runtimes.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from a3.core.files import read_json
+from a3.models.arch import is_compressed
+from a3.models.stock import Stock
+
+# Which export a runtime reads.
+HF, GGUF = "hf", "gguf"
+
+RIGHT, REFUSES, WRONG, UNTESTED = "right", "refuses", "wrong text", "untested"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides what a runtime makes of an export.
+
+    `rope` is the type of its RoPE. `usual` says whether heads have hidden size / heads dimensions,
+    `by_layer` whether sizes of MLPs differ between layers, and `older_keys` whether config.json
+    has the keys of transformers 4 for RoPE beside those of 5.
+    """
+
+    head_dim: int
+    rope: str
+    usual: bool
+    by_layer: bool
+    older_keys: bool = True
+
+    @property
+    def factors(self) -> bool:
+        """Whether each frequency has a divisor of its own: in GGUF files a tensor."""
+        return self.rope not in ("default", "linear")
+
+
+def always(facts: Facts) -> bool:
+    """Every model."""
+    return True
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A runtime of a version, which export it reads, and what it makes of those for which `when`
+    holds; `when` in words, for the table, is `case`."""
+
+    runtime: str
+    reads: str
+    verdict: str
+    why: str = ""
+    case: str = "all"
+    when: Callable[[Facts], bool] = always
+
+
+def no_older_keys(facts: Facts) -> bool:
+    """Read by defaults where only `rope_parameters` says how to rotate."""
+    return not facts.older_keys
+
+
+IGNORES = {
+    "why": "it reads rope_theta and rope_scaling alone, and takes its own base for others",
+    "case": "`rope_parameters` alone in config.json",
+    "when": no_older_keys,
+}
+
+UNUSUAL = {
+    "why": "it takes hidden size / heads as the head size",
+    "case": "another head size than hidden size / heads",
+    "when": lambda facts: not facts.usual,
+}
+
+LONGROPE = {
+    "why": "it does not know longrope",
+    "case": "`longrope`",
+    "when": lambda facts: facts.rope == "longrope",
+}
+
+SEEN = (
+    Seen("transformers 5.23", HF, RIGHT),
+    Seen("transformers 4.57", HF, WRONG, **IGNORES),
+    Seen("transformers 4.57", HF, RIGHT),
+    Seen("OpenVINO 2026.4", HF, RIGHT),
+    Seen("MLX 0.32", HF, WRONG, **IGNORES),
+    Seen("MLX 0.32", HF, RIGHT),
+    Seen(
+        *("onnxruntime-genai 0.18", HF, WRONG),
+        why="its builder drops every scaling of RoPE but llama3",
+        case="`linear`, `longrope` and other scalings",
+        when=lambda facts: facts.rope not in ("default", "llama3"),
+    ),
+    Seen(
+        *("onnxruntime-genai 0.18", HF, REFUSES),
+        why="its kernels take heads of multiples of 16, and fail at the first token",
+        case="heads of no multiple of 16",
+        when=lambda facts: facts.head_dim % 16 != 0,
+    ),
+    Seen("onnxruntime-genai 0.18", HF, UNTESTED),
+    Seen("optimum-onnx ORTModel", HF, REFUSES, **UNUSUAL),
+    Seen("optimum-onnx ORTModel", HF, UNTESTED),
+    Seen("CTranslate2 4.8", HF, REFUSES, **LONGROPE),
+    Seen("CTranslate2 4.8", HF, UNTESTED),
+    Seen("mistral.rs 0.9", HF, REFUSES, **LONGROPE),
+    Seen("mistral.rs 0.9", HF, UNTESTED),
+    Seen("vLLM", HF, UNTESTED),
+    Seen("TGI", HF, UNTESTED),
+    Seen("llama.cpp (xllamacpp 2026.10)", GGUF, RIGHT),
+    Seen(
+        *("OpenVINO GenAI 2026.4", GGUF, WRONG),
+        why="it ignores rope_freqs.weight",
+        case="frequencies with factors (`rope_freqs.weight`)",
+        when=lambda facts: facts.factors and not facts.by_layer,
+    ),
+    Seen("OpenVINO GenAI 2026.4", GGUF, UNTESTED),
+    Seen("gpt4all 2.8", GGUF, REFUSES, **UNUSUAL),
+    Seen("gpt4all 2.8", GGUF, UNTESTED),
+    Seen("ctransformers 0.2", GGUF, REFUSES, **UNUSUAL),
+    Seen("ctransformers 0.2", GGUF, UNTESTED),
+    Seen("Ollama", GGUF, UNTESTED),
+    Seen("LM Studio", GGUF, UNTESTED),
+)
+
+
+def facts_of(model: Stock) -> Facts:
+    """The facts of a folder, dense or compressed, that has exports."""
+    config = model.config
+    return Facts(
+        head_dim=model.head_dim,
+        rope=config.rope_parameters["rope_type"],
+        usual=model.head_dim * config.num_attention_heads == config.hidden_size,
+        by_layer=len(set(model.mlp_ranks)) > 1,
+        older_keys=is_compressed(model.folder) or has_older_keys(model.folder),
+    )
+
+
+def has_older_keys(folder: Path) -> bool:
+    """Whether config.json of a dense folder says RoPE as transformers 4 does, all of it."""
+    content = read_json(folder / "config.json")
+    rope = content.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    return "rope_theta" in content and ("rope_scaling" in content or not scaled)
+
+
+def verdicts(facts: Facts, reads: str) -> list[Seen]:
+    """What each runtime that reads this export makes of a model."""
+    found: dict[str, Seen] = {}
+    for one in SEEN:
+        if one.reads == reads and one.when(facts):
+            found.setdefault(one.runtime, one)
+    return list(found.values())
+
+
+def said_of(facts: Facts, reads: str) -> list[str]:
+    """The verdicts in words, one a line, the runtimes of one verdict and reason together."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for one in verdicts(facts, reads):
+        lines.setdefault((one.verdict, one.why), []).append(one.runtime)
+    order = (RIGHT, WRONG, REFUSES, UNTESTED)
+    return [
+        f"{verdict}: {', '.join(names)}{f' ({why})' if why else ''}"
+        for (verdict, why), names in sorted(lines.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
+def warnings_of(facts: Facts, reads: str) -> list[str]:
+    """Of each runtime that would give wrong text without a message."""
+    return [
+        f"{one.runtime} gives wrong text without a message: {one.why}"
+        for one in verdicts(facts, reads)
+        if one.verdict == WRONG
+    ]
