@@ -64,7 +64,7 @@ class Mode:
     modes that shrink heads or the intermediate size at the same ratio. With `latent`, the cache
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
-    first kind.
+    first kind. With `drops`, whole experts are dropped, and the rank is how many are kept.
     """
 
     kinds: tuple[str, ...]
@@ -72,6 +72,12 @@ class Mode:
     factors: Mapping[str, str | None] = field(default_factory=dict)
     latent: bool = False
     prior: int = 0
+    drops: bool = False
+
+    @property
+    def keeps_sizes(self) -> bool:
+        """Whether heads or channels stay as many as they are."""
+        return bool(self.factors) or self.drops
 
 
 @dataclass(frozen=True)
@@ -161,10 +167,12 @@ MODES: dict[str, dict[str, Mode]] = {
         "rxx": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "abs-w": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
-        "flap": Mode(("down_diagonal", "down_mean"), MLPS),
-        "modegpt": Mode(("down_input",), MLPS),
-        "ls": Mode(("down_input",), MLPS, prior=MLP_PRIOR),
-        "obs": Mode(("down_input", "mlp_gradient"), MLPS, prior=MLP_PRIOR),
+        "flap": Mode(("down_diagonal", "down_mean"), (*MLPS, EXPERTS)),
+        "modegpt": Mode(("down_input",), (*MLPS, EXPERTS)),
+        "ls": Mode(("down_input",), (*MLPS, EXPERTS), prior=MLP_PRIOR),
+        "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR),
+        "frequency": Mode(("expert_norm",), (EXPERTS,), drops=True),
+        "reap": Mode(("expert_norm",), (EXPERTS,), drops=True),
         **FACTORED["mlp"],
     },
 }

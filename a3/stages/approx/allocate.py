@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from a3.artifacts.eliminations import Eliminations
+from a3.artifacts.eliminations import Eliminations, Part, expert_of, parts_of
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -20,9 +20,9 @@ from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.numerics.elimination import Elimination
-from a3.solutions.modes import Choice, find_mode
+from a3.solutions.modes import EXPERTS, Choice, find_mode
 from a3.solutions.plan import Plan, least_rank
-from a3.stages.approx.budget import Curve, at, cost, least_loss, together
+from a3.stages.approx.budget import Curve, Place, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.losses import eliminate_layers
 from a3.stages.approx.statistics import read_statistics
@@ -46,9 +46,10 @@ def allocate(
 
     The budget allows as many parameters and as much KV cache as with the same ratio everywhere.
     This also limits FLOPs, which come from weights and attention products. Ranks are multiples of
-    `plan.multiple`; components in `uniform` get the same rank in all layers. `losses` are the files
-    that stage losses wrote. Raises A3Error if no mode is marked ~, a mode does not fit, statistics
-    are missing or damaged, or losses are of something else.
+    `plan.multiple`; components in `uniform` get the same rank in all layers, and with EXPERTS in
+    it, all experts of a layer the same. `losses` are the files that stage losses wrote. Raises
+    A3Error if no mode is marked ~, a mode does not fit, statistics are missing or damaged, or
+    losses are of something else.
     """
     start = time.perf_counter()
     if not plan.shared:
@@ -57,14 +58,15 @@ def allocate(
     modes = {component: choice.mode for component, choice in plan.shared.items()}
     ranks = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()}).ranks(arch)
     plan.check_sharing(arch)
-    require_shared(uniform, plan)
+    require_shared(uniform, plan, arch)
     kinds = {kind for component in modes for kind in find_mode(component, modes[component]).kinds}
     statistics = read_statistics(rxx_folder, sorted(kinds), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
     layers = range(arch.layers)
     if losses:
         known = Eliminations(losses, arch, statistics)
-        found = {layer: {one: known.require(layer, one) for one in modes} for layer in layers}
+        parts = [part for component in modes for part in parts_of(arch, component)]
+        found = {layer: {part: known.require(layer, part) for part in parts} for layer in layers}
     else:
         require_device(device, "float64")
         solver = LayerSolver(arch, dense, statistics, modes, ranks, device=device)
@@ -77,7 +79,7 @@ def allocate(
         "uniform_ranks": ranks,
         "multiple": plan.multiple,
         "uniform": list(uniform),
-        **solved(together(curves, uniform), ranks, arch.layers),
+        **solved(together(curves, uniform), ranks, arch),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -87,20 +89,20 @@ def allocate(
     write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
-def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> dict[str, Any]:
-    """The ranks with the lowest loss, by component and layer, that cost no more than uniform ranks.
+def solved(curves: list[Curve], uniform_ranks: dict[str, int], arch: Arch) -> dict[str, Any]:
+    """The ranks with the lowest loss, by component and layer (of a mixture's MLP a list of its
+    experts'), that cost no more than uniform ranks.
 
     Also returns the budget, its used part, and the predicted losses of both.
     """
     uniform = [uniform_ranks[curve.component] for curve in curves]
     budget = cost(curves, uniform)
     chosen = least_loss(curves, budget)
-    ranks = {component: [0] * layers for component in uniform_ranks}
+    ranks: dict[str, dict[Place, int]] = {component: {} for component in uniform_ranks}
     for curve, rank in zip(curves, chosen, strict=True):
-        for layer in curve.layers:
-            ranks[curve.component][layer] = rank
+        ranks[curve.component] |= dict.fromkeys(curve.places, rank)
     return {
-        "ranks": ranks,
+        "ranks": {component: by_layer(own, arch) for component, own in ranks.items()},
         "budget": dict(zip(COSTS, budget, strict=True)),
         "spent": dict(zip(COSTS, cost(curves, chosen), strict=True)),
         "predicted_nll": sum(map(at, curves, chosen)),
@@ -108,20 +110,31 @@ def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> d
     }
 
 
+def by_layer(ranks: dict[Place, int], arch: Arch) -> list[int] | list[list[int]]:
+    """The ranks of a component, one a layer, or a list a layer of its experts'."""
+    if any(expert is not None for _, expert in ranks):
+        experts = range(arch.experts)
+        return [[ranks[layer, expert] for expert in experts] for layer in range(arch.layers)]
+    return [ranks[layer, None] for layer in range(arch.layers)]
+
+
 def curves_of(
-    arch: Arch, layer: int, found: dict[str, Elimination], multiple: int
+    arch: Arch, layer: int, found: dict[Part, Elimination], multiple: int
 ) -> Iterator[Curve]:
-    """The loss of each shared component of a layer by rank, from what its elimination found."""
-    for component, (_, losses, _) in found.items():
+    """The loss of each shared part of a layer by rank, from what its elimination found."""
+    for part, (_, losses, _) in found.items():
+        component, place = part.partition(".")[0], (layer, expert_of(part))
         full, least = arch.full_rank(component), least_rank(arch, component)
         ranks = full - (2 if component == "qk" else 1) * torch.arange(len(losses))
         kept = ((ranks % multiple == 0) | (ranks == full)) & (ranks >= least)
-        of = range(layer, layer + 1)
-        yield Curve(component, of, ranks[kept], losses.cpu()[kept], *of_one_rank(arch, component))
+        cost_of_one = of_one_rank(arch, component)
+        yield Curve(component, (place,), ranks[kept], losses.cpu()[kept], *cost_of_one)
 
 
 def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
-    """Parameters, and cached numbers per token, for one rank of a component in one layer."""
+    """Parameters, and cached numbers per token, for one rank of a component in one layer, or of
+    one expert.
+    """
     if component == "mlp":
         inputs = 2 if arch.mlp == "3-layer" else 1
         return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
@@ -132,9 +145,12 @@ def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
     return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
 
 
-def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error if a component that is to be uniform has no mode marked ~."""
-    if others := [component for component in uniform if component not in plan.shared]:
+def require_shared(uniform: tuple[str, ...], plan: Plan, arch: Arch) -> None:
+    """Raise A3Error if what is to be uniform has no mode marked ~."""
+    if EXPERTS in uniform and not arch.experts:
+        raise A3Error(f"allocate: uniform {EXPERTS}: {arch.family} has no experts. Remove it.")
+    needed = dict.fromkeys("mlp" if one == EXPERTS else one for one in uniform)
+    if others := [component for component in needed if component not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: has no mode marked ~. Remove it, or write "
             f"its mode with ~."

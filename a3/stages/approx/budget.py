@@ -1,28 +1,34 @@
 """Allocates ranks: minimises the predicted loss under one budget."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from a3.core.errors import A3Error
+from a3.solutions.modes import EXPERTS
 from a3.solutions.plan import LEAST
 
 # Bisection steps for a multiplier, a power of two between the smallest and largest slope.
 HALVINGS = 60
 
 
+# A layer, and the number of its expert, if the component is a mixture's MLP.
+Place: TypeAlias = tuple[int, int | None]
+
+
 @dataclass(frozen=True)
 class Curve:
-    """Ranks that a component of some layers may have, descending, and the loss at each.
+    """Ranks that some parts of a component (layers, or experts of layers) may have together,
+    descending, and the loss at each.
 
     Losses are in nats a token. `parameters` and `cache` are the cost of one rank: weights, and
     cached numbers per token.
     """
 
     component: str
-    layers: range
+    places: tuple[Place, ...]
     ranks: Tensor
     loss: Tensor
     parameters: int
@@ -35,22 +41,35 @@ def at(curve: Curve, rank: int) -> float:
 
 
 def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
-    """Merge the curves of all layers into one, for each component in `uniform`."""
-    joined = [curve for curve in curves if curve.component not in uniform]
-    for component in uniform:
-        own = [curve for curve in curves if curve.component == component]
-        count = len(own)
-        joined.append(
-            Curve(
-                component,
-                range(count),
-                own[0].ranks,
-                torch.stack([curve.loss for curve in own]).sum(0),
-                count * own[0].parameters,
-                count * own[0].cache,
-            )
-        )
-    return joined
+    """Merge the curves of all layers into one, for each component in `uniform`; with EXPERTS in it,
+    those of each layer's experts.
+    """
+
+    def group(curve: Curve) -> tuple[Any, ...]:
+        layer, expert = curve.places[0]
+        if curve.component in uniform:
+            return (curve.component,)
+        if EXPERTS in uniform and expert is not None:
+            return curve.component, layer
+        return curve.component, layer, expert
+
+    groups: dict[tuple[Any, ...], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(group(curve), []).append(curve)
+    return [joined(own) for own in groups.values()]
+
+
+def joined(curves: list[Curve]) -> Curve:
+    """One curve for parts that get the same rank."""
+    first = curves[0]
+    return Curve(
+        first.component,
+        tuple(place for curve in curves for place in curve.places),
+        first.ranks,
+        torch.stack([curve.loss for curve in curves]).sum(0),
+        len(curves) * first.parameters,
+        len(curves) * first.cache,
+    )
 
 
 def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
