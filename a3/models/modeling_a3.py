@@ -260,11 +260,11 @@ def classes(family: str) -> dict[str, type]:
     The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
     projections or the experts and their router are, {} for the layer; `scaling`, the dense model's
     softmax scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope,
-    nope_layers; `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
-    `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
-    dictionary a layer, the rank of each factored matrix; `quantised`, where the
-    model is (a3.models.quantised). head_dim stays the dense
-    one, because RoPE's frequencies derive from it.
+    nope_layers; `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`,
+    `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer, of
+    those that are kept); `factors`, a dictionary a layer, the rank of each factored matrix;
+    `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one, because
+    RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     config = type(

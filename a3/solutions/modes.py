@@ -41,6 +41,10 @@ NO_RATIO = "-"
 # pseudo-tokens of uncorrelated inputs of the same mean square (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
+# Channels of the MLP on which its prior was measured. Of an expert with fewer, fewer weights are
+# fitted to its tokens, and the prior is smaller in proportion.
+PRIOR_CHANNELS = 1536
+
 # Suffix of a mode whose size is an average, allocated across layers and components (a3 allocate).
 SHARED = "~"
 

@@ -23,7 +23,7 @@ from a3.rxx.kinds import KINDS, is_of_experts
 from a3.solutions import mlp, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.functions import losses_of, solver_of
-from a3.solutions.modes import COMPONENTS, SHARING, find_mode
+from a3.solutions.modes import COMPONENTS, PRIOR_CHANNELS, SHARING, find_mode
 from a3.solutions.plan import factor_ranks, least_rank
 from a3.stages.approx.experts import ExpertStatistics
 
@@ -351,10 +351,11 @@ class LayerSolver:
             share = self.experts.share("down_mean", layer, expert)
             read = [each / share for each in read]
         if mode.prior:
-            tokens: float = self.statistics[mode.kinds[0]].tokens
+            prior, tokens = float(mode.prior), float(self.statistics[mode.kinds[0]].tokens)
             if expert is not None:
+                prior *= min(1.0, self.arch.intermediate_size / PRIOR_CHANNELS)
                 tokens = self.experts.tokens(mode.kinds[0], layer, expert)
-            read.append(mode.prior / tokens)
+            read.append(prior / tokens)
         if name == "uniform-global":
             read.append(self.order)
         return read
