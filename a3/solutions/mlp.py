@@ -17,9 +17,13 @@ from a3.numerics.linalg import (
     times_root,
 )
 
-# An expert's statistics are shrunk towards the mean over experts as if by so many tokens of it: as
-# many as make the relative error of a mean square sqrt(2 / 256) = 9 %.
+# a3 tells if fewer calibration tokens reach an expert: the relative error of its channels' mean
+# squares exceeds sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+
+# An expert's statistics are shrunk towards the mean over experts as if by so many tokens of it.
+# One was better than 8, 32, 64 or 256, with 1,024 calibration tokens as with 32,768 (docs/log.md).
+MEAN_TOKENS = 1
 
 # Damping of elimination, and so of the predicted loss, as a share of a channel's mean square. In
 # allocation it weighs the MLP against attention, so it must not depend on the calibration's size.
@@ -57,12 +61,17 @@ def expert_ridge(power: Tensor, counts: Tensor) -> Tensor:
     common: an expert computes the same with its channels in another order, or with the signs of
     rows j of up and down changed. The mean over experts and over all these equivalent forms of them
     is a 1, a being the mean square of a channel over all experts' tokens. With N_e tokens,
-    Σ zᵀz / N_e becomes (N_e · Σ zᵀz / N_e + τ a 1) / (N_e + τ), τ = FEWEST_TOKENS: as if τ more
-    tokens of this mean had reached the expert. In C that adds λ = τ a / N. So an expert that no
-    token reaches keeps the channels with the largest rows of W_down, and counts for allocation as
-    one that τ tokens reach.
+    S_e = Σ zᵀz / N_e becomes (N_e S_e + τ a 1) / (N_e + τ), τ = MEAN_TOKENS: as if τ more tokens of
+    this mean had reached the expert. In C that adds λ = τ a / N. So an expert that no token reaches
+    keeps the channels with the largest rows of W_down, and counts for allocation as one that τ
+    tokens reach.
     """
-    return FEWEST_TOKENS * power.mean(1).sum() / counts.sum()
+    return MEAN_TOKENS * power.mean(1).sum() / counts.sum()
+
+
+def shrinkage(tokens: float) -> float:
+    """The share of the mean over experts in the statistics of one that so many tokens reach."""
+    return MEAN_TOKENS / (tokens + MEAN_TOKENS)
 
 
 def frequency(norms: Tensor, counts: Tensor, keep: int) -> Tensor:

@@ -192,7 +192,7 @@ def weights_of(folder, layer, expert):
 
 
 def test_few_tokens_are_shrunk_as_by_more_tokens_of_the_mean(mixture):
-    """Every mode gets the statistics of the expert's tokens and 256 more, by their definition."""
+    """Every mode gets the statistics of the expert's tokens and one more, by their definition."""
     rows = {mode: plan("0.5", mlp=mode) for mode in ("rxx-w", "modegpt", "ls", "obs", "flap")}
     solvers = {
         mode: solver_for(mixture / "dense", mixture / "rxx", one, None)
@@ -210,12 +210,12 @@ def test_few_tokens_are_shrunk_as_by_more_tokens_of_the_mean(mixture):
             near(read["rxx-w"][0], C.diagonal())
             for mode in ("modegpt", "ls", "obs"):
                 near(read[mode][0], C)
-            # A prior of fewer tokens for fewer channels, over the tokens and the 256.
-            damping = MLP_PRIOR * N / PRIOR_CHANNELS / (counts[expert] + 256)
+            # A prior of fewer tokens for fewer channels, over the tokens and that one.
+            damping = MLP_PRIOR * N / PRIOR_CHANNELS / (counts[expert] + 1)
             assert read["ls"][1] == pytest.approx(damping)
             assert read["obs"][2] == pytest.approx(damping)
-            # Means over the expert's tokens by squared weights; those of the 256 are 0.
-            own = squares[expert] + 256 * sum(squares) / sum(counts)
+            # Means over the expert's tokens by squared weights; that of the one more is 0.
+            own = squares[expert] + sum(squares) / sum(counts)
             mean = (h * w[:, None].square()).sum(0) / own
             near(read["flap"][0], more.square().sum(0) / own)
             near(read["flap"][1], mean)

@@ -59,7 +59,7 @@ def augment(R, mean):
     return torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))
 
 
-def more_tokens(z, others, count=256):
+def more_tokens(z, others, count=1):
     """An expert's tokens z (N, n) and `count` more, of uncorrelated channels, as rows.
 
     Each has the mean square that a channel has over the tokens of all experts, `others`.

@@ -338,12 +338,12 @@ def emulate(model, dense, ratio, components):
 
 
 def mask_experts(experts, statistics, layer, keep):
-    """Zero channels of each expert, whose tokens and 256 more have the mean of all experts'."""
+    """Zero channels of each expert; one more token has the mean square of all experts' channels."""
     names = [f"down.{layer}.{expert}" for expert in range(experts.num_experts)]
     power = [statistics.get(name, torch.zeros(96)) for name in names]
     count = sum(statistics.get(f"{name}.count", 0) for name in names) * SETTINGS["tokens"]
     for down, own in zip(experts.down_proj.data, power, strict=True):
-        more = 256 * sum(other.mean() for other in power) / count
+        more = sum(other.mean() for other in power) / count
         score = (own + more) * down.square().sum(0)
         down[:, score.argsort()[: len(score) - round(keep * len(score))]] = 0
 
@@ -560,6 +560,9 @@ def test_all_experts_are_compressed_and_their_tokens_reported(dense, tmp_path, c
             assert Checkpoint(tmp_path / "small").shape(name) == (64, 48)
         assert said["expert_ranks"] == [48] * arch.experts
         own = sum(count < 256 for count in said["expert_tokens"])
+        assert said["expert_shrinkage"] == [
+            pytest.approx(1 / (count + 1), abs=1e-6) for count in said["expert_tokens"]
+        ]
         few += own
         says = f"layer {layer}: fewer than 256 calibration tokens reached {own} of 16 experts"
         assert (says in caplog.text) == bool(own)

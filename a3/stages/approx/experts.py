@@ -12,7 +12,7 @@ from torch import Tensor
 from a3.models.arch import Arch
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
-from a3.solutions.mlp import FEWEST_TOKENS, expert_ridge
+from a3.solutions.mlp import MEAN_TOKENS, expert_ridge
 
 
 class ExpertStatistics:
@@ -43,10 +43,10 @@ class ExpertStatistics:
 
     def tokens(self, kind: str, layer: int, expert: int) -> float:
         """Tokens of one expert, those included by which its statistics are shrunk."""
-        return self.counts(kind, layer)[expert].item() + FEWEST_TOKENS
+        return self.counts(kind, layer)[expert].item() + MEAN_TOKENS
 
     def share(self, kind: str, layer: int, expert: int) -> float:
         """E[w²] of one expert over all tokens, likewise: what its means are to be divided by."""
         routed = self.statistics[kind].routed(layer, self.arch.experts)
         mean = routed.sum() / self.counts(kind, layer).sum()
-        return (routed[expert] + FEWEST_TOKENS * mean).item() / self.statistics[kind].tokens
+        return (routed[expert] + MEAN_TOKENS * mean).item() / self.statistics[kind].tokens

@@ -260,7 +260,8 @@ class LayerSolver:
         if few := int((counts < mlp.FEWEST_TOKENS).sum()):
             LOG.info(
                 f"layer {layer}: fewer than {mlp.FEWEST_TOKENS} calibration tokens reached {few} "
-                f"of {arch.experts} experts: their statistics are mostly the mean over experts"
+                f"of {arch.experts} experts ({int(counts.min())} at the least), whose statistics "
+                "are shrunk towards the mean over experts. More tokens would serve them"
             )
         ranks = [report["rank"] for report in reports]
         return tensors, {
@@ -268,6 +269,7 @@ class LayerSolver:
             "rank": round(sum(ranks) / len(ranks)),
             "relative_error": sum(report["relative_error"] for report in reports) / len(reports),
             "expert_tokens": counts.int().tolist(),
+            "expert_shrinkage": [round(mlp.shrinkage(count), 6) for count in counts.tolist()],
             "expert_ranks": ranks,
         }
 
