@@ -68,7 +68,7 @@ from a3.given import (
 from a3.models.load import load_tokenizer
 from a3.models.readable import require_readable
 from a3.pipeline import compress as compress_folder
-from a3.solutions.modes import COMPONENTS
+from a3.solutions.modes import COMPONENTS, EXPERTS
 
 
 class Sizes(TypedDict):
@@ -189,18 +189,19 @@ def allocate(
     multiple: int = 1,
     uniform: Sequence[str] = (),
     progress: bool = True,
-) -> dict[str, list[int]]:
+) -> dict[str, list[int] | list[list[int]]]:
     """Write the ranks of each layer for modes with ~ to `out` (JSON), and return them.
 
-    `rxx` is the folder that `collect` wrote; components listed in `uniform` get the same rank in
-    all layers.
+    Of a mixture's MLP there is a list a layer, of its experts' ranks. `rxx` is the folder that
+    `collect` wrote; components listed in `uniform` get the same rank in all layers, and with
+    "experts" in it, all experts of a layer get the same.
     """
     from a3.stages.approx.allocate import allocate
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple)
     rxx, out = path_of("rxx", rxx), path_of("out", out)
     for one in uniform:
-        require_one_of("uniform", one, COMPONENTS)
+        require_one_of("uniform", one, (*COMPONENTS, EXPERTS))
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         targets.check(targets.ALLOCATION, {"model": folder, "rxx": rxx, "out": out})

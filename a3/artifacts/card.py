@@ -182,7 +182,9 @@ def components_table(record: dict[str, Any]) -> str:
         if not said:
             rows.append(f"| {NAMES[component]} | {DENSE} | {full} | |")
             continue
-        ranks = sorted({layer["rank"] for layer in said})
+        ranks = sorted({rank for layer in said for rank in ranks_of(layer)})
+        if "experts" in said[0]:
+            full = f"{base['experts']} experts"
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         errors = [layer["relative_error"] for layer in said]
         error = f"{mean(errors):.3g}, {max(errors):.3g}"
@@ -190,6 +192,11 @@ def components_table(record: dict[str, Any]) -> str:
             f"| {NAMES[component]} | `{record['modes'][component]}` | {span} of {full} | {error} |"
         )
     return "\n".join(rows)
+
+
+def ranks_of(layer: dict[str, Any]) -> list[int]:
+    """The ranks of a component of a layer: of experts each one's, or how many are kept."""
+    return [layer["rank"]] if "experts" in layer else layer.get("expert_ranks", [layer["rank"]])
 
 
 def training(record: dict[str, Any]) -> str:

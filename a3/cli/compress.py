@@ -36,7 +36,7 @@ from a3.cli.options import count, positive
 from a3.core.dtypes import HEAL_DTYPES
 from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
-from a3.solutions.modes import COMPONENTS, choose
+from a3.solutions.modes import COMPONENTS, EXPERTS, choose
 from a3.solutions.recipes import METHODS, check_method
 
 
@@ -182,8 +182,11 @@ def add_allocate(commands: Any) -> None:
     add_rxx(one)
     add_modes(one)
     add_multiple(one)
-    text_ = "components that get the same rank in all layers"
-    one.add_argument("--uniform", nargs="+", choices=COMPONENTS, default=[], help=text_)
+    text_ = (
+        "components that get the same rank in all layers; experts: all experts of a layer get the "
+        "same, and layers differ"
+    )
+    one.add_argument("--uniform", nargs="+", choices=(*COMPONENTS, EXPERTS), default=[], help=text_)
     add_losses(one)
     add_device(one)
     add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")

@@ -20,7 +20,7 @@ from a3.models.arch import Arch
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import KINDS
+from a3.rxx.kinds import KINDS, is_of_experts
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import losses_of, solver_of
 from a3.solutions.modes import ONE_SIZE, SHARING, find_mode
@@ -158,11 +158,15 @@ class Pieces:
     def statistic(self, kind: str, block_length: int, dtype: str) -> float:
         """Seconds to add one token to one layer's sums, which grow with the sums' numbers."""
         kind = ALIKE.get(KINDS[kind].form, kind)
-        if KINDS[kind].form == "fisher":
-            return 0.0  # of the backward pass by weights
+        if KINDS[kind].form in ("fisher", "norm"):
+            return 0.0  # of the backward pass by weights; of the experts' outputs computed again
         whole = self.narrow(self.arch.heads)
         known = whole.statistic_shape(KINDS[kind])
         full = KINDS[kind].form == "full"
+        if full and is_of_experts(KINDS[kind], vars(self.arch)):
+            # A matrix for each of the experts that a token reaches, not one of all their channels.
+            n = self.arch.intermediate_size
+            known = (self.arch.experts_per_token, n, n)
         heads = self.heads(self.widths[-1] * whole.hidden_size / known[-1]) if full else HEADS
         piece = self.narrow(min(heads, self.arch.heads))
         shape = piece.statistic_shape(KINDS[kind])
@@ -178,6 +182,8 @@ class Pieces:
         """Seconds to solve a component; of modes that eliminate, after that."""
         if find_mode(component, mode).factors:
             return self.factor(component, mode)
+        if find_mode(component, mode).drops:
+            return 0.0
         return self.of_component(component, mode, rank, partial(solving, component, mode))
 
     def losses(self, component: str, mode: str, rank: int) -> float:
@@ -213,7 +219,8 @@ class Pieces:
             return call(weights, read, own)
 
         if component == "mlp" and full:
-            return self.by_counts(lambda n: prepared(self.channels(n)), arch.intermediate_size)
+            each = self.by_counts(lambda n: prepared(self.channels(n)), arch.intermediate_size)
+            return each * max(1, arch.experts)
         if component == "mlp":
             n = min(arch.intermediate_size, self.widths[-1])
             seconds = clock(prepared(replace(arch, intermediate_size=n, experts=0)), self.device)

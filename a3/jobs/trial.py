@@ -25,7 +25,14 @@ from a3.models.cost import (
     stream_cost,
 )
 from a3.models.sizes import Ranks, sizes
-from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, states_disk, stored_bytes
+from a3.rxx.kinds import (
+    GRADIENT_BLOCKS,
+    KINDS,
+    SAMPLED_FORMS,
+    is_of_experts,
+    states_disk,
+    stored_bytes,
+)
 from a3.solutions.modes import ALLOCATED, COMPONENTS, SHARING, choose, find_mode
 from a3.solutions.plan import Plan, least_rank
 
@@ -35,7 +42,7 @@ START = 5.0
 # For the harness: tokens of a short item with one of its four answers, and items per batch.
 ITEM_TOKENS, BATCH = 20, 8
 
-# Statistics of experts compute up and gate again: this share of a forward pass.
+# A statistic of experts computes up and gate (and down) again: this share of a forward pass.
 EXPERTS_AGAIN = 0.6
 
 # Numbers that are copied, written and hashed to time it.
@@ -88,8 +95,8 @@ class Trial:
         if "fisher" in forms:
             each += self.layer(block_length, dtype, "weights")
             heads += 2
-        if arch.experts and any(KINDS[kind].site == "down_input" for kind in kinds):
-            each += EXPERTS_AGAIN * forward
+        again = sum(is_of_experts(KINDS[kind], self.shapes) for kind in kinds)
+        each += again * EXPERTS_AGAIN * forward
         each *= arch.layers
         each += heads * self.head(block_length, dtype) if heads else 0.0
         seconds = tokens * each + (self.numbers(kinds) + self.parameters) * self.copy_seconds()

@@ -19,6 +19,7 @@ from a3.rxx.kinds import (
     KINDS,
     LOGITS_TOKENS,
     SAMPLED_FORMS,
+    is_of_experts,
     layer_memory,
     shape_of,
     stored_bytes,
@@ -49,6 +50,7 @@ GPU_FLOPS = 1e13
 FIELDS = (
     "dtype",
     "experts",
+    "experts_per_token",
     "head_dim",
     "heads",
     "hidden_size",
@@ -110,9 +112,17 @@ def collect_cost(
         head = 3 * 4 * logits * arch["vocab_size"]
     memory = LIBRARIES + weights_memory(arch, dtype) + max(layer, head)
     flops = passes * tokens * arch["size"]["flops_per_token"]
-    # Of symmetric sums half is computed.
-    flops += tokens * arch["layers"] * sum(math.prod(shape_of(KINDS[kind], arch)) for kind in kinds)
+    # Of symmetric sums half is computed; a token is in the sums of the experts that it reaches.
+    flops += tokens * arch["layers"] * sum(numbers_of_token(kind, arch) for kind in kinds)
     return Cost(memory, flops)
+
+
+def numbers_of_token(kind: str, arch: dict[str, Any]) -> int:
+    """To how many of a layer's sums of a kind a token adds something."""
+    count = math.prod(shape_of(KINDS[kind], arch))
+    if is_of_experts(KINDS[kind], arch):
+        return count // arch["experts"] * arch["experts_per_token"]
+    return count
 
 
 def stream_cost(
@@ -153,8 +163,11 @@ def approx_cost(arch: dict[str, Any], jobs: int = 1, kinds: Iterable[str] = ()) 
     made = width * parameters // jobs if jobs > 1 else min(width * parameters, LARGEST_SHARD)
     memory = 7 * max(made, layer) // 4 + 2 * 8 * attention + layer
     full = [kind for kind in kinds if KINDS[kind].form == "full"]
-    widest = max((shape_of(KINDS[kind], arch)[-1] for kind in full), default=0)
-    flops = 10.0 * parameters * arch["head_dim"] + 10.0 * len(full) * arch["layers"] * widest**3
+    shapes = [shape_of(KINDS[kind], arch) for kind in full]
+    widest = max((shape[-1] for shape in shapes), default=0)
+    # Experts have a matrix each, of which one is in memory.
+    matrices = sum(math.prod(shape[:-2]) for shape in shapes)
+    flops = 10.0 * parameters * arch["head_dim"] + 10.0 * matrices * arch["layers"] * widest**3
     if full:
         # Several copies of the largest matrix, and the layer's weights in float64.
         memory += 6 * 8 * widest**2 + 3 * 8 * parameters // arch["layers"]

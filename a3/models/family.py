@@ -201,7 +201,8 @@ class Family:
             for projection, name in self.projections.items()
             if projection not in "qkvo"
         }
-        experts = {"experts": f"{layer}.mlp.experts"} if self.experts else {}
+        experts = {"experts": f"{layer}.mlp.experts", "router": f"{layer}.mlp.gate"}
+        experts = experts if self.experts else {}
         return {"attention": f"{layer}.{self.attention_name}"} | mlp | experts
 
     def name(

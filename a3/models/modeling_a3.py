@@ -115,18 +115,18 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 class Expert(nn.Module):
     """A gated MLP of `rank` channels, without its activation function."""
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
+    def __init__(self, hidden_size: int, rank: int, down_bias: bool) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, rank, bias=False)
         self.up_proj = nn.Linear(hidden_size, rank, bias=False)
-        self.down_proj = nn.Linear(rank, hidden_size, bias=False)
+        self.down_proj = nn.Linear(rank, hidden_size, bias=down_bias)
 
 
 class Experts(nn.ModuleList):
-    """A mixture's experts, each with its own size; experts that few tokens reached are dense."""
+    """A mixture's experts, each with its own size; some may have been dropped."""
 
-    def __init__(self, dense: nn.Module, ranks: list[int]) -> None:
-        super().__init__(Expert(dense.hidden_dim, rank) for rank in ranks)
+    def __init__(self, dense: nn.Module, ranks: list[int], down_bias: bool) -> None:
+        super().__init__(Expert(dense.hidden_dim, rank, down_bias) for rank in ranks)
         self.act_fn = dense.act_fn
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -150,8 +150,14 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
         }
         where = places.pop("attention")
         body.set_submodule(where, attention(config, layer, body.get_submodule(where)))
+        router = places.pop("router", None)
         if name := places.pop("experts", None):
-            body.set_submodule(name, Experts(body.get_submodule(name), rank))
+            experts = Experts(body.get_submodule(name), rank, a3["down_bias"])
+            body.set_submodule(name, experts)
+            if router and len(rank) < body.get_submodule(router).weight.shape[0]:
+                # Tokens are not routed to experts that have been dropped.
+                weight = body.get_submodule(router).weight
+                body.get_submodule(router).weight = nn.Parameter(weight[: len(rank)].clone())
         for name in dict.fromkeys(places.values()):
             # More than one if gate and up are fused.
             projections = [projection for projection in places if places[projection] == name]
@@ -252,13 +258,13 @@ def classes(family: str) -> dict[str, type]:
     """Classes of a family's compressed models by the auto class that loads each, registered there.
 
     The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
-    projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
-    qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
-    `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
-    `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
-    dictionary a layer, the rank of each factored matrix; `quantised`, where the
-    model is (a3.models.quantised). head_dim stays the dense
-    one, because RoPE's frequencies derive from it.
+    projections or the experts and their router are, {} for the layer; `scaling`, the dense model's
+    softmax scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope,
+    nope_layers; `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`,
+    `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer, of
+    those that are kept); `factors`, a dictionary a layer, the rank of each factored matrix;
+    `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one, because
+    RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     config = type(

@@ -44,7 +44,7 @@ def sizes(
         for name, (inputs, outputs) in shapes.items():
             size = own[name] * (inputs + outputs) if name in own else inputs * outputs
             linear += size * (active or 1) if name in ("gate", "up", "down") else size
-        linear += d * experts
+        linear += d * (len(channels) if isinstance(channels, list) else experts)
         attention += H * (qk + ov) * FLOPS_CONTEXT
         keys = own["k"] if "k" in own and "q" not in own else G * qk
         cache += (keys + G * ov) * width

@@ -5,6 +5,7 @@ over tokens, so two files merge by addition; dividing by `tokens` gives R. Sums 
 except that of a full Σ xᵀx the triangle is packed (a3.rxx.packed).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
     return {"diagonal": x.square, "abs": x.abs, "mean": lambda: x}[form]().sum(0)
 
 
+def expert_sum(x: Tensor, weight: Tensor, form: str) -> Tensor:
+    """The kept sum over an expert's tokens: x (tokens, width), weighted, and weights (tokens,).
+
+    The mean of x is taken by the weights: of x (= weight · h), Σ weight² h is kept.
+    """
+    if form == "norm":
+        return torch.linalg.vector_norm(x, dim=1).sum()
+    return outer_sum(x * weight[:, None] if form == "mean" else x, form, 1)
+
+
+def packed_keys(place: str, diagonal: Tensor) -> list[str]:
+    """Names of the packed triangles of a layer: of one (diagonal (n,)), or of experts (E, n)."""
+    return [place] if diagonal.dim() == 1 else [f"{place}.{i}" for i in range(len(diagonal))]
+
+
 def join(one: Tensor, other: Tensor, form: str) -> Tensor:
     """Merge `other` into `one`: their sum, or the larger of two peaks."""
     return torch.maximum(one, other, out=one) if form == "peak" else one.add_(other)
@@ -57,7 +73,8 @@ class Accumulator:
         self.form = KINDS[kind].form
         self.heads = heads
         self.tensors: dict[int, dict[str, Tensor]] = {}
-        self.triangles: dict[int, Triangle] = {}
+        # One a layer, or one an expert.
+        self.triangles: dict[int, list[Triangle]] = {}
         self.spool = Spool(kind, spool)
 
     @property
@@ -69,7 +86,7 @@ class Accumulator:
         """Add a block's tokens: x (tokens, width), in the model's own dtype."""
         x = x.detach()
         if self.form in TRIANGULAR_FORMS:
-            self._triangle(layer, x.shape[1], x.device).add(x)
+            self._triangle(layer, 0, x.shape[1], x.device).add(x)
         else:
             self.add_sum(layer, outer_sum(x.double(), self.form, self.heads))
 
@@ -77,26 +94,44 @@ class Accumulator:
         """Add a block's sum that was computed elsewhere, float64."""
         self._add(layer, f"layers.{layer}", value)
 
-    def add_experts(self, layer: int, sums: Tensor, counts: Tensor) -> None:
-        """Add a block's sums over the tokens of each expert (E, …), and their counts (E,)."""
-        self._add(layer, f"layers.{layer}", sums)
-        self._add(layer, f"layers.{layer}.counts", counts)
+    def add_experts(self, layer: int, reached: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add a block's tokens of each expert, in turn: x (tokens, width), and their routing
+        weights (tokens,), by which x has been multiplied already.
+        """
+        sums, counts, squares = [], [], []
+        for number, (x, weight) in enumerate(reached):
+            if self.form in TRIANGULAR_FORMS:
+                self._triangle(layer, number, x.shape[1], x.device).add(x)
+            else:
+                sums.append(expert_sum(x.double(), weight.double(), self.form))
+            counts.append(weight.new_tensor(len(weight), dtype=torch.float64))
+            squares.append(weight.double().square().sum())
+        if sums:
+            self._add(layer, f"layers.{layer}", torch.stack(sums))
+        self._add(layer, f"layers.{layer}.counts", torch.stack(counts))
+        self._add(layer, f"layers.{layer}.weights", torch.stack(squares))
 
     def add_stored(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Add what a file holds of a layer; of packed triangles exactly what they unpack to."""
-        if self.form not in TRIANGULAR_FORMS:
-            for key, value in tensors.items():
-                self._add(layer, key, value)
-            return
-        diagonal, packed = tensors[f"layers.{layer}.diagonal"], tensors[f"layers.{layer}"]
-        triangle = self._triangle(layer, len(diagonal), diagonal.device)
-        for (_, _, known), (_, _, rows) in zip(triangle, unpack(diagonal, packed), strict=True):
-            known += rows
+        place = f"layers.{layer}"
+        tensors = dict(tensors)
+        diagonals = tensors.pop(f"{place}.diagonal", torch.empty(0, 0))
+        keys = packed_keys(place, diagonals) if self.form in TRIANGULAR_FORMS else []
+        for number, key in enumerate(keys):
+            diagonal = diagonals.reshape(len(keys), -1)[number]
+            triangle = self._triangle(layer, number, len(diagonal), diagonal.device)
+            rows = unpack(diagonal, tensors.pop(key))
+            for (_, _, known), (_, _, more) in zip(triangle, rows, strict=True):
+                known += more
+        for key, value in tensors.items():
+            self._add(layer, key, value)
 
-    def _triangle(self, layer: int, n: int, device: torch.device) -> Triangle:
-        if layer not in self.triangles:
-            self.triangles[layer] = Triangle(n, device)
-        return self.triangles[layer]
+    def _triangle(self, layer: int, number: int, n: int, device: torch.device) -> Triangle:
+        """The triangle of a layer, or of its expert of this number, which may be the next one."""
+        known = self.triangles.setdefault(layer, [])
+        if number == len(known):
+            known.append(Triangle(n, device))
+        return known[number]
 
     def _add(self, layer: int, key: str, value: Tensor) -> None:
         known = self.tensors.setdefault(layer, {})
@@ -110,11 +145,14 @@ class Accumulator:
 
         Raises A3Error, which names the layer, if a sum is not finite.
         """
+        tensors = {key: value.cpu() for key, value in self.tensors.pop(layer, {}).items()}
         if self.form in TRIANGULAR_FORMS:
-            diagonal, packed = pack(self.triangles.pop(layer))
-            tensors = {f"layers.{layer}": packed, f"layers.{layer}.diagonal": diagonal}
-        else:
-            tensors = {key: value.cpu() for key, value in self.tensors.pop(layer).items()}
+            place, packed = f"layers.{layer}", [pack(one) for one in self.triangles.pop(layer)]
+            # Experts' counts are among the tensors.
+            diagonal = torch.stack([one for one, _ in packed]) if tensors else packed[0][0]
+            keys = packed_keys(place, diagonal)
+            tensors |= {f"{place}.diagonal": diagonal}
+            tensors |= {key: one for key, (_, one) in zip(keys, packed, strict=True)}
         for key, value in tensors.items():
             require_finite_sums(value, f"statistic {self.kind!r}: tensor {key!r}")
         self.spool.put(layer, tensors)
@@ -126,7 +164,7 @@ class Accumulator:
         tensor, so that any damage of the file is noticed. Raises A3Error, which names the layer, if
         a sum is not finite.
         """
-        for layer in (*self.tensors, *self.triangles):
+        for layer in sorted({*self.tensors, *self.triangles}):
             self.finish(layer)
         self.spool.save(path, {"kind": self.kind, **record})
         self.spool.close()
@@ -217,7 +255,7 @@ class Rxx:
             )
         packed = KINDS[kind].form in TRIANGULAR_FORMS
         for key, (dtype, _) in self._types.items():
-            wanted = "U8" if packed and key.count(".") == 1 else "F64"
+            wanted = "U8" if packed and key.rpartition(".")[2].isdigit() else "F64"
             if dtype != wanted:
                 raise A3Error(
                     f"{self.path}: tensor {key!r} is {dtype}, expected {wanted}. Another version "
@@ -239,19 +277,38 @@ class Rxx:
         """The settings and the record's seal, for the provenance of what reads the statistics."""
         return self.settings | {SEAL: self.record[SEAL]}
 
-    def R(self, layer: int, shape: tuple[int, ...]) -> Tensor:  # noqa: N802
-        """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape."""
+    def R(  # noqa: N802
+        self, layer: int, shape: tuple[int, ...], expert: int | None = None
+    ) -> Tensor:
+        """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape.
+
+        Of a mixture's statistics, whose shape is (E, …), only that of one `expert`, if it is given.
+        The mean is over all tokens, those included that reached other experts.
+        """
         key, form = f"layers.{layer}", KINDS[self.record["kind"]].form
         if form in TRIANGULAR_FORMS:
             n = shape[-1]
-            packed = self._read(key, (n * (n - 1) // 2, 3))
-            return square(self._read(f"{key}.diagonal", (n,)) / self.tokens, packed)
+            diagonal = self._read(f"{key}.diagonal", shape[:-1])
+            if expert is not None:
+                key, diagonal = f"{key}.{expert}", diagonal[expert]
+            return square(diagonal / self.tokens, self._read(key, (n * (n - 1) // 2, 3)))
         value = self._read(key, shape)
+        value = value if expert is None else value[expert]
         return value if form == "peak" else value / self.tokens
+
+    def diagonal(self, layer: int, shape: tuple[int, ...]) -> Tensor:
+        """The diagonals of `R`, of a kind that is full or diagonal: shape (…, n) or (…, n, n)."""
+        if KINDS[self.record["kind"]].form in TRIANGULAR_FORMS:
+            return self._read(f"layers.{layer}.diagonal", shape[:-1]) / self.tokens
+        return self.R(layer, shape)
 
     def counts(self, layer: int, experts: int) -> Tensor:
         """How many tokens reached each expert, (E,)."""
         return self._read(f"layers.{layer}.counts", (experts,))
+
+    def routed(self, layer: int, experts: int) -> Tensor:
+        """Sums of squared routing weights over the tokens of each expert, (E,)."""
+        return self._read(f"layers.{layer}.weights", (experts,))
 
     def names(self) -> list[str]:
         """Names of all stored tensors."""

@@ -22,6 +22,11 @@ class Kind:
     the squared gradients of weights, summed over each row (collect.fisher). gradient is Σ gᵀg, g by
     the output of o or down. factors is one matrix per query head, by a complex factor of each RoPE
     pair (collect.gradients).
+
+    Of a mixture, the inputs of down are summed for each expert, over the tokens that reach it, each
+    times its routing weight: the mixture's output is the sum of what down makes of these. The
+    gradient by the output of down is that by the mixture's output. norm (only of `experts`) is
+    Σ ‖y‖ over the tokens of each expert, y its output times the routing weight.
     """
 
     site: str
@@ -66,7 +71,12 @@ KINDS = {
     "attention_gradient": Kind("o", "gradient"),
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
+    # For modes that drop whole experts.
+    "expert_norm": Kind("experts", "norm"),
 }
+
+# What a mixture of experts has of its MLPs.
+EXPERT_KINDS = ("down_diagonal", "down_input", "down_mean", "mlp_gradient", "expert_norm")
 
 # Gradients by activations, which are computed for one block in this many.
 GRADIENT_BLOCKS = 4
@@ -109,8 +119,15 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
         return arch["hidden_size"], arch["hidden_size"]
     if kind.form == "factors":
         return arch["heads"], arch["rope_dims"], arch["rope_dims"]
+    if kind.form == "norm":
+        return (arch["experts"],)
     shape = kind.shape(width_of(kind.site, arch), heads_of(kind.site, arch))
-    return (arch["experts"], *shape) if arch["experts"] and kind.site == "down_input" else shape
+    return (arch["experts"], *shape) if is_of_experts(kind, arch) else shape
+
+
+def is_of_experts(kind: Kind, arch: Mapping[str, Any]) -> bool:
+    """Whether a kind is summed for each of a mixture's experts."""
+    return bool(arch["experts"]) and kind.site in ("down_input", "experts")
 
 
 def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:
@@ -118,7 +135,7 @@ def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:
     shape = shape_of(KINDS[kind], arch)
     if KINDS[kind].form in TRIANGULAR_FORMS:
         n = shape[-1]
-        return arch["layers"] * (3 * n * (n - 1) // 2 + 8 * n)
+        return arch["layers"] * math.prod(shape[:-2]) * (3 * n * (n - 1) // 2 + 8 * n)
     return arch["layers"] * 8 * math.prod(shape)
 
 
@@ -127,7 +144,7 @@ def layer_memory(arch: Mapping[str, Any], kind: str) -> int:
     shape = shape_of(KINDS[kind], arch)
     if KINDS[kind].form in TRIANGULAR_FORMS:
         n = shape[-1]
-        return 4 * n * (n + min(n, PANEL))
+        return math.prod(shape[:-2]) * 4 * n * (n + min(n, PANEL))
     return 8 * math.prod(shape)
 
 

@@ -17,9 +17,13 @@ from a3.numerics.linalg import (
     times_root,
 )
 
-# Experts that received fewer calibration tokens are not compressed: the relative error of their
-# channels' mean squares would exceed sqrt(2 / 256) = 9 %.
+# a3 tells if fewer calibration tokens reach an expert: the relative error of its channels' mean
+# squares exceeds sqrt(2 / 256) = 9 %.
 FEWEST_TOKENS = 256
+
+# An expert's statistics are shrunk towards the mean over experts as if by so many tokens of it.
+# One was better than 8, 32, 64 or 256, with 1,024 calibration tokens as with 32,768 (docs/log.md).
+MEAN_TOKENS = 1
 
 # Damping of elimination, and so of the predicted loss, as a share of a channel's mean square. In
 # allocation it weighs the MLP against attention, so it must not depend on the calibration's size.
@@ -47,6 +51,47 @@ class MLPSolution:
     channels: Tensor
     relative_error: float
     bias: Tensor | None = None
+
+
+def expert_ridge(power: Tensor, counts: Tensor) -> Tensor:
+    """λ (), so that C + λ 1 is an expert's C shrunk towards the mean over the experts of a layer.
+
+    `power` (E, n) is the diagonal of each expert's C = Σ zᵀz / N, over the tokens that reach it and
+    N tokens in all; `counts` (E,) are these tokens. Channels of different experts have nothing in
+    common: an expert computes the same with its channels in another order, or with the signs of
+    rows j of up and down changed. The mean over experts and over all these equivalent forms of them
+    is a 1, a being the mean square of a channel over all experts' tokens. With N_e tokens,
+    S_e = Σ zᵀz / N_e becomes (N_e S_e + τ a 1) / (N_e + τ), τ = MEAN_TOKENS: as if τ more tokens of
+    this mean had reached the expert. In C that adds λ = τ a / N. So an expert that no token reaches
+    keeps the channels with the largest rows of W_down, and counts for allocation as one that τ
+    tokens reach.
+    """
+    return MEAN_TOKENS * power.mean(1).sum() / counts.sum()
+
+
+def shrinkage(tokens: float) -> float:
+    """The share of the mean over experts in the statistics of one that so many tokens reach."""
+    return MEAN_TOKENS / (tokens + MEAN_TOKENS)
+
+
+def frequency(norms: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Keep the experts that most tokens reach, and drop the others with their rows of the router.
+
+    The heavy-hitters count of SEER-MoE (Muzio et al. 2024, arXiv 2404.05089, section 3), in each
+    layer the same number of experts. norms and counts (E,); the numbers of the kept experts,
+    ascending.
+    """
+    return keep_best(counts, keep)
+
+
+def reap(norms: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Keep the experts of the largest mean norm of the output times the routing weight.
+
+    REAP's criterion (Lasby et al. 2025, arXiv 2510.13999): what the layer's output loses, in the
+    mean over the tokens that reach the expert. `norms` (E,) are sums of these norms over the
+    `counts` tokens, at any common scale. The others are dropped as by `frequency`.
+    """
+    return keep_best(norms / counts.clamp(min=1), keep)
 
 
 def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:

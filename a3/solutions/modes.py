@@ -41,6 +41,10 @@ NO_RATIO = "-"
 # pseudo-tokens of uncorrelated inputs of the same mean square (docs/log.md).
 OV_PRIOR, MLP_PRIOR = 320, 4096
 
+# Channels of the MLP on which its prior was measured. Of an expert with fewer, fewer weights are
+# fitted to its tokens, and the prior is smaller in proportion.
+PRIOR_CHANNELS = 1536
+
 # Suffix of a mode whose size is an average, allocated across layers and components (a3 allocate).
 SHARED = "~"
 
@@ -76,7 +80,7 @@ class Mode:
     modes that shrink heads or the intermediate size at the same ratio. With `latent`, the cache
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
-    first kind.
+    first kind. With `drops`, whole experts are dropped, and the rank is how many are kept.
     """
 
     kinds: tuple[str, ...]
@@ -84,6 +88,12 @@ class Mode:
     factors: Mapping[str, str | None] = field(default_factory=dict)
     latent: bool = False
     prior: int = 0
+    drops: bool = False
+
+    @property
+    def keeps_sizes(self) -> bool:
+        """Whether heads or channels stay as many as they are."""
+        return bool(self.factors) or self.drops
 
 
 @dataclass(frozen=True)
@@ -174,10 +184,12 @@ MODES: dict[str, dict[str, Mode]] = {
         "rxx": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "abs-w": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
-        "flap": Mode(("down_diagonal", "down_mean"), MLPS),
-        "modegpt": Mode(("down_input",), MLPS),
-        "ls": Mode(("down_input",), MLPS, prior=MLP_PRIOR),
-        "obs": Mode(("down_input", "mlp_gradient"), MLPS, prior=MLP_PRIOR),
+        "flap": Mode(("down_diagonal", "down_mean"), (*MLPS, EXPERTS)),
+        "modegpt": Mode(("down_input",), (*MLPS, EXPERTS)),
+        "ls": Mode(("down_input",), (*MLPS, EXPERTS), prior=MLP_PRIOR),
+        "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR),
+        "frequency": Mode(("expert_norm",), (EXPERTS,), drops=True),
+        "reap": Mode(("expert_norm",), (EXPERTS,), drops=True),
         **FACTORED["mlp"],
     },
 }

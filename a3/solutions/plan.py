@@ -91,11 +91,13 @@ class Plan:
         return servable_ranks(arch, ranks) if self.servable else ranks
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
-        """Sizes of heads and MLP that the model gets: full where matrices are only factored."""
+        """Sizes of heads and MLP that the model gets: full where matrices are only factored, or
+        whole experts dropped.
+        """
         ranks = self.ranks(arch) if self.choices else {}
         return {
             component: ranks[component]
-            if component in ranks and not self.mode(component).factors
+            if component in ranks and not self.mode(component).keeps_sizes
             else arch.full_rank(component)
             for component in COMPONENTS
         }
@@ -145,6 +147,8 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     The rank from a ratio is rounded to a `multiple`; for factored matrices, their ranks are.
     """
     require_fit(arch, component, choice.mode)
+    if find_mode(component, choice.mode).drops:
+        return experts_kept(arch, choice)
     full = arch.full_rank(component)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
@@ -155,6 +159,17 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
         return rank_of(full, choice.size, step, least)
     except A3Error as error:
         raise A3Error(f"{component} mode {choice.mode!r}: {error}") from None
+
+
+def experts_kept(arch: Arch, choice: Choice) -> int:
+    """How many experts a mode keeps that drops the others; A3Error for fewer than a token takes."""
+    try:
+        return rank_of(arch.experts, choice.size, least=arch.experts_per_token)
+    except A3Error:
+        raise A3Error(
+            f"mlp mode {choice.mode!r}: {choice.size} leaves too few of {arch.experts} experts, of "
+            f"which a token takes {arch.experts_per_token}. Take a smaller ratio or more experts."
+        ) from None
 
 
 def require_fit(arch: Arch, component: str, mode: str) -> None:

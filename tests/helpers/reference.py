@@ -57,3 +57,13 @@ def augment(R, mean):
     """Autocorrelation of [x, 1], for layers with biases."""
     row = torch.cat((mean, mean.new_ones(1)))
     return torch.cat((torch.cat((R, mean[:, None]), dim=1), row[None]))
+
+
+def more_tokens(z, others, count=1):
+    """An expert's tokens z (N, n) and `count` more, of uncorrelated channels, as rows.
+
+    Each has the mean square that a channel has over the tokens of all experts, `others`.
+    """
+    n = z.shape[1]
+    mean = sum(x.square().sum() for x in others) / (n * sum(len(x) for x in others))
+    return torch.cat((z, (count * mean).sqrt() * torch.eye(n, dtype=z.dtype)))

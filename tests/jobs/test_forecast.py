@@ -121,6 +121,42 @@ def test_pieces_of_large_models_are_small(tmp_path, monkeypatch, shape, mode):
     assert min(one.seconds for one in found) > START
 
 
+@pytest.mark.parametrize("mode", ["a3-plus", "reap"])
+def test_a_mixture_is_counted_by_its_experts(tmp_path, monkeypatch, mode):
+    """Of the shapes of Qwen3-30B-A3B; nothing of the size of all its experts is computed."""
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=2048,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(pieces, "clock", lambda call, device: 1.0)
+    monkeypatch.setattr(trial, "clock", lambda call, device: 1.0)
+    monkeypatch.setattr(pieces, "counted", lambda call: Counter({CALLS: 1}))
+    plain = {"qk": "dense", "ov": "dense", "mlp": mode}
+    row = dict(PRESETS.get(mode) or plain) | {"ratio": "0.25"}
+    with Largest() as made:
+        found = forecast.forecast(stages_of(tmp_path, row, SETTINGS | {"block_length": 1024}))
+    assert made.bytes < 128 * 2**20
+    collecting = next(one for one in found if one.stage == "collect")
+    if mode == "a3-plus":
+        # Of each expert 1.5 bytes for an entry of its C, and attention's statistics.
+        experts = 48 * 128 * 1.5 * 768**2
+        assert experts < collecting.disk < 2 * experts
+        # Each statistic has one sum for each of the eight experts that a token reaches.
+        by_hand = 512 * 48 * 8 * 768**2
+        assert collecting.flops < 6 * 2 * 3e9 * 512 + 4 * by_hand
+    else:
+        assert collecting.disk < 2**24  # hidden states
+
+
 def test_times_grow_by_their_law():
     law = [(2, 4.0 * 2 + 3.0 * 4), (4, 4.0 * 4 + 3.0 * 16)]
     assert pieces.grown(law, 64) == pytest.approx(4 * 64 + 3 * 64**2)

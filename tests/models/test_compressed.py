@@ -19,7 +19,7 @@ from a3.models.attention_a3 import scores_in_float32
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.family import Family
-from a3.rxx.kinds import KINDS
+from a3.rxx.kinds import EXPERT_KINDS, KINDS
 from a3.solutions import qk
 from a3.solutions.modes import MODES as ALL
 from a3.solutions.modes import choose
@@ -162,8 +162,9 @@ def prepare(folder, model_type, config):
 
 def kinds_of(arch):
     """Statistics that a model has: of experts, few; without RoPE, none of pairs."""
-    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ()
-    lacks = {kind for kind in KINDS if KINDS[kind].site in sites} - {"down_diagonal"}
+    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ("experts",)
+    lacks = {kind for kind in KINDS if KINDS[kind].site in sites}
+    lacks -= set(EXPERT_KINDS) if arch.experts else set()
     lacks |= set() if arch.rope_layout else {"pair_gradient"}
     return [kind for kind in KINDS if kind not in lacks]
 
@@ -337,13 +338,14 @@ def emulate(model, dense, ratio, components):
 
 
 def mask_experts(experts, statistics, layer, keep):
-    """Zero the channels of each expert that enough tokens reached."""
-    for expert in range(experts.num_experts):
-        name = f"down.{layer}.{expert}"
-        if statistics.get(f"{name}.count", 0) * SETTINGS["tokens"] >= 255.5:
-            down = experts.down_proj.data[expert]
-            score = statistics[name] * down.square().sum(0)
-            down[:, score.argsort()[: len(score) - round(keep * len(score))]] = 0
+    """Zero channels of each expert; one more token has the mean square of all experts' channels."""
+    names = [f"down.{layer}.{expert}" for expert in range(experts.num_experts)]
+    power = [statistics.get(name, torch.zeros(96)) for name in names]
+    count = sum(statistics.get(f"{name}.count", 0) for name in names) * SETTINGS["tokens"]
+    for down, own in zip(experts.down_proj.data, power, strict=True):
+        more = sum(other.mean() for other in power) / count
+        score = (own + more) * down.square().sum(0)
+        down[:, score.argsort()[: len(score) - round(keep * len(score))]] = 0
 
 
 def output(linear):
@@ -542,23 +544,29 @@ def test_sizes_and_cache_are_what_the_ranks_say(dense, tmp_path):
         assert ranks["mlp"] in shape(arch.adapter.name(0, "down"))
 
 
-def test_experts_that_few_tokens_reached_are_copied_and_reported(dense, tmp_path):
+def test_all_experts_are_compressed_and_their_tokens_reported(dense, tmp_path, caplog):
     arch = load_arch(dense / "dense")
     if not arch.experts:
         pytest.skip("no experts")
-    compress(dense, tmp_path / "small", "0.5")
+    with caplog.at_level("INFO", logger="a3"):
+        compress(dense, tmp_path / "small", "0.5")
     record = json.loads((tmp_path / "small" / "approx.json").read_text())
-    copied = 0
+    few = 0
     for layer, report in enumerate(record["layers"]):
         said = report["mlp"]
         assert sum(said["expert_tokens"]) == SETTINGS["tokens"] * arch.experts_per_token
-        for expert, count in enumerate(said["expert_tokens"]):
-            rank = 48 if count >= 256 else 96
+        for expert in range(arch.experts):
             name = arch.adapter.packed_name(layer, "down", "weight", expert)
-            assert Checkpoint(tmp_path / "small").shape(name) == (64, rank)
-            assert said["expert_ranks"][expert] == rank
-            copied += rank == 96
-    assert 0 < copied < arch.experts * arch.layers
+            assert Checkpoint(tmp_path / "small").shape(name) == (64, 48)
+        assert said["expert_ranks"] == [48] * arch.experts
+        own = sum(count < 256 for count in said["expert_tokens"])
+        assert said["expert_shrinkage"] == [
+            pytest.approx(1 / (count + 1), abs=1e-6) for count in said["expert_tokens"]
+        ]
+        few += own
+        says = f"layer {layer}: fewer than 256 calibration tokens reached {own} of 16 experts"
+        assert (says in caplog.text) == bool(own)
+    assert 0 < few < arch.experts * arch.layers
 
 
 def test_generate_with_cache_equals_without(dense, tmp_path):

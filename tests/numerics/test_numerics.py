@@ -223,7 +223,6 @@ def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
                     arch, checkpoint, statistics, {component: mode}, {component: rank}
                 )
                 for layer in range(arch.layers):
-                    R = [solver.rxx(kind, layer) for kind in kinds]
                     for expert in arch.adapter.copies(
                         "up" if component == "mlp" else "q", vars(arch)
                     ):
@@ -232,7 +231,7 @@ def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
                             if component == "mlp"
                             else solver.attention_weights(layer)
                         )
-                        mine = R if expert is None else [R[0][expert]]
+                        mine = [solver.rxx(kind, layer, expert) for kind in kinds]
                         ours, plain = compared(weights, component, mode, mine, rank)
                         where = (component, mode, rank, layer)
                         assert ours <= plain + TOLERANCE, (where, ours, plain)

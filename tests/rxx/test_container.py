@@ -134,13 +134,63 @@ def test_finished_layers_are_on_disk_and_the_file_has_the_same_bytes(tmp_path, k
 
 def test_statistics_of_experts_have_counts(tmp_path):
     sums, path = Accumulator("down_diagonal", HEADS), tmp_path / "it.safetensors"
+    tokens = (1, 2, 0)
     for _ in range(2):
-        sums.add_experts(1, torch.ones(3, 8).double(), torch.tensor([1.0, 2.0, 0.0]).double())
+        sums.add_experts(1, [(torch.ones(n, 8), torch.full((n,), 0.5)) for n in tokens])
     sums.save(path, RECORD)
     rxx = Rxx(path, "down_diagonal")
     assert rxx.counts(1, 3).tolist() == [2, 4, 0]
-    assert torch.equal(rxx.R(1, (3, 8)), torch.full((3, 8), 2.0).double() / RECORD["tokens"])
+    assert rxx.routed(1, 3).tolist() == [0.5, 1, 0]
+    expected = torch.tensor([2.0, 4.0, 0.0]).double()[:, None].expand(3, 8) / RECORD["tokens"]
+    assert torch.equal(rxx.R(1, (3, 8)), expected)
+    assert torch.equal(rxx.R(1, (3, 8), 1), expected[1])
     assert rxx.layers() == [1]
+
+
+EXPERTS = {"down_input": (4, 60, 60), "down_diagonal": (4, 60), "expert_norm": (4,)}
+
+
+def routed(generator):
+    """Tokens of four experts, the last of which gets none, and their weights."""
+    for tokens in (40, 7, 300, 0):
+        yield (
+            torch.randn(tokens, 60, generator=generator),
+            torch.rand(tokens, generator=generator),
+        )
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_shards_of_experts_add_up_and_each_is_read_alone(tmp_path, kind):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    whole_sums, generator = Accumulator(kind, 1), torch.Generator().manual_seed(0)
+    expected = torch.zeros(EXPERTS[kind], dtype=torch.float64)
+    for i, path in enumerate(paths):
+        sums, blocks = Accumulator(kind, 1), [list(routed(generator)) for _ in range(2)]
+        for block in blocks:
+            sums.add_experts(0, block)
+            whole_sums.add_experts(0, block)
+            for expert, (x, _) in enumerate(block):
+                x = x.double()
+                expected[expert] += {
+                    "down_input": lambda x=x: x.T @ x,
+                    "down_diagonal": lambda x=x: x.square().sum(0),
+                    "expert_norm": lambda x=x: x.norm(dim=1).sum(),
+                }[kind]()
+        sums.save(path, {"tokens": 100, "shard": f"{i}of2"})
+    merge([Rxx(path, kind) for path in paths], tmp_path / "merged.safetensors")
+    whole_sums.save(tmp_path / "whole.safetensors", {"tokens": 200})
+    for name in ("merged", "whole"):
+        rxx = Rxx(tmp_path / f"{name}.safetensors", kind)
+        assert rxx.counts(0, 4).tolist() == [160, 28, 1200, 0]
+        for expert in range(4):
+            found = rxx.R(0, EXPERTS[kind], expert) * 200
+            torch.testing.assert_close(found, expected[expert], rtol=1e-5, atol=1e-3)
+            if kind == "down_input":
+                diagonals = rxx.diagonal(0, EXPERTS[kind])[expert] * 200
+                assert torch.equal(diagonals, found.diagonal())
+    arch = ARCH | {"experts": 4, "intermediate_size": 60, "layers": 1}
+    size = (tmp_path / "whole.safetensors").stat().st_size - stored_bytes(arch, kind)
+    assert 0 < size < 3000
 
 
 @pytest.mark.parametrize("kind", ["down_input", "down_diagonal", "down_input_peak"])
@@ -161,7 +211,7 @@ def test_shards_add_up_to_the_whole(tmp_path, kind):
             expected = unsharded.tensors[layer][f"layers.{layer}"] / divisor
             torch.testing.assert_close(rxx.R(layer, (WIDTH,)), expected, rtol=1e-15, atol=0)
             continue
-        S = whole(unsharded.triangles[layer])
+        S = whole(unsharded.triangles[layer][0])
         root = S.diagonal().sqrt()
         error = (rxx.R(layer, (WIDTH, WIDTH)).tril() * 600 - S).abs()
         # Half a step of each shard, which add up to that of the whole, and of the sum.

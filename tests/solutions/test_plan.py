@@ -169,7 +169,12 @@ NO_SHARING = {
     "in part": ("stablelm", {"rope_parameters": HALF}, [], "8 of 16 dimensions of a head are rot"),
     "in some layers": ("smollm3", {"no_rope_layers": [1, 0]}, [], "layer 1 has no RoPE"),
     "in windows": ("cohere2", WINDOWS, [], "layer 1 has no RoPE"),
-    "experts": ("mixtral", {"num_local_experts": 2}, [], "mlp mode 'obs' does not fit experts"),
+    "experts": (
+        "mixtral",
+        {"num_local_experts": 2},
+        ["--mlp", "svd"],
+        "mlp mode 'svd' does not fit experts",
+    ),
     "little room": ("llama", {}, ["--ratio", "0.9"], "10 of 96, and no layer gets less than 12"),
 }
 

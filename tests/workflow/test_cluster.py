@@ -25,6 +25,7 @@ PROFILES = ROOT / "workflow/profiles"
 SMOLLM2 = {
     "dtype": "float32",
     "experts": 0,
+    "experts_per_token": 0,
     "head_dim": 64,
     "heads": 9,
     "hidden_size": 576,
@@ -40,6 +41,7 @@ SMOLLM2 = {
 LLAMA_70B = {
     "dtype": "bfloat16",
     "experts": 0,
+    "experts_per_token": 0,
     "head_dim": 128,
     "heads": 64,
     "hidden_size": 8192,

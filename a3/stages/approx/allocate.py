@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3.artifacts.eliminations import Eliminations
+from a3.artifacts.eliminations import Eliminations, Part, expert_of, parts_of
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -21,10 +21,11 @@ from a3.core.provenance import provenance
 from a3.models.arch import Arch, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.numerics.elimination import Elimination
-from a3.solutions.modes import ONE_SIZE, Choice, eliminating, find_mode
+from a3.solutions.modes import EXPERTS, ONE_SIZE, Choice, eliminating, find_mode
 from a3.solutions.plan import Plan, least_rank
 from a3.stages.approx.budget import (
     Curve,
+    Place,
     at,
     cost,
     least_loss,
@@ -56,8 +57,9 @@ def allocate(
     This also limits FLOPs, which come from weights and attention products. Where all heads get one
     size (`plan.one_size`), it is one of parameters alone, because heads that small would lose more
     than MLPs do. Ranks are multiples of `plan.step`; components in `uniform` get the same rank in
-    all layers. `losses` are the files that stage losses wrote. Raises A3Error if no mode is marked
-    ~, a mode does not fit, statistics are missing or damaged, or losses are of something else.
+    all layers, and with EXPERTS in it, all experts of a layer the same. `losses` are the files that
+    stage losses wrote. Raises A3Error if no mode is marked ~, a mode does not fit, statistics are
+    missing or damaged, or losses are of something else.
     """
     start = time.perf_counter()
     if not plan.shared:
@@ -66,7 +68,7 @@ def allocate(
     modes = {component: choice.mode for component, choice in plan.shared.items()}
     ranks = Plan({p: Choice(c.mode, c.size) for p, c in plan.shared.items()}).ranks(arch)
     plan.check_sharing(arch)
-    require_shared(uniform, plan)
+    require_shared(uniform, plan, arch)
     kinds = {kind for component in modes for kind in find_mode(component, modes[component]).kinds}
     statistics = read_statistics(rxx_folder, sorted(kinds), model_folder, arch)
     dense = Checkpoint(model_folder, arch.adapter.prefix)
@@ -76,7 +78,8 @@ def allocate(
     solver = LayerSolver(arch, dense, statistics, eliminated, ranks, device=device)
     if losses:
         known = Eliminations(losses, arch, statistics)
-        found = {layer: {one: known.require(layer, one) for one in eliminated} for layer in layers}
+        parts = [part for component in eliminated for part in parts_of(arch, component)]
+        found = {layer: {part: known.require(layer, part) for part in parts} for layer in layers}
     else:
         found = eliminate_layers(solver, layers)
     curves = [curve for layer in layers for curve in curves_of(arch, layer, found[layer], plan)]
@@ -87,7 +90,7 @@ def allocate(
         "uniform_ranks": ranks,
         "multiple": plan.multiple,
         "uniform": list(uniform),
-        **solved(curves, uniform, plan.one_size, ranks, arch.layers),
+        **solved(curves, uniform, plan.one_size, ranks, arch),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -102,29 +105,29 @@ def solved(
     uniform: tuple[str, ...],
     one_size: tuple[str, ...],
     uniform_ranks: dict[str, int],
-    layers: int,
+    arch: Arch,
 ) -> dict[str, Any]:
-    """The ranks with the lowest loss, by component and layer, that cost no more than uniform ranks.
+    """The ranks with the lowest loss, by component and layer (of a mixture's MLP a list of its
+    experts'), that cost no more than uniform ranks.
 
     Components in `uniform` get one rank each, those in `one_size` one for all, whatever the cache.
     Also returns the budget, its used part, and the predicted losses of both.
     """
     even = [uniform_ranks[curve.components[0]] for curve in curves]
     budget = cost(curves, even)
-    groups = [(component,) for component in uniform if component not in one_size]
-    joined = together(curves, [*groups, *([one_size] if one_size else [])])
+    joined = together(curves, uniform, one_size)
     if one_size:
-        # The joined curve is the last one.
         budget = (budget[0], cost(joined, [int(curve.ranks[0]) for curve in joined])[1])
-        chosen = least_loss_by_rank(joined, len(joined) - 1, budget)
+        which = next(i for i, curve in enumerate(joined) if curve.components[0] in one_size)
+        chosen = least_loss_by_rank(joined, which, budget)
     else:
         chosen = least_loss(joined, budget)
-    ranks = {component: [0] * layers for component in uniform_ranks}
+    ranks: dict[str, dict[Place, int]] = {component: {} for component in uniform_ranks}
     for curve, rank in zip(joined, chosen, strict=True):
         for component in curve.components:
-            ranks[component][curve.layers.start : curve.layers.stop] = [rank] * len(curve.layers)
+            ranks[component] |= dict.fromkeys(curve.places, rank)
     return {
-        "ranks": ranks,
+        "ranks": {component: by_layer(own, arch) for component, own in ranks.items()},
         "budget": dict(zip(COSTS, budget, strict=True)),
         "spent": dict(zip(COSTS, cost(joined, chosen), strict=True)),
         "predicted_nll": sum(map(at, joined, chosen)),
@@ -132,28 +135,44 @@ def solved(
     }
 
 
-def curves_of(arch: Arch, layer: int, found: dict[str, Elimination], plan: Plan) -> Iterator[Curve]:
-    """The loss of each shared component of a layer by rank, from what its elimination found."""
-    for component, (_, losses, _) in found.items():
-        yield curve_of(arch, component, range(layer, layer + 1), losses, plan.step(component))
+def by_layer(ranks: dict[Place, int], arch: Arch) -> list[int] | list[list[int]]:
+    """The ranks of a component, one a layer, or a list a layer of its experts'."""
+    if any(expert is not None for _, expert in ranks):
+        experts = range(arch.experts)
+        return [[ranks[layer, expert] for expert in experts] for layer in range(arch.layers)]
+    return [ranks[layer, None] for layer in range(arch.layers)]
+
+
+def curves_of(
+    arch: Arch, layer: int, found: dict[Part, Elimination], plan: Plan
+) -> Iterator[Curve]:
+    """The loss of each shared part of a layer by rank, from what its elimination found."""
+    for part, (_, losses, _) in found.items():
+        component, place = part.partition(".")[0], (layer, expert_of(part))
+        yield curve_of(arch, component, (place,), losses, plan.step(component))
 
 
 def curve_of_model(arch: Arch, found: Elimination, plan: Plan) -> Curve:
     """The loss of QK by the one rank of all layers."""
-    return curve_of(arch, "qk", range(arch.layers), found.losses, plan.step("qk"))
+    places = tuple((layer, None) for layer in range(arch.layers))
+    return curve_of(arch, "qk", places, found.losses, plan.step("qk"))
 
 
-def curve_of(arch: Arch, component: str, layers: range, losses: Tensor, step: int) -> Curve:
-    """The loss of a component of some layers by rank; `losses` as of an Elimination."""
+def curve_of(
+    arch: Arch, component: str, places: tuple[Place, ...], losses: Tensor, step: int
+) -> Curve:
+    """The loss of a component in some places by rank; `losses` as of an Elimination."""
     full, least = arch.full_rank(component), least_rank(arch, component)
     ranks = full - (2 if component == "qk" else 1) * torch.arange(len(losses))
     kept = ((ranks % step == 0) | (ranks == full)) & (ranks >= least)
-    price = [len(layers) * one for one in of_one_rank(arch, component)]
-    return Curve((component,), layers, ranks[kept], losses.cpu()[kept], *price)
+    price = [len(places) * one for one in of_one_rank(arch, component)]
+    return Curve((component,), places, ranks[kept], losses.cpu()[kept], *price)
 
 
 def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
-    """Parameters, and cached numbers per token, for one rank of a component in one layer."""
+    """Parameters, and cached numbers per token, for one rank of a component in one layer, or of
+    one expert.
+    """
     if component == "mlp":
         inputs = 2 if arch.mlp == "3-layer" else 1
         return (inputs + 1) * arch.hidden_size + inputs * arch.mlp_bias, 0
@@ -164,9 +183,12 @@ def of_one_rank(arch: Arch, component: str) -> tuple[int, int]:
     return heads * arch.hidden_size + own + biased * arch.qkv_bias, arch.kv_heads
 
 
-def require_shared(uniform: tuple[str, ...], plan: Plan) -> None:
-    """Raise A3Error if a component that is to be uniform has no mode marked ~."""
-    if others := [component for component in uniform if component not in plan.shared]:
+def require_shared(uniform: tuple[str, ...], plan: Plan, arch: Arch) -> None:
+    """Raise A3Error if what is to be uniform has no mode marked ~."""
+    if EXPERTS in uniform and not arch.experts:
+        raise A3Error(f"allocate: uniform {EXPERTS}: {arch.family} has no experts. Remove it.")
+    needed = dict.fromkeys("mlp" if one == EXPERTS else one for one in uniform)
+    if others := [component for component in needed if component not in plan.shared]:
         raise A3Error(
             f"allocate: uniform {', '.join(others)}: has no mode marked ~. Remove it, or write "
             f"its mode with ~."

@@ -9,8 +9,10 @@ from a3.models.arch import Arch
 from a3.solutions.plan import Plan
 
 
-def read_allocation(path: Path | None, arch: Arch, plan: Plan) -> dict[str, list[int]]:
-    """Ranks of each component with an allocated ratio, one a layer.
+def read_allocation(
+    path: Path | None, arch: Arch, plan: Plan
+) -> dict[str, list[int] | list[list[int]]]:
+    """Ranks of each component with an allocated ratio, one a layer; of experts a list a layer.
 
     Raises A3Error if there is no such file, or it was made for another model, other modes or
     another ratio.

@@ -23,7 +23,7 @@ from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.assemble import assemble_written, file_numbers, in_products, outside, staying
-from a3.stages.approx.layers import LayerSolver
+from a3.stages.approx.layers import AnyRanks, LayerSolver
 from a3.stages.approx.shards import write_shard
 from a3.stages.approx.statistics import made_from, read_statistics
 
@@ -102,7 +102,7 @@ def solver_for(
     Solutions are computed on `device`.
     """
     arch = load_arch(model_folder)
-    ranks: dict[str, int | list[int]] = dict(plan.ranks(arch))
+    ranks: dict[str, AnyRanks] = dict(plan.ranks(arch))
     if plan.shared:
         ranks |= read_allocation(allocation, arch, plan)
     statistics = read_statistics(rxx_folder, plan.kinds(), model_folder, arch)

@@ -1,28 +1,34 @@
 """Allocates ranks: minimises the predicted loss under one budget."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from a3.core.errors import A3Error
+from a3.solutions.modes import EXPERTS
 from a3.solutions.plan import LEAST
 
 # Bisection steps for a multiplier, a power of two between the smallest and largest slope.
 HALVINGS = 60
 
 
+# A layer, and the number of its expert, if the component is a mixture's MLP.
+Place: TypeAlias = tuple[int, int | None]
+
+
 @dataclass(frozen=True)
 class Curve:
-    """Ranks that components of some layers may have, descending, and the loss at each.
+    """Ranks that components may have in some places (layers, or experts of layers), descending, and
+    the loss at each.
 
     All of them get the same rank. Losses are in nats a token. `parameters` and `cache` are the cost
     of one rank: weights, and cached numbers per token.
     """
 
     components: tuple[str, ...]
-    layers: range
+    places: tuple[Place, ...]
     ranks: Tensor
     loss: Tensor
     parameters: int
@@ -34,24 +40,42 @@ def at(curve: Curve, rank: int) -> float:
     return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
 
 
-def together(curves: list[Curve], groups: list[tuple[str, ...]]) -> list[Curve]:
-    """Merge the curves of all layers into one for each group of components of one rank."""
-    for group in groups:
-        own = [curve for curve in curves if set(curve.components) & set(group)]
-        others = [curve for curve in curves if not set(curve.components) & set(group)]
-        ranks = own[0].ranks
-        for curve in own[1:]:
-            ranks = ranks[torch.isin(ranks, curve.ranks)]
-        joined = Curve(
-            group,
-            range(max(curve.layers.stop for curve in own)),
-            ranks,
-            torch.stack([curve.loss[torch.isin(curve.ranks, ranks)] for curve in own]).sum(0),
-            sum(curve.parameters for curve in own),
-            sum(curve.cache for curve in own),
-        )
-        curves = [*others, joined]
-    return curves
+def together(
+    curves: list[Curve], uniform: tuple[str, ...], one_size: tuple[str, ...] = ()
+) -> list[Curve]:
+    """Merge the curves of all layers into one, for each component in `uniform`, and for all those
+    in `one_size`; with EXPERTS in `uniform`, those of each layer's experts.
+    """
+
+    def group(curve: Curve) -> tuple[Any, ...]:
+        component, (layer, expert) = curve.components[0], curve.places[0]
+        if component in one_size:
+            return one_size
+        if component in uniform:
+            return (component,)
+        if EXPERTS in uniform and expert is not None:
+            return component, layer
+        return component, layer, expert
+
+    groups: dict[tuple[Any, ...], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(group(curve), []).append(curve)
+    return [joined(own) for own in groups.values()]
+
+
+def joined(curves: list[Curve]) -> Curve:
+    """One curve for parts that get the same rank, of the ranks that all of them may have."""
+    ranks = curves[0].ranks
+    for curve in curves[1:]:
+        ranks = ranks[torch.isin(ranks, curve.ranks)]
+    return Curve(
+        tuple(dict.fromkeys(one for curve in curves for one in curve.components)),
+        tuple(dict.fromkeys(place for curve in curves for place in curve.places)),
+        ranks,
+        torch.stack([curve.loss[torch.isin(curve.ranks, ranks)] for curve in curves]).sum(0),
+        sum(curve.parameters for curve in curves),
+        sum(curve.cache for curve in curves),
+    )
 
 
 def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from a3.artifacts.eliminations import Eliminations, to_device
+from a3.artifacts.eliminations import Eliminations, Part, part_of, to_device
 from a3.core.progress import LOG, Bar
 from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
@@ -17,15 +17,20 @@ from a3.models.compressed import pairs_name
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.numerics.elimination import Elimination
 from a3.numerics.finite import require_finite
+from a3.numerics.linalg import relative
 from a3.rxx.container import Rxx
-from a3.rxx.kinds import KINDS
+from a3.rxx.kinds import KINDS, is_of_experts
 from a3.solutions import mlp
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.functions import losses_of, losses_of_model, solver_of
-from a3.solutions.modes import COMPONENTS, ONE_SIZE, SHARING, find_mode
+from a3.solutions.modes import COMPONENTS, ONE_SIZE, PRIOR_CHANNELS, SHARING, find_mode
 from a3.solutions.plan import factor_ranks, least_rank
+from a3.stages.approx.experts import ExpertStatistics
 
 Weights: TypeAlias = AttentionWeights | MLPWeights
+
+# Of a component: the same everywhere, one a layer, or one a layer and expert.
+AnyRanks: TypeAlias = int | list[int] | list[list[int]]
 
 # What a solution of each component replaces.
 REPLACED = {
@@ -44,13 +49,14 @@ class LayerSolver:
         checkpoint: Checkpoint,
         statistics: dict[str, Rxx],
         modes: dict[str, str],
-        ranks: Mapping[str, int | list[int]],
+        ranks: Mapping[str, AnyRanks],
         multiple: int = 1,
         *,
         known: Eliminations | None = None,
         device: str = "cpu",
     ) -> None:
-        """`ranks`: one per component or per layer; ranks of factors are multiples of `multiple`.
+        """`ranks`: one per component, per layer, or per layer and expert; ranks of factors are
+        multiples of `multiple`.
 
         `known` has what `a3 losses` computed before. Solutions are computed on `device`.
         """
@@ -62,6 +68,7 @@ class LayerSolver:
         self.multiple = multiple
         self.known = known
         self.device = torch.device(device)
+        self.experts = ExpertStatistics(arch, statistics)
         self.fields = arch.to_json()
         # The share that each matrix keeps, by its name in every layer, where it is not the same.
         self.kept: dict[str, list[float]] = {}
@@ -96,19 +103,21 @@ class LayerSolver:
         return {name: W.cpu() for name, W in tensors.items()}, report, seconds
 
     def solve_component(
-        self, component: str, layer: int, weights: Weights
+        self, component: str, layer: int, weights: Weights, expert: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Compressed tensors of one component of a layer, and its report for approx.json."""
+        """Compressed tensors of one component of a layer, or of one expert of its MLP, and its
+        report for approx.json.
+        """
         name = self.layer_mode(component, layer)
         if find_mode(component, name).factors:
             return self.solve_factors(component, layer, weights)
-        rank = self.rank(component, layer)
-        read = self.read(component, name, layer)
+        rank = self.rank(component, layer, expert)
+        read = self.read(component, name, layer, expert)
         more = []
         if name == SHARING[component]:
-            more = [self.elimination(component, layer, weights, read, rank)]
+            more = [self.elimination(part_of(component, expert), layer, weights, read, rank)]
         solution = solver_of(component, name)(weights, *read, rank, *more)
-        tensors = self.pack(layer, solution, REPLACED[component])
+        tensors = self.pack(layer, solution, REPLACED[component], expert)
         said = {
             "mode": name,
             "rank": rank,
@@ -118,19 +127,20 @@ class LayerSolver:
             said["rope_pairs"] = solution.pairs.tolist()
             tensors[pairs_name(self.arch, layer)] = solution.pairs.contiguous()
         if component == "mlp" and solution.bias is not None:
-            tensors |= self.with_bias(layer, solution.bias)
+            tensors |= self.with_bias(layer, solution.bias, expert)
             said["bias"] = True
         return tensors, said
 
     def elimination(
-        self, component: str, layer: int, weights: Weights, read: list[Any], rank: int
+        self, part: Part, layer: int, weights: Weights, read: list[Any], rank: int
     ) -> Elimination:
-        """What is dropped of a component of a layer, down to `rank` or further.
+        """What is dropped of a part of a layer, down to `rank` or further.
 
         Computed here only if it is not `known`; that ends at the least rank that a3 allocates.
         """
+        component = part.partition(".")[0]
         least = least_rank(self.arch, component)
-        known = None if self.known is None else self.known.find(layer, component)
+        known = None if self.known is None else self.known.find(layer, part)
         if known is not None and (component == "qk" or rank >= least):
             return to_device(known, self.device)
         return losses_of(component, weights, read, min(rank, least))
@@ -215,53 +225,87 @@ class LayerSolver:
                 losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
         self.kept |= {name: shares(found, kept) for name, found in losses.items()}
 
-    def with_bias(self, layer: int, bias: Tensor) -> dict[str, Tensor]:
-        """The output bias of a layer's MLP with something added; it may have had none."""
-        name = self.arch.adapter.name(layer, "down", "bias")
-        if self.arch.adapter.has_bias("down", self.fields):
-            bias = bias.cpu() + self.checkpoint.tensor(name).double()
+    def with_bias(self, layer: int, bias: Tensor, expert: int | None) -> dict[str, Tensor]:
+        """The output bias of a layer's MLP, or of an expert, with something added; it may have had
+        none.
+        """
+        adapter = self.arch.adapter
+        name = adapter.packed_name(layer, "down", "bias", expert)
+        if adapter.has_bias("down", self.fields):
+            dense = self.checkpoint.tensor(adapter.name(layer, "down", "bias", expert))
+            bias = bias.cpu() + dense.double()
         return {name: bias.to(getattr(torch, self.arch.dtype))}
 
     def solve_experts(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Like `solve_component`, for experts: each separately; copied if few tokens reached it.
+        """Like `solve_component`, for all experts of a layer, each on its own.
 
-        The report has each expert's tokens and rank.
+        The report has each expert's tokens and rank, and the mean of their errors.
         """
         arch, name = self.arch, self.modes.get("mlp")
-        ranks = [arch.intermediate_size] * arch.experts
         tensors: dict[str, Tensor] = {}
-        if name is None:
-            for expert in range(arch.experts):
+        if name is None or find_mode("mlp", name).drops:
+            kept, said = (range(arch.experts), {}) if name is None else self.kept_experts(layer)
+            for number, expert in enumerate(kept):
                 weights = self.mlp_weights(layer, expert)
-                tensors |= self.pack(layer, weights, REPLACED["mlp"], expert)
-            return tensors, {}
-        (kind,) = find_mode("mlp", name).kinds
-        R, counts = self.rxx(kind, layer), self.statistics[kind].counts(layer, arch.experts)
-        rank, errors = self.rank("mlp", layer), []
+                tensors |= self.pack(layer, weights, REPLACED["mlp"], number)
+            if len(kept) < arch.experts:
+                router, W = self.router(layer)
+                tensors[router] = W[torch.as_tensor(kept)].contiguous()
+            return tensors, said
+        reports = []
         for expert in range(arch.experts):
-            solution = self.mlp_weights(layer, expert)
-            if counts[expert] >= mlp.FEWEST_TOKENS:
-                ranks[expert] = rank
-                solution = solver_of("mlp", name)(solution, R[expert], rank)
-                errors.append(solution.relative_error)
-            tensors |= self.pack(layer, solution, REPLACED["mlp"], expert)
-        if few := arch.experts - len(errors):
+            weights = self.mlp_weights(layer, expert)
+            solved, report = self.solve_component("mlp", layer, weights, expert)
+            tensors |= solved
+            reports.append(report)
+        counts = self.experts.counts(find_mode("mlp", name).kinds[0], layer)
+        if few := int((counts < mlp.FEWEST_TOKENS).sum()):
             LOG.info(
-                f"layer {layer}: {few} of {arch.experts} experts copied, since fewer than "
-                f"{mlp.FEWEST_TOKENS} calibration tokens reached each"
+                f"layer {layer}: fewer than {mlp.FEWEST_TOKENS} calibration tokens reached {few} "
+                f"of {arch.experts} experts ({int(counts.min())} at the least), whose statistics "
+                "are shrunk towards the mean over experts. More tokens would serve them"
             )
+        ranks = [report["rank"] for report in reports]
         return tensors, {
-            "mode": name,
-            "rank": rank,
-            "relative_error": sum(errors) / len(errors) if errors else 0.0,
+            **reports[0],
+            "rank": round(sum(ranks) / len(ranks)),
+            "relative_error": sum(report["relative_error"] for report in reports) / len(reports),
             "expert_tokens": counts.int().tolist(),
+            "expert_shrinkage": [round(mlp.shrinkage(count), 6) for count in counts.tolist()],
             "expert_ranks": ranks,
         }
 
-    def rank(self, component: str, layer: int) -> int:
-        """The rank of a component in one layer."""
+    def kept_experts(self, layer: int) -> tuple[list[int], dict[str, Any]]:
+        """The experts that a mode keeps, which drops the others, and its report."""
+        name, rank = self.modes["mlp"], self.rank("mlp", layer)
+        (kind,) = find_mode("mlp", name).kinds
+        norms, counts = self.rxx(kind, layer), self.experts.counts(kind, layer)
+        kept = solver_of("mlp", name)(norms, counts, rank).tolist()
+        return kept, {
+            "mode": name,
+            "rank": rank,
+            "relative_error": relative(norms.sum() - norms[kept].sum(), norms.sum()).item(),
+            "experts": kept,
+            "expert_tokens": counts.int().tolist(),
+            "expert_ranks": [self.arch.intermediate_size] * rank,
+        }
+
+    def router(self, layer: int) -> tuple[str, Tensor]:
+        """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
+        adapter = self.arch.adapter
+        packed = f"{adapter.modules['router'].format(layer)}.weight"
+        names = adapter.names_in(self.checkpoint, layer)
+        return packed, self.checkpoint.tensor(
+            next(name for name in names if adapter.packed_rest(name) == packed)
+        )
+
+    def rank(self, component: str, layer: int, expert: int | None = None) -> int:
+        """The rank of a component in one layer, or of one of its experts."""
         rank = self.ranks[component]
-        return rank[layer] if isinstance(rank, list) else rank
+        for index in (layer, expert):
+            rank = rank[index] if isinstance(rank, list) and index is not None else rank
+        assert isinstance(rank, int)
+        return rank
 
     def layer_mode(self, component: str, layer: int) -> str:
         """The mode for one layer: `qk` for the scores of a layer without RoPE among those with.
@@ -300,18 +344,30 @@ class LayerSolver:
                 what = f"{self.checkpoint.folder}: layer {layer}, {name}"
                 require_finite(W, what, FINITE_WEIGHTS)
 
-    def read(self, component: str, name: str, layer: int) -> list[Tensor | float]:
+    def read(
+        self, component: str, name: str, layer: int, expert: int | None = None
+    ) -> list[Tensor | float]:
         """The statistics that a mode's function takes, between weights and rank."""
         mode = find_mode(component, name)
-        read: list[Tensor | float] = [self.rxx(kind, layer) for kind in mode.kinds]
+        read: list[Tensor | float] = [self.rxx(kind, layer, expert) for kind in mode.kinds]
+        if expert is not None and "down_mean" in mode.kinds:
+            # A variance needs means over this expert's tokens.
+            share = self.experts.share("down_mean", layer, expert)
+            read = [each / share for each in read]
         if mode.prior:
-            read.append(mode.prior / self.statistics[mode.kinds[0]].tokens)
+            prior, tokens = float(mode.prior), float(self.statistics[mode.kinds[0]].tokens)
+            if expert is not None:
+                prior *= min(1.0, self.arch.intermediate_size / PRIOR_CHANNELS)
+                tokens = self.experts.tokens(mode.kinds[0], layer, expert)
+            read.append(prior / tokens)
         if name in ONE_SIZE:
             read.append(self.of_model(name).order)
         return read
 
-    def rxx(self, kind: str, layer: int) -> Tensor:
-        """One statistic of a layer, on the device."""
+    def rxx(self, kind: str, layer: int, expert: int | None = None) -> Tensor:
+        """One statistic of a layer, on the device; of an expert, if it is one of each."""
+        if expert is not None and is_of_experts(KINDS[kind], self.fields):
+            return self.experts.R(kind, layer, expert).to(self.device)
         R = self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
         return R.to(self.device)
 

@@ -23,7 +23,15 @@ from a3.models.layerwise import fits, layerwise
 from a3.models.load import load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS, SAMPLED_FORMS, states_disk, stored_bytes
+from a3.rxx.kinds import (
+    EXPERT_KINDS,
+    GRADIENT_BLOCKS,
+    KINDS,
+    SAMPLED_FORMS,
+    is_of_experts,
+    states_disk,
+    stored_bytes,
+)
 from a3.stages.collect.hooks import SITES
 from a3.stages.collect.passes import Passes, run_passes
 from a3.stages.collect.state import state_in
@@ -188,16 +196,22 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
             raise A3Error(
                 f"statistic {kind!r} requires RoPE, which {arch.family} does not use. Remove it."
             )
-        if isinstance(arch, CompressedArch) and site not in SITES:
+        of_experts = is_of_experts(KINDS[kind], vars(arch))
+        if isinstance(arch, CompressedArch) and (site not in SITES or of_experts):
             raise A3Error(
                 f"statistic {kind!r}: a compressed model has only statistics of inputs, with "
-                "which it is quantised. Collect it on the dense model."
+                "which it is quantised, and none of experts. Collect it on the dense model."
+            )
+        if site == "experts" and not arch.experts:
+            raise A3Error(
+                f"statistic {kind!r}: of a mixture of experts, which {arch.family} is not. Remove "
+                "it."
             )
         of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
-        if arch.experts and of_mlp and (site, form) != ("down_input", "diagonal"):
+        if arch.experts and of_mlp and kind not in EXPERT_KINDS:
             raise A3Error(
                 f"statistic {kind!r}: not available for a mixture of experts, each of which has "
-                "its own MLP. Use down_diagonal."
+                f"its own MLP. Use one of {', '.join(EXPERT_KINDS)}."
             )
 
 

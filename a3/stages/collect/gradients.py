@@ -61,7 +61,11 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         shape = arch.statistic_shape(KINDS[accumulator.kind])
         accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
         return []
-    name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
+    if site == "down" and arch.experts:
+        # Of the sum over experts, which all have the same gradient.
+        name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
+    else:
+        name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
 
     def on_output(_: nn.Module, __: tuple, output: Tensor) -> None:
         output.register_hook(partial(on_gradient, output.detach()))

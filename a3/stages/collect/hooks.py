@@ -1,5 +1,6 @@
 """Hooks that read the activations from which statistics are computed."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from a3.models.arch import Arch
-from a3.rxx.container import Accumulator, outer_sum
-from a3.rxx.kinds import KINDS
+from a3.rxx.container import Accumulator
+from a3.rxx.kinds import KINDS, is_of_experts
 
 # Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
@@ -24,7 +25,7 @@ def attach_all(
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
     """Hook one statistic of one layer onto the projection whose output or input it uses."""
     site = KINDS[accumulator.kind].site
-    if site == "down_input" and arch.experts:
+    if is_of_experts(KINDS[accumulator.kind], vars(arch)):
         return attach_experts(trunk, arch, layer, accumulator)
     projection = SITES.get(site, site)
     module = trunk.get_submodule(arch.module(layer, projection))
@@ -49,20 +50,24 @@ def attach_experts(
 ) -> RemovableHandle:
     """Hook the input of the experts' down projections, each token with its routing weight.
 
-    No module has exactly that input, so up and gate are computed again.
+    No module has exactly that input, so up and gate are computed again (and down for norms).
     """
 
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        hidden, index, weight = inputs
-        sums = []
+        accumulator.add_experts(layer, reached(experts, *inputs))
+
+    def reached(
+        experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for expert in range(arch.experts):
             token, place = torch.where(index == expert)
             gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, 1)
-            x = (experts.act_fn(gate) * up).double() * weight[token, place, None].double()
-            sums.append(outer_sum(x, KINDS[accumulator.kind].form, 1))
-        counts = index.flatten().bincount(minlength=arch.experts).double()
-        accumulator.add_experts(layer, torch.stack(sums), counts)
+            x, own = experts.act_fn(gate) * up, weight[token, place].double()
+            if site == "experts":
+                x = nn.functional.linear(x, experts.down_proj[expert])
+            yield x.double() * own[:, None], own
 
+    site = KINDS[accumulator.kind].site
     name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
 

@@ -67,7 +67,7 @@ def compare(
     require_names(texts)
     subjects = [Evaluated(folder) for folder in folders]
     ids = [[prompt_ids(subject, one, new_tokens) for one in prompts] for subject in subjects]
-    found = [
+    found: list[dict[str, Any]] = [
         {"name": folder.name, **size_of(folder), **hashes(subject.checkpoint)}
         for folder, subject in zip(folders, subjects, strict=True)
     ]

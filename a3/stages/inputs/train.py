@@ -98,6 +98,9 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
     )
     start = time.perf_counter()
     losses = fit(model, recipe, blocks)
+    if hasattr(model.config, "output_router_logits"):
+        # Whose loss keeps experts equally busy, in training only.
+        model.config.output_router_logits = False
     loss, unigrams = final(losses), unigram_loss(blocks[:, 1:])
     LOG.info(
         f"train: {time.perf_counter() - start:.0f} s; loss {loss:.3f} nats a token at the end, "
