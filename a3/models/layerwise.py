@@ -19,9 +19,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import memory_at_hand, return_memory
-from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
+from a3.models.shape import Arch
 
 # Share of the available memory for weights; activations need the rest.
 RESIDENT_SHARE = 0.6

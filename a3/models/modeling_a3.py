@@ -44,6 +44,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from .attention_a3 import ATTENTION, A3Attention, UsualAttention
+from .own_attention_a3 import Own
 
 PEFT = "peft.utils.constants"
 
@@ -143,21 +144,19 @@ class Experts(nn.ModuleList):
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give every layer of a family's model without a head its own sizes."""
     a3 = config.a3
-    attention = ATTENTION.get(a3["family"], UsualAttention)
-    for layer, rank in enumerate(a3["mlp_ranks"]):
+    for layer in range(len(a3["mlp_ranks"])):
         places = {
             projection: inside(name).format(layer) for projection, name in a3["modules"].items()
         }
-        where = places.pop("attention")
-        body.set_submodule(where, attention(config, layer, body.get_submodule(where)))
-        if name := places.pop("experts", None):
-            body.set_submodule(name, Experts(body.get_submodule(name), rank))
-        for name in dict.fromkeys(places.values()):
-            # More than one if gate and up are fused.
-            projections = [projection for projection in places if places[projection] == name]
-            body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
+        where = places.pop("attention", "")
+        if any(layer not in a3["fixed"][component] for component in ("qk", "ov")):
+            replace_attention(body, config, layer, where)
+        if layer not in a3["fixed"]["mlp"]:
+            replace_mlp(body, config, layer, places)
         # A factored layer has the name of the first of its fused projections.
         places |= {projection: f"{where}.{projection}_proj" for projection in "qkvo"}
+        if a3["own"]:
+            places |= {p: inside(n).format(layer) for p, n in a3["own"]["projections"].items()}
         factorise(body, {places[projection]: of for projection, of in a3["factors"][layer].items()})
     if a3["same_pairs"]:
         gather_once(body)
@@ -165,6 +164,36 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     if "quantised" in a3:
         # Only a3 simulates low precision; such a folder does not load without a3.
         import_module("a3.models.quantised").simulate(body, a3["quantised"])
+
+
+def replace_attention(
+    body: PreTrainedModel, config: PreTrainedConfig, layer: int, where: str
+) -> None:
+    """Give a layer's attention its own head sizes."""
+    dense = body.get_submodule(where)
+    if config.a3["own"]:
+        # The family's own code, with smaller projections in place.
+        own = config.a3["own"]
+        names = {
+            key: {p: inside(n) for p, n in own[key].items()} for key in ("projections", "norms")
+        }
+        Own(body, dense, config.a3 | {"own": own | names}, layer)
+        return
+    attention = ATTENTION.get(config.a3["family"], UsualAttention)
+    body.set_submodule(where, attention(config, layer, dense))
+
+
+def replace_mlp(
+    body: PreTrainedModel, config: PreTrainedConfig, layer: int, places: dict[str, str]
+) -> None:
+    """Give a layer's MLP or experts, whose modules are at `places`, their own sizes."""
+    rank, places = config.a3["mlp_ranks"][layer], dict(places)
+    if name := places.pop("experts", None):
+        body.set_submodule(name, Experts(body.get_submodule(name), rank))
+    for name in dict.fromkeys(places.values()):
+        # More than one if gate and up are fused.
+        projections = [projection for projection in places if places[projection] == name]
+        body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
 
 
 def inside(name: str) -> str:
@@ -253,6 +282,8 @@ def classes(family: str) -> dict[str, type]:
 
     The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
     projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
+    `fixed`, by component the layers in which it is left as it was; `own` (own_attention_a3.Own), if
+    attention is the family's own code, else None; `norm_eps`, of the norms of q and k;
     qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
     `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
     `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a

@@ -6,7 +6,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from a3.core.errors import A3Error
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
+from a3.models.shape import Arch
 from a3.solutions.factors import rank_for
 from a3.solutions.modes import (
     COMPONENTS,

@@ -17,8 +17,9 @@ from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.solutions.modes import Choice, find_mode
 from a3.solutions.plan import Plan, least_rank

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from a3.artifacts.eliminations import Eliminations, to_device
 from a3.core.progress import LOG, Bar
-from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
-from a3.models.compressed import pairs_name
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.packing import pairs_name
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.numerics.finite import require_finite
 from a3.rxx.container import Rxx

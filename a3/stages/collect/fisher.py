@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
+from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 

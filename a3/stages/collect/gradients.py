@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
+from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, LOGITS_TOKENS
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from a3.models.arch import Arch
+from a3.models.shape import Arch
 from a3.rxx.container import Accumulator, outer_sum
 from a3.rxx.kinds import KINDS
 

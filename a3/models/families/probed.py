@@ -1,0 +1,234 @@
+"""Families without an adapter of their own: all that is particular is data, which a probe found."""
+
+import json
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from a3.models.built import SCALES, rotated_width
+from a3.models.checkpoint import Checkpoint
+from a3.models.family import Family
+
+# Names that attention modules and configs have for the size of a head.
+HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "d_head", "size_per_head", "dim_head")
+
+
+class Probed(Family):
+    """Found by a probe: see `structure` in arch.json.
+
+    `structure` (a3.models.probe.find) has the class attributes of `Family` by name, and: `own`,
+    whether attention stays the family's own code; `interleave`, whether fused q, k, v alternate;
+    `fixed`, `nope_layers` as in `Arch`; `sizes`, heads and experts; `experts_module` in a layer;
+    `stacked`, whether a file has all experts of a layer in one tensor, (E, out, in), or (E, in,
+    out) where `turned`; `renamed`, names in memory by names in files, {} for the layer.
+    """
+
+    structure: ClassVar[dict[str, Any]] = {}
+
+    # --- what the model says ---
+
+    def describe(self, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any]:
+        """As in Family, from the modules of `model` and the structure alone."""
+        said = self.structure
+        sizes, fixed = said["sizes"], said["fixed"]
+        heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+        text = config.get_text_config()
+        layout = said["rope_layout"]
+        rotated = rotated_width(model.base_model) if layout else 0
+        grouped = "gqa" if kv_heads < heads else "mha"
+        return {
+            "family": config.model_type,
+            "attention": f"{grouped}-rope" if layout else grouped,
+            "mlp": "3-layer" if "gate" in self.places else "2-layer",
+            "mlp_inputs": len(self.first_of_mlp),
+            "layers": sizes["layers"],
+            "hidden_size": text.hidden_size,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": sizes["head_dim"],
+            "intermediate_size": sizes["intermediate_size"],
+            "experts": sizes["experts"],
+            "experts_per_token": sizes["experts_per_token"],
+            "vocab_size": text.vocab_size,
+            **{key: said["biases"][key] for key in ("qkv_bias", "o_bias", "mlp_bias")},
+            "qk_norm": said["qk_norm"],
+            "norm_eps": said["norm_eps"],
+            "rope_layout": layout,
+            "rope_dims": rotated,
+            "nope_layers": said["nope_layers"],
+            "scaling": said["scaling"],
+            "fixed": fixed,
+            "structure": said,
+        }
+
+    def own(self, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """As in Family."""
+        if not self.structure["own"]:
+            return None
+        where = f"{self.modules['attention']}."
+        layer = f"{self.prefix}.{self.layer_path}.{{}}."
+        return {
+            "projections": {p: layer + self.projections[p] for p in "qkvo"},
+            "norms": {p: where + name for p, name in self.norms.items()} if self.qk_norm else {},
+            "head_dim": fields["head_dim"],
+            "hidden_size": fields["hidden_size"],
+            "rope_dims": fields["rope_dims"],
+            "rope_layout": fields["rope_layout"],
+            "interleaved": self.structure["interleave"],
+            "heads_first": self.norm_heads_first,
+            "norm_eps": fields["norm_eps"],
+        }
+
+    def interleaved(self, fields: dict[str, Any]) -> bool:
+        """As in Family."""
+        return self.structure["interleave"]
+
+    # --- names ---
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """As in Family."""
+        layer = f"{self.prefix}.{self.layer_path}.{{}}"
+        mlp = {p: f"{layer}.{name}" for p, name in self.projections.items() if p not in "qkvo"}
+        experts = {"experts": f"{layer}.{self.structure['experts_module']}"} if self.experts else {}
+        attention = {"attention": f"{layer}.{self.attention_name}"} if self.attention_name else {}
+        return attention | mlp | experts
+
+    def name(
+        self, layer: int, projection: str, field: str = "weight", expert: int | None = None
+    ) -> str:
+        """As in Family; a tensor of all experts is no module."""
+        name = super().name(layer, projection, field, expert)
+        stacked = expert is not None and self.structure["stacked"]
+        return name.removesuffix(f".{field}") if stacked else name
+
+    def packed_name(
+        self, layer: int, projection: str, field: str = "weight", expert: int | None = None
+    ) -> str:
+        """As in Family; where attention is the family's own code, it keeps its names."""
+        if self.structure["own"] and projection in "qkvo":
+            return self.name(layer, projection, field)
+        return super().packed_name(layer, projection, field, expert)
+
+    def packed_norm_name(self, layer: int, projection: str) -> str:
+        """As in Family."""
+        if self.structure["own"]:
+            return self.norm_name(layer, projection)
+        return super().packed_norm_name(layer, projection)
+
+    def packed_rest(self, name: str) -> str:
+        """The name in memory."""
+        layers = f"{self.prefix}.{self.layer_path}."
+        if not name.startswith(layers):
+            return self.structure["renamed"].get(name, name)
+        number, _, rest = name.removeprefix(layers).partition(".")
+        return f"{layers}{number}.{self.structure['renamed'].get(rest, rest)}"
+
+    # --- weights ---
+
+    def shapes(self, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """As in Family, of the layers in which a component can be compressed."""
+        names = {
+            self.name(layer, projection, field, expert)
+            for layer in range(fields["layers"])
+            for projection in self.places
+            if layer not in fields["fixed"][component_of(projection)]
+            for field in ("weight", "bias")
+            for expert in self.copies(projection, fields)
+        }
+        found = {name: shape for name, shape in super().shapes(fields).items() if name in names}
+        if self.experts and self.structure["stacked"]:
+            count, d, n = fields["experts"], fields["hidden_size"], fields["intermediate_size"]
+            for layer in range(fields["layers"]):
+                for together, rows, columns in ((["down"], d, n), (self.fused("up"), n, d)):
+                    shape = (len(together) * rows, columns)
+                    shape = shape[::-1] if self.structure["turned"] else shape
+                    for projection in {*together, *(("gate",) if together != ["down"] else ())}:
+                        name = self.name(layer, projection, "weight", 0)
+                        if name in found:
+                            found[name] = (count, *shape)
+        return found
+
+    def gains(self, checkpoint: Checkpoint, layer: int, projection: str) -> Tensor | None:
+        """As in Family."""
+        if not self.structure["gains"]:
+            return None
+        return super().gains(checkpoint, layer, projection)
+
+    def _rows(
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        projection: str,
+        fields: dict[str, Any],
+        expert: int | None = None,
+    ) -> Tensor:
+        """As in Family; of stacked experts, one."""
+        if expert is None or not self.structure["stacked"]:
+            return super()._rows(checkpoint, layer, projection, fields, expert)
+        W = checkpoint.tensor(self.name(layer, projection, "weight", expert))[expert]
+        return self.unfuse(W.T if self.structure["turned"] else W, projection, fields).T
+
+    def layer_tensors(
+        self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """As in Family."""
+        if self.experts and not self.structure["stacked"] and layer not in fields["fixed"]["mlp"]:
+            return super().layer_tensors(checkpoint, layer, fields)
+        return {
+            self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
+            for name in self.names_in(checkpoint, layer)
+        }
+
+
+def component_of(projection: str) -> str:
+    """The component that a projection belongs to."""
+    return "qk" if projection in "qk" else "ov" if projection in "vo" else "mlp"
+
+
+@cache
+def _family(content: str) -> Family:
+    said = json.loads(content)
+    own = {name: said[name] for name in ATTRIBUTES}
+    return type("Probed", (Probed,), own | {"structure": said, "__doc__": Probed.__doc__})()
+
+
+def probed(structure: dict[str, Any]) -> Family:
+    """The adapter that a structure describes."""
+    return _family(json.dumps(structure, sort_keys=True))
+
+
+# What `structure` has of `Family`'s own attributes.
+ATTRIBUTES = (
+    *("prefix", "layer_path", "attention_name", "projections", "experts", "transposed"),
+    *("rope_layout", "qk_norm", "gain_offset", "norm_heads_first", "norms", "positions"),
+)
+
+
+def scale_of(attention: nn.Module, head_dim: int) -> float:
+    """The softmax scale by the attribute that a module has for it, else the usual one."""
+    found = (getattr(attention, name, None) for name in SCALES)
+    return next((float(scale) for scale in found if isinstance(scale, float)), head_dim**-0.5)
+
+
+def head_dim_of(attention: nn.Module, config: PreTrainedConfig) -> int:
+    """The size of a head by the attribute of a module or a config, else that of the usual rule."""
+    found = [getattr(of, name, None) for of in (attention, config) for name in HEAD_DIMS]
+    known = next((size for size in found if isinstance(size, int)), None)
+    return known or config.hidden_size // config.num_attention_heads
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, of torch or GPT-2's."""
+    return isinstance(getattr(module, "weight", None), Tensor) and type(module).__name__ in (
+        "Linear",
+        "Conv1D",
+    )
+
+
+def columns_first(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    shape = tuple(module.weight.shape)
+    return shape if type(module).__name__ == "Conv1D" else shape[::-1]
