@@ -433,6 +433,10 @@ class Family:
             tensors[f"{where}.down_proj"] = torch.stack(list(down))
         return tensors
 
+    def has_stored_experts(self, checkpoint: Checkpoint, layer: int) -> bool:
+        """Whether files have each expert of a layer, and memory all of them in one."""
+        return bool(self.experts)
+
     def pack(
         self,
         layer: int,

@@ -57,6 +57,15 @@ def staying(
         for name, new in kept.items()
         if new is not None and new not in solved
     }
+    if not arch.solves("mlp", layer) and arch.adapter.has_stored_experts(checkpoint, layer):
+        # Experts that stay are stored as memory has them, all in one.
+        where = arch.adapter.experts_module(layer)
+        inside = arch.layer_tensors(checkpoint, layer)
+        tensors |= {
+            f"{arch.adapter.prefix}.{name}": value
+            for name, value in inside.items()
+            if f"{arch.adapter.prefix}.{name}".startswith(f"{where}.")
+        }
     known_pairs = arch.keeps_attention(layer) or pairs_name(arch, layer) in solved
     if arch.has_rope(layer) and not known_pairs:
         pairs = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
@@ -79,10 +88,16 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
             renamed[adapter.name(layer, projection, field)] = None if drop else name
         if projection in "qk" and arch.qk_norm:
             renamed[adapter.norm_name(layer, projection)] = None
-    for projection in adapter.experts if arch.solves("mlp", layer) else ():
-        for expert in range(arch.experts):
+    for projection in adapter.experts:
+        for expert in range(arch.experts if drops_experts(arch, layer) else 0):
             renamed[adapter.name(layer, projection, "weight", expert)] = None
     return renamed
+
+
+def drops_experts(arch: Arch, layer: int) -> bool:
+    """Whether the experts' tensors of a layer get other names; stacked ones that stay do not."""
+    stays = not arch.solves("mlp", layer)
+    return not (stays and arch.structure is not None and arch.structure["stacked"])
 
 
 def compressed_config(

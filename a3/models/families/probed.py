@@ -175,12 +175,17 @@ class Probed(Family):
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]
     ) -> dict[str, Tensor]:
         """As in Family."""
-        if self.experts and not self.structure["stacked"] and layer not in fields["fixed"]["mlp"]:
+        if self.has_stored_experts(checkpoint, layer):
             return super().layer_tensors(checkpoint, layer, fields)
         return {
             self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
             for name in self.names_in(checkpoint, layer)
         }
+
+    def has_stored_experts(self, checkpoint: Checkpoint, layer: int) -> bool:
+        """Whether files have each expert of a layer, and memory all of them in one."""
+        stacked = not self.experts or self.structure["stacked"]
+        return not stacked and self.name(layer, "down", "weight", 0) in checkpoint.names()
 
 
 def component_of(projection: str) -> str:
