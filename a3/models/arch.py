@@ -1,5 +1,7 @@
 """`Arch`, the description of a dense model: read from its files and saved as arch.json."""
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from a3.core.files import read_json, read_record, sha256
 from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
+from a3.models.families.probed import probed
 from a3.models.family import Family
 from a3.models.load import load_config, load_whole, number_of_parameters, parameters_of
+from a3.models.probe.probe import Outcome, probe
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import sizes
@@ -43,7 +47,7 @@ def describe(folder: Path) -> Arch:
     fields, model = read_config(folder, family, len(checkpoint.names()))
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
-    dtype = checkpoint.dtype(family.name(0, "q"))
+    dtype = checkpoint.dtype(next(iter(family.shapes(fields))))
     # A load without weights: reports other missing tensors, such as norms and embeddings.
     load_whole(folder, device_map="meta")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
@@ -78,17 +82,43 @@ def model_hashes(folder: Path, arch: Arch) -> dict[str, str]:
 
 
 def known_family(folder: Path) -> Family:
-    """The adapter of a folder's family; raises A3Error, with the reason, where there is none."""
+    """The adapter of a folder's family, or what a probe finds where a3 has none.
+
+    Raises A3Error, with the reason, where neither knows how to compress it.
+    """
     found = model_type(folder)
     if found == LazyConfig.model_type:
         raise made_already(folder)
-    if found not in FAMILIES:
-        reason = REFUSED.get(found, "which a3 does not know")
+    if found in FAMILIES:
+        return FAMILIES[found]
+    path = folder / "config.json"
+    if found in REFUSED or found not in CONFIG_MAPPING:
+        reason = REFUSED.get(found, "which transformers does not know")
         raise A3Error(
-            f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
-            f"{', '.join(sorted(FAMILIES))}."
+            f"{path}: model_type is {found!r}, {reason}. a3 families lists the types that a3 knows."
         )
-    return FAMILIES[found]
+    return probed_family(path, found)
+
+
+def probed_family(path: Path, found: str) -> Family:
+    """What a probe finds of a config's type; raises A3Error, with evidence, if that is nothing."""
+    try:
+        outcome = remembered(found, path.read_text())
+    except A3Error as error:
+        raise A3Error(f"{path}: a3 has no adapter for {found!r}, and {error}") from error
+    if outcome.structure is None:
+        why = "; ".join(f"{component}: {said}" for component, said in outcome.why.items())
+        raise A3Error(
+            f"{path}: a3 has no adapter for {found!r}, and a probe confirmed none of its parts "
+            f"({why}). This model is not supported."
+        )
+    return probed(outcome.structure)
+
+
+@cache
+def remembered(model_type: str, content: str) -> Outcome:
+    """A probe of a config's text, once in a process."""
+    return probe(model_type, json.loads(content))
 
 
 def made_already(folder: Path) -> A3Error:

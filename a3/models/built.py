@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 # Names that families have for the softmax scale, and for modules that norm q or k.
 SCALES = ("scaling", "inv_norm_factor", "softmax_scale")
 
-NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
+NORMS = (
+    *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln"),
+    *("query_layernorm", "key_layernorm"),
+)
 
 PARTIAL = "partial_rotary_factor"
 
@@ -52,6 +55,19 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
             f"{folder / 'config.json'}: transformers cannot build this model "
             f"({type(error).__name__}: {str(error).strip()}). Correct it, or fetch it again."
         ) from error
+
+
+def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """The config's key for the number of positions if the model has a table of them."""
+    count = getattr(config, "max_position_embeddings", None)
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    rows |= {len(b) for n, b in model.named_buffers() if n.endswith("embed_positions")}
+    return "max_position_embeddings" if count and rows & {count, count + 1, count + 2} else None
+
+
+def component_of(projection: str) -> str:
+    """The component that a projection belongs to."""
+    return "qk" if projection in "qk" else "ov" if projection in "vo" else "mlp"
 
 
 def rotated_width(body: nn.Module) -> int:
@@ -91,7 +107,11 @@ def require_agreement(
                     f"{path}: a3 expects {name} to be {said}, and transformers' own code "
                     f"makes it {found}. This model is not supported."
                 )
-    if fields["rope_layout"] is not None and rotated_in_part(fields, model.config):
+    if (
+        fields["structure"] is None
+        and fields["rope_layout"] is not None
+        and rotated_in_part(fields, model.config)
+    ):
         require_runs(path, model)
 
 
@@ -104,11 +124,16 @@ def compared(
 ) -> dict[str, tuple[Any, Any]]:
     """The described and the built values of a layer, by name."""
     pairs: dict[str, tuple[Any, Any]] = {}
+    solved = {c for c, layers in fields["fixed"].items() if layer not in layers}
     for projection in family.projections:
+        if component_of(projection) not in solved:
+            continue
         module = model.base_model.get_submodule(family.module(layer, projection))
         for field in ("weight", "bias"):
             name, value = family.name(layer, projection, field), getattr(module, field, None)
             pairs[name] = expected.get(name), None if value is None else tuple(value.shape)
+    if "qk" not in solved:
+        return pairs
     where = family.attention_module(layer)
     attention = model.get_submodule(where)
     normed = any(getattr(attention, name, None) is not None for name in NORMS)

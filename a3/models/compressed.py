@@ -8,7 +8,7 @@ from a3.core.files import read_record
 from a3.models import arch
 from a3.models.arch import check_count
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import FAMILIES
+from a3.models.families import family_of
 from a3.models.load import load_config, load_whole, number_of_parameters
 from a3.models.shape import Arch, CompressedArch
 from a3.models.sizes import sizes
@@ -35,13 +35,11 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     model = load_whole(folder, device_map="meta")
     a3, dense = config.a3, dense_config(folder)
     require_lengths(folder, a3, config.num_hidden_layers)
-    family = FAMILIES[a3["family"]]
+    family = family_of(a3["family"], a3["structure"])
     fields, dense_model = arch.described(folder, family, dense)
-    # Any matrix of attention; the modes have decided which of them are factored.
-    attention = f"{family.attention_module(0)}."
-    dtype = checkpoint.dtype(
-        next(n for n in checkpoint.names() if n.startswith(attention) and n.endswith(".weight"))
-    )
+    # Any matrix of a layer; the modes have decided which of them are factored.
+    matrices = (n for n in family.names_in(checkpoint, 0) if len(checkpoint.shape(n)) > 1)
+    dtype = checkpoint.dtype(next(n for n in matrices if not n.endswith("rope_pairs")))
     full = (fields["head_dim"], fields["head_dim"], fields["intermediate_size"])
     dense_size = sizes(fields, [full] * fields["layers"], number_of_parameters(dense_model), dtype)
     ranks = list(zip(a3["qk_ranks"], a3["ov_ranks"], a3["mlp_ranks"], strict=True))

@@ -280,16 +280,16 @@ AUTO = (
 def classes(family: str) -> dict[str, type]:
     """Classes of a family's compressed models by the auto class that loads each, registered there.
 
-    The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
-    projections or the experts are, {} for the layer; `scaling`, the dense model's softmax scale;
-    `fixed`, by component the layers in which it is left as it was; `own` (own_attention_a3.Own), if
-    attention is the family's own code, else None; `norm_eps`, of the norms of q and k;
-    qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope, nope_layers;
-    `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`, `qk_ranks`,
-    `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer); `factors`, a
-    dictionary a layer, the rank of each factored matrix; `quantised`, where the
-    model is (a3.models.quantised). head_dim stays the dense
-    one, because RoPE's frequencies derive from it.
+    The configuration's `a3` holds: family, and the `structure` that a probe found of it; heads,
+    kv_heads; `modules`, where attention, the MLP's projections or the experts are, {} for the
+    layer; `scaling`, the dense model's softmax scale; `fixed`, by component the layers in which it
+    is left as it was; `own` (own_attention_a3.Own), if attention is the family's own code, else
+    None; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm, and `norm_eps` of
+    these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the same pairs;
+    `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
+    layer); `factors`, a dictionary a layer, the rank of each factored matrix; `quantised`, where
+    the model is (a3.models.quantised). head_dim stays the dense one, because RoPE's frequencies
+    derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     config = type(

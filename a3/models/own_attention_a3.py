@@ -129,8 +129,12 @@ class Own:
 
     def before(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of attention, with a narrow cache."""
-        names = [n for n in ("past_key_values", "layer_past", "past_key_value") if n in kwargs]
-        narrow = {n: NarrowCache(kwargs[n], self) for n in names if kwargs[n] is not None}
+        narrow = {}
+        for name in ("past_key_values", "layer_past"):
+            if (cache := kwargs.get(name)) is not None:
+                # A decoder that could have an encoder has a cache for each.
+                cache = getattr(cache, "self_attention_cache", cache)
+                narrow[name] = NarrowCache(cache, self)
         return args, kwargs | narrow
 
     def rank(self, projection: str) -> int:

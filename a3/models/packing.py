@@ -126,6 +126,7 @@ def compressed_config(
     config["architectures"] = [classes["AutoModelForCausalLM"].__name__]
     config["a3"] = {
         "family": arch.family,
+        "structure": arch.structure,
         "modules": arch.adapter.modules,
         "heads": arch.heads,
         "kv_heads": arch.kv_heads,

@@ -156,8 +156,8 @@ def require_whole_rope(arch: Arch) -> None:
     why = None
     if arch.rope_dims != arch.head_dim:
         why = f"{arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated"
-    elif arch.nope_layers:
-        why = f"layer {arch.nope_layers[0]} has no RoPE"
+    elif nope := [layer for layer in arch.nope_layers if arch.solves("qk", layer)]:
+        why = f"layer {nope[0]} has no RoPE"
     if why:
         raise A3Error(
             f"qk: {why}, and ranks are allocated for whole RoPE only. Give qk its own ratio: "

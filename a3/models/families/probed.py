@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from a3.models.built import SCALES, rotated_width
+from a3.models.built import SCALES, component_of, rotated_width
 from a3.models.checkpoint import Checkpoint
 from a3.models.family import Family
 
@@ -80,6 +81,10 @@ class Probed(Family):
             "heads_first": self.norm_heads_first,
             "norm_eps": fields["norm_eps"],
         }
+
+    def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
+        """As in Family."""
+        return {key: self.structure["sizes"][key] for key in ("experts", "experts_per_token")}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """As in Family."""
@@ -188,14 +193,12 @@ class Probed(Family):
         return not stacked and self.name(layer, "down", "weight", 0) in checkpoint.names()
 
 
-def component_of(projection: str) -> str:
-    """The component that a projection belongs to."""
-    return "qk" if projection in "qk" else "ov" if projection in "vo" else "mlp"
-
-
 @cache
 def _family(content: str) -> Family:
     said = json.loads(content)
+    # Projections that share a matrix are fused in this order.
+    order = [p for p in ("q", "k", "v", "o", "gate", "up", "down") if p in said["projections"]]
+    said |= {"projections": {p: said["projections"][p] for p in order}}
     own = {name: said[name] for name in ATTRIBUTES}
     return type("Probed", (Probed,), own | {"structure": said, "__doc__": Probed.__doc__})()
 
@@ -220,20 +223,25 @@ def scale_of(attention: nn.Module, head_dim: int) -> float:
 
 def head_dim_of(attention: nn.Module, config: PreTrainedConfig) -> int:
     """The size of a head by the attribute of a module or a config, else that of the usual rule."""
-    found = [getattr(of, name, None) for of in (attention, config) for name in HEAD_DIMS]
-    known = next((size for size in found if isinstance(size, int)), None)
-    return known or config.hidden_size // config.num_attention_heads
+    # A config whose layers differ raises an error of its own.
+    for of in (attention,) if has_own_layers(config) else (attention, config):
+        for name in HEAD_DIMS:
+            if isinstance(size := getattr(of, name, None), int):
+                return size
+    return config.hidden_size // config.num_attention_heads
+
+
+def has_own_layers(config: PreTrainedConfig) -> bool:
+    """Whether the layers of a config have configs of their own."""
+    return getattr(config, "per_layer_config", None) is not None
 
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is a linear layer, of torch or GPT-2's."""
-    return isinstance(getattr(module, "weight", None), Tensor) and type(module).__name__ in (
-        "Linear",
-        "Conv1D",
-    )
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def columns_first(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear layer."""
     shape = tuple(module.weight.shape)
-    return shape if type(module).__name__ == "Conv1D" else shape[::-1]
+    return shape if isinstance(module, Conv1D) else shape[::-1]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
 from a3.models.families.probed import columns_first, head_dim_of, is_matrix, scale_of
@@ -98,16 +99,20 @@ def experts_in(layer: nn.Module) -> str | None:
     """The experts of a layer, if a module holds all of them as transformers usually does."""
     for name, module in layer.named_modules():
         up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-        both = isinstance(up, Tensor) and isinstance(down, Tensor)
-        if both and up.ndim == 3 and "shared" not in name:
+        if not isinstance(up, Tensor) or not isinstance(down, Tensor) or "shared" in name:
+            continue
+        if up.ndim == down.ndim == 3:
             return name
     return None
 
 
-def mlp_in(layer: nn.Module, attention: Attention | None, width: int) -> dict[str, str]:
+def mlp_in(
+    layer: nn.Module, attention: Attention | None, width: int, inner_size: int | None
+) -> dict[str, str]:
     """gate, up and down of a layer, by name in it; empty if it has no such three or two matrices.
 
-    `width` is the hidden size. gate and up may be the same matrix.
+    `width` is the hidden size; among several, `inner_size` decides. gate and up may be the same
+    matrix.
     """
     inside = f"{attention.module}." if attention and attention.module else None
     taken = set(attention.projections.values()) if attention else set()
@@ -130,7 +135,10 @@ def mlp_in(layer: nn.Module, attention: Attention | None, width: int) -> dict[st
             gate = next((n for n in ups if "gate" in n or n.endswith(("w1", "w_0"))), ups[0])
             found.append({"gate": gate, "up": next(n for n in ups if n != gate), "down": down})
         else:
-            found.append({"up": ups[0], "down": down} if ups else {"gate": both[0], "up": both[0], "down": down})
+            first = {"up": ups[0]} if ups else {"gate": both[0], "up": both[0]}
+            found.append(first | {"down": down})
+    likely = [names for names in found if shapes[names["down"]][0] == inner_size]
+    found = likely or found
     return found[0] if len(found) == 1 else {}
 
 
@@ -156,11 +164,11 @@ def norm_kind(norm: nn.Module, heads: int, head_dim: int) -> dict[str, Any] | No
     if over is None or (weight is not None and weight.ndim != 1):
         return None
     torch.manual_seed(3)
-    x = 1 + torch.randn(2, 3, width, dtype=torch.float64)
+    x = 1 + torch.randn(2, 3, width)
     with torch.no_grad():
         found = norm(x)
         plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        offsets = {None: plain}
+        offsets: dict[float | None, Tensor] = {None: plain}
         if weight is not None:
             offsets = {0.0: plain * weight, 1.0: plain * (1 + weight)}
     for offset, expected in offsets.items():
@@ -201,5 +209,5 @@ def attention_sizes(
         "qkv_bias": biased["q"],
         "o_bias": biased["o"],
         "scaling": scale_of(attention, h),
-        "transposed": type(modules["q"]).__name__ == "Conv1D",
+        "transposed": isinstance(modules["q"], Conv1D),
     }

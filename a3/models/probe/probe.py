@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
-from a3.models.built import rotated_width
+from a3.models.built import position_key, rotated_width
+from a3.models.families.probed import columns_first
 from a3.models.probe.find import (
     Attention,
     attention_in,
@@ -25,7 +27,7 @@ from a3.models.probe.find import (
     norm_kind,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
-from a3.models.probe.trial import Trial
+from a3.models.probe.trial import Trial, decoded, difference, logits
 
 COMPONENTS = ("qk", "ov", "mlp")
 
@@ -51,6 +53,11 @@ class Outcome:
             c: "all" if n == layers else f"{n} of {layers}" if n else "" for c, n in left.items()
         }
 
+    @property
+    def why(self) -> dict[str, str]:
+        """Why a component cannot be compressed in any layer, by component."""
+        return {c: self.reasons.get(c, "") for c, part in self.parts.items() if not part}
+
 
 def probe(model_type: str, content: dict[str, Any] | None = None) -> Outcome:
     """Probe a type with a config's content, or with the type's own keys.
@@ -59,7 +66,9 @@ def probe(model_type: str, content: dict[str, Any] | None = None) -> Outcome:
     """
     config, model = build(model_type, tiny_content(model_type, content))
     with tempfile.TemporaryDirectory() as folder:
-        return Probe(model, config, Trial(model, config, Path(folder))).run()
+        positions = position_key(model, config.get_text_config())
+        trial = Trial(model, config, Path(folder), positions is not None)
+        return Probe(model, config, trial, positions).run()
 
 
 def build(model_type: str, content: dict[str, Any]) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -67,10 +76,12 @@ def build(model_type: str, content: dict[str, Any]) -> tuple[PreTrainedConfig, P
     try:
         config = tiny_config(model_type, content)
         model = tiny_model(config)
-        with torch.inference_mode():
-            out = model(torch.arange(2, 26).view(2, 12), use_cache=False)
-        if not out.logits.isfinite().all():
+        ids = torch.arange(2, 26).view(2, 12)
+        one, two = logits(model, ids), logits(model, ids.index_fill(1, torch.tensor(11), 5))
+        if not one.isfinite().all():
             raise ValueError("logits are not finite")
+        if difference(two[:, :11], one[:, :11], "logits"):
+            raise ValueError("it looks ahead: the last token changes the logits of those before")
     # The libraries raise exceptions of any type for values that they do not expect.
     except Exception as error:
         text = str(error).strip().partition("\n")[0]
@@ -84,8 +95,11 @@ def build(model_type: str, content: dict[str, Any]) -> tuple[PreTrainedConfig, P
 class Probe:
     """One tiny model, what its modules may be, and the trial that decides."""
 
-    def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, trial: Trial) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: PreTrainedConfig, trial: Trial, positions: str | None
+    ) -> None:
         self.model, self.config, self.trial = model, config.get_text_config(), trial
+        self.positions = positions
         self.reasons: dict[str, str] = {}
 
     def run(self) -> Outcome:
@@ -103,7 +117,7 @@ class Probe:
             "prefix": prefix,
             "layer_path": path,
             "fixed": {component: everywhere for component in COMPONENTS},
-            "positions": self.positions(),
+            "positions": self.positions,
             "renamed": self.renamed(prefix, path),
             **NOTHING,
             "sizes": {**SIZES, "layers": len(self.layers)},
@@ -115,15 +129,8 @@ class Probe:
         some = any(len(fixed) < len(everywhere) for fixed in structure["fixed"].values())
         return Outcome(structure if some else None, self.reasons)
 
-    def positions(self) -> str | None:
-        """The config's key for positions if the model has a table of them."""
-        count = getattr(self.config, "max_position_embeddings", None)
-        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
-        table = count and any(m.num_embeddings in (count, count + 1, count + 2) for m in tables)
-        return "max_position_embeddings" if table else None
-
     def renamed(self, prefix: str, path: str) -> dict[str, str]:
-        """Names in memory by names in files, where they differ: of one layer, without its number."""
+        """Names in memory by names in files, where they differ; of layers, without a number."""
         found, layers = {}, f"{prefix}.{path}."
         for name, value in self.model.state_dict().items():
             if ".experts." in name:
@@ -153,15 +160,20 @@ class Probe:
 
     def dense_mlp(self, everywhere: list[int]) -> dict[str, Any]:
         """The MLPs of all layers that have the same one."""
-        width = self.config.hidden_size
-        found = [mlp_in(layer, a, width) for layer, a in zip(self.layers, self.found, strict=True)]
+        width, inner = self.config.hidden_size, getattr(self.config, "intermediate_size", None)
+        found = [
+            mlp_in(layer, attention, width, inner)
+            for layer, attention in zip(self.layers, self.found, strict=True)
+        ]
 
         def shapes(number: int) -> Any:
             names = found[number]
             if not names:
                 return None
             modules = {p: self.layers[number].get_submodule(name) for p, name in names.items()}
-            return names, {p: (tuple(m.weight.shape), m.bias is not None) for p, m in modules.items()}
+            return names, {
+                p: (tuple(m.weight.shape), m.bias is not None) for p, m in modules.items()
+            }
 
         all_shapes = [shapes(number) for number in everywhere]
         most = majority(all_shapes)
@@ -171,13 +183,12 @@ class Probe:
         if len({biased for _, biased in said.values()}) != 1:
             raise A3Error("its MLP has biases in some matrices only")
         down = self.layers[all_shapes.index(most)].get_submodule(names["down"])
-        rows, columns = down.weight.shape
         return {
             "projections": names,
             "fixed": {"mlp": [n for n in everywhere if all_shapes[n] != most]},
-            "sizes": {"intermediate_size": columns if rows == width and type(down).__name__ == "Linear" else rows},
+            "sizes": {"intermediate_size": columns_first(down)[0]},
             "biases": {"mlp_bias": said["down"][1]},
-            "transposed": type(down).__name__ == "Conv1D",
+            "transposed": isinstance(down, Conv1D),
         }
 
     def experts(self, base: dict[str, Any], where: list[str | None]) -> dict[str, Any]:
@@ -193,8 +204,12 @@ class Probe:
             raise A3Error(f"gate_up_proj of its experts is {tuple(module.gate_up_proj.shape)}")
         active = next((getattr(self.config, key) for key in ACTIVE if hasattr(self.config, key)), 1)
         stored = self.stored_experts(base, number, name)
+        both, down = (
+            self.stored(base, number, f"{name}.{n}") for n in ("gate_up_proj", "down_proj")
+        )
         return {
-            "experts": stored or {"gate": f"{name}.gate_up_proj", "up": f"{name}.gate_up_proj", "down": f"{name}.down_proj"},
+            "experts": stored or {"gate": both, "up": both, "down": down},
+            "renamed": {} if stored else {both: f"{name}.gate_up_proj", down: f"{name}.down_proj"},
             "experts_module": name,
             "stacked": not stored,
             "turned": turned,
@@ -202,12 +217,23 @@ class Probe:
             "sizes": {"intermediate_size": n, "experts": count, "experts_per_token": active},
         }
 
+    def stored(self, base: dict[str, Any], number: int, name: str) -> str:
+        """The name in files of a layer's tensor, if they have the same one."""
+        layer = f"{base['prefix']}.{base['layer_path']}.{number}."
+        value = self.model.get_parameter(layer + name)
+        for other, same in revert_weight_conversion(self.model, {layer + name: value}).items():
+            if same.shape == value.shape and other.startswith(layer):
+                return other.removeprefix(layer)
+        return name
+
     def stored_experts(self, base: dict[str, Any], number: int, name: str) -> dict[str, str]:
         """Where files have each expert's matrices, {} for its number; empty if all are in one."""
         layer = f"{base['prefix']}.{base['layer_path']}.{number}."
         state = {k: v for k, v in self.model.state_dict().items() if k.startswith(layer)}
         names = [k.removeprefix(layer) for k in revert_weight_conversion(self.model, state)]
-        found = [match for k in names if (match := re.fullmatch(r"(.*experts)\.0\.(\w+)\.weight", k))]
+        found = [
+            match for k in names if (match := re.fullmatch(r"(.*experts)\.0\.(\w+)\.weight", k))
+        ]
         roles = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
         roles |= {"w1": "gate", "w3": "up", "w2": "down"}
         stored = {roles[m[2]]: f"{m[1]}.{{}}.{m[2]}" for m in found if m[2] in roles}
@@ -221,6 +247,8 @@ class Probe:
         a3's own attention is tried before the family's, and both components before one.
         """
         try:
+            if self.trial.has_cache and decoded not in self.trial.ways:
+                raise A3Error("it has a cache of its own kind, with which a probe cannot compare")
             proposal = self.proposal(everywhere)
         except A3Error as error:
             self.reasons |= {"qk": str(error), "ov": str(error)}
@@ -251,31 +279,39 @@ class Probe:
         """Whose attention, which RoPE layout, and whether fused q, k and v alternate."""
         layouts = ("halves", "neighbours") if proposal["rope_layout"] else (None,)
         fused = proposal["projections"]["q"] == proposal["projections"]["k"]
-        return product((True,) if alone else (False, True), layouts, (False, True) if fused else (False,))
+        return product(
+            (True,) if alone else (False, True), layouts, (False, True) if fused else (False,)
+        )
 
     def proposal(self, everywhere: list[int]) -> dict[str, Any]:
         """What names and shapes say about attention; A3Error if that is nothing."""
         if not any(self.found):
             raise A3Error("no module of its layers has matrices for queries and keys")
         sizes = [
-            (vars(found), size) if found and (size := attention_sizes(layer, found, self.config)) else None
+            (vars(found), size)
+            if found and (size := attention_sizes(layer, found, self.config))
+            else None
             for layer, found in zip(self.layers, self.found, strict=True)
         ]
         most = majority(sizes)
         if most is None:
             named = next(found for found in self.found if found)
-            raise A3Error(f"shapes of {', '.join(named.projections.values())} are not those of heads")
+            raise A3Error(
+                f"shapes of {', '.join(named.projections.values())} are not those of heads"
+            )
         names, size = most
         first = sizes.index(most)
         fixed = [number for number in everywhere if sizes[number] != most]
-        layout, nope = self.rotation(names["module"], everywhere)
+        layout, nope = self.rotation(names["module"], [n for n in everywhere if sizes[n] == most])
         norm, reason = self.norm(self.layers[first], Attention(**names), size)
         qk = set(fixed)
         if reason:
             qk, self.reasons["qk"] = set(everywhere), reason
         elif norm["qk_norm"] and not layout:
             qk = set(everywhere)
-            self.reasons["qk"] = "queries and keys are normed and not rotated: scores are not of low rank"
+            self.reasons["qk"] = (
+                "queries and keys are normed and not rotated: scores are not of low rank"
+            )
         elif norm["qk_norm"] and layout:
             qk |= set(nope)
             if rotated_width(self.model.base_model) != size["head_dim"]:
@@ -299,34 +335,47 @@ class Probe:
         self, layer: nn.Module, found: Attention, size: dict[str, Any]
     ) -> tuple[dict[str, Any], str | None]:
         """The norms of q and k, and why they are none that a3 knows."""
-        none = {"qk_norm": None, "gains": True, "gain_offset": 0.0, "norm_eps": None, "norm_heads_first": False}
+        none = {
+            "qk_norm": None,
+            "gains": True,
+            "gain_offset": 0.0,
+            "norm_eps": None,
+            "norm_heads_first": False,
+        }
         if not found.norms:
             return none, None
         attention = layer.get_submodule(found.module)
         kinds = {
-            p: norm_kind(attention.get_submodule(n), size["heads" if p == "q" else "kv_heads"], size["head_dim"])
+            p: norm_kind(
+                attention.get_submodule(n),
+                size["heads" if p == "q" else "kv_heads"],
+                size["head_dim"],
+            )
             for p, n in found.norms.items()
         }
-        if len(kinds) < 2 or None in kinds.values() or kinds["q"] != kinds["k"]:
+        same = len(kinds) == 2 and kinds["q"] == kinds["k"]
+        if not same or kinds["q"] is None:
             return none, "queries and keys are normed otherwise than by their root mean square"
         shapes: list[tuple[int, ...]] = []
         norm = attention.get_submodule(found.norms["q"])
         handle = norm.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-        self.model(torch.arange(2, 13)[None], use_cache=False)
+        logits(self.model, torch.arange(2, 13)[None])
         handle.remove()
         first = bool(shapes) and len(shapes[0]) == 4 and shapes[0][2] == 11
         return none | kinds["q"] | {"norm_heads_first": first}, None
 
-    def rotation(self, module: str, everywhere: list[int]) -> tuple[str | None, list[int]]:
-        """Whether layers have RoPE at all, and those that have none: other tables change nothing."""
-        tables = [n for n, _ in self.model.named_buffers() if n.endswith(("inv_freq", "embed_positions"))]
+    def rotation(self, module: str, layers: list[int]) -> tuple[str | None, list[int]]:
+        """Whether layers have RoPE at all, and those without: other tables change nothing."""
+        tables = [
+            n for n, _ in self.model.named_buffers() if n.endswith(("inv_freq", "embed_positions"))
+        ]
         if not tables:
             return None, []
         nope = []
-        for number in everywhere:
+        for number in layers:
             if module and not self.turns(self.layers[number].get_submodule(module)):
                 nope.append(number)
-        return (None, []) if len(nope) == len(everywhere) else ("halves", nope)
+        return (None, []) if len(nope) == len(layers) else ("halves", nope)
 
     def turns(self, attention: nn.Module) -> bool:
         """Whether an attention module's output depends on RoPE's tables."""
@@ -334,7 +383,7 @@ class Probe:
         handle = attention.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
-        self.model(torch.arange(2, 13)[None], use_cache=False)
+        logits(self.model, torch.arange(2, 13)[None])
         handle.remove()
         args, kwargs = calls[0]
         tables = kwargs.get("position_embeddings")

@@ -1,4 +1,4 @@
-"""A tiny random model of a config: all its features, small sizes, and nothing at its first value."""
+"""A tiny random model of a config: all its features, small sizes, no value that it starts with."""
 
 import inspect
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from a3.models.built import empty_model
 
 # Sizes by the keys that configs have for them. No two that could be taken for another are equal.
 SMALL: dict[str, Any] = {
@@ -23,6 +25,7 @@ SMALL: dict[str, Any] = {
     "head_dim": 16,
     "dim_head": 16,
     "d_head": 16,
+    "rotary_dim": 8,
     "global_head_dim": 32,
     "embedding_size": 64,
     "word_embed_proj_dim": 64,
@@ -68,6 +71,9 @@ SMALL: dict[str, Any] = {
     "sliding_window": 8,
     "window_size": 8,
     "attention_chunk_size": 8,
+    "original_max_position_embeddings": 8,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
     "vocab_size_per_layer_input": 128,
     "hidden_size_per_layer_input": 8,
     "bos_token_id": 0,
@@ -76,6 +82,26 @@ SMALL: dict[str, Any] = {
 }
 
 LAYERS = 4
+
+# Parameters of a model that is tiny enough.
+LARGEST = 2e7
+
+# Of a type without a content: what it needs beside sizes, to be a decoder with all its layers.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "recurrent_gemma": {"block_types": ("recurrent", "attention")},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zaya": {"num_experts_per_tok": 1},
+    "xlnet": {"d_head": 16},
+    "xmod": {"default_language": "en_XX"},
+}
 
 
 def keys_of(model_type: str) -> set[str]:
@@ -94,11 +120,12 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
     heads = heads_of(model_type, given)
     small = SMALL | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     if not given:
-        small |= {"num_hidden_layers": LAYERS}
+        small |= {"num_hidden_layers": LAYERS, "is_decoder": True}
     small = {key: value for key, value in small.items() if key in keys_of(model_type)}
     aliases = {known.attribute_map.get(key) for key in small}
     given = {key: value for key, value in given.items() if key not in aliases}
-    return given | small | {"torch_dtype": None, "dtype": None}
+    own = {} if content else OWN.get(model_type, {})
+    return given | small | own | {"dtype": None}
 
 
 def heads_of(model_type: str, content: dict[str, Any]) -> tuple[int, int]:
@@ -108,6 +135,8 @@ def heads_of(model_type: str, content: dict[str, Any]) -> tuple[int, int]:
         content.get(key, content.get(names.get(key, key)))
         for key in ("num_attention_heads", "num_key_value_heads")
     ]
+    if "kv_lora_rank" in keys_of(model_type):
+        return 4, 4
     if not content:
         return 4, 2
     heads, groups = found[0] or 1, found[1] or found[0] or 1
@@ -117,14 +146,29 @@ def heads_of(model_type: str, content: dict[str, Any]) -> tuple[int, int]:
 def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     """The config of `tiny_content`; transformers' own exceptions are passed on."""
     known = CONFIG_MAPPING[model_type]
-    return known(**{key: value for key, value in content.items() if key != "model_type"})
+    config = known(**{key: value for key, value in content.items() if key != "model_type"})
+    shorten(getattr(config, "rope_parameters", None))
+    return config
+
+
+def shorten(rope: Any) -> None:
+    """Let what begins at long positions begin in a short text, in RoPE's parameters."""
+    if isinstance(rope, dict):
+        if "original_max_position_embeddings" in rope:
+            rope["original_max_position_embeddings"] = SMALL["original_max_position_embeddings"]
+        for each in rope.values():
+            shorten(each)
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A random model, float32, none of whose numbers is the one that it starts with.
 
-    A gain of 1, a bias or a sink of 0 would hide that it was forgotten.
+    A gain of 1, a bias or a sink of 0 would hide that it was forgotten. Raises ValueError if sizes
+    that are not in SMALL leave it large.
     """
+    count = sum(value.numel() for value in empty_model(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"it has {count:,} parameters, with all sizes small that a3 knows")
     torch.manual_seed(seed)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -139,7 +183,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def redrawn(name: str, value: Tensor) -> Tensor:
-    """Another value of a parameter: matrices with a spread of 0.1 to 0.3, vectors off their start."""
+    """Another value of a parameter: random matrices, and vectors off their start."""
     if value.ndim > 1:
         return 0.15 * torch.randn_like(value)
     return value + 0.3 * torch.randn_like(value)

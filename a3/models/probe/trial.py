@@ -3,10 +3,11 @@
 What a3's solutions do to a model is done here at random: RoPE pairs of queries and keys are
 dropped, all else of queries, keys and values is changed to another basis and cut, channels of MLPs
 are dropped and reordered. A structure is right if the compressed model then computes what the dense
-one computes with zeros or products in its own shapes: at full size, cut, with a cache, with padding,
-and after saving and loading.
+one computes with zeros or products in its own shapes: at full size, cut, with a cache, with
+padding, far into a text, and after saving and loading.
 """
 
+import inspect
 import json
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -49,13 +50,23 @@ class Cut:
 
 
 class Trial:
-    """A tiny dense model in `folder`, against which structures are tried."""
+    """A tiny dense model in `folder`, against which structures are tried.
 
-    def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, folder: Path) -> None:
+    `positions`: whether it has a table of positions, which ends somewhere.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: PreTrainedConfig, folder: Path, positions: bool
+    ) -> None:
         self.model, self.config, self.folder = model, config, folder
         model.save_pretrained(folder / "dense")
         inside = model.state_dict()
         self.known = frozenset(inside) | frozenset(revert_weight_conversion(model, inside))
+        accepted = inspect.signature(model.forward).parameters
+        self.ways = [padded] + ([far] if "position_ids" in accepted and not positions else [])
+        self.has_cache = hasattr(config.get_text_config(), "use_cache")
+        if self.has_cache and has_usual_cache(model):
+            self.ways.append(decoded)
         torch.manual_seed(7)
         self.ids = torch.randint(2, config.get_text_config().vocab_size, (2, PROMPT + STEPS))
 
@@ -85,8 +96,10 @@ class Trial:
             if said := difference(found, wanted, f"logits {name}"):
                 return said
             if share < 1 and gap(wanted, expected) < SEEN:
-                return f"a cut to half changes logits by {gap(wanted, expected):.1e} of their spread"
-        for how in (decoded, padded):
+                return (
+                    f"a cut to half changes logits by {gap(wanted, expected):.1e} of their spread"
+                )
+        for how in self.ways:
             if said := difference(how(small, self.ids), how(dense, self.ids), how.__name__):
                 return said
         small.save_pretrained(self.folder / "again")
@@ -138,7 +151,7 @@ class Trial:
             if one.dropped and arch.experts:
                 name = arch.adapter.experts_module(layer)
                 down = model.get_submodule(name).down_proj.data
-                down = down.mT if arch.adapter.structure["turned"] else down
+                down = down.mT if arch.structure and arch.structure["turned"] else down
                 for number, channels in enumerate(one.dropped):
                     down[number][:, channels] = 0
         return model
@@ -186,9 +199,7 @@ def cut(checkpoint: Checkpoint, arch: Arch, layer: int, share: float) -> Cut:
     return one
 
 
-def cut_scores(
-    one: Cut, arch: Arch, layer: int, weights: AttentionWeights, share: float
-) -> None:
+def cut_scores(one: Cut, arch: Arch, layer: int, weights: AttentionWeights, share: float) -> None:
     """Keep some RoPE pairs, different ones in each group, and all else in another basis."""
     if not arch.solves("qk", layer):
         if arch.adapter.own(vars(arch)) is None:
@@ -228,9 +239,7 @@ def bases(groups: int, size: int, rank: int) -> tuple[Tensor, Tensor]:
     return E * lengths, (E / lengths).mT
 
 
-def cut_values(
-    one: Cut, arch: Arch, layer: int, weights: AttentionWeights, share: float
-) -> None:
+def cut_values(one: Cut, arch: Arch, layer: int, weights: AttentionWeights, share: float) -> None:
     """Values and outputs in another basis."""
     if not arch.solves("ov", layer):
         if arch.adapter.own(vars(arch)) is None:
@@ -296,7 +305,19 @@ def difference(found: Tensor, expected: Tensor, what: str) -> str | None:
 @torch.inference_mode()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, L, V) without a cache."""
-    return model(ids, use_cache=False).logits
+    return model(ids, **uncached(model)).logits
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    """The option for a pass without a cache, of models that have one."""
+    return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+
+
+@torch.inference_mode()
+def has_usual_cache(model: nn.Module) -> bool:
+    """Whether a model returns its cache as most do."""
+    out = model(torch.arange(2, 8)[None], use_cache=True)
+    return getattr(out, "past_key_values", None) is not None
 
 
 @torch.inference_mode()
@@ -311,9 +332,16 @@ def decoded(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+def far(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a text that begins at position 131,072: some code does more for long texts."""
+    positions = torch.arange(2**17, 2**17 + ids.shape[1]).expand(ids.shape)
+    return model(ids, position_ids=positions, **uncached(model)).logits
+
+
+@torch.inference_mode()
 def padded(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits of a batch whose second row has padding on the left, without those of padding."""
     mask = torch.ones_like(ids)
     mask[1, :PADDED] = 0
-    found = model(ids, attention_mask=mask, use_cache=False).logits
+    found = model(ids, attention_mask=mask, **uncached(model)).logits
     return torch.cat((found[0], found[1, PADDED:]))

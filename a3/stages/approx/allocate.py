@@ -25,7 +25,7 @@ from a3.solutions.modes import Choice, find_mode
 from a3.solutions.plan import Plan, least_rank
 from a3.stages.approx.budget import Curve, at, cost, least_loss, together
 from a3.stages.approx.layers import LayerSolver
-from a3.stages.approx.losses import eliminate_layers
+from a3.stages.approx.losses import eliminate_layers, is_eliminated
 from a3.stages.approx.statistics import read_statistics
 
 # The limited quantities, in the order of `cost`.
@@ -65,7 +65,12 @@ def allocate(
     layers = range(arch.layers)
     if losses:
         known = Eliminations(losses, arch, statistics)
-        found = {layer: {one: known.require(layer, one) for one in modes} for layer in layers}
+        found = {
+            layer: {
+                one: known.require(layer, one) for one in modes if is_eliminated(arch, one, layer)
+            }
+            for layer in layers
+        }
     else:
         require_device(device, "float64")
         solver = LayerSolver(arch, dense, statistics, modes, ranks, device=device)
@@ -78,7 +83,7 @@ def allocate(
         "uniform_ranks": ranks,
         "multiple": plan.multiple,
         "uniform": list(uniform),
-        **solved(together(curves, uniform), ranks, arch.layers),
+        **solved(arch, together(curves, uniform), ranks),
         "weights_sha256": arch.weights_sha256,
         "provenance": provenance(
             __name__, statistics={kind: rxx.summary for kind, rxx in statistics.items()}
@@ -88,7 +93,7 @@ def allocate(
     write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
-def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> dict[str, Any]:
+def solved(arch: Arch, curves: list[Curve], uniform_ranks: dict[str, int]) -> dict[str, Any]:
     """The ranks with the lowest loss, by component and layer, that cost no more than uniform ranks.
 
     Also returns the budget, its used part, and the predicted losses of both.
@@ -96,7 +101,8 @@ def solved(curves: list[Curve], uniform_ranks: dict[str, int], layers: int) -> d
     uniform = [uniform_ranks[curve.component] for curve in curves]
     budget = cost(curves, uniform)
     chosen = least_loss(curves, budget)
-    ranks = {component: [0] * layers for component in uniform_ranks}
+    # Layers without a curve stay as they are.
+    ranks = {component: [arch.full_rank(component)] * arch.layers for component in uniform_ranks}
     for curve, rank in zip(curves, chosen, strict=True):
         for layer in curve.layers:
             ranks[curve.component][layer] = rank

@@ -105,4 +105,4 @@ def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[str,
 
 def is_eliminated(arch: Arch, component: str, layer: int) -> bool:
     """Whether a component of a layer is; scores of layers without RoPE among others are not."""
-    return component != "qk" or arch.has_rope(layer)
+    return arch.solves(component, layer) and (component != "qk" or arch.has_rope(layer))

@@ -17,6 +17,7 @@ from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, LOGITS_TOKENS
+from a3.stages.collect.hooks import nothing, observed
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -57,10 +58,9 @@ def draw(logits: Tensor, seed: int) -> Tensor:
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> list:
     """Hook one statistic of one layer onto the module whose output's gradient it uses."""
     site = KINDS[accumulator.kind].site
-    if KINDS[accumulator.kind].form == "factors" and not arch.has_rope(layer):
-        shape = arch.statistic_shape(KINDS[accumulator.kind])
-        accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
-        return []
+    turned = KINDS[accumulator.kind].form != "factors" or arch.has_rope(layer)
+    if not turned or not observed(arch, site, layer):
+        return [nothing(arch, layer, accumulator)]
     name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
 
     def on_output(_: nn.Module, __: tuple, output: Tensor) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from a3.models.built import component_of
 from a3.models.shape import Arch
 from a3.rxx.container import Accumulator, outer_sum
-from a3.rxx.kinds import KINDS
+from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS
 
 # Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
@@ -22,11 +23,18 @@ def attach_all(
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
-    """Hook one statistic of one layer onto the projection whose output or input it uses."""
+    """Hook one statistic of one layer onto the projection whose output or input it uses.
+
+    Its sums are zeros where a3 leaves the layer's component as it is.
+    """
     site = KINDS[accumulator.kind].site
+    if not observed(arch, site, layer):
+        return nothing(arch, layer, accumulator)
     if site == "down_input" and arch.experts:
         return attach_experts(trunk, arch, layer, accumulator)
     projection = SITES.get(site, site)
+    if site == "attention_input" and not arch.solves("qk", layer):
+        projection = "v"
     module = trunk.get_submodule(arch.module(layer, projection))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
@@ -42,6 +50,26 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     if site == projection:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input)
+
+
+def observed(arch: Arch, site: str, layer: int) -> bool:
+    """Whether something that a3 compresses in a layer uses an activation."""
+    if site in ("attention_input", "qkv"):
+        return not arch.keeps_attention(layer)
+    return arch.solves(component_of(SITES.get(site, site)), layer)
+
+
+def nothing(arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
+    """Add zeros for a layer, and hook nothing; the handle is that of a module that is not run."""
+    shape = arch.statistic_shape(KINDS[accumulator.kind])
+    if KINDS[accumulator.kind].site == "down_input" and arch.experts:
+        counts = torch.zeros(arch.experts, dtype=torch.float64)
+        accumulator.add_experts(layer, torch.zeros(shape, dtype=torch.float64), counts)
+    elif KINDS[accumulator.kind].form in TRIANGULAR_FORMS:
+        accumulator.add(layer, torch.zeros(1, shape[-1]))
+    else:
+        accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
+    return nn.Identity().register_forward_hook(lambda *_: None)
 
 
 def attach_experts(
