@@ -1,6 +1,5 @@
 """`Arch`, the description of a dense model: read from its files and saved as arch.json."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def known_family(folder: Path) -> Family:
 def probed_family(path: Path, found: str) -> Family:
     """What a probe finds of a config's type; raises A3Error, with evidence, if that is nothing."""
     try:
-        outcome = remembered(found, path.read_text())
+        outcome = remembered(path.parent, path.read_text())
     except A3Error as error:
         raise A3Error(f"{path}: a3 has no adapter for {found!r}, and {error}") from error
     if outcome.structure is None:
@@ -116,9 +115,10 @@ def probed_family(path: Path, found: str) -> Family:
 
 
 @cache
-def remembered(model_type: str, content: str) -> Outcome:
-    """A probe of a config's text, once in a process."""
-    return probe(model_type, json.loads(content))
+def remembered(folder: Path, content: str) -> Outcome:
+    """A probe of a folder's config, once in a process for a content."""
+    config = load_config(folder)
+    return probe(config.model_type, config.to_dict())
 
 
 def made_already(folder: Path) -> A3Error:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from a3.core.errors import A3Error
+from a3.models.sizes import component_of
 
 if TYPE_CHECKING:
     from a3.models.family import Family
@@ -61,13 +62,11 @@ def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None
     """The config's key for the number of positions if the model has a table of them."""
     count = getattr(config, "max_position_embeddings", None)
     rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    rows |= {len(b) for n, b in model.named_buffers() if n.endswith("embed_positions")}
+    rows |= {len(buffer) for buffer in model.buffers() if buffer.ndim == 2}
+    # Tables that are no buffers.
+    every = [value for module in model.modules() for value in vars(module).values()]
+    rows |= {len(x) for x in every if isinstance(x, torch.Tensor) and x.ndim == 2}
     return "max_position_embeddings" if count and rows & {count, count + 1, count + 2} else None
-
-
-def component_of(projection: str) -> str:
-    """The component that a projection belongs to."""
-    return "qk" if projection in "qk" else "ov" if projection in "vo" else "mlp"
 
 
 def rotated_width(body: nn.Module) -> int:

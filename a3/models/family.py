@@ -176,6 +176,7 @@ class Family:
             "scaling": self.scaling(config, head_dim),
             "fixed": {"qk": [], "ov": [], "mlp": []},
             "structure": None,
+            "rest": None,
         }
 
     def own(self, fields: dict[str, Any]) -> dict[str, Any] | None:
@@ -274,6 +275,8 @@ class Family:
     @property
     def repacked(self) -> bool:
         """Whether the family stores q, k, v and o differently from the compressed model."""
+        if "q" not in self.places:
+            return False
         moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
         return moved or len(self.fused("q")) > 1
 

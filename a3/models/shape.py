@@ -26,7 +26,9 @@ class Arch:
     `scaling` is the softmax scale, which compression keeps. `norm_eps` is added to mean squares by
     the norms of q and k. `fixed` has, by component, the layers in which it cannot be compressed and
     is left as it is. `structure` is what a probe found (a3.models.families.probed), None for a
-    family with an adapter of its own.
+    family with an adapter of its own; `rest` is what its layers have besides the components: the
+    weights of other matrices (of experts those in use), and numbers cached per token by attention
+    that stays.
     """
 
     family: str
@@ -53,6 +55,7 @@ class Arch:
     norm_eps: float | None
     fixed: dict[str, list[int]]
     structure: dict[str, Any] | None
+    rest: list[dict[str, int]] | None
     dtype: str
     weights_sha256: str
     size: dict[str, int]

@@ -4,13 +4,15 @@ import json
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from a3.models.built import SCALES, component_of, rotated_width
+from a3.models.built import SCALES, rotated_width
 from a3.models.checkpoint import Checkpoint
 from a3.models.family import Family
+from a3.models.sizes import component_of
 
 # Names that attention modules and configs have for the size of a head.
 HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "d_head", "size_per_head", "dim_head")
@@ -62,7 +64,35 @@ class Probed(Family):
             "scaling": said["scaling"],
             "fixed": fixed,
             "structure": said,
+            "rest": self.rest(model),
         }
+
+    def rest(self, model: PreTrainedModel) -> list[dict[str, int]]:
+        """What each layer has besides its components (`Arch.rest`)."""
+        sizes, fixed = self.structure["sizes"], self.structure["fixed"]
+        active = sizes["experts_per_token"] / sizes["experts"] if sizes["experts"] else 1.0
+        stay = [n for n in fixed["qk"] if n in fixed["ov"]]
+        cached = cached_numbers(model, sizes["layers"]) if stay else [0] * sizes["layers"]
+        found = []
+        for number in range(sizes["layers"]):
+            solved = {c for c, layers in fixed.items() if number not in layers}
+            names = {self.module(number, p) for p in self.projections if component_of(p) in solved}
+            where = f"{self.layer_path}.{number}"
+            experts = f"{where}.{self.structure['experts_module']}." if self.experts else "-"
+            weights = 0.0
+            for name, module in model.base_model.get_submodule(where).named_modules(prefix=where):
+                if name in names or (f"{name}.".startswith(experts) and "mlp" in solved):
+                    continue
+                share = active if f"{name}.".startswith(experts) else 1.0
+                own = module.named_parameters(recurse=False)
+                weights += share * sum(value.numel() for _, value in own if value.ndim > 1)
+            router = sizes["experts"] * model.config.get_text_config().hidden_size
+            weights -= router if self.experts and "mlp" in solved else 0
+            found.append({"weights": max(0, round(weights)), "cached": cached[number]})
+        return [
+            one | {"cached": one["cached"] if number in stay else 0}
+            for number, one in enumerate(found)
+        ]
 
     def own(self, fields: dict[str, Any]) -> dict[str, Any] | None:
         """As in Family."""
@@ -191,6 +221,22 @@ class Probed(Family):
         """Whether files have each expert of a layer, and memory all of them in one."""
         stacked = not self.experts or self.structure["stacked"]
         return not stacked and self.name(layer, "down", "weight", 0) in checkpoint.names()
+
+
+def cached_numbers(model: PreTrainedModel, layers: int) -> list[int]:
+    """Numbers that each layer caches per token, as its own code does; 0 where it has no keys.
+
+    `model` may be without weights.
+    """
+    device, tokens = next(model.parameters()).device, 4
+    ids = torch.ones((1, tokens), dtype=torch.long, device=device)
+    with torch.device(device), torch.no_grad():
+        cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+    found = [0] * layers
+    for number, one in enumerate(getattr(cache, "layers", [])[:layers]):
+        kept = [getattr(one, name, None) for name in ("keys", "values")]
+        found[number] = sum(x.numel() // tokens for x in kept if isinstance(x, torch.Tensor))
+    return found
 
 
 @cache

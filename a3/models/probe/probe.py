@@ -122,6 +122,8 @@ class Probe:
             **NOTHING,
             "sizes": {**SIZES, "layers": len(self.layers)},
         }
+        if said := self.trial.layers_differ(base):
+            return Outcome(None, dict.fromkeys(COMPONENTS, said))
         self.found = [attention_in(layer) for layer in self.layers]
         structure = merged(base, self.mlp(base, everywhere), None)
         if attention := self.attention(structure, everywhere):

@@ -146,7 +146,7 @@ def heads_of(model_type: str, content: dict[str, Any]) -> tuple[int, int]:
 def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     """The config of `tiny_content`; transformers' own exceptions are passed on."""
     known = CONFIG_MAPPING[model_type]
-    config = known(**{key: value for key, value in content.items() if key != "model_type"})
+    config = known.from_dict({key: value for key, value in content.items() if key != "model_type"})
     shorten(getattr(config, "rope_parameters", None))
     return config
 

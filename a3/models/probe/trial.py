@@ -25,6 +25,7 @@ from a3.core.files import read_json
 from a3.models.checkpoint import Checkpoint
 from a3.models.families.probed import probed
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.layerwise import Layerwise
 from a3.models.packing import compressed_config, outside, pairs_name, staying
 from a3.models.shape import Arch
 
@@ -105,6 +106,27 @@ class Trial:
         small.save_pretrained(self.folder / "again")
         again = load(self.folder / "again")
         return difference(logits(again, self.ids), logits(small, self.ids), "saved and loaded")
+
+    def layers_differ(self, structure: dict[str, Any]) -> str | None:
+        """Why layers cannot be run one by one, as statistics are collected; None if they can."""
+        try:
+            model = Layerwise(deepcopy(self.model), self.arch(structure))
+            block = self.ids[0]
+            with model.entrance():
+                model.record(block)
+                hidden = model.enter(block)
+            for number in range(len(model.layers)):
+                with torch.no_grad():
+                    hidden = model.run(number, hidden)
+            if hidden.shape != (1, len(block), self.config.get_text_config().hidden_size):
+                return f"a layer's output is {tuple(hidden.shape)} for {len(block)} tokens"
+            with torch.no_grad():
+                found = model.leave(hidden).logits
+        # Code that is called with something that it does not expect raises anything.
+        except Exception as error:
+            text = str(error).strip().partition("\n")[0]
+            return f"run layer by layer: {type(error).__name__}: {text}"[:300]
+        return difference(found, logits(self.model, block[None]), "run layer by layer")
 
     def arch(self, structure: dict[str, Any]) -> Arch:
         """The description of the tiny model by a structure."""

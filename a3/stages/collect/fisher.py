@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from a3.models.built import component_of
 from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
+from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
 from a3.stages.collect.hooks import nothing

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from a3.models.built import component_of
 from a3.models.shape import Arch
+from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator, outer_sum
 from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS
 
