@@ -22,7 +22,10 @@ from a3.core.progress import on_terminal
 
 # Commands as `a3 -h` lists them.
 GROUPS = {
-    "everyday": ("compress", "plan", "eval", "inspect", "export", "quantise", "heal", "show"),
+    "everyday": (
+        *("compress", "plan", "eval", "inspect", "export", "quantise", "heal", "show"),
+        "families",
+    ),
     "stages": (
         *("model", "convert", "train", "wheel", "text", "split", "items"),
         *("collect", "merge", "losses", "allocate", "approx", "gather", "spectra", "surgery"),

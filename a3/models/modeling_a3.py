@@ -126,9 +126,11 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """A mixture's experts, each with its own size; experts that few tokens reached are dense."""
 
-    def __init__(self, dense: nn.Module, ranks: list[int]) -> None:
-        super().__init__(Expert(dense.hidden_dim, rank) for rank in ranks)
-        self.act_fn = dense.act_fn
+    def __init__(self, dense: nn.Module, ranks: list[int], hidden_size: int) -> None:
+        super().__init__(Expert(hidden_size, rank) for rank in ranks)
+        # How gate and up become one: the family's own function, whose module needs no weights.
+        self.gated = dense._apply_gate
+        dense._parameters.clear()
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, d); index and weights (T, top k): where each token goes."""
@@ -136,7 +138,8 @@ class Experts(nn.ModuleList):
         for number in index.unique().tolist():
             token, place = torch.where(index == number)
             expert, x = self[number], hidden_states[token]
-            x = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            x = self.gated(torch.cat((expert.gate_proj(x), expert.up_proj(x)), dim=-1))
+            x = expert.down_proj(x)
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
 
@@ -189,7 +192,7 @@ def replace_mlp(
     """Give a layer's MLP or experts, whose modules are at `places`, their own sizes."""
     rank, places = config.a3["mlp_ranks"][layer], dict(places)
     if name := places.pop("experts", None):
-        body.set_submodule(name, Experts(body.get_submodule(name), rank))
+        body.set_submodule(name, Experts(body.get_submodule(name), rank, config.hidden_size))
     for name in dict.fromkeys(places.values()):
         # More than one if gate and up are fused.
         projections = [projection for projection in places if places[projection] == name]

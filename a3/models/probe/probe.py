@@ -27,7 +27,7 @@ from a3.models.probe.find import (
     norm_kind,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
-from a3.models.probe.trial import Trial, decoded, difference, logits
+from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits
 
 COMPONENTS = ("qk", "ov", "mlp")
 
@@ -75,9 +75,12 @@ def build(model_type: str, content: dict[str, Any]) -> tuple[PreTrainedConfig, P
     """A tiny random model; raises A3Error if it cannot be built, or not run."""
     try:
         config = tiny_config(model_type, content)
+        if config.get_text_config() is not config:
+            raise ValueError("its language model is a part of it: save that alone")
         model = tiny_model(config)
         ids = torch.arange(2, 26).view(2, 12)
         one, two = logits(model, ids), logits(model, ids.index_fill(1, torch.tensor(11), 5))
+        has_usual_cache(model)
         if not one.isfinite().all():
             raise ValueError("logits are not finite")
         if difference(two[:, :11], one[:, :11], "logits"):
@@ -122,8 +125,8 @@ class Probe:
             **NOTHING,
             "sizes": {**SIZES, "layers": len(self.layers)},
         }
-        if said := self.trial.layers_differ(base):
-            return Outcome(None, dict.fromkeys(COMPONENTS, said))
+        if differs := self.trial.layers_differ(base):
+            return Outcome(None, dict.fromkeys(COMPONENTS, differs))
         self.found = [attention_in(layer) for layer in self.layers]
         structure = merged(base, self.mlp(base, everywhere), None)
         if attention := self.attention(structure, everywhere):

@@ -88,6 +88,7 @@ LARGEST = 2e7
 
 # Of a type without a content: what it needs beside sizes, to be a decoder with all its layers.
 OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
@@ -120,7 +121,7 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
     heads = heads_of(model_type, given)
     small = SMALL | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     if not given:
-        small |= {"num_hidden_layers": LAYERS, "is_decoder": True}
+        small |= {"num_hidden_layers": LAYERS, "is_decoder": True, "first_k_dense_replace": 1}
     small = {key: value for key, value in small.items() if key in keys_of(model_type)}
     aliases = {known.attribute_map.get(key) for key in small}
     given = {key: value for key, value in given.items() if key not in aliases}

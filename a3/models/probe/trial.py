@@ -77,8 +77,12 @@ class Trial:
             return self.compared(structure)
         # Code that is called with something that it does not expect raises anything.
         except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            return f"{type(error).__name__}: {text}"[:300]
+            return self.said(error)
+
+    def said(self, error: Exception) -> str:
+        """An exception in a line, without the trial's own folder."""
+        text = str(error).strip().partition("\n")[0].replace(f"{self.folder}/", "")
+        return f"{type(error).__name__}: {text}"[:200]
 
     def compared(self, structure: dict[str, Any]) -> str | None:
         """As `refutes`; exceptions of the family's code are passed on."""
@@ -124,8 +128,7 @@ class Trial:
                 found = model.leave(hidden).logits
         # Code that is called with something that it does not expect raises anything.
         except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            return f"run layer by layer: {type(error).__name__}: {text}"[:300]
+            return f"run layer by layer: {self.said(error)}"
         return difference(found, logits(self.model, block[None]), "run layer by layer")
 
     def arch(self, structure: dict[str, Any]) -> Arch:

@@ -80,13 +80,16 @@ def attach_experts(
     No module has exactly that input, so up and gate are computed again.
     """
 
+    turned = arch.structure is not None and arch.structure["turned"]
+
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, index, weight = inputs
         sums = []
         for expert in range(arch.experts):
             token, place = torch.where(index == expert)
-            gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, 1)
-            x = (experts.act_fn(gate) * up).double() * weight[token, place, None].double()
+            W = experts.gate_up_proj[expert]
+            both = hidden[token] @ (W if turned else W.T)
+            x = experts._apply_gate(both).double() * weight[token, place, None].double()
             sums.append(outer_sum(x, KINDS[accumulator.kind].form, 1))
         counts = index.flatten().bincount(minlength=arch.experts).double()
         accumulator.add_experts(layer, torch.stack(sums), counts)
