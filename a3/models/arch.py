@@ -92,7 +92,7 @@ def known_family(folder: Path) -> Family:
         return FAMILIES[found]
     path = folder / "config.json"
     if found in REFUSED or found not in CONFIG_MAPPING:
-        reason = REFUSED.get(found, "which transformers does not know")
+        reason = REFUSED.get(found, "which a3 does not know, and transformers neither")
         raise A3Error(
             f"{path}: model_type is {found!r}, {reason}. a3 families lists the types that a3 knows."
         )

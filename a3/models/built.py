@@ -69,17 +69,23 @@ def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None
     return "max_position_embeddings" if count and rows & {count, count + 1, count + 2} else None
 
 
-def rotated_width(body: nn.Module) -> int:
-    """How many dimensions of a head RoPE rotates: the width of the family's own tables.
-
-    Raises A3Error if layers have tables of different widths, or none.
-    """
+def rope_widths(body: nn.Module) -> set[int]:
+    """How many dimensions the tables of a model's RoPE rotate."""
     widths = set()
     for name, table in body.named_buffers():
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
             widths.add(2 * table.shape[-1])
         elif name.endswith("embed_positions"):
             widths.add(table.shape[-1])
+    return widths
+
+
+def rotated_width(body: nn.Module) -> int:
+    """How many dimensions of a head RoPE rotates: the width of the family's own tables.
+
+    Raises A3Error if layers have tables of different widths, or none.
+    """
+    widths = rope_widths(body)
     if len(widths) != 1:
         raise A3Error(
             f"config.json: RoPE tables have the widths {sorted(widths)}; a3 supports models whose "

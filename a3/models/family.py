@@ -466,7 +466,8 @@ class Family:
                 W = W.flatten(0, 1)
             if projection not in ("o", "down") and self.has_bias(projection, fields):
                 W, b = W[:-1], W[-1]
-                tensors.setdefault(self.packed_name(layer, projection, "bias"), []).append(b)
+                name = self.packed_name(layer, projection, "bias", expert)
+                tensors.setdefault(name, []).append(b)
             keep = self.transposed and projection not in "qkvo"
             name = self.packed_name(layer, projection, "weight", expert)
             tensors.setdefault(name, []).append(W if keep else W.T)

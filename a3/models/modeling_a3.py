@@ -116,10 +116,10 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 class Expert(nn.Module):
     """A gated MLP of `rank` channels, without its activation function."""
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
+    def __init__(self, hidden_size: int, rank: int, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, rank, bias=False)
-        self.up_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, rank, bias)
+        self.up_proj = nn.Linear(hidden_size, rank, bias)
         self.down_proj = nn.Linear(rank, hidden_size, bias=False)
 
 
@@ -127,7 +127,12 @@ class Experts(nn.ModuleList):
     """A mixture's experts, each with its own size; experts that few tokens reached are dense."""
 
     def __init__(self, dense: nn.Module, ranks: list[int], hidden_size: int) -> None:
-        super().__init__(Expert(hidden_size, rank) for rank in ranks)
+        biased = hasattr(dense, "gate_up_proj_bias")
+        super().__init__(Expert(hidden_size, rank, biased) for rank in ranks)
+        if biased:
+            self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
+        # Whether gate's and up's outputs follow one another, or alternate.
+        self.concatenated = getattr(dense, "is_concatenated", True)
         # How gate and up become one: the family's own function, whose module needs no weights.
         self.gated = dense._apply_gate
         dense._parameters.clear()
@@ -138,8 +143,10 @@ class Experts(nn.ModuleList):
         for number in index.unique().tolist():
             token, place = torch.where(index == number)
             expert, x = self[number], hidden_states[token]
-            x = self.gated(torch.cat((expert.gate_proj(x), expert.up_proj(x)), dim=-1))
-            x = expert.down_proj(x)
+            both = (expert.gate_proj(x), expert.up_proj(x))
+            x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+            x = expert.down_proj(self.gated(x))
+            x = x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
 

@@ -89,6 +89,8 @@ def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
         if projection in "qk" and arch.qk_norm:
             renamed[adapter.norm_name(layer, projection)] = None
     for projection in adapter.experts:
+        if arch.mlp_bias and arch.solves("mlp", layer):
+            renamed[f"{adapter.name(layer, 'up', 'weight', 0)}_bias"] = None
         for expert in range(arch.experts if drops_experts(arch, layer) else 0):
             renamed[adapter.name(layer, projection, "weight", expert)] = None
     return renamed

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from a3.models.built import SCALES, rotated_width
+from a3.core.errors import A3Error
+from a3.models.built import SCALES, rope_widths
 from a3.models.checkpoint import Checkpoint
 from a3.models.family import Family
 from a3.models.sizes import component_of
@@ -25,7 +26,8 @@ class Probed(Family):
     whether attention stays the family's own code; `interleave`, whether fused q, k, v alternate;
     `fixed`, `nope_layers` as in `Arch`; `sizes`, heads and experts; `experts_module` in a layer;
     `stacked`, whether a file has all experts of a layer in one tensor, (E, out, in), or (E, in,
-    out) where `turned`; `renamed`, names in memory by names in files, {} for the layer.
+    out) where `turned`, and whether gate's and up's outputs are `alternating` in it; `renamed`,
+    names in memory by names in files; `rope_share`, how much of a head RoPE rotates.
     """
 
     structure: ClassVar[dict[str, Any]] = {}
@@ -39,7 +41,13 @@ class Probed(Family):
         heads, kv_heads = sizes["heads"], sizes["kv_heads"]
         text = config.get_text_config()
         layout = said["rope_layout"]
-        rotated = rotated_width(model.base_model) if layout else 0
+        rotated = round(said["rope_share"] * sizes["head_dim"]) if layout else 0
+        if rotated and rotated not in rope_widths(model.base_model):
+            raise A3Error(
+                f"config.json: RoPE tables have the widths {sorted(rope_widths(model.base_model))},"
+                f" and a probe's heads of {sizes['head_dim']} rotate {rotated} dimensions. This "
+                "model is not supported."
+            )
         grouped = "gqa" if kv_heads < heads else "mha"
         return {
             "family": config.model_type,
@@ -173,6 +181,7 @@ class Probed(Family):
             for field in ("weight", "bias")
             for expert in self.copies(projection, fields)
         }
+        fields = fields | ({"mlp_bias": False} if self.experts else {})
         found = {name: shape for name, shape in super().shapes(fields).items() if name in names}
         if self.experts and self.structure["stacked"]:
             count, d, n = fields["experts"], fields["hidden_size"], fields["intermediate_size"]
@@ -203,8 +212,14 @@ class Probed(Family):
         """As in Family; of stacked experts, one."""
         if expert is None or not self.structure["stacked"]:
             return super()._rows(checkpoint, layer, projection, fields, expert)
-        W = checkpoint.tensor(self.name(layer, projection, "weight", expert))[expert]
-        return self.unfuse(W.T if self.structure["turned"] else W, projection, fields).T
+        name = self.name(layer, projection, "weight", expert)
+        W = checkpoint.tensor(name)[expert]
+        W = W.T if self.structure["turned"] else W
+        if projection != "down" and fields["mlp_bias"]:
+            W = torch.cat((W, checkpoint.tensor(f"{name}_bias")[expert][:, None]), dim=1)
+        if projection != "down" and self.structure["alternating"]:
+            return W[("gate", "up").index(projection) :: 2].T
+        return self.unfuse(W, projection, fields).T
 
     def layer_tensors(
         self, checkpoint: Checkpoint, layer: int, fields: dict[str, Any]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
-from a3.models.built import position_key, rotated_width
+from a3.models.built import position_key, rope_widths
 from a3.models.families.probed import columns_first
 from a3.models.probe.find import (
     Attention,
@@ -218,6 +218,8 @@ class Probe:
             "experts_module": name,
             "stacked": not stored,
             "turned": turned,
+            "alternating": not getattr(module, "is_concatenated", True),
+            "biases": {"mlp_bias": hasattr(module, "gate_up_proj_bias")},
             "fixed": {"mlp": [n for n, other in enumerate(where) if other is None]},
             "sizes": {"intermediate_size": n, "experts": count, "experts_per_token": active},
         }
@@ -307,7 +309,9 @@ class Probe:
         names, size = most
         first = sizes.index(most)
         fixed = [number for number in everywhere if sizes[number] != most]
-        layout, nope = self.rotation(names["module"], [n for n in everywhere if sizes[n] == most])
+        layout, nope, width = self.rotation(
+            names["module"], [n for n in everywhere if sizes[n] == most]
+        )
         norm, reason = self.norm(self.layers[first], Attention(**names), size)
         qk = set(fixed)
         if reason:
@@ -319,7 +323,7 @@ class Probe:
             )
         elif norm["qk_norm"] and layout:
             qk |= set(nope)
-            if rotated_width(self.model.base_model) != size["head_dim"]:
+            if width != size["head_dim"]:
                 qk = set(everywhere)
                 self.reasons["qk"] = "normed queries and keys are rotated in part"
         return {
@@ -327,6 +331,7 @@ class Probe:
             "projections": names["projections"],
             "norms": names["norms"] if norm["qk_norm"] else {},
             "rope_layout": layout,
+            "rope_share": width / size["head_dim"],
             "nope_layers": nope if layout else [],
             "transposed": size["transposed"],
             "scaling": size["scaling"],
@@ -369,21 +374,27 @@ class Probe:
         first = bool(shapes) and len(shapes[0]) == 4 and shapes[0][2] == 11
         return none | kinds["q"] | {"norm_heads_first": first}, None
 
-    def rotation(self, module: str, layers: list[int]) -> tuple[str | None, list[int]]:
-        """Whether layers have RoPE at all, and those without: other tables change nothing."""
-        tables = [
-            n for n, _ in self.model.named_buffers() if n.endswith(("inv_freq", "embed_positions"))
-        ]
-        if not tables:
-            return None, []
-        nope = []
-        for number in layers:
-            if module and not self.turns(self.layers[number].get_submodule(module)):
-                nope.append(number)
-        return (None, []) if len(nope) == len(layers) else ("halves", nope)
+    def rotation(self, module: str, layers: list[int]) -> tuple[str | None, list[int], int]:
+        """Whether layers have RoPE at all, those without, and how many dimensions it rotates.
 
-    def turns(self, attention: nn.Module) -> bool:
-        """Whether an attention module's output depends on RoPE's tables."""
+        Layers without RoPE give the same with other tables. Raises A3Error for tables of several
+        widths, none of which the layers get.
+        """
+        widths = rope_widths(self.model.base_model)
+        if not widths:
+            return None, [], 0
+        tables = {n: self.tables(self.layers[n].get_submodule(module)) for n in layers}
+        nope = [number for number, (_, turns) in tables.items() if not turns]
+        if len(nope) == len(layers):
+            return None, [], 0
+        got = {width for width, turns in tables.values() if turns and width}
+        width = widths.pop() if len(widths) == 1 else got.pop() if len(got) == 1 else 0
+        if not width:
+            raise A3Error(f"RoPE tables of {len(widths)} widths")
+        return "halves", nope, width
+
+    def tables(self, attention: nn.Module) -> tuple[int, bool]:
+        """The width of RoPE's tables that attention gets, or 0, and whether it uses them."""
         calls: list[tuple] = []
         handle = attention.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -392,15 +403,13 @@ class Probe:
         handle.remove()
         args, kwargs = calls[0]
         tables = kwargs.get("position_embeddings")
-        if tables is None:
-            return True
-        other = [t.roll(1, -2) if isinstance(t, Tensor) and t.ndim > 1 else t for t in tables]
-        if isinstance(tables, Tensor):
-            return True
+        if not isinstance(tables, tuple):
+            return 0, True
+        other = tuple(t.roll(1, -2) for t in tables)
         with torch.inference_mode():
             one = attention(*args, **kwargs)[0]
-            two = attention(*args, **kwargs | {"position_embeddings": tuple(other)})[0]
-        return not torch.allclose(one, two)
+            two = attention(*args, **kwargs | {"position_embeddings": other})[0]
+        return tables[0].shape[-1], not torch.allclose(one, two)
 
 
 # A structure in which nothing is compressed.
@@ -411,8 +420,10 @@ NOTHING: dict[str, Any] = {
     "experts_module": "",
     "stacked": False,
     "turned": False,
+    "alternating": False,
     "transposed": False,
     "rope_layout": None,
+    "rope_share": 0.0,
     "qk_norm": None,
     "gains": True,
     "gain_offset": 0.0,

@@ -88,6 +88,7 @@ LARGEST = 2e7
 
 # Of a type without a content: what it needs beside sizes, to be a decoder with all its layers.
 OWN: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"num_key_value_heads": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
@@ -122,7 +123,10 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
     small = SMALL | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     if not given:
         small |= {"num_hidden_layers": LAYERS, "is_decoder": True, "first_k_dense_replace": 1}
-    small = {key: value for key, value in small.items() if key in keys_of(model_type)}
+    names = known.attribute_map
+    # What a config leaves out, by 0 or null, stays out.
+    out = {key for key in small if given.get(names.get(key, key), given.get(key, 1)) in (0, None)}
+    small = {key: small[key] for key in (small.keys() & keys_of(model_type)) - out}
     aliases = {known.attribute_map.get(key) for key in small}
     given = {key: value for key, value in given.items() if key not in aliases}
     own = {} if content else OWN.get(model_type, {})

@@ -89,6 +89,8 @@ def attach_experts(
             token, place = torch.where(index == expert)
             W = experts.gate_up_proj[expert]
             both = hidden[token] @ (W if turned else W.T)
+            if hasattr(experts, "gate_up_proj_bias"):
+                both = both + experts.gate_up_proj_bias[expert]
             x = experts._apply_gate(both).double() * weight[token, place, None].double()
             sums.append(outer_sum(x, KINDS[accumulator.kind].form, 1))
         counts = index.flatten().bincount(minlength=arch.experts).double()
