@@ -147,6 +147,11 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
 
 def require_fit(arch: Arch, component: str, mode: str) -> None:
     """Raise A3Error if a mode does not fit the model's attention or MLP."""
+    if not any(arch.solves(component, layer) for layer in range(arch.layers)):
+        raise A3Error(
+            f"{component} mode {mode!r}: a3 leaves {component} of {arch.family} as it is, and "
+            f"a3 families says why. Take {DENSE} (--{component} {DENSE})."
+        )
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(component, mode, mlp if component == "mlp" else arch.attention)
 

@@ -29,8 +29,17 @@ PROBED = sorted(name for name, row in TYPES.items() if row["by"] not in ("", "ad
 # One in so many of the probed types in `make test`; all of them in `make test-families`.
 EVERY = 12
 # A Llama with other multipliers, temperature by position, sinks, a norm after RoPE, experts and a
-# dense first layer, convolutions beside attention, latent attention.
-WHOLE = ("granite", "ministral3", "granite_swa", "nanochat", "dots1", "lfm2", "deepseek_v2")
+# dense first layer, experts with biases, convolutions beside attention, latent attention.
+WHOLE = (
+    "granite",
+    "ministral3",
+    "granite_swa",
+    "nanochat",
+    "dots1",
+    "gpt_oss",
+    "lfm2",
+    "deepseek_v2",
+)
 
 
 def test_the_table_has_every_causal_type_of_transformers():
@@ -103,7 +112,8 @@ def cached(model, ids):
 def test_types_without_an_adapter_from_config_to_text(tmp_path, model_type):
     dense = tiny(tmp_path / "dense", model_type)
     arch = load_arch(tmp_path / "dense")
-    modes = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
+    modes = {"qk": "rxx-w-rxx" if arch.rope_layout else "qk", "ov": "xkv", "mlp": "rxx-w"}
+    modes |= {c: "dense" for c, fixed in arch.fixed.items() if len(fixed) == arch.layers}
     torch.manual_seed(5)
     # Shorter than the windows, so that all tokens are in the cache.
     ids = torch.randint(2, 300, (2, 7))
@@ -137,7 +147,7 @@ def test_the_better_preset_and_eval_of_a_probed_type(tmp_path):
 # What a mistake in a structure would be, by the type whose tiny model shows it.
 MISTAKES = {
     "another layout": ("llama", {"rope_layout": "neighbours"}),
-    "another scale": ("granite", {"scaling": 0.3}),
+    "RoPE of half a head": ("granite", {"rope_share": 0.5}),
     "no gains of 1 + w": ("gemma3_text", {"gain_offset": 0.0}),
     "norms left out": ("qwen3", {"qk_norm": None, "norms": {}}),
     "a norm of all heads": ("olmo2", {"qk_norm": "head"}),
@@ -198,6 +208,30 @@ def test_attention_that_is_the_familys_own_cannot_be_factored(tmp_path):
     modes = {"qk": "svd", "ov": "dense", "mlp": "dense"}
     with pytest.raises(A3Error, match="cannot be factored in ministral3"):
         solve(tmp_path, tmp_path / "small", "0.25", modes)
+
+
+def test_what_stays_in_every_layer_has_no_mode(tmp_path):
+    tiny(tmp_path / "dense", "deepseek_v2")
+    modes = {"qk": "qk", "ov": "dense", "mlp": "rxx-w"}
+    with pytest.raises(A3Error, match=r"a3 leaves qk of deepseek_v2 as it is.*--qk dense"):
+        solve(tmp_path, tmp_path / "small", "0.25", modes)
+
+
+def test_sizes_are_those_of_the_model_and_not_of_the_tiny_one(tmp_path):
+    """A model that is larger than the one that was probed, with another ratio of heads."""
+    config = tiny_config("granite", tiny_content("granite") | {
+        "vocab_size": 300, "hidden_size": 96, "intermediate_size": 112, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 3,
+    })  # fmt: skip
+    dense = tiny_model(config)
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer(tmp_path / "dense")
+    arch = load_arch(tmp_path / "dense")
+    assert (arch.heads, arch.kv_heads, arch.layers) == (6, 2, 3)
+    assert (arch.head_dim, arch.rope_dims, arch.intermediate_size) == (32, 32, 112)
+    whole = solve(tmp_path, tmp_path / "whole", "0", {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "ls"})
+    ids = torch.randint(2, 300, (2, 7))
+    assert gap(logits(whole, ids), logits(dense, ids)) < 1e-3
 
 
 def test_a_config_is_probed_by_the_command_line(tmp_path, capsys):

@@ -7,16 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
-from a3.models.built import SCALES, rope_widths
+from a3.models.built import rope_widths
 from a3.models.checkpoint import Checkpoint
+from a3.models.families.measure import measured
 from a3.models.family import Family
 from a3.models.sizes import component_of
-
-# Names that attention modules and configs have for the size of a head.
-HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "d_head", "size_per_head", "dim_head")
 
 
 class Probed(Family):
@@ -24,10 +21,11 @@ class Probed(Family):
 
     `structure` (a3.models.probe.find) has the class attributes of `Family` by name, and: `own`,
     whether attention stays the family's own code; `interleave`, whether fused q, k, v alternate;
-    `fixed`, `nope_layers` as in `Arch`; `sizes`, heads and experts; `experts_module` in a layer;
-    `stacked`, whether a file has all experts of a layer in one tensor, (E, out, in), or (E, in,
-    out) where `turned`, and whether gate's and up's outputs are `alternating` in it; `renamed`,
-    names in memory by names in files; `rope_share`, how much of a head RoPE rotates.
+    `fixed`, `nope_layers` and `norm_eps` as in `Arch`; `gains`, whether norms have any;
+    `experts_module` in a layer; `stacked`, whether a file has all experts of a layer in one tensor,
+    (E, out, in), or (E, in, out) where `turned`, and whether gate's and up's outputs are
+    `alternating` in it; `renamed`, names in memory by names in files; `rope_share`, how much of a
+    head RoPE rotates.
     """
 
     structure: ClassVar[dict[str, Any]] = {}
@@ -36,11 +34,10 @@ class Probed(Family):
 
     def describe(self, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any]:
         """As in Family, from the modules of `model` and the structure alone."""
-        said = self.structure
-        sizes, fixed = said["sizes"], said["fixed"]
-        heads, kv_heads = sizes["heads"], sizes["kv_heads"]
-        text = config.get_text_config()
-        layout = said["rope_layout"]
+        said, text = self.structure, config.get_text_config()
+        layers = model.base_model.get_submodule(self.layer_path)
+        assert isinstance(layers, nn.ModuleList), "a probe finds lists of layers only"
+        sizes, layout = measured(layers, said, text), said["rope_layout"]
         rotated = round(said["rope_share"] * sizes["head_dim"]) if layout else 0
         if rotated and rotated not in rope_widths(model.base_model):
             raise A3Error(
@@ -48,36 +45,28 @@ class Probed(Family):
                 f" and a probe's heads of {sizes['head_dim']} rotate {rotated} dimensions. This "
                 "model is not supported."
             )
-        grouped = "gqa" if kv_heads < heads else "mha"
+        grouped = "gqa" if sizes["kv_heads"] < sizes["heads"] else "mha"
         return {
             "family": config.model_type,
             "attention": f"{grouped}-rope" if layout else grouped,
             "mlp": "3-layer" if "gate" in self.places else "2-layer",
             "mlp_inputs": len(self.first_of_mlp),
-            "layers": sizes["layers"],
             "hidden_size": text.hidden_size,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": sizes["head_dim"],
-            "intermediate_size": sizes["intermediate_size"],
-            "experts": sizes["experts"],
-            "experts_per_token": sizes["experts_per_token"],
             "vocab_size": text.vocab_size,
-            **{key: said["biases"][key] for key in ("qkv_bias", "o_bias", "mlp_bias")},
+            **sizes,
             "qk_norm": said["qk_norm"],
             "norm_eps": said["norm_eps"],
             "rope_layout": layout,
             "rope_dims": rotated,
             "nope_layers": said["nope_layers"],
-            "scaling": said["scaling"],
-            "fixed": fixed,
+            "fixed": said["fixed"],
             "structure": said,
-            "rest": self.rest(model),
+            "rest": self.rest(model, sizes),
         }
 
-    def rest(self, model: PreTrainedModel) -> list[dict[str, int]]:
+    def rest(self, model: PreTrainedModel, sizes: dict[str, Any]) -> list[dict[str, int]]:
         """What each layer has besides its components (`Arch.rest`)."""
-        sizes, fixed = self.structure["sizes"], self.structure["fixed"]
+        fixed = self.structure["fixed"]
         active = sizes["experts_per_token"] / sizes["experts"] if sizes["experts"] else 1.0
         stay = [n for n in fixed["qk"] if n in fixed["ov"]]
         cached = cached_numbers(model, sizes["layers"]) if stay else [0] * sizes["layers"]
@@ -121,8 +110,8 @@ class Probed(Family):
         }
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
-        """As in Family."""
-        return {key: self.structure["sizes"][key] for key in ("experts", "experts_per_token")}
+        """As in Family; a config alone does not say how many there are."""
+        return {"experts": 0, "experts_per_token": 0}
 
     def interleaved(self, fields: dict[str, Any]) -> bool:
         """As in Family."""
@@ -274,35 +263,3 @@ ATTRIBUTES = (
     *("prefix", "layer_path", "attention_name", "projections", "experts", "transposed"),
     *("rope_layout", "qk_norm", "gain_offset", "norm_heads_first", "norms", "positions"),
 )
-
-
-def scale_of(attention: nn.Module, head_dim: int) -> float:
-    """The softmax scale by the attribute that a module has for it, else the usual one."""
-    found = (getattr(attention, name, None) for name in SCALES)
-    return next((float(scale) for scale in found if isinstance(scale, float)), head_dim**-0.5)
-
-
-def head_dim_of(attention: nn.Module, config: PreTrainedConfig) -> int:
-    """The size of a head by the attribute of a module or a config, else that of the usual rule."""
-    # A config whose layers differ raises an error of its own.
-    for of in (attention,) if has_own_layers(config) else (attention, config):
-        for name in HEAD_DIMS:
-            if isinstance(size := getattr(of, name, None), int):
-                return size
-    return config.hidden_size // config.num_attention_heads
-
-
-def has_own_layers(config: PreTrainedConfig) -> bool:
-    """Whether the layers of a config have configs of their own."""
-    return getattr(config, "per_layer_config", None) is not None
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, of torch or GPT-2's."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def columns_first(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    shape = tuple(module.weight.shape)
-    return shape if isinstance(module, Conv1D) else shape[::-1]

@@ -4,16 +4,14 @@ Names only propose. Whether a matrix is what its name says is decided by numbers
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
-from a3.models.families.probed import columns_first, head_dim_of, is_matrix, scale_of
+from a3.models.families.measure import Attention, columns_first, is_matrix
 
 # The last parts of modules' names, by what they may be.
 NAMES = {
@@ -31,15 +29,6 @@ NORMS = {
 
 # What is no part of a decoder's own attention or MLP, by parts of names.
 OTHERS = ("cross", "encoder_attn", "shared", "router", "indexer", "adapter")
-
-
-@dataclass
-class Attention:
-    """A layer's attention: the module, its projections and norms by name in the layer."""
-
-    module: str
-    projections: dict[str, str]
-    norms: dict[str, str] = field(default_factory=dict)
 
 
 def layer_list(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
@@ -176,38 +165,3 @@ def norm_kind(norm: nn.Module, heads: int, head_dim: int) -> dict[str, Any] | No
             gains = offset is not None
             return {"qk_norm": over, "gains": gains, "gain_offset": offset or 0.0, "norm_eps": eps}
     return None
-
-
-def attention_sizes(
-    layer: nn.Module, found: Attention, config: PreTrainedConfig
-) -> dict[str, Any] | None:
-    """heads, kv_heads, head_dim and biases of an attention; None if its shapes are no such."""
-    attention = layer.get_submodule(found.module)
-    if set(found.projections) != set("qkvo"):
-        return None
-    h, d = head_dim_of(attention, config), config.hidden_size
-    modules = {p: layer.get_submodule(name) for p, name in found.projections.items()}
-    wide = {p: columns_first(module) for p, module in modules.items()}
-    rows = wide["o"][0]
-    if wide["o"][1] != d or any(wide[p][0] != d for p in "qkv") or rows % h:
-        return None
-    heads = rows // h
-    fused = found.projections["q"] == found.projections["k"]
-    kv = ((wide["q"][1] - rows) // 2 if fused else wide["k"][1]) // h
-    whole = heads + 2 * kv if fused else heads
-    if kv == 0 or heads % kv or wide["q"][1] != whole * h:
-        return None
-    if not fused and (wide["k"][1], wide["v"][1]) != (kv * h, kv * h):
-        return None
-    biased = {p: module.bias is not None for p, module in modules.items()}
-    if len({biased[p] for p in "qkv"}) != 1:
-        return None
-    return {
-        "heads": heads,
-        "kv_heads": kv,
-        "head_dim": h,
-        "qkv_bias": biased["q"],
-        "o_bias": biased["o"],
-        "scaling": scale_of(attention, h),
-        "transposed": isinstance(modules["q"], Conv1D),
-    }

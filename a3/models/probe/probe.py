@@ -15,11 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
-from a3.models.families.probed import columns_first
+from a3.models.families.measure import Attention, attention_sizes
 from a3.models.probe.find import (
-    Attention,
     attention_in,
-    attention_sizes,
     experts_in,
     layer_list,
     majority,
@@ -31,9 +29,6 @@ from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, l
 
 COMPONENTS = ("qk", "ov", "mlp")
 
-# Names that configs have for the number of experts per token.
-ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-
 
 @dataclass
 class Outcome:
@@ -41,13 +36,14 @@ class Outcome:
 
     structure: dict[str, Any] | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+    layers: int = 0
 
     @property
     def parts(self) -> dict[str, str]:
         """By component: "all" layers, "3 of 4" layers, or "" for none."""
         if self.structure is None:
             return dict.fromkeys(COMPONENTS, "")
-        layers = self.structure["sizes"]["layers"]
+        layers = self.layers
         left = {c: layers - len(self.structure["fixed"][c]) for c in COMPONENTS}
         return {
             c: "all" if n == layers else f"{n} of {layers}" if n else "" for c, n in left.items()
@@ -123,7 +119,6 @@ class Probe:
             "positions": self.positions,
             "renamed": self.renamed(prefix, path),
             **NOTHING,
-            "sizes": {**SIZES, "layers": len(self.layers)},
         }
         if differs := self.trial.layers_differ(base):
             return Outcome(None, dict.fromkeys(COMPONENTS, differs))
@@ -132,7 +127,7 @@ class Probe:
         if attention := self.attention(structure, everywhere):
             structure = merged(structure, None, attention)
         some = any(len(fixed) < len(everywhere) for fixed in structure["fixed"].values())
-        return Outcome(structure if some else None, self.reasons)
+        return Outcome(structure if some else None, self.reasons, len(everywhere))
 
     def renamed(self, prefix: str, path: str) -> dict[str, str]:
         """Names in memory by names in files, where they differ; of layers, without a number."""
@@ -191,8 +186,6 @@ class Probe:
         return {
             "projections": names,
             "fixed": {"mlp": [n for n in everywhere if all_shapes[n] != most]},
-            "sizes": {"intermediate_size": columns_first(down)[0]},
-            "biases": {"mlp_bias": said["down"][1]},
             "transposed": isinstance(down, Conv1D),
         }
 
@@ -207,7 +200,6 @@ class Probe:
         n = module.down_proj.shape[1 if turned else 2]
         if module.gate_up_proj.numel() != count * 2 * n * d:
             raise A3Error(f"gate_up_proj of its experts is {tuple(module.gate_up_proj.shape)}")
-        active = next((getattr(self.config, key) for key in ACTIVE if hasattr(self.config, key)), 1)
         stored = self.stored_experts(base, number, name)
         both, down = (
             self.stored(base, number, f"{name}.{n}") for n in ("gate_up_proj", "down_proj")
@@ -219,9 +211,7 @@ class Probe:
             "stacked": not stored,
             "turned": turned,
             "alternating": not getattr(module, "is_concatenated", True),
-            "biases": {"mlp_bias": hasattr(module, "gate_up_proj_bias")},
             "fixed": {"mlp": [n for n, other in enumerate(where) if other is None]},
-            "sizes": {"intermediate_size": n, "experts": count, "experts_per_token": active},
         }
 
     def stored(self, base: dict[str, Any], number: int, name: str) -> str:
@@ -263,24 +253,28 @@ class Probe:
         fixed = proposal["fixed"]
         wanted = [c for c in ("qk", "ov") if len(fixed[c]) < len(everywhere)]
         tries = [wanted, *([[one] for one in wanted] if len(wanted) > 1 else [])]
-        first: str | None = None
-        confirmed: dict[str, Any] = {}
+        confirmed: dict[str, Any] | None = None
+        components: list[str] = []
+        evidence: dict[str, list[str]] = {}
         for components in tries:
             for own, layout, interleave in self.variants(proposal, alone=len(components) == 1):
                 left = {c: fixed[c] if c in components else everywhere for c in ("qk", "ov")}
                 tried = proposal | {"own": own, "rope_layout": layout, "interleave": interleave}
                 tried |= {"fixed": left}
                 said = self.trial.refutes(merged(base, None, tried))
-                first = first or said
                 if said is None:
                     confirmed = tried
                     break
-                self.reasons.setdefault(f"{'+'.join(components)} own={own} {layout}", said)
+                for component in components:
+                    evidence.setdefault(component, []).append(said)
             if confirmed:
                 break
-        lost = [c for c in ("qk", "ov") if c not in (components if confirmed else ())]
-        self.reasons |= {c: self.reasons.get(c) or first or "" for c in lost}
-        return confirmed or None
+        for component in wanted:
+            if confirmed is None or component not in components:
+                # Numbers say more than files that do not fit, and the last tries the most.
+                told = [said for said in evidence[component] if "differ" in said]
+                self.reasons.setdefault(component, (told or evidence[component])[-1])
+        return confirmed
 
     def variants(self, proposal: dict[str, Any], alone: bool) -> Any:
         """Whose attention, which RoPE layout, and whether fused q, k and v alternate."""
@@ -334,10 +328,7 @@ class Probe:
             "rope_share": width / size["head_dim"],
             "nope_layers": nope if layout else [],
             "transposed": size["transposed"],
-            "scaling": size["scaling"],
             "fixed": {"qk": sorted(qk), "ov": fixed},
-            "sizes": {key: size[key] for key in ("heads", "kv_heads", "head_dim")},
-            "biases": {key: size[key] for key in ("qkv_bias", "o_bias")},
             **norm,
         }
 
@@ -433,17 +424,6 @@ NOTHING: dict[str, Any] = {
     "own": False,
     "interleave": False,
     "nope_layers": [],
-    "scaling": 1.0,
-    "biases": {"qkv_bias": False, "o_bias": False, "mlp_bias": False},
-}
-
-SIZES = {
-    "heads": 1,
-    "kv_heads": 1,
-    "head_dim": 1,
-    "intermediate_size": 1,
-    "experts": 0,
-    "experts_per_token": 0,
 }
 
 
