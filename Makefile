@@ -9,7 +9,7 @@ LINT := .venv-lint/.ready
 
 STUDIES := $(notdir $(wildcard config/studies/*))
 
-.PHONY: run $(STUDIES:%=study-%) docs test test-cluster test-report test-runtimes lint clean
+.PHONY: run $(STUDIES:%=study-%) docs test test-cluster test-families test-report test-runtimes lint clean
 
 run: $(READY)  ## the default run: a real model, ends with a table and a report
 	snakemake
@@ -30,6 +30,9 @@ test-cluster: $(READY)  ## the workflow on a Slurm of its own; needs root and ap
 
 test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root and apt where it is missing
 	tests/browser/run
+
+test-families: $(READY)  ## probes of all model types of transformers, about five minutes
+	OMP_NUM_THREADS=1 python -m pytest -n 2 -m families tests/models/test_probe.py
 
 test-runtimes: $(READY)  ## exports in the real llama.cpp, which a wheel holds
 	tests/runtimes/run

@@ -16,7 +16,8 @@ from a3.cli.arguments import parsers
 from a3.cli.main import parser
 from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
-from a3.models.families import FAMILIES, REFUSED
+from a3.models.families import FAMILIES
+from a3.models.probe.table import read_table, said_parts, said_why
 from a3.solutions.functions import SOLUTIONS, solver_of
 from a3.solutions.modes import MODES, PRESETS
 
@@ -137,12 +138,35 @@ def does(component: str, name: str) -> str:
     return first_paragraph(solver_of(component, name))
 
 
+# Whose attention a compressed model has, by `by` in the table.
+HOW = {
+    "adapter": "",
+    "a3": "a3's, found by a probe",
+    "own": "the family's own code, found by a probe",
+    "mlp": "as it was",
+}
+
+
 def families() -> str:
-    """Supported families, and those that are not with the reason."""
-    text = f"{MADE}# Families\n\n## Supported\n\n"
-    rows = [[f"`{name}`", first_paragraph(type(one))] for name, one in sorted(FAMILIES.items())]
-    text += table(["`model_type`", "what is particular"], rows)
-    rows = [[f"`{name}`", reason] for name, reason in sorted(REFUSED.items())]
+    """Every causal model type of transformers: the parts that are compressed, or why none is."""
+    table_ = read_table()
+    types = table_["types"]
+    whole = [name for name, row in types.items() if set(row["parts"].values()) == {"all"}]
+    some = [name for name, row in types.items() if any(row["parts"].values())]
+    text = (
+        f"{MADE}# Families\n\nThe {len(types)} causal model types of transformers "
+        f"{table_['transformers']}: {len(some)} are supported, {len(whole)} of them in all three "
+        "components of all layers. [Families](../families.md) says how a3 knows.\n\n"
+        "## Supported\n\n"
+    )
+    rows = [
+        [f"`{name}`", said_parts(row), HOW[row["by"]] or first_paragraph(type(FAMILIES[name])),
+         said_why(row)]
+        for name, row in types.items()
+        if name in some
+    ]  # fmt: skip
+    text += table(["`model_type`", "compressed", "attention", "what stays, and why"], rows)
+    rows = [[f"`{name}`", said_why(row)] for name, row in types.items() if name not in some]
     return text + "## Unsupported\n\n" + table(["`model_type`", "reason"], rows)
 
 

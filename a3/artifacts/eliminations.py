@@ -9,7 +9,7 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import SEAL
-from a3.models.arch import Arch
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.rxx.container import Rxx
 from a3.rxx.files import open_sealed, sum_hash, write_tensors

@@ -1,4 +1,4 @@
-"""Commands for other runtimes: a3 export, inspect."""
+"""Commands for other runtimes, and about models: a3 export, inspect, families."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ def add_commands(commands: Any) -> None:
     add_export_hf(subcommands)
     add_export_gguf(subcommands)
     add_inspect(commands)
+    add_families(commands)
 
 
 def export_hf(model: Path, out: Path) -> None:
@@ -88,3 +89,27 @@ def add_inspect(commands: Any) -> None:
         "a3 inspect small",
     )
     add_model(one, ANY_MODEL)
+
+
+def families(probe: Path | None) -> None:
+    """Say which model types a3 compresses."""
+    from a3.models.probe.table import lines, read_table, row_of_config
+
+    rows = read_table()["types"] if probe is None else row_of_config(probe)
+    print(*lines(rows), sep="\n")
+
+
+def add_families(commands: Any) -> None:
+    """Arguments of a3 families."""
+    one = add(
+        commands,
+        "families",
+        families,
+        "list the model types of transformers, and which parts of each a3 compresses",
+        "A type without an adapter of its own is probed: a3 builds a tiny random model of it, "
+        "proposes what its modules are, and believes what numbers confirm.",
+        "a3 families --probe my-model/config.json",
+    )
+    one.add_argument(
+        "--probe", type=Path, metavar="CONFIG", help="config.json of a model to probe instead"
+    )

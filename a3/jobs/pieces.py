@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from a3.jobs.counts import Key, clock, counted, modelled, scaled
-from a3.models.arch import Arch
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, is_of_experts

@@ -1,11 +1,10 @@
 """`Arch`, the description of a dense model: read from its files and saved as arch.json."""
 
-from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,123 +13,13 @@ from a3.core.files import read_json, read_record, sha256
 from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES, REFUSED
+from a3.models.families.probed import probed
 from a3.models.family import Family
 from a3.models.load import load_config, load_whole, number_of_parameters, parameters_of
+from a3.models.probe.probe import Outcome, probe
 from a3.models.registry import LazyConfig
+from a3.models.shape import Arch
 from a3.models.sizes import sizes
-from a3.rxx.kinds import Kind, heads_of, shape_of
-
-
-@dataclass(frozen=True)
-class Arch:
-    """One dense model: everything that collect and approx need to know about its shape.
-
-    `attention` is one of mha, mha-rope, gqa, gqa-rope; `mlp` is 2-layer or 3-layer (gated), and
-    `mlp_inputs` counts the matrices that read its input (gate and up may be fused); `rope_layout`
-    is halves (j, j + h/2), neighbours (2j, 2j + 1) or None; `rope_dims` counts the rotated
-    dimensions of a head; `nope_layers` are layers without RoPE in a model that has it elsewhere;
-    `qk_norm` says whether q and k are normed before RoPE, over each "head" or the whole "layer" (or
-    None); `intermediate_size` is that of one expert where there are `experts`, 0 of them otherwise;
-    `scaling` is the softmax scale, which compression keeps.
-    """
-
-    family: str
-    attention: str
-    mlp: str
-    mlp_inputs: int
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    experts: int
-    experts_per_token: int
-    vocab_size: int
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: str | None
-    rope_layout: str | None
-    rope_dims: int
-    nope_layers: list[int]
-    scaling: float
-    dtype: str
-    weights_sha256: str
-    size: dict[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of arch.json."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any], path: Path) -> Self:
-        """The inverse of `to_json`; raises A3Error if a field is missing."""
-        names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in content]:
-            raise A3Error(
-                f"{path}: no {', '.join(missing)} in it: written by another version of a3. Delete "
-                "it and build it again."
-            )
-        return cls(**{name: content[name] for name in names})
-
-    def has_rope(self, layer: int) -> bool:
-        """Whether q and k of this layer are rotated."""
-        return self.rope_layout is not None and layer not in self.nope_layers
-
-    def full_rank(self, component: str) -> int:
-        """The size that compression reduces: the head size or the intermediate size."""
-        return self.intermediate_size if component == "mlp" else self.head_dim
-
-    def matrix_shapes(self, component: str) -> dict[str, tuple[int, int]]:
-        """(in, out) of a component's projections; fused ones count as one (the first)."""
-        d, n = self.hidden_size, self.intermediate_size
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if component == "qk":
-            return {"q": (d, queries), "k": (d, keys)}
-        if component == "ov":
-            return {"v": (d, keys), "o": (queries, d)}
-        fused = self.adapter.first_of_mlp
-        return {together[0]: (d, n * len(together)) for together in fused} | {"down": (n, d)}
-
-    def heads_of(self, site: str) -> int:
-        """Number of heads of an activation from which statistics are taken (a3.rxx.kinds.Kind)."""
-        return heads_of(site, vars(self))
-
-    def statistic_shape(self, kind: Kind) -> tuple[int, ...]:
-        """Shape of one layer's statistic of a kind."""
-        return shape_of(kind, vars(self))
-
-    @property
-    def adapter(self) -> Family:
-        """The family's adapter: where its weights are."""
-        return FAMILIES[self.family]
-
-    def module(self, layer: int, projection: str) -> str:
-        """Module of one projection, relative to the trunk."""
-        return self.adapter.module(layer, projection)
-
-    def layer_tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """All tensors of one layer by their names in the trunk, laid out as in memory."""
-        return self.adapter.layer_tensors(checkpoint, layer, vars(self))
-
-
-class CompressedArch(Arch):
-    """What collecting statistics of projections' inputs needs to know about a compressed model.
-
-    head_dim is the largest OV head size, intermediate_size the largest MLP size. weights_sha256 and
-    size belong to the compressed model; all other fields are the dense model's.
-    """
-
-    def module(self, layer: int, projection: str) -> str:
-        """As in Arch."""
-        name = self.adapter.packed_name(layer, projection).removeprefix(f"{self.adapter.prefix}.")
-        return name.removesuffix(".weight")
-
-    def layer_tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
-        """As in Arch; the files of compressed models have the names and layouts in memory."""
-        names = self.adapter.names_in(checkpoint, layer)
-        return {n.removeprefix(f"{self.adapter.prefix}."): checkpoint.tensor(n) for n in names}
 
 
 def is_compressed(folder: Path) -> bool:
@@ -157,7 +46,7 @@ def describe(folder: Path) -> Arch:
     fields, model = read_config(folder, family, len(checkpoint.names()))
     for name, shape in family.shapes(fields).items():
         checkpoint.expect(name, shape)
-    dtype = checkpoint.dtype(family.name(0, "q"))
+    dtype = checkpoint.dtype(next(iter(family.shapes(fields))))
     # A load without weights: reports other missing tensors, such as norms and embeddings.
     load_whole(folder, device_map="meta")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
@@ -192,17 +81,44 @@ def model_hashes(folder: Path, arch: Arch) -> dict[str, str]:
 
 
 def known_family(folder: Path) -> Family:
-    """The adapter of a folder's family; raises A3Error, with the reason, where there is none."""
+    """The adapter of a folder's family, or what a probe finds where a3 has none.
+
+    Raises A3Error, with the reason, where neither knows how to compress it.
+    """
     found = model_type(folder)
     if found == LazyConfig.model_type:
         raise made_already(folder)
-    if found not in FAMILIES:
-        reason = REFUSED.get(found, "which a3 does not know")
+    if found in FAMILIES:
+        return FAMILIES[found]
+    path = folder / "config.json"
+    if found in REFUSED or found not in CONFIG_MAPPING:
+        reason = REFUSED.get(found, "which a3 does not know, and transformers neither")
         raise A3Error(
-            f"{folder / 'config.json'}: model_type is {found!r}, {reason}. Known families: "
-            f"{', '.join(sorted(FAMILIES))}."
+            f"{path}: model_type is {found!r}, {reason}. a3 families lists the types that a3 knows."
         )
-    return FAMILIES[found]
+    return probed_family(path, found)
+
+
+def probed_family(path: Path, found: str) -> Family:
+    """What a probe finds of a config's type; raises A3Error, with evidence, if that is nothing."""
+    try:
+        outcome = remembered(path.parent, path.read_text())
+    except A3Error as error:
+        raise A3Error(f"{path}: a3 has no adapter for {found!r}, and {error}") from error
+    if outcome.structure is None:
+        why = "; ".join(f"{component}: {said}" for component, said in outcome.why.items())
+        raise A3Error(
+            f"{path}: a3 has no adapter for {found!r}, and a probe confirmed none of its parts "
+            f"({why}). This model is not supported."
+        )
+    return probed(outcome.structure)
+
+
+@cache
+def remembered(folder: Path, content: str) -> Outcome:
+    """A probe of a folder's config, once in a process for a content."""
+    config = load_config(folder)
+    return probe(config.model_type, config.to_dict())
 
 
 def made_already(folder: Path) -> A3Error:

@@ -92,9 +92,9 @@ class A3Attention(nn.Module):
         self.q_norm: HeadNorm | None = None
         self.k_norm: HeadNorm | None = None
         if a3["qk_norm"]:
-            over_heads = a3["qk_norm"] == "layer"
-            self.q_norm = HeadNorm(a3["heads"], self.qk_rank, over_heads, config.rms_norm_eps)
-            self.k_norm = HeadNorm(self.groups, self.qk_rank, over_heads, config.rms_norm_eps)
+            over_heads, eps = a3["qk_norm"] == "layer", a3["norm_eps"]
+            self.q_norm = HeadNorm(a3["heads"], self.qk_rank, over_heads, eps)
+            self.k_norm = HeadNorm(self.groups, self.qk_rank, over_heads, eps)
         self.resid_dropout = getattr(dense, "resid_dropout", nn.Identity())
         pairs = None
         if a3["rope"] and layer_idx not in a3["nope_layers"]:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from a3.core.errors import A3Error
+from a3.models.sizes import component_of
 
 if TYPE_CHECKING:
     from a3.models.family import Family
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 # Names that families have for the softmax scale, and for modules that norm q or k.
 SCALES = ("scaling", "inv_norm_factor", "softmax_scale")
 
-NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln")
+NORMS = (
+    *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "q_ln", "k_ln"),
+    *("query_layernorm", "key_layernorm"),
+)
 
 PARTIAL = "partial_rotary_factor"
 
@@ -54,17 +58,34 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def rotated_width(body: nn.Module) -> int:
-    """How many dimensions of a head RoPE rotates: the width of the family's own tables.
+def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """The config's key for the number of positions if the model has a table of them."""
+    count = getattr(config, "max_position_embeddings", None)
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    rows |= {len(buffer) for buffer in model.buffers() if buffer.ndim == 2}
+    # Tables that are no buffers.
+    every = [value for module in model.modules() for value in vars(module).values()]
+    rows |= {len(x) for x in every if isinstance(x, torch.Tensor) and x.ndim == 2}
+    return "max_position_embeddings" if count and rows & {count, count + 1, count + 2} else None
 
-    Raises A3Error if layers have tables of different widths, or none.
-    """
+
+def rope_widths(body: nn.Module) -> set[int]:
+    """How many dimensions the tables of a model's RoPE rotate."""
     widths = set()
     for name, table in body.named_buffers():
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
             widths.add(2 * table.shape[-1])
         elif name.endswith("embed_positions"):
             widths.add(table.shape[-1])
+    return widths
+
+
+def rotated_width(body: nn.Module) -> int:
+    """How many dimensions of a head RoPE rotates: the width of the family's own tables.
+
+    Raises A3Error if layers have tables of different widths, or none.
+    """
+    widths = rope_widths(body)
     if len(widths) != 1:
         raise A3Error(
             f"config.json: RoPE tables have the widths {sorted(widths)}; a3 supports models whose "
@@ -91,7 +112,11 @@ def require_agreement(
                     f"{path}: a3 expects {name} to be {said}, and transformers' own code "
                     f"makes it {found}. This model is not supported."
                 )
-    if fields["rope_layout"] is not None and rotated_in_part(fields, model.config):
+    if (
+        fields["structure"] is None
+        and fields["rope_layout"] is not None
+        and rotated_in_part(fields, model.config)
+    ):
         require_runs(path, model)
 
 
@@ -104,11 +129,16 @@ def compared(
 ) -> dict[str, tuple[Any, Any]]:
     """The described and the built values of a layer, by name."""
     pairs: dict[str, tuple[Any, Any]] = {}
+    solved = {c for c, layers in fields["fixed"].items() if layer not in layers}
     for projection in family.projections:
+        if component_of(projection) not in solved:
+            continue
         module = model.base_model.get_submodule(family.module(layer, projection))
         for field in ("weight", "bias"):
             name, value = family.name(layer, projection, field), getattr(module, field, None)
             pairs[name] = expected.get(name), None if value is None else tuple(value.shape)
+    if "qk" not in solved:
+        return pairs
     where = family.attention_module(layer)
     attention = model.get_submodule(where)
     normed = any(getattr(attention, name, None) is not None for name in NORMS)

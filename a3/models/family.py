@@ -71,6 +71,8 @@ class Family:
     gain_offset: ClassVar[float] = 0.0
     # Whether those norms get tensors whose heads come before the tokens.
     norm_heads_first: ClassVar[bool] = False
+    # Their modules in the attention module.
+    norms: ClassVar[dict[str, str]] = {"q": "q_norm", "k": "k_norm"}
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
     attention_name: ClassVar[str] = "self_attn"
@@ -166,12 +168,23 @@ class Family:
             "vocab_size": config.vocab_size,
             **self.biases(config),
             "qk_norm": self.qk_norm,
+            "norm_eps": config.rms_norm_eps if self.qk_norm else None,
             "rope_layout": layout,
             # The first dimensions of a head; the family's code, not the config, decides how many.
             "rope_dims": rotated_width(model.base_model) if layout else 0,
             "nope_layers": [layer for layer in layers if not self.rotates(attentions[layer])],
             "scaling": self.scaling(config, head_dim),
+            "fixed": {"qk": [], "ov": [], "mlp": []},
+            "structure": None,
+            "rest": None,
         }
+
+    def own(self, fields: dict[str, Any]) -> dict[str, Any] | None:
+        """What a compressed model has to know if its attention is the family's own code.
+
+        See own_attention_a3.Own; None where `A3Attention` takes its place.
+        """
+        return None
 
     # --- names ---
 
@@ -239,7 +252,11 @@ class Family:
         return self.norm_name(layer, "q").removeprefix(f"{self.prefix}.").removesuffix(".weight")
 
     def norm_name(self, layer: int, projection: str) -> str:
-        """Gains of the norm of q or k, in the dense and the compressed checkpoint."""
+        """Gains of the norm of q or k in the dense checkpoint."""
+        return f"{self.attention_module(layer)}.{self.norms[projection]}.weight"
+
+    def packed_norm_name(self, layer: int, projection: str) -> str:
+        """Gains of the norm of q or k in the compressed checkpoint."""
         return f"{self.attention_module(layer)}.{projection}_norm.weight"
 
     def fused(self, projection: str) -> list[str]:
@@ -259,6 +276,8 @@ class Family:
     @property
     def repacked(self) -> bool:
         """Whether the family stores q, k, v and o differently from the compressed model."""
+        if "q" not in self.places:
+            return False
         moved = self.transposed or self.rope_layout == "neighbours" or self.qk_norm is not None
         return moved or len(self.fused("q")) > 1
 
@@ -350,9 +369,12 @@ class Family:
         def gain(projection: str) -> Tensor | None:
             if self.qk_norm is None:
                 return None
-            gains = checkpoint.tensor(self.norm_name(layer, projection)).double() + self.gain_offset
             shape = (self.width(projection, fields) // fields["head_dim"], fields["head_dim"])
-            return gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
+            gains = self.gains(checkpoint, layer, projection)
+            if gains is None:
+                return torch.ones(shape, dtype=torch.float64)
+            gains = gains.view(shape) if self.qk_norm == "layer" else gains.expand(shape)
+            return self.in_halves(gains.flatten(), fields).view(shape)
 
         o = self._rows(checkpoint, layer, "o", fields).double()
         rotated = 0 if layer in fields["nope_layers"] else fields["rope_dims"]
@@ -366,6 +388,10 @@ class Family:
             gain("q"),
             gain("k"),
         )
+
+    def gains(self, checkpoint: Checkpoint, layer: int, projection: str) -> Tensor | None:
+        """Gains of the norm of q or k, float64, of one head or all; None if the norm has none."""
+        return checkpoint.tensor(self.norm_name(layer, projection)).double() + self.gain_offset
 
     def mlp(
         self,
@@ -411,6 +437,10 @@ class Family:
             tensors[f"{where}.down_proj"] = torch.stack(list(down))
         return tensors
 
+    def has_stored_experts(self, checkpoint: Checkpoint, layer: int) -> bool:
+        """Whether files have each expert of a layer, and memory all of them in one."""
+        return bool(self.experts)
+
     def pack(
         self,
         layer: int,
@@ -425,7 +455,7 @@ class Family:
         the dense ones.
         """
         tensors: dict[str, list[Tensor]] = {
-            self.norm_name(layer, name[0]): [gains]
+            self.packed_norm_name(layer, name[0]): [gains]
             for name, gains in solved.items()
             if name.endswith("_gain")
         }
@@ -437,7 +467,8 @@ class Family:
                 W = W.flatten(0, 1)
             if projection not in ("o", "down") and self.has_bias(projection, fields):
                 W, b = W[:-1], W[-1]
-                tensors.setdefault(self.packed_name(layer, projection, "bias"), []).append(b)
+                name = self.packed_name(layer, projection, "bias", expert)
+                tensors.setdefault(name, []).append(b)
             keep = self.transposed and projection not in "qkvo"
             name = self.packed_name(layer, projection, "weight", expert)
             tensors.setdefault(name, []).append(W if keep else W.T)

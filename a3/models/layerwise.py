@@ -19,25 +19,25 @@ from transformers.core_model_loading import revert_weight_conversion
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import memory_at_hand, return_memory
-from a3.models.arch import Arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
+from a3.models.shape import Arch
 
 # Share of the available memory for weights; activations need the rest.
 RESIDENT_SHARE = 0.6
 
 
 class StandIn(nn.Module):
-    """Takes the place of a decoder layer: notes its call, and returns `output` or its input."""
+    """Takes the place of a decoder layer: notes its call, and returns `exchanged` or its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.output: Tensor | None = None
+        self.exchanged: Tensor | None = None
         # How many values the family's layers return; None if it is one, not in a tuple.
         self.tuple_of: int | None = None
         # Hidden states and other arguments of the last call.
-        self.input: Tensor | None = None
+        self.entered: Tensor | None = None
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __getattr__(self, name: str) -> Any:
@@ -49,8 +49,8 @@ class StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         """Hidden states (1, L, d), in a tuple if the family's layers return one."""
-        self.input, self.arguments = hidden, (arguments, options)
-        hidden = hidden if self.output is None else self.output
+        self.entered, self.arguments = hidden, (arguments, options)
+        hidden = hidden if self.exchanged is None else self.exchanged
         return hidden if self.tuple_of is None else (hidden, *[None] * (self.tuple_of - 1))
 
 
@@ -110,7 +110,7 @@ class Layerwise:
         """The first layer's input (1, L, d) for a block (L,)."""
         with torch.no_grad():
             self.trunk(block[None], use_cache=False)
-        hidden, self.stand_ins[0].input = self.stand_ins[0].input, None
+        hidden, self.stand_ins[0].entered = self.stand_ins[0].entered, None
         assert hidden is not None
         return hidden
 
@@ -124,10 +124,10 @@ class Layerwise:
         """The model's output (logits, and with `labels` a loss) for the last layer's (1, L, d)."""
         width = self.model.get_input_embeddings().embedding_dim
         last = self.stand_ins[-1]
-        last.output = hidden
+        last.exchanged = hidden
         nothing = torch.zeros(1, hidden.shape[1], width, dtype=hidden.dtype, device=hidden.device)
         output = self.model(inputs_embeds=nothing, use_cache=False, **options)
-        last.output = None
+        last.exchanged = None
         return output
 
 

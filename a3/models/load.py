@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import require_memory
-from a3.models.built import empty_model
+from a3.models.built import empty_model, position_key
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES
 from a3.models.readable import end_tokens, refuse_adapter
@@ -139,7 +139,12 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
     """
     config = load_config(folder)
     name = config.a3["family"] if hasattr(config, "a3") else config.model_type
-    key = FAMILIES[name].positions if name in FAMILIES else None
+    if hasattr(config, "a3") and config.a3["structure"]:
+        key = config.a3["structure"]["positions"]
+    elif name in FAMILIES:
+        key = FAMILIES[name].positions
+    else:
+        key = position_key(empty_model(config), config.get_text_config())
     if key is not None and tokens > getattr(config, key):
         raise A3Error(
             f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and {said} is {tokens}: "

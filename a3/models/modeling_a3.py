@@ -44,6 +44,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from .attention_a3 import ATTENTION, A3Attention, UsualAttention
+from .own_attention_a3 import Own
 
 PEFT = "peft.utils.constants"
 
@@ -115,19 +116,28 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 class Expert(nn.Module):
     """A gated MLP of `rank` channels, without its activation function."""
 
-    def __init__(self, hidden_size: int, rank: int, down_bias: bool) -> None:
+    def __init__(self, hidden_size: int, rank: int, bias: bool, down_bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, rank, bias=False)
-        self.up_proj = nn.Linear(hidden_size, rank, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, rank, bias)
+        self.up_proj = nn.Linear(hidden_size, rank, bias)
         self.down_proj = nn.Linear(rank, hidden_size, bias=down_bias)
 
 
 class Experts(nn.ModuleList):
     """A mixture's experts, each with its own size; some may have been dropped."""
 
-    def __init__(self, dense: nn.Module, ranks: list[int], down_bias: bool) -> None:
-        super().__init__(Expert(dense.hidden_dim, rank, down_bias) for rank in ranks)
-        self.act_fn = dense.act_fn
+    def __init__(
+        self, dense: nn.Module, ranks: list[int], hidden_size: int, down_bias: bool
+    ) -> None:
+        biased = hasattr(dense, "gate_up_proj_bias")
+        super().__init__(Expert(hidden_size, rank, biased, down_bias) for rank in ranks)
+        if biased:
+            self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
+        # Whether gate's and up's outputs follow one another, or alternate.
+        self.concatenated = getattr(dense, "is_concatenated", True)
+        # How gate and up become one: the family's own function, whose module needs no weights.
+        self.gated = dense._apply_gate
+        dense._parameters.clear()
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, d); index and weights (T, top k): where each token goes."""
@@ -135,7 +145,10 @@ class Experts(nn.ModuleList):
         for number in index.unique().tolist():
             token, place = torch.where(index == number)
             expert, x = self[number], hidden_states[token]
-            x = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            both = (expert.gate_proj(x), expert.up_proj(x))
+            x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+            x = expert.down_proj(self.gated(x))
+            x = x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
 
@@ -143,27 +156,19 @@ class Experts(nn.ModuleList):
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give every layer of a family's model without a head its own sizes."""
     a3 = config.a3
-    attention = ATTENTION.get(a3["family"], UsualAttention)
-    for layer, rank in enumerate(a3["mlp_ranks"]):
+    for layer in range(len(a3["mlp_ranks"])):
         places = {
             projection: inside(name).format(layer) for projection, name in a3["modules"].items()
         }
-        where = places.pop("attention")
-        body.set_submodule(where, attention(config, layer, body.get_submodule(where)))
-        router = places.pop("router", None)
-        if name := places.pop("experts", None):
-            experts = Experts(body.get_submodule(name), rank, a3["down_bias"])
-            body.set_submodule(name, experts)
-            if router and len(rank) < body.get_submodule(router).weight.shape[0]:
-                # Tokens are not routed to experts that have been dropped.
-                weight = body.get_submodule(router).weight
-                body.get_submodule(router).weight = nn.Parameter(weight[: len(rank)].clone())
-        for name in dict.fromkeys(places.values()):
-            # More than one if gate and up are fused.
-            projections = [projection for projection in places if places[projection] == name]
-            body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
+        where = places.pop("attention", "")
+        if any(layer not in a3["fixed"][component] for component in ("qk", "ov")):
+            replace_attention(body, config, layer, where)
+        if layer not in a3["fixed"]["mlp"]:
+            replace_mlp(body, config, layer, places)
         # A factored layer has the name of the first of its fused projections.
         places |= {projection: f"{where}.{projection}_proj" for projection in "qkvo"}
+        if a3["own"]:
+            places |= {p: inside(n).format(layer) for p, n in a3["own"]["projections"].items()}
         factorise(body, {places[projection]: of for projection, of in a3["factors"][layer].items()})
     if a3["same_pairs"]:
         gather_once(body)
@@ -171,6 +176,42 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     if "quantised" in a3:
         # Only a3 simulates low precision; such a folder does not load without a3.
         import_module("a3.models.quantised").simulate(body, a3["quantised"])
+
+
+def replace_attention(
+    body: PreTrainedModel, config: PreTrainedConfig, layer: int, where: str
+) -> None:
+    """Give a layer's attention its own head sizes."""
+    dense = body.get_submodule(where)
+    if config.a3["own"]:
+        # The family's own code, with smaller projections in place.
+        own = config.a3["own"]
+        names = {
+            key: {p: inside(n) for p, n in own[key].items()} for key in ("projections", "norms")
+        }
+        Own(body, dense, config.a3 | {"own": own | names}, layer)
+        return
+    attention = ATTENTION.get(config.a3["family"], UsualAttention)
+    body.set_submodule(where, attention(config, layer, dense))
+
+
+def replace_mlp(
+    body: PreTrainedModel, config: PreTrainedConfig, layer: int, places: dict[str, str]
+) -> None:
+    """Give a layer's MLP or experts, whose modules are at `places`, their own sizes."""
+    rank, places = config.a3["mlp_ranks"][layer], dict(places)
+    router = places.pop("router", None)
+    if name := places.pop("experts", None):
+        dense, down_bias = body.get_submodule(name), config.a3["down_bias"]
+        body.set_submodule(name, Experts(dense, rank, config.hidden_size, down_bias))
+        if router and len(rank) < body.get_submodule(router).weight.shape[0]:
+            # Tokens are not routed to experts that have been dropped.
+            weight = body.get_submodule(router).weight
+            body.get_submodule(router).weight = nn.Parameter(weight[: len(rank)].clone())
+    for name in dict.fromkeys(places.values()):
+        # More than one if gate and up are fused.
+        projections = [projection for projection in places if places[projection] == name]
+        body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
 
 
 def inside(name: str) -> str:
@@ -257,14 +298,16 @@ AUTO = (
 def classes(family: str) -> dict[str, type]:
     """Classes of a family's compressed models by the auto class that loads each, registered there.
 
-    The configuration's `a3` holds: family, heads, kv_heads; `modules`, where attention, the MLP's
-    projections or the experts and their router are, {} for the layer; `scaling`, the dense model's
-    softmax scale; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm; rope,
-    nope_layers; `same_pairs`, whether all rotated layers kept the same pairs; `rope_pairs`,
-    `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a layer, of
-    those that are kept); `factors`, a dictionary a layer, the rank of each factored matrix;
-    `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one, because
-    RoPE's frequencies derive from it.
+    The configuration's `a3` holds: family, and the `structure` that a probe found of it; heads,
+    kv_heads; `modules`, where attention, the MLP's projections or the experts and their router are,
+    {} for the layer; `scaling`, the dense model's softmax scale; `fixed`, by component the layers
+    in which it is left as it was; `own` (own_attention_a3.Own), if attention is the family's own
+    code, else None; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm, and
+    `norm_eps` of these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the same pairs;
+    `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
+    layer, of those that are kept); `factors`, a dictionary a layer, the rank of each factored
+    matrix; `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one,
+    because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
     config = type(

@@ -9,6 +9,9 @@ from a3.core.dtypes import WIDTHS
 # Context length at which FLOPs per token are counted (the attention products depend on it).
 FLOPS_CONTEXT = 1024
 
+# What a layer has besides its components, where there is nothing.
+NONE = {"weights": 0, "cached": 0}
+
 # The sizes of a layer: (QK head size, OV head size, MLP size or the sizes of experts).
 Ranks: TypeAlias = tuple[int, int, int | list[int]]
 
@@ -26,13 +29,19 @@ def sizes(
     list, and tokens are assumed to reach all experts equally. `factors` has the rank of each
     factored matrix, per layer. If only the keys are factored, the cache holds their latent (Palu).
     A multiply-add counts as two FLOPs; attention products are counted against FLOPS_CONTEXT keys;
-    router and LM head are included.
+    router and LM head are included. `rest` of a probed model has, per layer, the matrices that are
+    in no component, and the cache of attention that stays.
     """
     width = WIDTHS[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
     experts, active = fields["experts"], fields["experts_per_token"]
     linear = attention = cache = 0
-    for (qk, ov, channels), own in zip(ranks, factors or [{}] * len(ranks), strict=True):
+    structure, fixed = fields["structure"], fields["fixed"]
+    for layer, (qk, ov, channels) in enumerate(ranks):
+        own, rest = (
+            (factors or [{}] * len(ranks))[layer],
+            (fields["rest"] or [NONE] * len(ranks))[layer],
+        )
         n = mean(channels) if isinstance(channels, list) else channels
         shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
         shapes |= {"up": (d, n), "down": (n, d)}
@@ -41,11 +50,21 @@ def sizes(
             shapes |= {"gate": (d, n)}
             if "gate" in own and "up" not in own:
                 shapes |= {"gate": (d, 2 * n), "up": (d, 0)}
+        solved = [c for c in fixed if layer not in fixed[c]]
         for name, (inputs, outputs) in shapes.items():
+            if component_of(name) not in solved:
+                continue
             size = own[name] * (inputs + outputs) if name in own else inputs * outputs
             linear += size * (active or 1) if name in ("gate", "up", "down") else size
-        linear += d * (len(channels) if isinstance(channels, list) else experts)
-        attention += H * (qk + ov) * FLOPS_CONTEXT
+        routed = len(channels) if isinstance(channels, list) else experts
+        linear += rest["weights"] + (d * routed if "mlp" in solved else 0)
+        if "qk" not in solved and "ov" not in solved:
+            attention += H * rest["cached"] // G * FLOPS_CONTEXT
+            cache += rest["cached"] * width
+            continue
+        # The family's own code computes with heads of the dense size.
+        wide = structure is not None and structure["own"]
+        attention += H * (2 * fields["head_dim"] if wide else qk + ov) * FLOPS_CONTEXT
         keys = own["k"] if "k" in own and "q" not in own else G * qk
         cache += (keys + G * ov) * width
     return {
@@ -53,6 +72,11 @@ def sizes(
         "kv_bytes_per_token": cache,
         "flops_per_token": round(2 * (linear + attention + d * fields["vocab_size"])),
     }
+
+
+def component_of(projection: str) -> str:
+    """The component that a projection belongs to."""
+    return "qk" if projection in "qk" else "ov" if projection in "vo" else "mlp"
 
 
 def projection_weights(arch: Mapping[str, Any]) -> int:

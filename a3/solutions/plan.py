@@ -6,7 +6,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from a3.core.errors import A3Error
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
+from a3.models.shape import Arch
 from a3.solutions.factors import rank_for
 from a3.solutions.modes import (
     COMPONENTS,
@@ -174,6 +175,11 @@ def experts_kept(arch: Arch, choice: Choice) -> int:
 
 def require_fit(arch: Arch, component: str, mode: str) -> None:
     """Raise A3Error if a mode does not fit the model's attention or MLP."""
+    if not any(arch.solves(component, layer) for layer in range(arch.layers)):
+        raise A3Error(
+            f"{component} mode {mode!r}: a3 leaves {component} of {arch.family} as it is, and "
+            f"a3 families says why. Take {DENSE} (--{component} {DENSE})."
+        )
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(component, mode, mlp if component == "mlp" else arch.attention)
     if mode == "uniform-contiguous":
@@ -185,8 +191,8 @@ def require_whole_rope(arch: Arch) -> None:
     why = None
     if arch.rope_dims != arch.head_dim:
         why = f"{arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated"
-    elif arch.nope_layers:
-        why = f"layer {arch.nope_layers[0]} has no RoPE"
+    elif nope := [layer for layer in arch.nope_layers if arch.solves("qk", layer)]:
+        why = f"layer {nope[0]} has no RoPE"
     if why:
         raise A3Error(
             f"qk: {why}, and ranks are allocated for whole RoPE only. Give qk its own ratio: "

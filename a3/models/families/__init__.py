@@ -4,6 +4,8 @@ A new family is one subclass in llama.py or gpt.py and one row in FAMILIES; it i
 adapter test suite.
 """
 
+from typing import Any
+
 from a3.models.families.gpt import (
     GPT2,
     GPTJ,
@@ -33,10 +35,11 @@ from a3.models.families.llama import (
     SmolLM3,
     StableLm,
 )
+from a3.models.families.probed import probed
 from a3.models.families.refused import REFUSED
 from a3.models.family import Family
 
-__all__ = ["FAMILIES", "REFUSED"]
+__all__ = ["FAMILIES", "REFUSED", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
@@ -68,3 +71,8 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SmolLM3(),
     "stablelm": StableLm(),
 }
+
+
+def family_of(model_type: str, structure: dict[str, Any] | None) -> Family:
+    """The adapter of a family, or of what a probe found of it (`Arch.structure`)."""
+    return FAMILIES[model_type] if structure is None else probed(structure)

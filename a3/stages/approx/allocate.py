@@ -18,8 +18,9 @@ from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.solutions.modes import EXPERTS, ONE_SIZE, Choice, eliminating, find_mode
 from a3.solutions.plan import Plan, least_rank
@@ -33,7 +34,7 @@ from a3.stages.approx.budget import (
     together,
 )
 from a3.stages.approx.layers import LayerSolver
-from a3.stages.approx.losses import eliminate_layers
+from a3.stages.approx.losses import eliminate_layers, is_eliminated
 from a3.stages.approx.statistics import read_statistics
 
 # The limited quantities, in the order of `cost`.
@@ -78,8 +79,15 @@ def allocate(
     solver = LayerSolver(arch, dense, statistics, eliminated, ranks, device=device)
     if losses:
         known = Eliminations(losses, arch, statistics)
-        parts = [part for component in eliminated for part in parts_of(arch, component)]
-        found = {layer: {part: known.require(layer, part) for part in parts} for layer in layers}
+        found = {
+            layer: {
+                part: known.require(layer, part)
+                for one in eliminated
+                if is_eliminated(arch, one, layer)
+                for part in parts_of(arch, one)
+            }
+            for layer in layers
+        }
     else:
         found = eliminate_layers(solver, layers)
     curves = [curve for layer in layers for curve in curves_of(arch, layer, found[layer], plan)]
@@ -127,7 +135,7 @@ def solved(
         for component in curve.components:
             ranks[component] |= dict.fromkeys(curve.places, rank)
     return {
-        "ranks": {component: by_layer(own, arch) for component, own in ranks.items()},
+        "ranks": {component: by_layer(component, own, arch) for component, own in ranks.items()},
         "budget": dict(zip(COSTS, budget, strict=True)),
         "spent": dict(zip(COSTS, cost(joined, chosen), strict=True)),
         "predicted_nll": sum(map(at, joined, chosen)),
@@ -135,12 +143,16 @@ def solved(
     }
 
 
-def by_layer(ranks: dict[Place, int], arch: Arch) -> list[int] | list[list[int]]:
-    """The ranks of a component, one a layer, or a list a layer of its experts'."""
+def by_layer(component: str, ranks: dict[Place, int], arch: Arch) -> list[int] | list[list[int]]:
+    """The ranks of a component, one a layer, or a list a layer of its experts'.
+
+    Layers without a curve stay as they are.
+    """
+    full, layers = arch.full_rank(component), range(arch.layers)
     if any(expert is not None for _, expert in ranks):
         experts = range(arch.experts)
-        return [[ranks[layer, expert] for expert in experts] for layer in range(arch.layers)]
-    return [ranks[layer, None] for layer in range(arch.layers)]
+        return [[ranks.get((layer, expert), full) for expert in experts] for layer in layers]
+    return [ranks.get((layer, None), full) for layer in layers]
 
 
 def curves_of(
@@ -154,7 +166,7 @@ def curves_of(
 
 def curve_of_model(arch: Arch, found: Elimination, plan: Plan) -> Curve:
     """The loss of QK by the one rank of all layers."""
-    places = tuple((layer, None) for layer in range(arch.layers))
+    places = tuple((layer, None) for layer in range(arch.layers) if arch.solves("qk", layer))
     return curve_of(arch, "qk", places, found.losses, plan.step("qk"))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
-from a3.models.arch import Arch
+from a3.models.shape import Arch
 from a3.solutions.plan import Plan
 
 

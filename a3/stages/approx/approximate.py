@@ -18,11 +18,12 @@ from a3.core.shards import share
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_tokenizer, tensors_of_model
+from a3.models.packing import outside, staying
 from a3.models.tokenizer import has_tokenizer
 from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
-from a3.stages.approx.assemble import assemble_written, file_numbers, in_products, outside, staying
+from a3.stages.approx.assemble import assemble_written, file_numbers, in_products
 from a3.stages.approx.layers import AnyRanks, LayerSolver
 from a3.stages.approx.shards import write_shard
 from a3.stages.approx.statistics import made_from, read_statistics

@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,21 +16,20 @@ from a3.core.errors import A3Error
 from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
 from a3.core.shards import LARGEST_SHARD, weight_files
 from a3.models import modeling_a3
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import (
     CARD,
-    FINITE_WEIGHTS,
     Checkpoint,
     combined,
     hash_files,
     model_source,
 )
-from a3.models.compressed import bring_code, compressed_config, pairs_name
 from a3.models.folders import write_index
 from a3.models.load import count_parameters, tensors_of_model
+from a3.models.packing import bring_code, compressed_config, outside
+from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
 from a3.models.travel import bring
-from a3.numerics.finite import require_finite
 from a3.solutions.modes import COMPONENTS
 from a3.stages.approx.shards import Shard, read_shards
 
@@ -146,53 +143,6 @@ def layer_factors(report: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[str, Tensor]:
-    """Tensors that are in no layer: embeddings, the last norm, the head."""
-    names = names_to_keep(checkpoint, arch, known, None)
-    return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
-
-
-def names_to_keep(
-    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int | None
-) -> list[str]:
-    """Tensors of a layer (or outside the layers) that the model has, by `known`.
-
-    Older checkpoints hold masks and RoPE's frequencies, too.
-    """
-    adapter = arch.adapter
-    names = adapter.names_in(checkpoint, layer)
-    return [name for name in names if known & {name, adapter.packed_rest(name)}]
-
-
-def copied(checkpoint: Checkpoint, name: str) -> Tensor:
-    """An unchanged tensor; raises A3Error if it is not finite."""
-    value = checkpoint.tensor(name)
-    require_finite(value, f"{checkpoint.folder}: tensor {name!r}", FINITE_WEIGHTS)
-    return value
-
-
-def staying(
-    checkpoint: Checkpoint, arch: Arch, known: frozenset[str], layer: int, solved: Iterable[str]
-) -> dict[str, Tensor]:
-    """Tensors of a layer that are `known` and not `solved`; all RoPE pairs where none were chosen.
-
-    Attention tensors get the compressed model's names. Repacked q, k, v, o and experts are left
-    out, because they are always packed again.
-    """
-    renamed = new_names(arch, layer)
-    names = names_to_keep(checkpoint, arch, known, layer)
-    kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
-    tensors = {
-        new: copied(checkpoint, name)
-        for name, new in kept.items()
-        if new is not None and new not in solved
-    }
-    if arch.has_rope(layer) and pairs_name(arch, layer) not in solved:
-        pairs = torch.arange(arch.rope_dims // 2).expand(arch.kv_heads, -1).contiguous()
-        tensors[pairs_name(arch, layer)] = pairs
-    return tensors
-
-
 def in_products(
     tensors: dict[str, Tensor], arch: Arch, layer: int, report: dict[str, Any]
 ) -> dict[str, Tensor]:
@@ -215,22 +165,6 @@ def in_products(
         return f"{modeling_a3.product_name(linear)}.{decoder}{field}"
 
     return {renamed(name): value for name, value in tensors.items()}
-
-
-def new_names(arch: Arch, layer: int) -> dict[str, str | None]:
-    """Compressed names of a layer's projections by dense names; None for those packed again."""
-    adapter = arch.adapter
-    renamed: dict[str, str | None] = {}
-    for projection in "qkvo":
-        for field in ("weight", "bias"):
-            # No solution contains the bias of o; all models store it in the same way.
-            drop = adapter.repacked and (projection, field) != ("o", "bias")
-            name = adapter.packed_name(layer, projection, field)
-            renamed[adapter.name(layer, projection, field)] = None if drop else name
-    for projection in adapter.experts:
-        for expert in range(arch.experts):
-            renamed[adapter.name(layer, projection, "weight", expert)] = None
-    return renamed
 
 
 def write_config(

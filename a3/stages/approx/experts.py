@@ -9,7 +9,7 @@ from functools import cache
 
 from torch import Tensor
 
-from a3.models.arch import Arch
+from a3.models.shape import Arch
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions.mlp import MEAN_TOKENS, expert_ridge

@@ -11,12 +11,14 @@ from a3.core.errors import A3Error
 from a3.core.files import sha256, whole_folder
 from a3.core.progress import Bar, bars
 from a3.core.shards import share
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import tensors_of_model
+from a3.models.packing import outside
+from a3.models.shape import Arch
 from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import solve_shard, solver_for
-from a3.stages.approx.assemble import assemble_written, file_numbers, outside, require_base
+from a3.stages.approx.assemble import assemble_written, file_numbers, require_base
 from a3.stages.approx.shards import Shard, read_shard, read_shards, write_shard
 
 

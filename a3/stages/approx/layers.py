@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from a3.artifacts.eliminations import Eliminations, Part, part_of, to_device
+from a3.core.errors import A3Error
 from a3.core.progress import LOG, Bar
-from a3.models.arch import Arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
-from a3.models.compressed import pairs_name
 from a3.models.family import AttentionWeights, MLPWeights
+from a3.models.packing import pairs_name
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.numerics.finite import require_finite
 from a3.numerics.linalg import relative
@@ -79,11 +80,16 @@ class LayerSolver:
         """Compressed tensors of one layer, its report in approx.json, and seconds by component."""
         tensors: dict[str, Tensor] = {}
         report: dict[str, Any] = {}
+        said: dict[str, Any]
         seconds: dict[str, float] = {}
         attention = cache(partial(self.attention_weights, layer))  # QK and OV share one reading
         for component in COMPONENTS:
             start = time.perf_counter()
-            if component == "mlp" and self.arch.experts:
+            if not self.arch.solves(component, layer):
+                if component == "mlp" or not self.packs(layer):
+                    continue
+                solved, said = self.pack(layer, attention(), REPLACED[component]), {}
+            elif component == "mlp" and self.arch.experts:
                 solved, said = self.solve_experts(layer)
             elif component in self.ranks:
                 weights = self.mlp_weights(layer) if component == "mlp" else attention()
@@ -101,6 +107,11 @@ class LayerSolver:
                 report[component] = said
                 seconds[component] = time.perf_counter() - start
         return {name: W.cpu() for name, W in tensors.items()}, report, seconds
+
+    def packs(self, layer: int) -> bool:
+        """Whether attention that is not solved has to be laid out as the compressed model's."""
+        own = self.arch.adapter.own(self.fields) is not None
+        return self.arch.adapter.repacked and not own and not self.arch.keeps_attention(layer)
 
     def solve_component(
         self, component: str, layer: int, weights: Weights, expert: int | None = None
@@ -152,6 +163,12 @@ class LayerSolver:
         kept, as it was. The report has the rank of each product.
         """
         arch, adapter = self.arch, self.arch.adapter
+        if component != "mlp" and adapter.own(self.fields) is not None:
+            raise A3Error(
+                f"{component} mode {self.modes[component]!r}: matrices of attention cannot be "
+                f"factored in {arch.family}, whose own code runs with them. Take a mode that makes "
+                "heads smaller, or dense."
+            )
         mode = find_mode(component, self.modes[component])
         matrices = self.matrices(component, layer, weights)
         rank = self.rank(component, layer)
@@ -215,15 +232,18 @@ class LayerSolver:
         # Modes that allocate across layers have a metric for each matrix.
         factors = find_mode(component, self.modes[component]).factors
         kinds = {name: kind for name, kind in factors.items() if kind is not None}
-        for layer in Bar(range(self.arch.layers), unit="layer", desc=f"ratios of {component}"):
-            found = self.matrices(component, layer, self.weights(component, layer))
-            for name, matrix in found.items():
+        layers = [n for n in range(self.arch.layers) if self.arch.solves(component, n)]
+        for layer in Bar(layers, unit="layer", desc=f"ratios of {component}"):
+            matrices = self.matrices(component, layer, self.weights(component, layer))
+            for name, matrix in matrices.items():
                 least = matrix.factor(0)[2]
                 rank, full = matrix.rank_for(kept, self.multiple), len(least) - 1
                 rank = full if rank is None else min(rank, full)
                 tokens = self.statistics[kinds[name]].tokens
                 losses.setdefault(name, []).append((least[rank].item() * tokens) ** 0.5)
-        self.kept |= {name: shares(found, kept) for name, found in losses.items()}
+        for name, found in losses.items():
+            of_layer = dict(zip(layers, shares(found, kept), strict=True))
+            self.kept[name] = [of_layer.get(n, 1.0) for n in range(self.arch.layers)]
 
     def with_bias(self, layer: int, bias: Tensor, expert: int | None) -> dict[str, Tensor]:
         """The output bias of a layer's MLP, or of an expert, with something added; it may have had
@@ -231,8 +251,9 @@ class LayerSolver:
         """
         adapter = self.arch.adapter
         name = adapter.packed_name(layer, "down", "bias", expert)
-        if adapter.has_bias("down", self.fields):
-            dense = self.checkpoint.tensor(adapter.name(layer, "down", "bias", expert))
+        # Experts' own biases stay where they are.
+        if expert is None and adapter.has_bias("down", self.fields):
+            dense = self.checkpoint.tensor(adapter.name(layer, "down", "bias"))
             bias = bias.cpu() + dense.double()
         return {name: bias.to(getattr(torch, self.arch.dtype))}
 
@@ -293,6 +314,12 @@ class LayerSolver:
     def router(self, layer: int) -> tuple[str, Tensor]:
         """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
         adapter = self.arch.adapter
+        if "router" not in adapter.modules:
+            raise A3Error(
+                f"mlp mode {self.modes['mlp']!r}: a3 does not know which tensor routes tokens in "
+                f"{self.arch.family}, so that no expert can be dropped. Take a mode that makes "
+                "experts smaller."
+            )
         packed = f"{adapter.modules['router'].format(layer)}.weight"
         names = adapter.names_in(self.checkpoint, layer)
         return packed, self.checkpoint.tensor(

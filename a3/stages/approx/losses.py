@@ -27,8 +27,9 @@ from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.core.shards import share
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
+from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.solutions.functions import losses_of
 from a3.solutions.modes import SHARING, eliminating, find_mode
@@ -113,4 +114,4 @@ def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[Part
 
 def is_eliminated(arch: Arch, component: str, layer: int) -> bool:
     """Whether a component of a layer is; scores of layers without RoPE among others are not."""
-    return component != "qk" or arch.has_rope(layer)
+    return arch.solves(component, layer) and (component != "qk" or arch.has_rope(layer))

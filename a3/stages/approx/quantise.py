@@ -20,11 +20,12 @@ from a3.core.errors import A3Error
 from a3.core.files import RECORDS, hidden_folder, read_json, whole_folder, write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, is_compressed, made_already
+from a3.models.arch import is_compressed, made_already
 from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files
 from a3.models.compressed import compressed_arch, compressed_record, dense_or_compressed
 from a3.models.folders import write_index
 from a3.models.load import load_config
+from a3.models.shape import Arch
 from a3.models.sizes import projection_weights
 from a3.models.travel import bring
 from a3.numerics.formats import parse_format, quantise

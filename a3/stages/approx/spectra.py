@@ -11,9 +11,10 @@ from torch import Tensor
 from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.family import AttentionWeights
+from a3.models.shape import Arch
 from a3.numerics.linalg import gram_factor, relative
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS, SPECTRA_KINDS

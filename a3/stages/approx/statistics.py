@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from a3.models.arch import Arch, model_hashes
+from a3.models.arch import model_hashes
 from a3.models.checkpoint import model_source
+from a3.models.shape import Arch
 from a3.rxx.container import Rxx
 
 

@@ -18,8 +18,9 @@ from a3.core.errors import A3Error
 from a3.core.files import RECORDS, whole_folder, write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.models.arch import Arch, load_arch
+from a3.models.arch import load_arch
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint, hash_files
+from a3.models.shape import Arch
 from a3.models.travel import bring
 from a3.numerics.finite import require_finite
 from a3.numerics.linalg import relative

@@ -11,16 +11,12 @@ from a3.core.files import SEAL, read_record, write_record
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.core.shards import share
-from a3.models.arch import (
-    Arch,
-    CompressedArch,
-    model_hashes,
-    modules_of,
-)
+from a3.models.arch import model_hashes, modules_of
 from a3.models.checkpoint import check_small, model_source
 from a3.models.compressed import dense_or_compressed
 from a3.models.layerwise import fits, layerwise
 from a3.models.load import load_tokenizer, require_positions
+from a3.models.shape import Arch, CompressedArch
 from a3.models.tokenizer import require_rows
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import (

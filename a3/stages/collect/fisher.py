@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
+from a3.models.shape import Arch
+from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
+from a3.stages.collect.hooks import nothing
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -33,7 +35,10 @@ def observe(
     matrices = {
         kind: [own(model.trunk, arch, layer, projection) for projection in projections(arch, kind)]
         for kind in accumulators
+        if all(arch.solves(component_of(one), layer) for one in projections(arch, kind))
     }
+    for kind in accumulators.keys() - matrices.keys():
+        nothing(arch, layer, accumulators[kind])
     weights = [module.weight for found in matrices.values() for module, _ in found]
     for weight in weights:
         weight.requires_grad_(True)

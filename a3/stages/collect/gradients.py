@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
+from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, LOGITS_TOKENS
+from a3.stages.collect.hooks import nothing, observed
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -57,10 +58,9 @@ def draw(logits: Tensor, seed: int) -> Tensor:
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> list:
     """Hook one statistic of one layer onto the module whose output's gradient it uses."""
     site = KINDS[accumulator.kind].site
-    if KINDS[accumulator.kind].form == "factors" and not arch.has_rope(layer):
-        shape = arch.statistic_shape(KINDS[accumulator.kind])
-        accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
-        return []
+    turned = KINDS[accumulator.kind].form != "factors" or arch.has_rope(layer)
+    if not turned or not observed(arch, site, layer):
+        return [nothing(arch, layer, accumulator)]
     if site == "down" and arch.experts:
         # Of the sum over experts, which all have the same gradient.
         name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from a3.models.arch import Arch
+from a3.models.shape import Arch
+from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import KINDS, is_of_experts
+from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS, is_of_experts
 
 # Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
@@ -23,11 +24,18 @@ def attach_all(
 
 
 def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
-    """Hook one statistic of one layer onto the projection whose output or input it uses."""
+    """Hook one statistic of one layer onto the projection whose output or input it uses.
+
+    Its sums are zeros where a3 leaves the layer's component as it is.
+    """
     site = KINDS[accumulator.kind].site
+    if not observed(arch, site, layer):
+        return nothing(arch, layer, accumulator)
     if is_of_experts(KINDS[accumulator.kind], vars(arch)):
         return attach_experts(trunk, arch, layer, accumulator)
     projection = SITES.get(site, site)
+    if site == "attention_input" and not arch.solves("qk", layer):
+        projection = "v"
     module = trunk.get_submodule(arch.module(layer, projection))
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
@@ -45,6 +53,26 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     return module.register_forward_pre_hook(on_input)
 
 
+def observed(arch: Arch, site: str, layer: int) -> bool:
+    """Whether something that a3 compresses in a layer uses an activation."""
+    if site in ("attention_input", "qkv"):
+        return not arch.keeps_attention(layer)
+    return arch.solves(component_of(SITES.get(site, site)), layer)
+
+
+def nothing(arch: Arch, layer: int, accumulator: Accumulator) -> RemovableHandle:
+    """Add zeros for a layer, and hook nothing; the handle is that of a module that is not run."""
+    shape, site = arch.statistic_shape(KINDS[accumulator.kind]), KINDS[accumulator.kind].site
+    if is_of_experts(KINDS[accumulator.kind], vars(arch)):
+        width = arch.intermediate_size if site == "down_input" else arch.hidden_size
+        accumulator.add_experts(layer, [(torch.zeros(0, width), torch.zeros(0))] * arch.experts)
+    elif KINDS[accumulator.kind].form in TRIANGULAR_FORMS:
+        accumulator.add(layer, torch.zeros(1, shape[-1]))
+    else:
+        accumulator.add_sum(layer, torch.zeros(shape, dtype=torch.float64))
+    return nn.Identity().register_forward_hook(lambda *_: None)
+
+
 def attach_experts(
     trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator
 ) -> RemovableHandle:
@@ -52,6 +80,8 @@ def attach_experts(
 
     No module has exactly that input, so up and gate are computed again (and down for norms).
     """
+
+    turned = arch.structure is not None and arch.structure["turned"]
 
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         accumulator.add_experts(layer, reached(experts, *inputs))
@@ -61,10 +91,14 @@ def attach_experts(
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for expert in range(arch.experts):
             token, place = torch.where(index == expert)
-            gate, up = nn.functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, 1)
-            x, own = experts.act_fn(gate) * up, weight[token, place].double()
+            W = experts.gate_up_proj[expert]
+            both = hidden[token] @ (W if turned else W.T)
+            if hasattr(experts, "gate_up_proj_bias"):
+                both = both + experts.gate_up_proj_bias[expert]
+            x, own = experts._apply_gate(both), weight[token, place].double()
             if site == "experts":
-                x = nn.functional.linear(x, experts.down_proj[expert])
+                W = experts.down_proj[expert]
+                x = x @ (W if turned else W.T)
             yield x.double() * own[:, None], own
 
     site = KINDS[accumulator.kind].site

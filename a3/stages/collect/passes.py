@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from a3.core.progress import Bar
-from a3.models.arch import Arch
 from a3.models.layerwise import Layerwise
+from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.stages.collect import fisher, gradients
 from a3.stages.collect.hooks import attach_all

@@ -77,10 +77,10 @@ def compare(
             for model, subject in zip(found, subjects, strict=True):
                 model["texts"] = scoring.scores(subject)
                 add_increase(model["texts"], found[0]["texts"])
-    for model, subject, own in zip(found, subjects, ids, strict=True):
+    for model, subject, asked in zip(found, subjects, ids, strict=True):
         if prompts:
             loaded = load(subject.folder, run["dtype"], run["device"])
-            made = [continued(loaded, one.to(run["device"]), new_tokens) for one in own]
+            made = [continued(loaded, one.to(run["device"]), new_tokens) for one in asked]
             model["continuations"] = [
                 subject.tokenizer.decode(one, skip_special_tokens=True) for one in made
             ]

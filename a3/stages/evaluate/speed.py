@@ -27,7 +27,7 @@ from a3.core.memory import GIB, require_memory
 from a3.core.progress import LOG, Bar
 from a3.core.provenance import provenance
 from a3.models.cost import speed_cost
-from a3.models.families import FAMILIES
+from a3.models.families import family_of
 from a3.models.load import require_positions
 from a3.models.sizes import kv_bytes
 from a3.stages.evaluate.speed_models import Candidate, candidates_of
@@ -204,7 +204,8 @@ class Subject:
 
     def time_layers(self) -> None:
         """Add up the time from the first layer's start to the last one's end."""
-        family = FAMILIES[self.candidate.shapes["family"]]
+        shapes = self.candidate.shapes
+        family = family_of(shapes["family"], shapes["structure"])
         layers = self.model.get_submodule(f"{family.prefix}.{family.layer_path}")
 
         def start(*_: Any) -> None:

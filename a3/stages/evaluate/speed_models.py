@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from a3.artifacts.places import Place
 from a3.core.errors import A3Error
-from a3.models.arch import Arch, is_compressed, load_arch, sketch
+from a3.models.arch import is_compressed, load_arch, sketch
 from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
-from a3.models.compressed import compressed_config, compressed_record
+from a3.models.compressed import compressed_record
 from a3.models.load import load_config, number_of_parameters
+from a3.models.packing import compressed_config
 from a3.models.registry import LazyConfig
+from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
 from a3.solutions.modes import DENSE, choose
 from a3.solutions.plan import Plan

@@ -27,12 +27,14 @@ from a3.core.memory import require_memory
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.core.work import work_folder
-from a3.models.arch import Arch, is_compressed, load_arch, modules_of
+from a3.models.arch import is_compressed, load_arch, modules_of
 from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files
-from a3.models.compressed import bring_code, compressed_arch, compressed_record
+from a3.models.compressed import compressed_arch, compressed_record
 from a3.models.folders import write_index
 from a3.models.layerwise import layerwise
 from a3.models.load import count_parameters, load_config, load_tokenizer, require_positions
+from a3.models.packing import bring_code
+from a3.models.shape import Arch
 from a3.models.tokenizer import require_rows
 from a3.models.travel import bring
 from a3.stages.heal.distil import Distillation
