@@ -303,7 +303,8 @@ def classes(family: str) -> dict[str, type]:
     {} for the layer; `scaling`, the dense model's softmax scale; `fixed`, by component the layers
     in which it is left as it was; `own` (own_attention_a3.Own), if attention is the family's own
     code, else None; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm, and
-    `norm_eps` of these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the same pairs;
+    `norm_eps` of these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the
+    same pairs;
     `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
     layer, of those that are kept); `factors`, a dictionary a layer, the rank of each factored
     matrix; `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one,
