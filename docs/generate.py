@@ -187,7 +187,11 @@ def runtimes() -> str:
         "Of each runtime, the first row that fits a model applies.\n\n"
     )
     for reads in (HF, GGUF):
-        rows = [[one.runtime, one.case, one.verdict, one.why] for one in SEEN if one.reads == reads]
+        rows = [
+            [one.runtime, one.case.words, one.verdict, one.why]
+            for one in SEEN
+            if one.reads == reads
+        ]
         text += f"## After `a3 export {reads}`\n\n"
         text += table(["runtime", "models", "result", "why"], rows)
     return text

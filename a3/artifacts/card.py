@@ -245,11 +245,13 @@ def runtimes(record: dict[str, Any], rope_type: str) -> list[str]:
     said = [layer.get(component, {}) for layer in record["layers"] for component in HEAD]
     sizes = {one.get("rank", dense) for one in said}
     whole = list(range(dense // 2))
-    pairs = {tuple(group) for one in said for group in one.get("rope_pairs", [whole])}
+    pairs: set[tuple[int, ...]] = {
+        tuple(group) for one in said for group in one.get("rope_pairs", [whole])
+    }
     if len(sizes) != 1 or len(pairs - {tuple(whole)}) > 1:
         return []
     (size,), widths = sizes, {layer.get("mlp", {}).get("rank") for layer in record["layers"]}
-    kept = list(min(pairs, key=len))
+    kept = list(min(pairs, key=len, default=whole))
     facts = Facts(
         head_dim=size,
         rope=kept_type(rope_type, kept, len(whole)),

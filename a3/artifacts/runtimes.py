@@ -39,89 +39,92 @@ class Facts:
         return self.rope not in ("default", "linear")
 
 
-def always(facts: Facts) -> bool:
-    """Every model."""
-    return True
+@dataclass(frozen=True)
+class Case:
+    """Models of which a runtime makes the same, in words and as a test, and why, if not right."""
+
+    words: str
+    holds: Callable[[Facts], bool]
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A runtime of a version, which export it reads, and what it makes of those for which `when`
-    holds; `when` in words, for the table, is `case`."""
+    """A runtime of a version, which export it reads, and what it makes of the models of a case."""
 
     runtime: str
     reads: str
     verdict: str
-    why: str = ""
-    case: str = "all"
-    when: Callable[[Facts], bool] = always
+    case: Case
+
+    @property
+    def why(self) -> str:
+        """The reason, of a refusal or wrong text."""
+        return self.case.why if self.verdict in (REFUSES, WRONG) else ""
 
 
-def no_older_keys(facts: Facts) -> bool:
-    """Read by defaults where only `rope_parameters` says how to rotate."""
-    return not facts.older_keys
+ALL = Case("all others", lambda facts: True)
 
+NEWER_KEYS = Case(
+    "`rope_parameters` alone in config.json",
+    lambda facts: not facts.older_keys,
+    "it reads rope_theta and rope_scaling alone, and takes its own base for others",
+)
 
-IGNORES = {
-    "why": "it reads rope_theta and rope_scaling alone, and takes its own base for others",
-    "case": "`rope_parameters` alone in config.json",
-    "when": no_older_keys,
-}
+UNUSUAL = Case(
+    "another head size than hidden size / heads",
+    lambda facts: not facts.usual,
+    "it takes hidden size / heads as the head size",
+)
 
-UNUSUAL = {
-    "why": "it takes hidden size / heads as the head size",
-    "case": "another head size than hidden size / heads",
-    "when": lambda facts: not facts.usual,
-}
+LONGROPE = Case("`longrope`", lambda facts: facts.rope == "longrope", "it has no longrope")
 
-LONGROPE = {
-    "why": "it does not know longrope",
-    "case": "`longrope`",
-    "when": lambda facts: facts.rope == "longrope",
-}
+SCALED = Case(
+    "`linear`, `longrope` and other scalings",
+    lambda facts: facts.rope not in ("default", "llama3"),
+    "its builder drops every scaling of RoPE but llama3",
+)
+
+UNEVEN = Case(
+    "heads of no multiple of 16",
+    lambda facts: facts.head_dim % 16 != 0,
+    "its kernels take heads of multiples of 16, and fail at the first token",
+)
+
+FACTORS = Case(
+    "frequencies with factors (`rope_freqs.weight`)",
+    lambda facts: facts.factors and not facts.by_layer,
+    "it ignores rope_freqs.weight",
+)
 
 SEEN = (
-    Seen("transformers 5.23", HF, RIGHT),
-    Seen("transformers 4.57", HF, WRONG, **IGNORES),
-    Seen("transformers 4.57", HF, RIGHT),
-    Seen("OpenVINO 2026.4", HF, RIGHT),
-    Seen("MLX 0.32", HF, WRONG, **IGNORES),
-    Seen("MLX 0.32", HF, RIGHT),
-    Seen(
-        *("onnxruntime-genai 0.18", HF, WRONG),
-        why="its builder drops every scaling of RoPE but llama3",
-        case="`linear`, `longrope` and other scalings",
-        when=lambda facts: facts.rope not in ("default", "llama3"),
-    ),
-    Seen(
-        *("onnxruntime-genai 0.18", HF, REFUSES),
-        why="its kernels take heads of multiples of 16, and fail at the first token",
-        case="heads of no multiple of 16",
-        when=lambda facts: facts.head_dim % 16 != 0,
-    ),
-    Seen("onnxruntime-genai 0.18", HF, UNTESTED),
-    Seen("optimum-onnx ORTModel", HF, REFUSES, **UNUSUAL),
-    Seen("optimum-onnx ORTModel", HF, UNTESTED),
-    Seen("CTranslate2 4.8", HF, REFUSES, **LONGROPE),
-    Seen("CTranslate2 4.8", HF, UNTESTED),
-    Seen("mistral.rs 0.9", HF, REFUSES, **LONGROPE),
-    Seen("mistral.rs 0.9", HF, UNTESTED),
-    Seen("vLLM", HF, UNTESTED),
-    Seen("TGI", HF, UNTESTED),
-    Seen("llama.cpp (xllamacpp 2026.10)", GGUF, RIGHT),
-    Seen(
-        *("OpenVINO GenAI 2026.4", GGUF, WRONG),
-        why="it ignores rope_freqs.weight",
-        case="frequencies with factors (`rope_freqs.weight`)",
-        when=lambda facts: facts.factors and not facts.by_layer,
-    ),
-    Seen("OpenVINO GenAI 2026.4", GGUF, UNTESTED),
-    Seen("gpt4all 2.8", GGUF, REFUSES, **UNUSUAL),
-    Seen("gpt4all 2.8", GGUF, UNTESTED),
-    Seen("ctransformers 0.2", GGUF, REFUSES, **UNUSUAL),
-    Seen("ctransformers 0.2", GGUF, UNTESTED),
-    Seen("Ollama", GGUF, UNTESTED),
-    Seen("LM Studio", GGUF, UNTESTED),
+    Seen("transformers 5.23", HF, RIGHT, ALL),
+    Seen("transformers 4.57", HF, WRONG, NEWER_KEYS),
+    Seen("transformers 4.57", HF, RIGHT, ALL),
+    Seen("OpenVINO 2026.4", HF, RIGHT, ALL),
+    Seen("MLX 0.32", HF, WRONG, NEWER_KEYS),
+    Seen("MLX 0.32", HF, RIGHT, ALL),
+    Seen("onnxruntime-genai 0.18", HF, WRONG, SCALED),
+    Seen("onnxruntime-genai 0.18", HF, REFUSES, UNEVEN),
+    Seen("onnxruntime-genai 0.18", HF, UNTESTED, ALL),
+    Seen("optimum-onnx ORTModel", HF, REFUSES, UNUSUAL),
+    Seen("optimum-onnx ORTModel", HF, UNTESTED, ALL),
+    Seen("CTranslate2 4.8", HF, REFUSES, LONGROPE),
+    Seen("CTranslate2 4.8", HF, REFUSES, UNUSUAL),
+    Seen("CTranslate2 4.8", HF, RIGHT, ALL),
+    Seen("mistral.rs 0.9", HF, REFUSES, LONGROPE),
+    Seen("mistral.rs 0.9", HF, UNTESTED, ALL),
+    Seen("vLLM", HF, UNTESTED, ALL),
+    Seen("TGI", HF, UNTESTED, ALL),
+    Seen("llama.cpp (xllamacpp 2026.10)", GGUF, RIGHT, ALL),
+    Seen("OpenVINO GenAI 2026.4", GGUF, WRONG, FACTORS),
+    Seen("OpenVINO GenAI 2026.4", GGUF, UNTESTED, ALL),
+    Seen("gpt4all 2.8", GGUF, REFUSES, UNUSUAL),
+    Seen("gpt4all 2.8", GGUF, UNTESTED, ALL),
+    Seen("ctransformers 0.2", GGUF, REFUSES, UNUSUAL),
+    Seen("ctransformers 0.2", GGUF, UNTESTED, ALL),
+    Seen("Ollama", GGUF, UNTESTED, ALL),
+    Seen("LM Studio", GGUF, UNTESTED, ALL),
 )
 
 
@@ -149,7 +152,7 @@ def verdicts(facts: Facts, reads: str) -> list[Seen]:
     """What each runtime that reads this export makes of a model."""
     found: dict[str, Seen] = {}
     for one in SEEN:
-        if one.reads == reads and one.when(facts):
+        if one.reads == reads and one.case.holds(facts):
             found.setdefault(one.runtime, one)
     return list(found.values())
 

@@ -54,6 +54,8 @@ def test_every_runtime_has_one_verdict_on_every_model():
         ({"rope": "linear"}, HF, "onnxruntime-genai", WRONG),
         ({"rope": "llama3", "head_dim": 60}, HF, "onnxruntime-genai", REFUSES),
         ({"rope": "longrope"}, HF, "CTranslate2", REFUSES),
+        ({"rope": "linear", "usual": False}, HF, "CTranslate2", REFUSES),
+        ({}, HF, "CTranslate2", RIGHT),
         ({"usual": False}, HF, "optimum-onnx", REFUSES),
         ({"rope": "longrope"}, GGUF, "OpenVINO GenAI", WRONG),
         ({"rope": "linear"}, GGUF, "OpenVINO GenAI", UNTESTED),
