@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from a3.artifacts.eliminations import Eliminations, Part, expert_of, parts_of
+from a3.artifacts.eliminations import Eliminations, Unit, expert_of, units_of
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -65,8 +65,8 @@ def allocate(
     layers = range(arch.layers)
     if losses:
         known = Eliminations(losses, arch, statistics)
-        parts = [part for component in modes for part in parts_of(arch, component)]
-        found = {layer: {part: known.require(layer, part) for part in parts} for layer in layers}
+        units = [unit for component in modes for unit in units_of(arch, component)]
+        found = {layer: {unit: known.require(layer, unit) for unit in units} for layer in layers}
     else:
         require_device(device, "float64")
         solver = LayerSolver(arch, dense, statistics, modes, ranks, device=device)
@@ -119,11 +119,11 @@ def by_layer(ranks: dict[Place, int], arch: Arch) -> list[int] | list[list[int]]
 
 
 def curves_of(
-    arch: Arch, layer: int, found: dict[Part, Elimination], multiple: int
+    arch: Arch, layer: int, found: dict[Unit, Elimination], multiple: int
 ) -> Iterator[Curve]:
-    """The loss of each shared part of a layer by rank, from what its elimination found."""
-    for part, (_, losses, _) in found.items():
-        component, place = part.partition(".")[0], (layer, expert_of(part))
+    """The loss of each shared unit of a layer by rank, from what its elimination found."""
+    for unit, (_, losses, _) in found.items():
+        component, place = unit.partition(".")[0], (layer, expert_of(unit))
         full, least = arch.full_rank(component), least_rank(arch, component)
         ranks = full - (2 if component == "qk" else 1) * torch.arange(len(losses))
         kept = ((ranks % multiple == 0) | (ranks == full)) & (ranks >= least)

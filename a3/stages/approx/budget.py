@@ -20,7 +20,7 @@ Place: TypeAlias = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Curve:
-    """Ranks that some parts of a component (layers, or experts of layers) may have together,
+    """Ranks that some units of a component (layers, or experts of layers) may have together,
     descending, and the loss at each.
 
     Losses are in nats a token. `parameters` and `cache` are the cost of one rank: weights, and
@@ -60,7 +60,7 @@ def together(curves: list[Curve], uniform: tuple[str, ...]) -> list[Curve]:
 
 
 def joined(curves: list[Curve]) -> Curve:
-    """One curve for parts that get the same rank."""
+    """One curve for units that get the same rank."""
     first = curves[0]
     return Curve(
         first.component,
