@@ -15,37 +15,37 @@ from a3.rxx.container import Rxx
 from a3.rxx.files import open_sealed, sum_hash, write_tensors
 
 # A component of a layer, or of a mixture's MLP the expert of a number: "qk", "mlp.7".
-Part: TypeAlias = str
+Unit: TypeAlias = str
 
 AGAIN = "Compute it again with a3 losses."
 
 
-def parts_of(arch: Arch, component: str) -> list[Part]:
+def units_of(arch: Arch, component: str) -> list[Unit]:
     """What is eliminated on its own of a component of a layer: all of it, or each expert."""
     if component == "mlp" and arch.experts:
-        return [part_of(component, expert) for expert in range(arch.experts)]
+        return [unit_of(component, expert) for expert in range(arch.experts)]
     return [component]
 
 
-def part_of(component: str, expert: int | None) -> Part:
-    """The part of a component, or of an expert."""
+def unit_of(component: str, expert: int | None) -> Unit:
+    """The unit of a component, or of an expert."""
     return component if expert is None else f"{component}.{expert}"
 
 
-def expert_of(part: Part) -> int | None:
-    """The number of a part's expert, if it is one's."""
-    number = part.partition(".")[2]
+def expert_of(unit: Unit) -> int | None:
+    """The number of a unit's expert, if it is one's."""
+    number = unit.partition(".")[2]
     return int(number) if number else None
 
 
 def write_eliminations(
-    path: Path, found: dict[int, dict[Part, Elimination]], record: dict[str, Any]
+    path: Path, found: dict[int, dict[Unit, Elimination]], record: dict[str, Any]
 ) -> None:
-    """Write the eliminations of some layers, by part, and their record, atomically."""
+    """Write the eliminations of some layers, by unit, and their record, atomically."""
     tensors = {
-        f"layers.{layer}.{part}.{name}": value.cpu()
-        for layer, parts in found.items()
-        for part, one in parts.items()
+        f"layers.{layer}.{unit}.{name}": value.cpu()
+        for layer, units in found.items()
+        for unit, one in units.items()
         for name, value in one._asdict().items()
     }
     hashes = {key: sum_hash(value) for key, value in tensors.items()}
@@ -80,9 +80,9 @@ class EliminationFile:
                     f"another model or of other statistics. {AGAIN}"
                 )
 
-    def read(self, layer: int, part: Part) -> Elimination:
-        """One part of a layer; raises A3Error if it is missing or has changed."""
-        key = f"layers.{layer}.{part}"
+    def read(self, layer: int, unit: Unit) -> Elimination:
+        """One unit of a layer; raises A3Error if it is missing or has changed."""
+        key = f"layers.{layer}.{unit}"
         return Elimination(*(self.tensor(f"{key}.{name}") for name in Elimination._fields))
 
     def tensor(self, key: str) -> Tensor:
@@ -109,29 +109,29 @@ class Eliminations:
         for one in self.files:
             one.require_made_of(arch, statistics)
 
-    def find(self, layer: int, part: Part) -> Elimination | None:
-        """One part of a layer; None if no file is of its component.
+    def find(self, layer: int, unit: Unit) -> Elimination | None:
+        """One unit of a layer; None if no file is of its component.
 
         Raises A3Error if there are files of the component and none has the layer.
         """
-        component = part.partition(".")[0]
+        component = unit.partition(".")[0]
         own = [one for one in self.files if component in one.components]
         if not own:
             return None
         for one in own:
             if layer in one.layers:
-                return one.read(layer, part)
+                return one.read(layer, unit)
         raise A3Error(
             f"{', '.join(str(one.path) for one in own)}: layer {layer} is in none of them. Name "
             "the files of all shards that a3 losses made."
         )
 
-    def require(self, layer: int, part: Part) -> Elimination:
-        """One part of a layer; raises A3Error if it is in none of the files."""
-        if (found := self.find(layer, part)) is not None:
+    def require(self, layer: int, unit: Unit) -> Elimination:
+        """One unit of a layer; raises A3Error if it is in none of the files."""
+        if (found := self.find(layer, unit)) is not None:
             return found
         raise A3Error(
-            f"{', '.join(str(one.path) for one in self.files)}: no losses of {part}. Name a "
+            f"{', '.join(str(one.path) for one in self.files)}: no losses of {unit}. Name a "
             "file that has them, or none."
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3.artifacts.eliminations import Eliminations, Part, expert_of, parts_of
+from a3.artifacts.eliminations import Eliminations, Unit, expert_of, units_of
 from a3.core.devices import require_device
 from a3.core.errors import A3Error
 from a3.core.files import write_record
@@ -81,10 +81,10 @@ def allocate(
         known = Eliminations(losses, arch, statistics)
         found = {
             layer: {
-                part: known.require(layer, part)
+                unit: known.require(layer, unit)
                 for one in eliminated
                 if is_eliminated(arch, one, layer)
-                for part in parts_of(arch, one)
+                for unit in units_of(arch, one)
             }
             for layer in layers
         }
@@ -156,11 +156,11 @@ def by_layer(component: str, ranks: dict[Place, int], arch: Arch) -> list[int] |
 
 
 def curves_of(
-    arch: Arch, layer: int, found: dict[Part, Elimination], plan: Plan
+    arch: Arch, layer: int, found: dict[Unit, Elimination], plan: Plan
 ) -> Iterator[Curve]:
-    """The loss of each shared part of a layer by rank, from what its elimination found."""
-    for part, (_, losses, _) in found.items():
-        component, place = part.partition(".")[0], (layer, expert_of(part))
+    """The loss of each shared unit of a layer by rank, from what its elimination found."""
+    for unit, (_, losses, _) in found.items():
+        component, place = unit.partition(".")[0], (layer, expert_of(unit))
         yield curve_of(arch, component, (place,), losses, plan.step(component))
 
 

@@ -64,7 +64,7 @@ def together(
 
 
 def joined(curves: list[Curve]) -> Curve:
-    """One curve for parts that get the same rank, of the ranks that all of them may have."""
+    """One curve for units that get the same rank, of the ranks that all of them may have."""
     ranks = curves[0].ranks
     for curve in curves[1:]:
         ranks = ranks[torch.isin(ranks, curve.ranks)]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from a3.artifacts.eliminations import Eliminations, Part, part_of, to_device
+from a3.artifacts.eliminations import Eliminations, Unit, to_device, unit_of
 from a3.core.errors import A3Error
 from a3.core.progress import LOG, Bar
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
@@ -126,7 +126,7 @@ class LayerSolver:
         read = self.read(component, name, layer, expert)
         more = []
         if name == SHARING[component]:
-            more = [self.elimination(part_of(component, expert), layer, weights, read, rank)]
+            more = [self.elimination(unit_of(component, expert), layer, weights, read, rank)]
         solution = solver_of(component, name)(weights, *read, rank, *more)
         tensors = self.pack(layer, solution, REPLACED[component], expert)
         said = {
@@ -143,15 +143,15 @@ class LayerSolver:
         return tensors, said
 
     def elimination(
-        self, part: Part, layer: int, weights: Weights, read: list[Any], rank: int
+        self, unit: Unit, layer: int, weights: Weights, read: list[Any], rank: int
     ) -> Elimination:
-        """What is dropped of a part of a layer, down to `rank` or further.
+        """What is dropped of a unit of a layer, down to `rank` or further.
 
         Computed here only if it is not `known`; that ends at the least rank that a3 allocates.
         """
-        component = part.partition(".")[0]
+        component = unit.partition(".")[0]
         least = least_rank(self.arch, component)
-        known = None if self.known is None else self.known.find(layer, part)
+        known = None if self.known is None else self.known.find(layer, unit)
         if known is not None and (component == "qk" or rank >= least):
             return to_device(known, self.device)
         return losses_of(component, weights, read, min(rank, least))

@@ -15,10 +15,10 @@ from threading import Lock
 import torch
 
 from a3.artifacts.eliminations import (
-    Part,
+    Unit,
     expert_of,
     of_layers,
-    parts_of,
+    units_of,
     write_eliminations,
 )
 from a3.core.devices import require_device
@@ -81,8 +81,8 @@ def losses(
     write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
-def eliminate_layers(solver: LayerSolver, layers: range) -> dict[int, dict[Part, Elimination]]:
-    """The eliminations of some layers, by part; several layers at once if they are small."""
+def eliminate_layers(solver: LayerSolver, layers: range) -> dict[int, dict[Unit, Elimination]]:
+    """The eliminations of some layers, by unit; several layers at once if they are small."""
     threads = torch.get_num_threads()
     at_once = min(threads, max(1, TOGETHER // (6 * 8 * solver.arch.intermediate_size**2)))
     torch.set_num_threads(threads // at_once)
@@ -95,20 +95,20 @@ def eliminate_layers(solver: LayerSolver, layers: range) -> dict[int, dict[Part,
         torch.set_num_threads(threads)
 
 
-def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[Part, Elimination]:
-    """The eliminations of one layer, by part; `reading` lets one layer read at a time."""
+def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[Unit, Elimination]:
+    """The eliminations of one layer, by unit; `reading` lets one layer read at a time."""
     found = {}
     attention = cache(partial(solver.attention_weights, layer))  # QK and OV share one reading
     for component in solver.modes:
         if not is_eliminated(solver.arch, component, layer):
             continue
         least, kinds = least_rank(solver.arch, component), solver.kinds(component)
-        for part in parts_of(solver.arch, component):
-            expert = expert_of(part)
+        for unit in units_of(solver.arch, component):
+            expert = expert_of(unit)
             with reading:
                 weights = solver.mlp_weights(layer, expert) if component == "mlp" else attention()
                 read = [solver.rxx(kind, layer, expert) for kind in kinds]
-            found[part] = losses_of(component, weights, read, least)
+            found[unit] = losses_of(component, weights, read, least)
     return found
 
 
