@@ -322,7 +322,7 @@ class LayerSolver:
         """The order in which RoPE pairs are dropped, if all layers drop the same ones."""
         layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
         C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
-        return qk.global_order(C, self.arch.qk_norm is not None)
+        return qk.global_order(C, self.arch.rope_dims // 2, self.arch.qk_norm is not None)
 
     def pack(
         self, layer: int, solution: Any, names: tuple[str, ...], expert: int | None = None
