@@ -99,6 +99,8 @@ def base_name(source: dict[str, Any]) -> str | None:
         return source["hub"]
     if "wheel" in source:
         return Path(source["wheel"]["member"]).name.removesuffix(".gguf")
+    if "wheels" in source:
+        return source["wheels"]["file"].removesuffix(".gguf")
     if "path" in source:
         return Path(source["path"]).resolve().name
     return source.get("repeat_kv")

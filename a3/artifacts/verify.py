@@ -21,7 +21,7 @@ from a3.core.progress import LOG, Bar
 from a3.core.provenance import LIBRARIES, fingerprint
 from a3.core.records import Record
 from a3.models.checkpoint import check_file, recorded_files, refuse_added
-from a3.models.inputs import hash_inputs
+from a3.models.inputs import hash_inputs, wheel_name, wheels_in
 from a3.rxx.container import Rxx
 
 AGAIN = "Delete it and build it again."
@@ -145,8 +145,10 @@ class Verifier:
             raise A3Error(f"{record.path}: made from {folder}, which changed since. {AGAIN}")
 
     def source(self, record: Record, section: str, source: dict[str, Any]) -> None:
-        """The wheel or the local files of a source, including files that were added later."""
-        self.wheel(record.path, source)
+        """The wheels or the local files of a source, including files that were added later."""
+        for wheel in wheels_in(source):
+            name = wheel_name(wheel)
+            self.same(record.path, f"wheel {name}", wheel["sha256"], self.results / "wheels" / name)
         if "path" not in source:
             return
         if not Path(source["path"]).exists():
@@ -162,12 +164,6 @@ class Verifier:
                 f"{record.path}: made from {source['path']}, where since then "
                 f"{', '.join(sorted(changed))}. {AGAIN}"
             )
-
-    def wheel(self, path: Path, source: dict[str, Any]) -> None:
-        """The wheel of a source, if it has one."""
-        if wheel := source.get("wheel"):
-            name = f"{wheel['name']}-{wheel['version']}.whl"
-            self.same(path, f"wheel {name}", wheel["sha256"], self.results / "wheels" / name)
 
     def split(self, path: Path) -> None:
         """The splits of a text, and the documents that they were made of."""

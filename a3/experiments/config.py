@@ -16,6 +16,7 @@ import jsonschema
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, load_yaml
 from a3.experiments.entries import CATALOGUE
+from a3.models.inputs import wheel_name, wheels_in
 
 # A link, so that an installed a3 has it too.
 SCHEMA = Path(__file__).parent / "config.schema.yaml"
@@ -250,8 +251,8 @@ def check_made(name: str, source: dict[str, Any], config: dict[str, Any]) -> Non
 def wheels_of(config: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Every wheel that a model or text comes from, by its file name."""
     entries = [*config["models"].values(), *config["texts"].values()]
-    wheels = [entry["source"]["wheel"] for entry in entries if "wheel" in entry["source"]]
-    return {f"{wheel['name']}-{wheel['version']}.whl": wheel for wheel in wheels}
+    wheels = [wheel for entry in entries for wheel in wheels_in(entry["source"])]
+    return {wheel_name(wheel): wheel for wheel in wheels}
 
 
 def prefer_own_scripts() -> None:

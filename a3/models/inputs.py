@@ -7,6 +7,7 @@ when they are written. The Snakefile imports this at every start, so it imports 
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from a3.core.files import HIDDEN_SEAL, RECORDS, sha256
 from a3.texts.files import FILE_TYPES, inner, walk
@@ -44,6 +45,18 @@ def files_of(folder: Path) -> list[Path]:
     """Files of a model's folder, and chat templates in their folder, but of no other folder."""
     paths = [*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]
     return [path for path in sorted(paths) if path.is_file()]
+
+
+def wheels_in(source: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The wheels that an entry's source reads, in the order of the parts of a joined file."""
+    if "wheels" in source:
+        return source["wheels"]["parts"]
+    return [source["wheel"]] if "wheel" in source else []
+
+
+def wheel_name(wheel: Mapping[str, str]) -> str:
+    """The file name that a3 gives a wheel, whatever its publisher calls it."""
+    return f"{wheel['name']}-{wheel['version']}.whl"
 
 
 def model_inputs(path: Path) -> list[Path]:

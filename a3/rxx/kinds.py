@@ -21,7 +21,8 @@ class Kind:
     of text of the mean of |x|. Three forms observe gradients instead. fisher is Σ over blocks of
     the squared gradients of weights, summed over each row (collect.fisher). gradient is Σ gᵀg, g by
     the output of o or down. factors is one matrix per query head, by a complex factor of each RoPE
-    pair (collect.gradients).
+    pair; if heads are normed, by a real factor, and one more per query and key head, by the pairs'
+    weights in its norm (collect.gradients).
 
     Of a mixture, the inputs of down are summed for each expert, over the tokens that reach it, each
     times its routing weight: the mixture's output is the sum of what down makes of these. The
@@ -108,6 +109,11 @@ def width_of(site: str, arch: Mapping[str, Any]) -> int:
     return arch["intermediate_size" if site == "down_input" else "hidden_size"]
 
 
+def has_pairs_in_norms(arch: Mapping[str, Any]) -> bool:
+    """Whether each head of q and k is normed and all of it rotated: a norm is over RoPE pairs."""
+    return arch["qk_norm"] == "head" and arch["rope_dims"] == arch["head_dim"]
+
+
 def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of one layer's statistic."""
     if kind.form == "fisher":
@@ -118,6 +124,8 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     if kind.form == "gradient":
         return arch["hidden_size"], arch["hidden_size"]
     if kind.form == "factors":
+        if has_pairs_in_norms(arch):
+            return 2 * arch["heads"] + arch["kv_heads"], *[arch["rope_dims"] // 2] * 2
         return arch["heads"], arch["rope_dims"], arch["rope_dims"]
     if kind.form == "norm":
         return (arch["experts"],)

