@@ -186,7 +186,7 @@ def test_a_wrong_structure_is_refuted(tmp_path, mistake):
         ("afmoe", "ov", "differ"),
         # LayerNorm of queries and keys.
         ("persimmon", "qk", "normed otherwise"),
-        ("deepseek_v2", "qk", "no module of its layers has matrices for queries and keys"),
+        ("deepseek_v2", "qk", "keys and values are made from a latent"),
     ],
 )
 def test_what_does_not_fit_is_left_with_the_reason(model_type, component, said):

@@ -286,6 +286,8 @@ class Probe:
 
     def proposal(self, everywhere: list[int]) -> dict[str, Any]:
         """What names and shapes say about attention; A3Error if that is nothing."""
+        if any("kv_b_proj" in name for name, _ in self.layers[0].named_modules()):
+            raise A3Error("keys and values are made from a latent, which is what is cached")
         if not any(self.found):
             raise A3Error("no module of its layers has matrices for queries and keys")
         sizes = [
