@@ -1,7 +1,7 @@
 """Solves one layer: its components' modes, ranks and statistics."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeAlias
@@ -263,16 +263,11 @@ class LayerSolver:
         The report has each expert's tokens and rank, and the mean of their errors.
         """
         arch, name = self.arch, self.modes.get("mlp")
+        if name is None:
+            return self.kept_experts(layer, range(arch.experts)), {}
+        if find_mode("mlp", name).drops:
+            return self.drop_experts(layer, name)
         tensors: dict[str, Tensor] = {}
-        if name is None or find_mode("mlp", name).drops:
-            kept, said = (range(arch.experts), {}) if name is None else self.kept_experts(layer)
-            for number, expert in enumerate(kept):
-                weights = self.mlp_weights(layer, expert)
-                tensors |= self.pack(layer, weights, REPLACED["mlp"], number)
-            if len(kept) < arch.experts:
-                router, W = self.router(layer)
-                tensors[router] = W[torch.as_tensor(kept)].contiguous()
-            return tensors, said
         reports = []
         for expert in range(arch.experts):
             weights = self.mlp_weights(layer, expert)
@@ -296,13 +291,13 @@ class LayerSolver:
             "expert_ranks": ranks,
         }
 
-    def kept_experts(self, layer: int) -> tuple[list[int], dict[str, Any]]:
-        """The experts that a mode keeps, which drops the others, and its report."""
-        name, rank = self.modes["mlp"], self.rank("mlp", layer)
+    def drop_experts(self, layer: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Like `solve_experts`, for a mode that keeps some experts as they are."""
+        rank = self.rank("mlp", layer)
         (kind,) = find_mode("mlp", name).kinds
         norms, counts = self.rxx(kind, layer), self.experts.counts(kind, layer)
         kept = solver_of("mlp", name)(norms, counts, rank).tolist()
-        return kept, {
+        return self.kept_experts(layer, kept), {
             "mode": name,
             "rank": rank,
             "relative_error": relative(norms.sum() - norms[kept].sum(), norms.sum()).item(),
@@ -310,6 +305,17 @@ class LayerSolver:
             "expert_tokens": counts.int().tolist(),
             "expert_ranks": [self.arch.intermediate_size] * rank,
         }
+
+    def kept_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of some dense experts, numbered anew, and the rows of the router for them."""
+        tensors: dict[str, Tensor] = {}
+        for number, expert in enumerate(kept):
+            weights = self.mlp_weights(layer, expert)
+            tensors |= self.pack(layer, weights, REPLACED["mlp"], number)
+        if len(kept) < self.arch.experts:
+            name, rows = self.router(layer)
+            tensors[name] = rows[list(kept)].contiguous()
+        return tensors
 
     def router(self, layer: int) -> tuple[str, Tensor]:
         """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
