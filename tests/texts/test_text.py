@@ -289,6 +289,44 @@ def test_items_mask_the_title_and_hold_it_once(articles, tmp_path):
     assert {item["gold"] for item in items} == {0, 1, 2, 3}
 
 
+def question(content, ideal):
+    return json.dumps({"input": [{"role": "user", "content": content}], "ideal": ideal}) + "\n"
+
+
+def test_questions_with_lettered_answers_become_items(tmp_path):
+    path = tmp_path / "q.jsonl"
+    lines = [question(f"Who has {i} cups? A: Ann; B: Bo; C: no one.", "BAC"[i]) for i in range(3)]
+    path.write_text("".join(lines))
+    found = documents({"source": {"path": str(path)}, "format": "questions"})
+    assert [document.title for document in found] == ["Bo", "Ann", "no one"]
+    write_documents(tmp_path / "docs.jsonl", found)
+    harness_items(tmp_path / "docs.jsonl", 3, 0, tmp_path / "a")
+    made = [json.loads(line) for line in (tmp_path / "a/items.jsonl").read_text().splitlines()]
+    assert {(item["query"], item["gold"]) for item in made} == {
+        (f"Who has {i} cups?\nAnswer:", gold) for i, gold in enumerate((1, 0, 2))
+    }
+    assert all(item["choices"] == ["Ann", "Bo", "no one"] for item in made)
+    with pytest.raises(A3Error, match="3 questions, needed 4"):
+        harness_items(tmp_path / "docs.jsonl", 4, 0, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "ideal", "message"),
+    [
+        ("Who? A: Ann; B: Bo.", "C", "line 2: ideal is 'C', and input.0.content has 2 answers"),
+        ("Who? B: Ann; A: Bo.", "A", "has 0 answers"),
+        ("Who?", "A", "has 0 answers"),
+        ("Who? A: Ann; B: Bo.", "", "ideal is ''"),
+        ("Who? A: Ann; B: Bo.", None, "ideal is None"),
+    ],
+)
+def test_a_question_without_its_answer_is_named(tmp_path, content, ideal, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text(question("Who? A: Ann; B: Bo.", "A") + question(content, ideal))
+    with pytest.raises(A3Error, match=message):
+        documents({"source": {"path": str(path)}, "format": "questions"})
+
+
 def test_items_follow_the_seed(articles, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         harness_items(articles, 20, seed, tmp_path / name)

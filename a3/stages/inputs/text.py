@@ -13,6 +13,7 @@ from a3.core.errors import A3Error
 from a3.core.files import sha256, write_record
 from a3.core.provenance import provenance
 from a3.models.inputs import hash_inputs
+from a3.stages.inputs.asked import LETTERS, asked
 from a3.stages.inputs.hub import hub_commit, hub_rows
 from a3.stages.inputs.sources import PLACES, origin_of, rows_of
 from a3.stages.inputs.wheels import wheel_file, wheel_members
@@ -33,7 +34,10 @@ from a3.texts.reading import (
 
 PROSE = ("text", "lines", "paragraphs", "endoftext", "doc-tags")
 
-FORMATS = (*PROSE, "summaries", "jsonl", "dataset")
+FORMATS = (*PROSE, "summaries", "jsonl", "questions", "dataset")
+
+# Where a record of format questions has what is asked, with its lettered answers.
+ASKED = "input.0.content"
 
 # What parts the documents of a file of format endoftext, as in files that models are trained on.
 END_OF_TEXT = "<|endoftext|>"
@@ -113,7 +117,9 @@ def documents(spec: dict[str, Any], wheels: Path | None = None) -> list[Document
     doc-tags (`<doc … title="…">` blocks), summaries (JSON of title: {title, extract}), text (each
     file one document, whatever it holds), lines (each line one), paragraphs (cut at blank lines, as
     soon as a document has `min_chars`), endoftext (parted by `<|endoftext|>`), jsonl (JSON of
-    records), dataset (records, as the name says; of a hub data set its rows). Of records `column`
+    records), questions (records as OpenAI's evals have them: what is asked, with its lettered
+    answers, is the text, the right answer the title), dataset (records, as the name says; of a hub
+    data set its rows). Of records `column`
     of the source (default text) is the text, and title the title; in JSON dots lead to nested
     fields.
     Raises A3Error when the source cannot be read as that format or nothing is left of it.
@@ -161,7 +167,8 @@ def contents(
         yield from ((f"{path}: {name}", content) for name, content in members)
     else:
         types: dict[str | None, set[str]] = {each: {"text"} for each in PROSE}
-        types |= {"dataset": set(RECORDS), "summaries": {"json"}, "jsonl": {"json"}}
+        types |= {"dataset": set(RECORDS)}
+        types |= {key: {"json"} for key in ("summaries", "jsonl", "questions")}
         types[None] = set(FILE_TYPES.values())
         files = text_files(Path(source["path"]), types[form])
         yield from ((str(file), read_bytes(file)) for file in files)
@@ -178,6 +185,8 @@ def parse_as(
         raise A3Error(f"{name}: expected a file of records for format dataset. Correct format.")
     if form in (None, "dataset", "jsonl"):
         return parse(name, content, column, "json" if form == "jsonl" else None)
+    if form == "questions":
+        return questions(name, content)
     text = decode(unpack(name, content), name)
     if form == "lines":
         return [Document("", line) for line in text.split("\n")]
@@ -190,6 +199,22 @@ def parse_as(
     if form == "summaries":
         return summaries(name, text)
     return [Document(inner(name)[0], text)]
+
+
+def questions(name: str, content: bytes) -> list[Document]:
+    """Questions with lettered answers, and the right answers as titles; A3Error for others."""
+    found = []
+    for where, fields in RECORDS["json"](name, unpack(name, content), ASKED):
+        text = as_document(fields, ASKED, where).text
+        _, answers = asked(text)
+        letter = fields.get("ideal") if isinstance(fields, dict) else None
+        if letter not in tuple(LETTERS[: len(answers)]):
+            raise A3Error(
+                f"{where}: ideal is {letter!r}, and {ASKED} has {len(answers)} answers; expected "
+                "its letter, after a question: Which? A: this; B: that. Correct the record."
+            )
+        found.append(Document(answers[LETTERS.index(letter)], text))
+    return found
 
 
 def passages(text: str, least: int) -> Iterator[str]:
