@@ -19,7 +19,7 @@ from a3.experiments.config import CATALOGUE
 from a3.models.families import FAMILIES
 from a3.models.probe.table import read_table, said_parts, said_why
 from a3.solutions.functions import SOLUTIONS, solver_of
-from a3.solutions.modes import MODES, PRESETS
+from a3.solutions.modes import BRIEFS, MODES, PRESETS
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
@@ -114,8 +114,11 @@ def key(child: dict[str, Any], schema: dict[str, Any], path: str) -> Iterator[li
 def modes() -> str:
     """Presets and modes, from the registry."""
     text = f"{MADE}# Modes\n\n## Presets\n\n"
-    rows = [[f"`{name}`", *(f"`{mode}`" for mode in one.values())] for name, one in PRESETS.items()]
-    text += table(["preset", *("QK", "OV", "MLP")], rows)
+    rows = [
+        [f"`{name}`", *(f"`{mode}`" for mode in one.values()), BRIEFS[name]]
+        for name, one in PRESETS.items()
+    ]
+    text += table(["preset", *("QK", "OV", "MLP"), "what it is"], rows)
     for component in SOLUTIONS:
         text += f"## {component.upper()}\n\n"
         rows = [

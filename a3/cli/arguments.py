@@ -10,7 +10,7 @@ from a3.cli import options as values
 from a3.cli.options import LARGEST_SEED, MOST_THREADS, count
 from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
-from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_ratio
+from a3.solutions.modes import BRIEFS, COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_ratio
 
 # Cells of a table's rows, and what may stand beside them.
 ROW = (*COMPONENTS, "ratio")
@@ -232,19 +232,30 @@ def add_components(one: argparse.ArgumentParser) -> None:
         one.add_argument(f"--{component}", default=mode, metavar="MODE", help=text)
     one.add_argument(
         "--preset",
+        nargs="?",
         choices=PRESETS,
         action=Preset,
         default=argparse.SUPPRESS,
-        help="modes of all components: a3 (the paper's, the default), a3-plus (most accurate) or "
-        "a3-stock (one head size, for llama.cpp)",
+        metavar="NAME",
+        help="modes of all components: a3 (the paper's, the default), a3-plus (most accurate), "
+        "a3-stock (for llama.cpp) or a baseline; without a name, lists them",
     )
 
 
 class Preset(argparse.Action):
-    """Sets the modes of all components; a component's option after it overrides it."""
+    """Sets the modes of all components; a component's option after it overrides it.
 
-    def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *__: Any) -> None:
+    Without a name it prints all presets and leaves, as --help does.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any
+    ) -> None:
         """Called where the option stands."""
+        if value is None:
+            width = max(map(len, BRIEFS))
+            print("\n".join(f"{name:<{width}}  {brief}" for name, brief in BRIEFS.items()))
+            parser.exit()
         for component, mode in PRESETS[value].items():
             setattr(namespace, component, mode)
 

@@ -58,12 +58,34 @@ ONE_SIZE = ("uniform-global", "uniform-contiguous")
 # All modes that `~` may follow.
 MARKED = {component: (mode, *ONE_SIZE * (component == "qk")) for component, mode in SHARING.items()}
 
-# The paper's modes, the most accurate combination beyond it (docs/log.md), and the most accurate
-# one that stock llama.cpp runs, as options name them.
-PRESETS = {
+# What options name: the paper's modes, better ones beyond it (docs/log.md), and baselines.
+PRESETS: dict[str, dict[str, str]] = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
     "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
     "a3-stock": {"qk": ONE_SIZE[1] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
+    **{
+        name: dict.fromkeys(COMPONENTS, name)
+        for name in ("modegpt", "svd-llm", "svd-llm-v2", "asvd", "fwsvd", "svd")
+    },
+    "flap": {"qk": DENSE, "ov": DENSE, "mlp": "flap"},
+    "wanda": {"qk": "wanda", "ov": DENSE, "mlp": "wanda"},
+    "magnitude": {"qk": "abs-w", "ov": DENSE, "mlp": "abs-w"},
+}
+
+# What each preset is, in a line.
+BRIEFS = {
+    "a3": "the paper's modes",
+    "a3-plus": "the most accurate: elimination by predicted loss, ranks allocated",
+    "a3-stock": "the most accurate that stock llama.cpp runs: one head size, plain RoPE",
+    "modegpt": "baseline: MoDeGPT, smaller heads and MLPs, one ratio for all layers",
+    "svd-llm": "baseline: SVD-LLM, two factors in place of each matrix; the KV cache stays",
+    "svd-llm-v2": "baseline: SVD-LLM with a ratio of its own for each matrix",
+    "asvd": "baseline: ASVD, two factors, inputs scaled by their mean magnitude",
+    "fwsvd": "baseline: FWSVD, two factors, rows weighted by Fisher information",
+    "svd": "baseline: two factors by the weights alone",
+    "flap": "baseline: FLAP, MLP channels that fluctuate least go into a bias",
+    "wanda": "baseline: Wanda, structured: RoPE pairs and MLP channels by weight × activation",
+    "magnitude": "baseline: RoPE pairs and MLP channels by the size of their weights",
 }
 
 # Ranks of models of one head size are multiples of these unless the plan has its own: of MLPs the

@@ -13,8 +13,8 @@ import a3.pipeline as pipeline
 from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.experiments.rows import kinds_of, read_experiments
-from a3.models.arch import describe
-from a3.solutions.modes import Choice, choose
+from a3.models.arch import describe, load_arch
+from a3.solutions.modes import PRESETS, Choice, choose
 from a3.solutions.plan import Plan, check_experiments
 
 PAPER = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w", "ratio": "0.2"}
@@ -236,3 +236,15 @@ def test_wrong_sizes_are_refused_before_anything_is_read(llama, tmp_path, capsys
     assert main(["compress", str(llama), "--text", __file__, "-o", str(out), *options]) == 1
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_listed_and_fit_a_llama(tmp_path, capsys):
+    arch = load_arch(tiny_model(tmp_path / "m", "llama"))
+    for preset, modes in PRESETS.items():
+        assert Plan(choose(modes | {"ratio": "0.25"})).ranks(arch), preset
+    with pytest.raises(SystemExit) as left:
+        main(["compress", "m", "--preset"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert "the most accurate: elimination by predicted loss" in lines[1]
