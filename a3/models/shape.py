@@ -87,6 +87,23 @@ class Arch:
         """Whether the attention module of a layer is left as it is, whatever the plan."""
         return not (self.solves("qk", layer) or self.solves("ov", layer))
 
+    def require_every_layer(self, what: str) -> None:
+        """Raise A3Error, for a stage that needs all components of all layers, if some stay."""
+        left = [component for component, layers in self.fixed.items() if layers]
+        if left:
+            raise A3Error(
+                f"{what}: a3 leaves {', '.join(left)} of some layers of {self.family} as they are "
+                f"(a3 families), and {what} needs all of them. This model is not supported."
+            )
+
+    def require_a3_attention(self, what: str) -> None:
+        """Raise A3Error if compressed models run the family's own attention code."""
+        if self.adapter.own(vars(self)) is not None:
+            raise A3Error(
+                f"{what}: compressed models of {self.family} run its own attention code, whose "
+                f"matrices {what} cannot replace. This model is not supported."
+            )
+
     def full_rank(self, component: str) -> int:
         """The size that compression reduces: the head size or the intermediate size."""
         return self.intermediate_size if component == "mlp" else self.head_dim

@@ -11,6 +11,7 @@ from tiny import run, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.models.arch import load_arch, sketch
 from a3.models.compressed import compressed_record
@@ -22,6 +23,7 @@ from a3.models.probe.trial import Trial, gap, logits
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate
+from a3.stages.approx.spectra import spectra
 from a3.stages.collect.collect import collect
 
 TYPES = read_table()["types"]
@@ -208,6 +210,16 @@ def test_attention_that_is_the_familys_own_cannot_be_factored(tmp_path):
     modes = {"qk": "svd", "ov": "dense", "mlp": "dense"}
     with pytest.raises(A3Error, match="cannot be factored in ministral3"):
         solve(tmp_path, tmp_path / "small", "0.25", modes)
+
+
+def test_stages_that_need_more_say_so(tmp_path, capsys):
+    tiny(tmp_path / "own", "ministral3")
+    tiny(tmp_path / "some", "lfm2")
+    low = ["--rxx", tmp_path, "--recipe", "w4a16-int4", "--method", "qera", "--rank", "2"]
+    assert main(["quantise", *map(str, [tmp_path / "own", *low, "-o", tmp_path / "low"])]) == 1
+    assert "compressed models of ministral3 run its own" in capsys.readouterr().err
+    with pytest.raises(A3Error, match=r"spectra: a3 leaves .* of some layers of lfm2"):
+        spectra(tmp_path / "some", tmp_path, tmp_path / "spectra.json")
 
 
 def test_what_stays_in_every_layer_has_no_mode(tmp_path):

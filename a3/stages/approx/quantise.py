@@ -73,6 +73,8 @@ def quantise_model(
     arch = dense_or_compressed(model_folder)
     if arch.experts:
         raise A3Error(f"{model_folder}: a mixture of experts, which a3 cannot quantise yet.")
+    arch.require_every_layer("quantise")
+    arch.require_a3_attention("quantise")
     statistics = read_statistics(rxx_folder, kinds_read(method), model_folder, arch)
     said = provenance(
         __name__,

@@ -43,6 +43,7 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
     beyond each of `ranks`. Raises A3Error if a statistic is missing, damaged or another model's.
     """
     arch = load_arch(model_folder)
+    arch.require_every_layer("spectra")
     rxx = read_statistics(rxx_folder, SPECTRA_KINDS, model_folder, arch)
     said = provenance(__name__, **made_from(model_folder, arch, rxx))
     checkpoint = Checkpoint(model_folder, arch.adapter.prefix)

@@ -64,6 +64,7 @@ class Operation:
 
     def __init__(self, model_folder: Path, rxx_folder: Path | None, mode: str) -> None:
         self.arch: Arch = load_arch(model_folder)
+        self.arch.require_every_layer("surgery")
         self.checkpoint = Checkpoint(model_folder, self.arch.adapter.prefix)
         self.mode = mode
         self.surgery = find_surgery(mode)
