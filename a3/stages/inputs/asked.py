@@ -1,7 +1,9 @@
 """Questions with lettered answers: Which of them? A: this; B: that."""
 
 import re
-from string import ascii_uppercase as LETTERS
+from string import ascii_uppercase
+
+LETTERS = ascii_uppercase
 
 ANSWER = re.compile(r"[?;] ([A-Z]): ")
 
