@@ -130,6 +130,22 @@ def test_a_model_is_trained_on_the_tokens_that_its_folder_gives(tmp_path, text):
     assert report["unigram_loss"] == pytest.approx(unigram_loss(blocks[:, 1:]))
 
 
+def test_experts_are_balanced_in_training_only(tmp_path, text):
+    """The loss of the router is added where the recipe asks for it, and nothing of it stays."""
+    config = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 16}
+    config |= {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    balanced = {"output_router_logits": True, "router_aux_loss_coef": 10.0}
+    first = []
+    for more in ({}, balanced):
+        spec = recipe(config=config | more, steps=2)
+        out = run(spec, text, tmp_path / str(len(first)))
+        assert not json.loads((out / "config.json").read_text())["output_router_logits"]
+        first.append(json.loads((out / "train.json").read_text())["losses"][0])
+    # Of two of four experts the router's loss is 2, or a little more.
+    assert 19 < first[1] - first[0] < 40
+
+
 def test_the_same_recipe_gives_the_same_bytes(tmp_path, text):
     """Also in another process, whose hashes have another seed; another seed of ours does not."""
     first = run(recipe(), text, tmp_path / "first")
@@ -206,7 +222,7 @@ def test_the_catalogue_follows_the_schema():
     catalogue = load_yaml(CATALOGUE)
     complete({"experiments": "x.tsv"} | catalogue, SCHEMA)
     trained = [m["source"] for m in catalogue["models"].values() if "train" in m["source"]]
-    assert len(trained) == 4
+    assert len(trained) == 5
     assert all(read_recipe(source) for source in trained)
 
 

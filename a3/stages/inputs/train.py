@@ -99,7 +99,7 @@ def train(recipe: Recipe, text: Path, out: Path) -> None:
     start = time.perf_counter()
     losses = fit(model, recipe, blocks)
     if hasattr(model.config, "output_router_logits"):
-        # Whose loss keeps experts equally busy, in training only.
+        # Their loss, which keeps all experts in use, is of training only.
         model.config.output_router_logits = False
     loss, unigrams = final(losses), unigram_loss(blocks[:, 1:])
     LOG.info(
