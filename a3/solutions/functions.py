@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from a3.numerics.elimination import Elimination
-from a3.solutions import mlp, ov, qk
+from a3.solutions import mlp, ov, pairs_of_model, qk
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 
@@ -21,7 +21,7 @@ def losses_of_model(mode: str, C: Tensor, real: bool) -> Elimination:
 
     `real`: queries are normed.
     """
-    return getattr(qk, solver_of("qk", mode).__name__ + "_losses")(C, real)
+    return getattr(pairs_of_model, solver_of("qk", mode).__name__ + "_losses")(C, real)
 
 
 def losses_of(component: str, weights: Any, statistics: list[Tensor], least: int) -> Elimination:

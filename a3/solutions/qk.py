@@ -175,41 +175,8 @@ def _eliminated(
     solution = _keep_pairs(weights, Gq, Gk, rank, score, count)
     kept = solution.pairs
     assert kept is not None, "_keep_pairs says which"
-    e = _refit_pairs(_by_group(C, len(weights.k), weights.q_gain is not None), kept)
+    e = _refit_pairs(by_group(C, len(weights.k), weights.q_gain is not None), kept)
     return _with_factors(solution, kept, e, relative(_loss(C, e), C[:, :pairs, :pairs].sum()))
-
-
-def uniform_global_losses(C: Tensor, real: bool) -> Elimination:
-    """The order (F,) in which pairs go from all heads of all layers, C (L H, 2 F, 2 F).
-
-    `real`: queries are normed, so that factors have no imaginary part.
-    """
-    found = _eliminate(_by_group(C, 1, real))
-    return found._replace(order=found.order[0])
-
-
-def uniform_contiguous_losses(C: Tensor, real: bool) -> Elimination:
-    """The first pair (F,) of the best run where 0 to F - 1 pairs go; C and `real` as above.
-
-    Dropping D costs ½ V_Dᵀ (P_DD)⁻¹ V_D = ½ ‖L⁻¹ V_D‖² with P_DD = L Lᵀ. L of the pairs before a
-    run, followed by those after it from the last one on, has the L of all runs that start there.
-    """
-    grouped = _by_group(C, 1, real)
-    parts, pairs = grouped.shape[2:4]
-    P = _inverse(grouped)[0]
-    losses = P.new_full((pairs, pairs), torch.inf)  # by first pair, and number dropped
-    losses[0, 0] = 0
-    for start in range(pairs):
-        gone = torch.cat((torch.arange(start), torch.arange(pairs - 1, start, -1))).to(P.device)
-        dims = (gone[:, None] + pairs * torch.arange(parts, device=P.device)).flatten()
-        root = torch.linalg.cholesky(P[:, dims][:, :, dims])
-        V = (dims < pairs).to(P.dtype).expand(len(P), -1)[..., None]
-        Y = torch.linalg.solve_triangular(root, V, upper=False)
-        cost = Y.square().sum((0, 2)).unflatten(0, (-1, parts)).sum(1).cumsum(0) / 2
-        least = max(start, 1)
-        losses[start, least:] = cost[least - 1 :]
-    best = losses.min(0)
-    return Elimination(best.indices, best.values, grouped[:, :, 0, :, 0].sum() / 2)
 
 
 def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:
@@ -217,17 +184,17 @@ def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:
 
     The loss (F,) is ½ eᵀ (C + λ 1) e over all heads, when each group has dropped 0 to F - 1 pairs.
     """
-    return _eliminate(_by_group(C, len(weights.k), weights.q_gain is not None))
+    return eliminate_pairs(by_group(C, len(weights.k), weights.q_gain is not None))
 
 
-def _eliminate(grouped: Tensor) -> Elimination:
+def eliminate_pairs(grouped: Tensor) -> Elimination:
     """Like `fisher_losses`; grouped (G, g, parts, F, parts, F).
 
     Optimal brain surgeon (a3.numerics.elimination) of the factors V = 1 - e of each head, of which
     the heads of a group drop the same pair at a time.
     """
     groups, heads, parts, pairs = grouped.shape[:4]
-    P = _inverse(grouped)
+    P = inverse_of(grouped)
     V = P.new_zeros(groups, heads, parts * pairs, 1)
     V[:, :, :pairs] = 1.0
     left = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
@@ -264,7 +231,7 @@ def _pair_costs(P: Tensor, V: Tensor, left: Tensor) -> Tensor:
     return cost.masked_fill(~left, torch.inf)
 
 
-def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
+def by_group(C: Tensor, groups: int, real: bool) -> Tensor:
     """C (H, 2 F, 2 F) as (G, H / G, parts, F, parts, F); of `real` factors there is one part."""
     split = C.unflatten(2, (2, -1)).unflatten(1, (2, -1))
     return (split[:, :1, :, :1] if real else split).unflatten(0, (groups, -1))
@@ -273,7 +240,7 @@ def _by_group(C: Tensor, groups: int, real: bool) -> Tensor:
 def _refit_pairs(grouped: Tensor, kept: Tensor) -> Tensor:
     """e (H, parts, F) of least eᵀ (C + λ 1) e that is 1 in dropped pairs; kept (G, p)."""
     groups, heads, parts, pairs = grouped.shape[:4]
-    P = _inverse(grouped)
+    P = inverse_of(grouped)
     dropped = torch.ones(groups, pairs, dtype=torch.bool, device=P.device)
     dropped = dropped.scatter(1, kept, False)
     both = dropped.repeat(1, parts)
@@ -286,7 +253,7 @@ def _refit_pairs(grouped: Tensor, kept: Tensor) -> Tensor:
     return e.unflatten(2, (parts, pairs)).flatten(0, 1)
 
 
-def _inverse(grouped: Tensor) -> Tensor:
+def inverse_of(grouped: Tensor) -> Tensor:
     """(C + λ 1)⁻¹ of each head (G, g, n, n); grouped (G, g, parts, F, parts, F), n = parts · F."""
     flat = grouped.flatten(4, 5).flatten(2, 3)
     eye = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
