@@ -59,7 +59,7 @@ MARKED = {component: (mode, *ONE_SIZE * (component == "qk")) for component, mode
 PRESETS = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
     "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
-    "a3-stock": {"qk": ONE_SIZE[1] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
+    "a3-stock": {"qk": ONE_SIZE[0] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
 }
 
 # Ranks of models of one head size are multiples of these unless the plan has its own: of MLPs the
