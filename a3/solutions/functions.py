@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from a3.numerics.elimination import Elimination
-from a3.solutions import mlp, ov, qk
+from a3.solutions import mlp, ov, pairs_of_model, qk
 
 SOLUTIONS = {"qk": qk, "ov": ov, "mlp": mlp}
 
@@ -21,7 +21,8 @@ def losses_of_model(mode: str, C: Tensor, pairs: int, normed: bool) -> Eliminati
 
     F is the number of `pairs`; queries may be `normed`.
     """
-    return getattr(qk, solver_of("qk", mode).__name__ + "_losses")(C, pairs, normed)
+    losses = getattr(pairs_of_model, solver_of("qk", mode).__name__ + "_losses")
+    return losses(C, pairs, normed)
 
 
 def losses_of(component: str, weights: Any, statistics: list[Tensor], least: int) -> Elimination:

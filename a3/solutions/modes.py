@@ -62,7 +62,7 @@ MARKED = {component: (mode, *ONE_SIZE * (component == "qk")) for component, mode
 PRESETS: dict[str, dict[str, str]] = {
     "a3": {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"},
     "a3-plus": {component: mode + SHARED for component, mode in SHARING.items()},
-    "a3-stock": {"qk": ONE_SIZE[1] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
+    "a3-stock": {"qk": ONE_SIZE[0] + SHARED, "ov": "joint" + SHARED, "mlp": "obs" + SHARED},
     **{
         name: dict.fromkeys(COMPONENTS, name)
         for name in ("modegpt", "svd-llm", "svd-llm-v2", "asvd", "fwsvd", "svd")
@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, str]] = {
 BRIEFS = {
     "a3": "the paper's modes",
     "a3-plus": "the most accurate: elimination by predicted loss, ranks allocated",
-    "a3-stock": "the most accurate that stock llama.cpp runs: one head size, plain RoPE",
+    "a3-stock": "the most accurate that stock llama.cpp runs: one head size for the model",
     "modegpt": "baseline: MoDeGPT, smaller heads and MLPs, one ratio for all layers",
     "svd-llm": "baseline: SVD-LLM, two factors in place of each matrix; the KV cache stays",
     "svd-llm-v2": "baseline: SVD-LLM with a ratio of its own for each matrix",

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from a3.models.family import AttentionWeights
 from a3.numerics.elimination import Elimination
 from a3.numerics.linalg import keep_best, relative, shared_subspace, subspace_error
-from a3.solutions.pairs import Pairs, eliminate, inverse, pairs_of, refit
+from a3.solutions.pairs import Pairs, eliminate, pairs_of, refit
 
 
 @dataclass(frozen=True)
@@ -181,38 +181,6 @@ def _eliminated(
     if problem.norms:
         return _with_norms(weights, solution, kept, e[:, :, 0])
     return _with_factors(solution, kept, e)
-
-
-def uniform_global_losses(C: Tensor, pairs: int, normed: bool) -> Elimination:
-    """The order (F,) in which `pairs` go from all heads of all layers, C (L H, 2 F, 2 F).
-
-    If they are `normed`, factors have no imaginary part, and C may be that of factors and norms.
-    """
-    found = eliminate(pairs_of(C, 1, len(C), pairs, normed))
-    return found._replace(order=found.order[0])
-
-
-def uniform_contiguous_losses(C: Tensor, pairs: int, normed: bool) -> Elimination:
-    """The first pair (F,) of the best run where 0 to F - 1 pairs go; arguments as above.
-
-    Dropping D costs ½ V_Dᵀ (P_DD)⁻¹ V_D = ½ ‖L⁻¹ V_D‖² with P_DD = L Lᵀ. L of the pairs before a
-    run, followed by those after it from the last one on, has the L of all runs that start there.
-    """
-    grouped = pairs_of(C, 1, len(C), pairs, normed).C
-    parts, P = grouped.shape[2], inverse(grouped)[0]
-    losses = P.new_full((pairs, pairs), torch.inf)  # by first pair, and number dropped
-    losses[0, 0] = 0
-    for start in range(pairs):
-        gone = torch.cat((torch.arange(start), torch.arange(pairs - 1, start, -1))).to(P.device)
-        dims = (gone[:, None] + pairs * torch.arange(parts, device=P.device)).flatten()
-        root = torch.linalg.cholesky(P[:, dims][:, :, dims])
-        V = (dims < pairs).to(P.dtype).expand(len(P), -1)[..., None]
-        Y = torch.linalg.solve_triangular(root, V, upper=False)
-        cost = Y.square().sum((0, 2)).unflatten(0, (-1, parts)).sum(1).cumsum(0) / 2
-        least = max(start, 1)
-        losses[start, least:] = cost[least - 1 :]
-    best = losses.min(0)
-    return Elimination(best.indices, best.values, grouped[:, :, 0, :, 0].sum() / 2)
 
 
 def fisher_losses(weights: AttentionWeights, C: Tensor) -> Elimination:

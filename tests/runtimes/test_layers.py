@@ -70,11 +70,11 @@ def test_tiny_models_are_llama_cpps(tmp_path, name, mode):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(sources, tmp_path_factory):
     """SmolLM2 as a3-stock makes it, and GGUF files of it."""
     folder = tmp_path_factory.mktemp("layers")
     outputs = [folder / f"rxx/{kind}.safetensors" for kind in KINDS]
-    text = TEXTS / "wiki-articles/docs.jsonl"
+    text = sources[0]
     a3_(
         "collect",
         MODEL,

@@ -34,17 +34,13 @@ def a3_(*words):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(sources, tmp_path_factory):
     """`small` compressed, `stock` exported of it, and GGUF files of it and of the dense model."""
-    texts = [TEXTS / "wiki-articles/docs.jsonl", TEXTS / "wikipedia-summaries/test.jsonl"]
-    targets = [str(path.relative_to(ROOT)) for path in (MODEL / "arch.json", *texts)]
-    profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
-    subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
     folder = tmp_path_factory.mktemp("runtimes")
     kinds = ("q_blocks", "k_blocks", "pair_gradient", "v_blocks", "down_diagonal")
     outputs = [folder / f"rxx/{kind}.safetensors" for kind in kinds]
     cut = ["--tokens", "2048", "--block-length", "512"]
-    a3_("collect", MODEL, "--text", texts[0], *cut, "-o", *outputs)
+    a3_("collect", MODEL, "--text", sources[0], *cut, "-o", *outputs)
     modes = ["--qk", f"uniform-global@{RANK}", "--ov", f"xkv@{RANK}", "--mlp", "rxx-w@1408"]
     a3_("approx", MODEL, "--rxx", folder / "rxx", *modes, "-o", folder / "small")
     a3_("export", "hf", folder / "small", "-o", folder / "stock")

@@ -23,7 +23,7 @@ from a3.numerics.linalg import take_over
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS as FORMS
 from a3.rxx.kinds import has_pairs_in_norms
-from a3.solutions import mlp, ov, qk
+from a3.solutions import mlp, ov, pairs_of_model, qk
 from a3.solutions.modes import choose, find_mode
 from a3.solutions.pairs import LEAST_WEIGHT, RIDGE
 from a3.solutions.plan import Plan
@@ -378,7 +378,9 @@ def test_one_order_for_all_layers_is_that_of_all_heads_as_one_group():
     C = torch.cat([pair_statistics(h // 2, seed=seed) for seed in (7, 8)])
     together = replace(attention(), k=attention().k[:1])
     expected = qk.fisher_losses(together, C).order
-    assert torch.equal(qk.uniform_global_losses(C, h // 2, normed=False).order, expected[0])
+    assert torch.equal(
+        pairs_of_model.uniform_global_losses(C, h // 2, normed=False).order, expected[0]
+    )
     weights = replace(attention(), rope_dims=h)
     grams = semidefinite(H, h, seed=1), semidefinite(G, h, seed=2)
     found = qk.uniform_global(weights, *grams, C[:H], expected[0], 6)
