@@ -79,12 +79,7 @@ def build_report(
     runs = [run for dense, others in groups for run in (dense, *others)]
     page = _template().render(
         title=tables.name,
-        advice=[
-            found
-            for dense, others in groups
-            for text in perplexity[:1]
-            if (found := advice(dense, others, text))
-        ],
+        advice=[advice(dense, others, text) for dense, others in groups for text in perplexity[:1]],
         summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
         results=result_columns(frames["results"], perplexity, harness),
         fit=" ".join(fit_note(frames["results"])),

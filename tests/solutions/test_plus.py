@@ -839,7 +839,8 @@ def curve(seed, convex, parameters, cache, ranks=5, component="mlp"):
     steps = random(ranks - 1, seed=seed).abs() + 0.01
     steps = steps.sort().values if convex else steps
     loss = torch.cat((torch.zeros(1).double(), steps.cumsum(0)))
-    return Curve((component,), range(1), 8 - torch.arange(ranks), loss, parameters, cache)
+    places = ((0, None),)
+    return Curve((component,), places, 8 - torch.arange(ranks), loss, parameters, cache)
 
 
 def hull_step(curve):

@@ -97,7 +97,7 @@ def test_a_few_ranks_are_tried_one_by_one(seed):
 def test_curves_of_one_rank_have_the_ranks_of_both():
     one, other = curve(1, True, 3, 1, component="qk"), curve(2, True, 5, 2, component="ov")
     other = replace(other, ranks=other.ranks[::2], loss=other.loss[::2])
-    (joined,) = together([one, other], [("qk", "ov")])
+    (joined,) = together([one, other], (), ("qk", "ov"))
     assert joined.ranks.tolist() == [8, 6, 4]
     torch.testing.assert_close(joined.loss, one.loss[::2] + other.loss)
     assert (joined.parameters, joined.cache) == (8, 3)

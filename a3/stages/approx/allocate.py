@@ -77,19 +77,7 @@ def allocate(
     eliminated = eliminating(modes)
     require_device(device, "float64")
     solver = LayerSolver(arch, dense, statistics, eliminated, ranks, device=device)
-    if losses:
-        known = Eliminations(losses, arch, statistics)
-        found = {
-            layer: {
-                unit: known.require(layer, unit)
-                for one in eliminated
-                if is_eliminated(arch, one, layer)
-                for unit in units_of(arch, one)
-            }
-            for layer in layers
-        }
-    else:
-        found = eliminate_layers(solver, layers)
+    found = eliminations_of(solver, losses)
     curves = [curve for layer in layers for curve in curves_of(arch, layer, found[layer], plan)]
     if modes.get("qk") in ONE_SIZE:
         curves.append(curve_of_model(arch, solver.of_model(modes["qk"]), plan))
@@ -106,6 +94,25 @@ def allocate(
     }
     write_record(out, record)
     write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
+
+
+def eliminations_of(
+    solver: LayerSolver, losses: list[Path] | None
+) -> dict[int, dict[Unit, Elimination]]:
+    """The eliminations of all layers, by unit: read from the files of stage losses, or computed."""
+    arch, layers = solver.arch, range(solver.arch.layers)
+    if not losses:
+        return eliminate_layers(solver, layers)
+    known = Eliminations(losses, arch, solver.statistics)
+    return {
+        layer: {
+            unit: known.require(layer, unit)
+            for one in solver.modes
+            if is_eliminated(arch, one, layer)
+            for unit in units_of(arch, one)
+        }
+        for layer in layers
+    }
 
 
 def solved(
