@@ -155,6 +155,7 @@ MISTAKES = {
     "a norm of all heads": ("olmo2", {"qk_norm": "head"}),
     "sinks left out": ("granite_swa", {"own": False}),
     "temperature left out": ("ministral3", {"own": False}),
+    "caps of scores left out": ("vaultgemma", {"own": False}),
     "a layer without RoPE": ("smollm3", {"nope_layers": []}),
     "values and keys exchanged": ("llama", {"projections": "exchanged"}),
     "fused in another order": ("phi3", {"interleave": True}),

@@ -81,6 +81,11 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
+# Caps of scores, queries, keys and values, which a tiny model's small numbers would not reach.
+CAPS = ("softcap", "soft_cap", "logit_cap", "clip")
+
+SMALL_CAP = 0.5
+
 LAYERS = 4
 
 # Parameters of a model that is tiny enough.
@@ -153,6 +158,10 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     known = CONFIG_MAPPING[model_type]
     config = known.from_dict({key: value for key, value in content.items() if key != "model_type"})
     shorten(getattr(config, "rope_parameters", None))
+    for key, value in list(vars(config).items()):
+        cap = any(word in key for word in CAPS) and "final" not in key
+        if cap and isinstance(value, int | float) and value > SMALL_CAP:
+            setattr(config, key, SMALL_CAP)
     return config
 
 

@@ -30,7 +30,7 @@ from a3.models.packing import compressed_config, outside, pairs_name, staying
 from a3.models.shape import Arch
 
 # Largest difference of logits, as a share of their spread; in float32.
-SAME = 5e-4
+SAME = 1e-4
 
 # The least that a cut has to change, as a share of the logits' spread; less would show nothing.
 SEEN = 2e-2
