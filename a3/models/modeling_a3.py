@@ -135,8 +135,9 @@ class Experts(nn.ModuleList):
             self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
         # Whether gate's and up's outputs follow one another, or alternate.
         self.concatenated = getattr(dense, "is_concatenated", True)
-        # How gate and up become one: the family's own function, whose module needs no weights.
-        self.gated = dense._apply_gate
+        # Has the family's own function by which gate and up become one, and needs no weights. In a
+        # list, so that it is no module in this one.
+        self.family = [dense]
         dense._parameters.clear()
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class Experts(nn.ModuleList):
             expert, x = self[number], hidden_states[token]
             both = (expert.gate_proj(x), expert.up_proj(x))
             x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
-            x = expert.down_proj(self.gated(x))
+            x = expert.down_proj(self.family[0]._apply_gate(x))
             x = x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
