@@ -230,7 +230,9 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
     rows = ["| | dense | compressed | kept |", "|---|---|---|---|"]
     for key, name in SIZES.items():
         dense, compressed = size["dense"][key], size["compressed"][key]
-        rows.append(f"| {name} | {dense:,} | {compressed:,} | {compressed / dense:.1%} |")
+        # Recurrent layers may have no KV cache.
+        kept = f"{compressed / dense:.1%}" if dense else "–"
+        rows.append(f"| {name} | {dense:,} | {compressed:,} | {kept} |")
     return "\n".join(rows)
 
 

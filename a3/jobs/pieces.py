@@ -23,7 +23,7 @@ from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, is_of_experts
 from a3.solutions.factors import Matrix
 from a3.solutions.functions import losses_of, solver_of
-from a3.solutions.modes import ONE_SIZE, SHARING, find_mode
+from a3.solutions.modes import COMPONENTS, ONE_SIZE, SHARING, find_mode
 
 # Floating-point operations of the longest piece, and the widths of pieces, by type of device.
 PIECE_FLOPS = {"cpu": 1e10, "cuda": 1e12}
@@ -88,6 +88,10 @@ class Pieces:
             experts=0,
             experts_per_token=0,
             rope_dims=arch.rope_dims or arch.head_dim,
+            nope_layers=[],
+            fixed={component: [] for component in COMPONENTS},
+            rest=None,
+            structure=None,
         )
 
     def heads(self, width: float) -> int:

@@ -193,14 +193,14 @@ class Trial:
         arch = self.arch
         plan = Plan(choose(row) if row else {})
         kept, factors = plan.dense_sizes(arch), plan.factors(arch)
-        gone = {component: arch.full_rank(component) - kept[component] for component in COMPONENTS}
         matrices = (3 if arch.mlp == "3-layer" else 2) * max(1, arch.experts)
-        layer = (arch.heads + arch.kv_heads) * (gone["qk"] + gone["ov"]) + matrices * gone["mlp"]
-        fewer = arch.hidden_size * layer
-        for component in COMPONENTS:
+        heads = arch.heads + arch.kv_heads
+        parameters = arch.size["parameters"]
+        for component, of_rank in {"qk": heads, "ov": heads, "mlp": matrices}.items():
+            fewer = arch.hidden_size * of_rank * (arch.full_rank(component) - kept[component])
             for name, (m, n) in arch.matrix_shapes(component).items():
                 fewer += m * n - factors[name] * (m + n) if name in factors else 0
-        parameters = arch.size["parameters"] - arch.layers * fewer
+            parameters -= fewer * sum(arch.solves(component, layer) for layer in range(arch.layers))
         ranks: list[Ranks] = [(kept["qk"], kept["ov"], kept["mlp"])] * arch.layers
         return sizes(self.shapes, ranks, parameters, arch.dtype, [factors] * arch.layers)
 

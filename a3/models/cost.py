@@ -58,6 +58,7 @@ FIELDS = (
     "kv_heads",
     "layers",
     "mlp_inputs",
+    "qk_norm",
     "rope_dims",
     "size",
     "vocab_size",

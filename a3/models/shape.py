@@ -83,9 +83,23 @@ class Arch:
         """Whether a component of a layer can be compressed."""
         return layer not in self.fixed[component]
 
+    def drops_pairs(self, layer: int) -> bool:
+        """Whether RoPE pairs of a layer can be dropped."""
+        return self.solves("qk", layer) and self.has_rope(layer)
+
     def keeps_attention(self, layer: int) -> bool:
         """Whether the attention module of a layer is left as it is, whatever the plan."""
         return not (self.solves("qk", layer) or self.solves("ov", layer))
+
+    @property
+    def routes(self) -> bool:
+        """Whether it is known which tensor routes tokens to experts."""
+        return "router" in self.adapter.modules
+
+    @property
+    def runs_own_attention(self) -> bool:
+        """Whether compressed models run the family's own attention code."""
+        return self.adapter.own(vars(self)) is not None
 
     def require_every_layer(self, what: str) -> None:
         """Raise A3Error, for a stage that needs all components of all layers, if some stay."""

@@ -12,11 +12,12 @@ def advice(dense: Run, runs: Sequence[Run], entry: str) -> str:
 
     It compares the rows of each ratio that have the fewest parameters and were not trained or
     quantised, where two methods or more do. A method is recommended that no other one beats by two
-    paired standard errors at any ratio; if there are several, that with the lowest perplexity.
+    paired standard errors at any ratio; if there are several, that with the lowest perplexity at
+    the smallest ratio. Texts of one block have no standard error and recommend nothing.
     """
     by_ratio = {ratio: smallest(own) for ratio, own in rivals(runs).items()}
-    by_ratio = {ratio: own for ratio, own in by_ratio.items() if len(own) > 1}
-    if not by_ratio:
+    by_ratio = {r: own for r, own in by_ratio.items() if len({x.place.method for x in own}) > 1}
+    if not by_ratio or any(no_error(run, entry) for own in by_ratio.values() for run in own):
         return ""
     unbeaten = set.intersection(*(level_with_best(own, entry) for own in by_ratio.values()))
     costs = "; ".join(
@@ -31,7 +32,10 @@ def advice(dense: Run, runs: Sequence[Run], entry: str) -> str:
     )
     name = named(best.place.method)
     preset = f" (--preset {name})" if name in PRESETS else ""
-    return f"Take {name}{preset}: no method here loses less at any ratio. {dense_said}; {costs}."
+    return (
+        f"Take {name}{preset}: at no ratio does a method here lose significantly less. "
+        f"{dense_said}; {costs}."
+    )
 
 
 def rivals(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -68,6 +72,11 @@ def is_level(best: Run, other: Run, entry: str) -> bool:
 def said(run: Run, entry: str) -> str:
     """A method with its perplexity."""
     return f"{named(run.place.method)} {run.perplexity[entry]['perplexity']:.1f}"
+
+
+def no_error(run: Run, entry: str) -> bool:
+    """Whether a text has one block only."""
+    return any(len(run.texts[text]["block_nll"]) < 2 for text in run.texts_of(entry))
 
 
 def named(method: str) -> str:

@@ -46,8 +46,9 @@ def size_rows(models: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Sizes, with the share of the first model's."""
     first = models[0]
     for title, key, show in SIZES:
-        shares = [f" ({model[key] / first[key]:.1%})" for model in models]
-        shares[0] = ""
+        # Recurrent layers may have no KV cache.
+        others = [f" ({m[key] / first[key]:.1%})" if first[key] else "" for m in models[1:]]
+        shares = ["", *others]
         yield [title, *(show(m[key]) + share for m, share in zip(models, shares, strict=True))]
 
 

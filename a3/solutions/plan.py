@@ -164,6 +164,11 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
 
 def experts_kept(arch: Arch, choice: Choice) -> int:
     """How many experts a mode keeps that drops the others; A3Error for fewer than a token takes."""
+    if not isinstance(choice.size, Decimal) and choice.size > arch.experts:
+        raise A3Error(
+            f"mlp mode {choice.mode!r}: keeps {choice.size} experts, and a layer has "
+            f"{arch.experts}. Keep fewer."
+        )
     try:
         return rank_of(arch.experts, choice.size, least=arch.experts_per_token)
     except A3Error:
@@ -182,22 +187,39 @@ def require_fit(arch: Arch, component: str, mode: str) -> None:
         )
     mlp = EXPERTS if arch.experts else arch.mlp
     check_fit(component, mode, mlp if component == "mlp" else arch.attention)
-    if mode == "uniform-contiguous":
-        require_whole_rope(arch)
+    if mode == "uniform-contiguous" and (why := no_whole_rope(arch)):
+        raise A3Error(
+            f"qk mode {mode!r}: {why}, and RoPE stays plain only where it turns whole heads of all "
+            "layers. Take uniform-global."
+        )
+    if component == "mlp" and find_mode(component, mode).drops and not arch.routes:
+        raise A3Error(
+            f"mlp mode {mode!r}: a3 does not know which tensor routes tokens in {arch.family}, so "
+            "that no expert can be dropped. Take a mode that makes experts smaller."
+        )
+    if component != "mlp" and find_mode(component, mode).factors and arch.runs_own_attention:
+        raise A3Error(
+            f"{component} mode {mode!r}: matrices of attention cannot be factored in "
+            f"{arch.family}, whose own code runs with them. Take a mode that makes heads smaller, "
+            f"or {DENSE}."
+        )
 
 
 def require_whole_rope(arch: Arch) -> None:
     """Raise A3Error unless every layer rotates whole heads: a curve would say too little."""
-    why = None
-    if arch.rope_dims != arch.head_dim:
-        why = f"{arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated"
-    elif nope := [layer for layer in arch.nope_layers if arch.solves("qk", layer)]:
-        why = f"layer {nope[0]} has no RoPE"
-    if why:
+    if why := no_whole_rope(arch):
         raise A3Error(
             f"qk: {why}, and ranks are allocated for whole RoPE only. Give qk its own ratio: "
             "--qk fisher@0.2."
         )
+
+
+def no_whole_rope(arch: Arch) -> str | None:
+    """Why not every layer rotates whole heads; None if each does."""
+    if arch.rope_dims != arch.head_dim:
+        return f"{arch.rope_dims} of {arch.head_dim} dimensions of a head are rotated"
+    nope = [layer for layer in arch.nope_layers if arch.solves("qk", layer)]
+    return f"layer {nope[0]} has no RoPE" if nope else None
 
 
 def least_rank(arch: Arch, component: str) -> int:

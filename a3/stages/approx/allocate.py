@@ -173,7 +173,7 @@ def curves_of(
 
 def curve_of_model(arch: Arch, found: Elimination, plan: Plan) -> Curve:
     """The loss of QK by the one rank of all layers."""
-    places = tuple((layer, None) for layer in range(arch.layers) if arch.solves("qk", layer))
+    places = tuple((layer, None) for layer in range(arch.layers) if arch.drops_pairs(layer))
     return curve_of(arch, "qk", places, found.losses, plan.step("qk"))
 
 

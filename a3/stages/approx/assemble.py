@@ -174,6 +174,8 @@ def write_config(
     every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
     kept = [report.get("qk", {}).get("rope_pairs", every) for report in reports]
     rotated = [pairs for layer, pairs in enumerate(kept) if arch.has_rope(layer)]
+    # Attention that is left as it is takes RoPE's whole tables.
+    others = any(map(arch.keeps_attention, range(arch.layers)))
     factors = [layer_factors(report) for report in reports]
     biased = any(report.get("mlp", {}).get("bias", False) for report in reports)
     config = read_json(dense / "config.json")
@@ -185,7 +187,7 @@ def write_config(
         counts,
         factors,
         down_bias=biased,
-        same_pairs=all(pairs == rotated[0] for pairs in rotated),
+        same_pairs=all(pairs == rotated[0] for pairs in rotated) and not others,
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     bring_code(folder)

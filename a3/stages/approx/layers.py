@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from a3.artifacts.eliminations import Eliminations, Unit, to_device, unit_of
-from a3.core.errors import A3Error
 from a3.core.progress import LOG, Bar
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.family import AttentionWeights, MLPWeights
@@ -110,7 +109,7 @@ class LayerSolver:
 
     def packs(self, layer: int) -> bool:
         """Whether attention that is not solved has to be laid out as the compressed model's."""
-        own = self.arch.adapter.own(self.fields) is not None
+        own = self.arch.runs_own_attention
         return self.arch.adapter.repacked and not own and not self.arch.keeps_attention(layer)
 
     def solve_component(
@@ -163,12 +162,6 @@ class LayerSolver:
         kept, as it was. The report has the rank of each product.
         """
         arch, adapter = self.arch, self.arch.adapter
-        if component != "mlp" and adapter.own(self.fields) is not None:
-            raise A3Error(
-                f"{component} mode {self.modes[component]!r}: matrices of attention cannot be "
-                f"factored in {arch.family}, whose own code runs with them. Take a mode that makes "
-                "heads smaller, or dense."
-            )
         mode = find_mode(component, self.modes[component])
         matrices = self.matrices(component, layer, weights)
         rank = self.rank(component, layer)
@@ -320,12 +313,6 @@ class LayerSolver:
     def router(self, layer: int) -> tuple[str, Tensor]:
         """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
         adapter = self.arch.adapter
-        if "router" not in adapter.modules:
-            raise A3Error(
-                f"mlp mode {self.modes['mlp']!r}: a3 does not know which tensor routes tokens in "
-                f"{self.arch.family}, so that no expert can be dropped. Take a mode that makes "
-                "experts smaller."
-            )
         packed = f"{adapter.modules['router'].format(layer)}.weight"
         names = adapter.names_in(self.checkpoint, layer)
         return packed, self.checkpoint.tensor(
@@ -411,7 +398,7 @@ class LayerSolver:
     def of_model(self, mode: str) -> Elimination:
         """Which RoPE pairs a mode of one set of pairs drops from all layers, and the losses."""
         if mode not in self.of_models:
-            layers = [layer for layer in range(self.arch.layers) if self.arch.has_rope(layer)]
+            layers = filter(self.arch.drops_pairs, range(self.arch.layers))
             C = torch.cat([self.rxx("pair_gradient", layer) for layer in layers])
             pairs, normed = self.arch.rope_dims // 2, self.arch.qk_norm is not None
             self.of_models[mode] = losses_of_model(mode, C, pairs, normed)

@@ -114,4 +114,4 @@ def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[Unit
 
 def is_eliminated(arch: Arch, component: str, layer: int) -> bool:
     """Whether a component of a layer is; scores of layers without RoPE among others are not."""
-    return arch.solves(component, layer) and (component != "qk" or arch.has_rope(layer))
+    return arch.drops_pairs(layer) if component == "qk" else arch.solves(component, layer)

@@ -37,7 +37,7 @@ def spectra(model_folder: Path, rxx_folder: Path, out: Path) -> None:
       RoPE the scores of the pairs (section 3.4), each shared by its two dimensions;
     - ov: squared singular values of R^½ W_v [W_o,1 … W_o,g] (Theorem 3);
     - mlp: scores ‖r_j‖² ‖w_j‖² of the channels (section 3.3); one curve for each expert, without
-      experts that are not compressed because they received too few tokens.
+      experts that few tokens reached.
 
     `lost` has for each component its layers' curves, (curves, ranks): the share of the energy
     beyond each of `ranks`. Raises A3Error if a statistic is missing, damaged or another model's.

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
-from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS
-from a3.stages.collect.hooks import nothing
+from a3.stages.collect.hooks import nothing, observed
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -35,7 +34,7 @@ def observe(
     matrices = {
         kind: [own(model.trunk, arch, layer, projection) for projection in projections(arch, kind)]
         for kind in accumulators
-        if all(arch.solves(component_of(one), layer) for one in projections(arch, kind))
+        if observed(arch, KINDS[kind].site, layer)
     }
     for kind in accumulators.keys() - matrices.keys():
         nothing(arch, layer, accumulators[kind])

@@ -60,15 +60,15 @@ def compare(
     With `speed` it has tokens a second of prefill and decoding, as `a3 eval speed` times them, and
     with `task` the score of a task as `a3 eval harness`, of a local one with its `items`.
     `run` has tokens, block_length, bos, dtype and device. Only one layer at a time of a model is in
-    memory, until prompts are continued. Raises A3Error
-    for two folders or texts of one name, and as `perplexity` and `generation` do.
+    memory, until prompts are continued. Raises A3Error for two folders or texts of one name, and as
+    `perplexity` and `generation` do.
     """
     require_several(folders)
     require_names(texts)
     subjects = [Evaluated(folder) for folder in folders]
     ids = [[prompt_ids(subject, one, new_tokens) for one in prompts] for subject in subjects]
     found: list[dict[str, Any]] = [
-        {"name": folder.name, **size_of(folder), **hashes(subject.checkpoint)}
+        {"name": folder.resolve().name, **size_of(folder), **hashes(subject.checkpoint)}
         for folder, subject in zip(folders, subjects, strict=True)
     ]
     if texts:
@@ -95,7 +95,7 @@ def compare(
 
 def require_several(folders: Sequence[Path]) -> None:
     """Raise A3Error unless there are two folders or more, of different names."""
-    names = [folder.name for folder in folders]
+    names = [folder.resolve().name for folder in folders]
     if len(names) < 2:
         raise A3Error(f"compare: found {len(names)} model, expected two or more. Name another.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -167,7 +167,9 @@ class Scoring:
         """A model, and its last layer's outputs (N, L, d) for blocks (N, L)."""
         folder, device = subject.folder, self.run["device"]
         model = Streamed(folder, dense_or_compressed(folder), self.run["dtype"], device)
-        out = self.work / subject.checkpoint.sha256()
+        # The reference's file stays, those of the others are written over one another.
+        out = self.work / ("reference" if subject is self.reference else "other")
+        out.unlink(missing_ok=True)
         return model, last_states(model, blocks.to(device), out, folder.name)
 
     def scores(self, subject: Evaluated) -> list[dict[str, Any]]:
