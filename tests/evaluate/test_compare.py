@@ -1,6 +1,7 @@
 """a3 compare: models side by side, held to what transformers itself computes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,3 +113,20 @@ def test_what_cannot_be_compared_is_refused(work, capsys, words, said):
     folders = [str(work / word) if word in ("dense", "small", "none") else word for word in words]
     assert main(["compare", *folders]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_models_of_the_same_weights_are_told_apart(work, capsys, tmp_path):
+    """Hashes of weights are equal, configs are not."""
+    shutil.copytree(work / "dense", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 10.0
+    config["rope_theta"] = 10.0
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    text = ["--text", str(work / "other.jsonl"), *BLOCKS, "--json", "--prompt"]
+    folders = [str(work / "dense"), str(tmp_path / "other"), str(work / "small")]
+    capsys.readouterr()
+    assert main(["compare", *folders, *text]) == 0
+    _, other, small = json.loads(capsys.readouterr().out)["models"]
+    assert other["texts"][0]["kl"] > 0
+    again = json.loads(compared(work, capsys, "--json"))["models"][1]
+    assert small["texts"][0]["kl"] == pytest.approx(again["texts"][0]["kl"], rel=1e-6)

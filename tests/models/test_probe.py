@@ -213,6 +213,26 @@ def test_attention_that_is_the_familys_own_cannot_be_factored(tmp_path):
         solve(tmp_path, tmp_path / "small", "0.25", modes)
 
 
+def test_plans_refuse_what_approx_would(tmp_path):
+    """Before anything is collected."""
+    tiny(tmp_path / "own", "ministral3")
+    tiny(tmp_path / "mixture", "dots1")
+    row = {"qk": "dense", "ov": "dense", "mlp": "dense", "ratio": "0.25"}
+    with pytest.raises(A3Error, match="cannot be factored in ministral3"):
+        Plan(choose(row | {"ov": "svd"})).check(tmp_path / "own")
+    with pytest.raises(A3Error, match="which tensor routes tokens in dots1"):
+        Plan(choose(row | {"mlp": "reap"})).check(tmp_path / "mixture")
+
+
+def test_pairs_of_layers_that_stay_do_not_count(tmp_path):
+    """Their statistics are zeros, which would make pairs dear that cost nothing."""
+    tiny(tmp_path / "dense", "lfm2")
+    arch = load_arch(tmp_path / "dense")
+    assert 0 < len(arch.fixed["qk"]) < arch.layers
+    dropped = [layer for layer in range(arch.layers) if arch.drops_pairs(layer)]
+    assert dropped == [layer for layer in range(arch.layers) if layer not in arch.fixed["qk"]]
+
+
 def test_stages_that_need_more_say_so(tmp_path, capsys):
     tiny(tmp_path / "own", "ministral3")
     tiny(tmp_path / "some", "lfm2")

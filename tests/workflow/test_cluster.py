@@ -13,6 +13,7 @@ from test_workflow import ROOT, Project
 from a3.cli.main import main
 from a3.core.files import HIDDEN_SEAL, write_record
 from a3.models.cost import (
+    FIELDS,
     approx_cost,
     collect_cost,
     harness_cost,
@@ -20,6 +21,7 @@ from a3.models.cost import (
     shapes,
     stream_cost,
 )
+from a3.rxx.kinds import KINDS, shape_of
 
 PROFILES = ROOT / "workflow/profiles"
 SMOLLM2 = {
@@ -72,6 +74,12 @@ PAPER = ("q_blocks", "k_blocks", "v_blocks", "down_diagonal")
 def test_memory_suffices_and_is_not_wasted(cost, measured):
     """Peaks of resident memory, MiB, as measured on SmolLM2-135M (docs/log.md)."""
     assert measured < cost.megabytes() < 1.4 * measured
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_read_the_fields_that_statistics_have_their_shapes_from(kind):
+    record = {field: 8 for field in FIELDS} | {"experts": 0, "qk_norm": "head"}
+    assert shape_of(KINDS[kind], shapes(record)) == shape_of(KINDS[kind], record)
 
 
 def test_estimates_follow_the_model():
