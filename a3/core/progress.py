@@ -60,3 +60,14 @@ def on_terminal() -> Iterator[None]:
         LOG.removeHandler(handler)
         LOG.setLevel(level)
         LOG.propagate = propagate
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Of the messages inside the block, send only warnings: a caller prints its own result."""
+    level = LOG.level
+    LOG.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
+from a3.core.progress import warnings_only
 from a3.models.arch import is_compressed, load_arch
 from a3.models.compressed import compressed_record, dense_or_compressed
 from a3.models.layerwise import Streamed
@@ -123,7 +124,7 @@ def speeds(folders: Sequence[Path], dtype: str, device: str) -> list[dict[str, A
     from a3.stages.evaluate.speed import speed
     from a3.stages.evaluate.speed_summary import compared
 
-    with tempfile.TemporaryDirectory(prefix="a3-compare-") as work:
+    with tempfile.TemporaryDirectory(prefix="a3-compare-") as work, warnings_only():
         out = Path(work, "speed.json")
         speed(folders, out, **SPEED, dtype=dtype, device=device)
         return compared(read_record(out))
@@ -137,7 +138,7 @@ def score_of(
 
     run: dict[str, Any] = {"dtype": dtype, "device": device, "seed": 0}
     asked: dict[str, Any] = dict.fromkeys(("yaml", "metric", "shots", "limit"))
-    with tempfile.TemporaryDirectory(prefix="a3-compare-") as work:
+    with tempfile.TemporaryDirectory(prefix="a3-compare-") as work, warnings_only():
         out = Path(work, "task.json")
         harness(folder, task, out, items=items, **asked, **run)
         return read_record(out)
