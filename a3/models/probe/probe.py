@@ -19,6 +19,7 @@ from a3.models.families.measure import Attention, attention_sizes
 from a3.models.probe.find import (
     attention_in,
     experts_in,
+    has_more,
     layer_list,
     majority,
     mlp_in,
@@ -60,8 +61,9 @@ def probe(model_type: str, content: dict[str, Any] | None = None) -> Outcome:
 
     Raises A3Error if transformers cannot build or run a tiny model of it.
     """
-    config, model = build(model_type, tiny_content(model_type, content))
-    with tempfile.TemporaryDirectory() as folder:
+    # The caller's random numbers stay as they are.
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        config, model = build(model_type, tiny_content(model_type, content))
         positions = position_key(model, config.get_text_config())
         trial = Trial(model, config, Path(folder), positions is not None)
         return Probe(model, config, trial, positions).run()
@@ -280,9 +282,10 @@ class Probe:
         """Whose attention, which RoPE layout, and whether fused q, k and v alternate."""
         layouts = ("halves", "neighbours") if proposal["rope_layout"] else (None,)
         fused = proposal["projections"]["q"] == proposal["projections"]["k"]
-        return product(
-            (True,) if alone else (False, True), layouts, (False, True) if fused else (False,)
-        )
+        pairs = zip(self.layers, self.found, strict=True)
+        more = any(found and has_more(layer, found) for layer, found in pairs)
+        own = (True,) if alone or more else (False, True)
+        return product(own, layouts, (False, True) if fused else (False,))
 
     def proposal(self, everywhere: list[int]) -> dict[str, Any]:
         """What names and shapes say about attention; A3Error if that is nothing."""

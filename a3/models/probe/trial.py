@@ -309,6 +309,7 @@ def load(folder: Path) -> PreTrainedModel:
         attn_implementation="eager",
         experts_implementation="eager",
         output_loading_info=True,
+        trust_remote_code=False,
     )
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if wrong:
