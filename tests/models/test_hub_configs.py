@@ -15,6 +15,7 @@ from a3.models.families.measure import experts_per_token
 from a3.models.load import load_config
 from a3.models.probe.probe import probe
 from a3.models.probe.table import row_of_config
+from a3.models.probe.tiny import tiny_content
 
 # Of DeepSeek-V3: latent attention, from whose keys the class derives others (head_dim).
 DEEPSEEK_V3 = {
@@ -64,8 +65,9 @@ PHI_MOE = {
 
 # Of Hunyuan-A13B: lists with a number for each layer.
 HUNYUAN = {
-    "architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": False, "attention_head_dim": 128,
-    "bos_token_id": 1, "eos_token_id": 127960, "head_dim": 128, "hidden_act": "silu",
+    "architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": False,
+    "attention_head_dim": 128, "bos_token_id": 1, "eos_token_id": 127960, "head_dim": 128,
+    "hidden_act": "silu",
     "hidden_size": 4096, "intermediate_size": 3072, "max_position_embeddings": 32768,
     "mlp_bias": False, "model_type": "hunyuan_v1_moe", "moe_drop_tokens": False,
     "moe_intermediate_size": [3072] * 3, "moe_layer_num_skipped": 0, "moe_topk": [8, 8, 8],
@@ -188,5 +190,9 @@ def test_a_probe_leaves_the_random_state():
 
 
 def test_attention_with_an_indexer_stays_its_own():
-    outcome = probe("minimax_m3_vl_text")
-    assert outcome.structure is None or outcome.structure["own"] or not outcome.parts["qk"]
+    """In large blocks numbers would not show that the indexer is missing, but its tensors do."""
+    content = tiny_content("minimax_m3_vl_text")
+    for blocks in (2, 64):
+        outcome = probe("minimax_m3_vl_text", content | {"index_topk_blocks": blocks})
+        assert outcome.structure is not None
+        assert outcome.structure["own"]

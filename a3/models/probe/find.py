@@ -75,22 +75,6 @@ def attention_in(layer: nn.Module) -> Attention | None:
     return None
 
 
-def has_more(layer: nn.Module, attention: Attention) -> bool:
-    """Whether an attention has modules with weights beside its projections and norms.
-
-    a3's own attention has none. One such as an indexer may do nothing in a trial's short texts, so
-    that numbers would not show that it is missing.
-    """
-    inside = f"{attention.module}."
-    known = {*attention.projections.values(), *(inside + n for n in attention.norms.values())}
-    others = [
-        module
-        for name, module in layer.named_modules()
-        if name.startswith(inside) and name not in known
-    ]
-    return any(list(module.parameters(recurse=False)) for module in others)
-
-
 def outside(layer: nn.Module, name: str) -> str | None:
     """o where it is not in the attention module: beside it, under the same parent."""
     parent = name.rpartition(".")[0]

@@ -19,7 +19,6 @@ from a3.models.families.measure import Attention, attention_sizes
 from a3.models.probe.find import (
     attention_in,
     experts_in,
-    has_more,
     layer_list,
     majority,
     mlp_in,
@@ -282,10 +281,9 @@ class Probe:
         """Whose attention, which RoPE layout, and whether fused q, k and v alternate."""
         layouts = ("halves", "neighbours") if proposal["rope_layout"] else (None,)
         fused = proposal["projections"]["q"] == proposal["projections"]["k"]
-        pairs = zip(self.layers, self.found, strict=True)
-        more = any(found and has_more(layer, found) for layer, found in pairs)
-        own = (True,) if alone or more else (False, True)
-        return product(own, layouts, (False, True) if fused else (False,))
+        return product(
+            (True,) if alone else (False, True), layouts, (False, True) if fused else (False,)
+        )
 
     def proposal(self, everywhere: list[int]) -> dict[str, Any]:
         """What names and shapes say about attention; A3Error if that is nothing."""

@@ -56,6 +56,8 @@ SMALL: dict[str, Any] = {
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 64,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
     # Recurrent layers.
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -110,6 +112,7 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1},

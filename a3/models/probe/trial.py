@@ -64,6 +64,8 @@ class Trial:
         inside = model.state_dict()
         self.known = frozenset(inside) | frozenset(revert_weight_conversion(model, inside))
         accepted = inspect.signature(model.forward).parameters
+        # Indexers look for positions among the tokens that are there.
+        positions |= any("indexer" in name for name, _ in model.named_modules())
         self.ways = [padded] + ([far] if "position_ids" in accepted and not positions else [])
         self.has_cache = hasattr(config.get_text_config(), "use_cache")
         if self.has_cache and has_usual_cache(model):
