@@ -198,9 +198,7 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     """The config of `tiny_content`; transformers' own exceptions are passed on."""
     known = CONFIG_MAPPING[model_type]
     config = known.from_dict({key: value for key, value in content.items() if key != "model_type"})
-    heads = getattr(config, "num_attention_heads", 1)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shorten(getattr(config, "rope_parameters", None), head_dim)
+    shorten(getattr(config, "rope_parameters", None), config)
     for key, value in list(vars(config).items()):
         cap = any(word in key for word in CAPS) and "final" not in key
         if cap and isinstance(value, int | float) and value > SMALL_CAP:
@@ -208,7 +206,7 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def shorten(rope: Any, head_dim: int) -> None:
+def shorten(rope: Any, config: PreTrainedConfig) -> None:
     """Let what begins at long positions begin in a short text, in RoPE's parameters.
 
     Factors of each RoPE pair become as many as the tiny model has pairs.
@@ -216,12 +214,18 @@ def shorten(rope: Any, head_dim: int) -> None:
     if isinstance(rope, dict):
         if "original_max_position_embeddings" in rope:
             rope["original_max_position_embeddings"] = SMALL["original_max_position_embeddings"]
-        pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
         for key in ("short_factor", "long_factor"):
             if isinstance(rope.get(key), list):
-                rope[key] = rope[key][:pairs]
+                rotated = head_size(config) * rope.get("partial_rotary_factor", 1.0)
+                rope[key] = rope[key][: int(rotated) // 2]
         for each in rope.values():
-            shorten(each, head_dim)
+            shorten(each, config)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """The size of a head as RoPE of transformers takes it from a config."""
+    said = getattr(config, "head_dim", None)
+    return said or config.hidden_size // config.num_attention_heads
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
