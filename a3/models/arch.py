@@ -17,6 +17,7 @@ from a3.models.families.probed import probed
 from a3.models.family import Family
 from a3.models.load import load_config, load_whole, number_of_parameters, parameters_of
 from a3.models.probe.probe import Outcome, probe
+from a3.models.probe.tiny import require_causal, require_few_layers
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import sizes
@@ -88,14 +89,16 @@ def known_family(folder: Path) -> Family:
     found = model_type(folder)
     if found == LazyConfig.model_type:
         raise made_already(folder)
+    path = folder / "config.json"
+    require_few_layers(path, read_json(path))
     if found in FAMILIES:
         return FAMILIES[found]
-    path = folder / "config.json"
     if found in REFUSED or found not in CONFIG_MAPPING:
         reason = REFUSED.get(found, "which a3 does not know, and transformers neither")
         raise A3Error(
             f"{path}: model_type is {found!r}, {reason}. a3 families lists the types that a3 knows."
         )
+    require_causal(path, found)
     return probed_family(path, found)
 
 

@@ -42,7 +42,9 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     with torch.device("meta"):
         # The attention that a config names may not be installed, and its masks may need real
         # values.
-        model = AutoModelForCausalLM.from_config(plain, dtype=dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            plain, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        )
     return model.eval()
 
 

@@ -63,6 +63,10 @@ class Layerwise:
     def __init__(self, model: PreTrainedModel, arch: Arch) -> None:
         self.arch = arch
         self.model = model.eval().requires_grad_(False)
+        config = model.config.get_text_config()
+        if hasattr(config, "output_router_logits"):
+            # Its loss, which keeps all experts in use, is of training only.
+            config.output_router_logits = False
         self.dtype: torch.dtype = model.dtype
         self.trunk: nn.Module = model.base_model
         self.layers = self.trunk.get_submodule(arch.adapter.layer_path)
@@ -226,7 +230,9 @@ def layerwise(folder: Path, arch: Arch, dtype: str, device: str, stream: bool) -
 def empty_on(config: PreTrainedConfig, dtype: str, device: torch.device) -> PreTrainedModel:
     """A model without weights; what it computes itself (RoPE's frequencies) is on the device."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -5,9 +5,10 @@ the ranks of every layer. Its classes derive from the family's own. `A3Attention
 attention, the MLP's projections are resized, and everything else is transformers' code. QK and OV
 have different head sizes, so the KV cache holds r_qk + r_ov numbers per key/value head.
 
-This file and attention_a3.py need only torch and transformers. Every compressed folder has copies
-of them, which `trust_remote_code=True` loads if a3 is not installed. This file imports the other by
-a relative name, so that transformers finds it. If a3 is installed, a3's own files are used.
+This file, attention_a3.py and own_attention_a3.py need only torch and transformers. Every
+compressed folder has copies of them, which `trust_remote_code=True` loads if a3 is not installed.
+This file imports the others by relative names, so that transformers finds them. If a3 is installed,
+a3's own files are used.
 """
 
 import sys

@@ -18,5 +18,5 @@ def older_rope(content: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in rope:
         return {}
     partial = {name: rope[name] for name in ("partial_rotary_factor",) if name in rope}
-    scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
+    scaling = {} if rope.get("rope_type", "default") == "default" else {"rope_scaling": rope}
     return {"rope_theta": rope["rope_theta"], **partial, **local, **scaling}

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_compressed import MODELS, TEXT, kinds_of, redraw
 from tiny import BLOCK, run, tiny_model
+from torch.nn.functional import cross_entropy
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
 from a3.core.mapped import mapped
-from a3.models.arch import load_arch
-from a3.models.layerwise import Layerwise, Streamed
+from a3.models.arch import describe, load_arch
+from a3.models.layerwise import Layerwise, Streamed, layerwise
 from a3.models.load import load_model
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import GRADIENT_BLOCKS, KINDS
@@ -303,3 +304,21 @@ def test_a_collection_without_a_state_leaves_no_file_after_a_kill(tmp_path, monk
     assert left == []
     assert list(temporary.iterdir()) == []
     assert all(path.is_file() for path in outputs.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loss_has_no_part_of_routers(tmp_path, stream):
+    """A config may add one that keeps all experts in use: it is of training only."""
+    tiny_model(tmp_path, "mixtral", num_local_experts=4, output_router_logits=True)
+    model = layerwise(tmp_path, describe(tmp_path), "float32", "cpu", stream)
+    block = torch.arange(5, 45)
+    with torch.no_grad():
+        with model.entrance():
+            model.record(block)
+            hidden = model.enter(block)
+        for number in range(len(model.layers)):
+            with model.layer(number):
+                hidden = model.run(number, hidden)
+        with model.exit():
+            out = model.leave(hidden, labels=block[None])
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits[0, :-1], block[1:]))

@@ -11,6 +11,7 @@ from tiny import run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import a3  # noqa: F401
+from a3.models.older import older_rope
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate
@@ -75,3 +76,7 @@ def test_exports_have_them(tmp_path, mode):
     export_hf(tmp_path / "small", tmp_path / "stock")
     content = require_both(tmp_path / "stock")
     assert content["head_dim"] == 12
+
+
+def test_rope_parameters_without_a_type_are_the_default():
+    assert older_rope({"rope_parameters": {"rope_theta": 5.0}}) == {"rope_theta": 5.0}

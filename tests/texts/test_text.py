@@ -310,6 +310,13 @@ def test_questions_with_lettered_answers_become_items(tmp_path):
         harness_items(tmp_path / "docs.jsonl", 4, 0, tmp_path / "b")
 
 
+def test_a_document_that_is_no_question_among_questions_is_named(tmp_path):
+    asking = Document("Bo", "Who? A: Ann; B: Bo.")
+    write_documents(tmp_path / "docs.jsonl", [asking, asking, Document("Peak", "A peak is high.")])
+    with pytest.raises(A3Error, match=r"docs.jsonl: document 2 \('Peak'\) is no question"):
+        harness_items(tmp_path / "docs.jsonl", 2, 0, tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("content", "ideal", "message"),
     [

@@ -123,6 +123,23 @@ def measured(
     return found | {"layers": len(layers)} | measured_mlp(layers, structure, config)
 
 
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many experts each token uses; of layers that differ, the most.
+
+    Raises A3Error if the config does not say it.
+    """
+    key = next((key for key in ACTIVE if getattr(config, key, None) is not None), None)
+    said = getattr(config, key) if key else None
+    counts = said if isinstance(said, list | tuple) else [said]
+    if not counts or not all(isinstance(count, int) for count in counts):
+        found = f"{key} is {said!r}" if key else f"none of {', '.join(ACTIVE)}"
+        raise A3Error(
+            f"config.json: {found}; expected the number of experts per token, or a list of it by "
+            "layer. This model is not supported."
+        )
+    return max(counts)
+
+
 def attention_of(structure: dict[str, Any]) -> dict[str, str]:
     """The projections of attention."""
     return {p: name for p, name in structure["projections"].items() if p in "qkvo"}
@@ -139,11 +156,10 @@ def measured_mlp(
         # Experts that stay are counted, too.
         experts = next(m for layer in layers if (m := dict(layer.named_modules()).get(name)))
         count, *shape = experts.down_proj.shape
-        active = next((getattr(config, key) for key in ACTIVE if hasattr(config, key)), 1)
         return {
             "intermediate_size": shape[0 if structure["turned"] else 1],
             "experts": count,
-            "experts_per_token": active,
+            "experts_per_token": experts_per_token(config),
             "mlp_bias": hasattr(experts, "gate_up_proj_bias"),
         }
     if not left:

@@ -60,8 +60,9 @@ def probe(model_type: str, content: dict[str, Any] | None = None) -> Outcome:
 
     Raises A3Error if transformers cannot build or run a tiny model of it.
     """
-    config, model = build(model_type, tiny_content(model_type, content))
-    with tempfile.TemporaryDirectory() as folder:
+    # The caller's random numbers stay as they are.
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        config, model = build(model_type, tiny_content(model_type, content))
         positions = position_key(model, config.get_text_config())
         trial = Trial(model, config, Path(folder), positions is not None)
         return Probe(model, config, trial, positions).run()

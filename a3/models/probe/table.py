@@ -13,6 +13,7 @@ from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.families import FAMILIES, REFUSED
 from a3.models.probe.probe import COMPONENTS, Outcome, probe
+from a3.models.probe.tiny import require_causal, require_few_layers
 
 TABLE = Path(__file__).with_name("table.json")
 
@@ -50,6 +51,8 @@ def row_of_config(path: Path) -> dict[str, dict[str, Any]]:
     found = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(found, str) or found not in CONFIG_MAPPING:
         raise A3Error(f"{path}: model_type is {found!r}, which transformers does not know.")
+    require_causal(path, found)
+    require_few_layers(path, content)
     outcome = probe(found, CONFIG_MAPPING[found].from_dict(content).to_dict())
     return {found: {"by": how(outcome), "parts": outcome.parts, "why": outcome.why}}
 

@@ -1,13 +1,16 @@
 """A tiny random model of a config: all its features, small sizes, no value that it starts with."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from a3.core.errors import A3Error
 from a3.models.built import empty_model
 
 # Sizes by the keys that configs have for them. No two that could be taken for another are equal.
@@ -48,10 +51,13 @@ SMALL: dict[str, Any] = {
     "kv_lora_rank": 20,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
     "v_head_dim": 16,
     "index_head_dim": 16,
     "index_n_heads": 2,
     "index_topk": 64,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
     # Recurrent layers.
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -88,6 +94,9 @@ SMALL_CAP = 0.5
 
 LAYERS = 4
 
+# More layers than any model has: configs and models have lists of that length.
+MOST_LAYERS = 1000
+
 # Parameters of a model that is tiny enough.
 LARGEST = 2e7
 
@@ -103,12 +112,40 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX"},
 }
+
+
+def require_causal(path: Path, model_type: str) -> None:
+    """Raise A3Error for a type without a causal language model in transformers.
+
+    A config could name code of its own for it, and a probe runs the model.
+    """
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise A3Error(
+            f"{path}: model_type is {model_type!r}, for which transformers has no causal language "
+            "model. a3 families lists the types that a3 knows."
+        )
+
+
+def require_few_layers(path: Path, content: dict[str, Any]) -> None:
+    """Raise A3Error if a config.json, or a config in it, has more than MOST_LAYERS layers."""
+    for each in (content, *(value for value in content.values() if isinstance(value, dict))):
+        kind = each.get("model_type")
+        known = isinstance(kind, str) and kind in CONFIG_MAPPING
+        names = CONFIG_MAPPING[kind].attribute_map if known else {}
+        for key in {"num_hidden_layers", names.get("num_hidden_layers", "num_hidden_layers")}:
+            count = each.get(key)
+            if isinstance(count, int | float) and count > MOST_LAYERS:
+                raise A3Error(
+                    f"{path}: {key} is {count}, and a3 expects at most {MOST_LAYERS}. Correct the "
+                    "config, or fetch the model again."
+                )
 
 
 def keys_of(model_type: str) -> set[str]:
@@ -131,10 +168,14 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
     names = known.attribute_map
     # What a config leaves out, by 0 or null, stays out.
     out = {key for key in small if given.get(names.get(key, key), given.get(key, 1)) in (0, None)}
-    small = {key: small[key] for key in (small.keys() & keys_of(model_type)) - out}
+    # What the class derives from other keys is not among its own, but may be in a content.
+    small = {key: small[key] for key in (small.keys() & (keys_of(model_type) | set(given))) - out}
+    if "head_dim" in given and given["head_dim"] == given.get("qk_rope_head_dim"):
+        small["head_dim"] = SMALL["qk_rope_head_dim"]
     aliases = {known.attribute_map.get(key) for key in small}
     given = {key: value for key, value in given.items() if key not in aliases}
     own = {} if content else OWN.get(model_type, {})
+    given.pop("auto_map", None)
     return given | small | own | {"dtype": None}
 
 
@@ -157,7 +198,7 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     """The config of `tiny_content`; transformers' own exceptions are passed on."""
     known = CONFIG_MAPPING[model_type]
     config = known.from_dict({key: value for key, value in content.items() if key != "model_type"})
-    shorten(getattr(config, "rope_parameters", None))
+    shorten(getattr(config, "rope_parameters", None), config)
     for key, value in list(vars(config).items()):
         cap = any(word in key for word in CAPS) and "final" not in key
         if cap and isinstance(value, int | float) and value > SMALL_CAP:
@@ -165,13 +206,26 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def shorten(rope: Any) -> None:
-    """Let what begins at long positions begin in a short text, in RoPE's parameters."""
+def shorten(rope: Any, config: PreTrainedConfig) -> None:
+    """Let what begins at long positions begin in a short text, in RoPE's parameters.
+
+    Factors of each RoPE pair become as many as the tiny model has pairs.
+    """
     if isinstance(rope, dict):
         if "original_max_position_embeddings" in rope:
             rope["original_max_position_embeddings"] = SMALL["original_max_position_embeddings"]
+        for key in ("short_factor", "long_factor"):
+            if isinstance(rope.get(key), list):
+                rotated = head_size(config) * rope.get("partial_rotary_factor", 1.0)
+                rope[key] = rope[key][: int(rotated) // 2]
         for each in rope.values():
-            shorten(each)
+            shorten(each, config)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """The size of a head as RoPE of transformers takes it from a config."""
+    said = getattr(config, "head_dim", None)
+    return said or config.hidden_size // config.num_attention_heads
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -186,7 +240,10 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", trust_remote_code=False
+    )
+    model = model.float().eval()
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
             value.copy_(redrawn(name, value))
@@ -201,8 +258,3 @@ def redrawn(name: str, value: Tensor) -> Tensor:
     if value.ndim > 1:
         return 0.15 * torch.randn_like(value)
     return value + 0.3 * torch.randn_like(value)
-
-
-def is_list_of(module: nn.Module, count: int) -> bool:
-    """Whether a module is a list of `count` others."""
-    return isinstance(module, nn.ModuleList) and len(module) == count

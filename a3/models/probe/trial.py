@@ -64,6 +64,8 @@ class Trial:
         inside = model.state_dict()
         self.known = frozenset(inside) | frozenset(revert_weight_conversion(model, inside))
         accepted = inspect.signature(model.forward).parameters
+        # Indexers look for positions among the tokens that are there.
+        positions |= any("indexer" in name for name, _ in model.named_modules())
         self.ways = [padded] + ([far] if "position_ids" in accepted and not positions else [])
         self.has_cache = hasattr(config.get_text_config(), "use_cache")
         if self.has_cache and has_usual_cache(model):
@@ -309,6 +311,7 @@ def load(folder: Path) -> PreTrainedModel:
         attn_implementation="eager",
         experts_implementation="eager",
         output_loading_info=True,
+        trust_remote_code=False,
     )
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if wrong:

@@ -140,4 +140,7 @@ def shapes_of(
 def random_model(config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
     """A model with the weights that training starts from."""
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
+    return model.eval()

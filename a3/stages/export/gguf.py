@@ -44,7 +44,8 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
 
     Matrices are of the type `dtype` (f32, f16, q8_0 …), or float16 where a row is no multiple of
     its blocks; all else is float32. One tensor at a time is in memory. Raises A3Error, with all
-    reasons, for a model that llama.cpp's `llama` would not run as it is, and for its tokenizer.
+    reasons, for a model that llama.cpp's code (`architecture`) would not run as it is, and for
+    its tokenizer.
     """
     model = stock(folder, by_layer=True)
     require_llama(model)

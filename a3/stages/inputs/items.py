@@ -53,6 +53,12 @@ def drawn_questions(
         return []
     if len(found) < items:
         raise A3Error(f"{path}: {len(found)} questions, needed {items}. Ask for fewer items.")
+    for number, document in enumerate(found):
+        if document.title not in asked(document.text)[1]:
+            raise A3Error(
+                f"{path}: document {number} ({document.title!r}) is no question with its title "
+                "among the answers, and the first document is one. Correct it, or leave it out."
+            )
     made = []
     for document in draw.sample(found, items):
         question, choices = asked(document.text)

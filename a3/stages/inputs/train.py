@@ -157,7 +157,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     try:
         config = model_config(recipe, tokenizer)
         torch.manual_seed(recipe.seed)
-        model = AutoModelForCausalLM.from_config(config).float()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     except (StrictDataclassError, ValueError) as error:
         raise A3Error(f"train.config: {error}. Correct config.") from error
     positions = getattr(config, "max_position_embeddings", recipe.block_length)
