@@ -314,8 +314,8 @@ def add_compare(commands: Any) -> None:
     one.add_argument("models", type=Path, nargs="+", metavar="MODEL", help=text_)
     text_ = f"texts to score: each a {NAMED_TEXT}"
     one.add_argument("--text", nargs="+", default=[], metavar="TEXT", help=text_)
-    text_ = "of a text of the catalogue, which split to score"
-    one.add_argument("--split", choices=("dev", "test"), default="test", help=text_)
+    text_ = "name of the split to record, and of a text of the catalogue to score: dev or test"
+    one.add_argument("--split", choices=("dev", "test"), default="test", metavar="NAME", help=text_)
     add_wheels(one)
     text_ = "prompts to continue greedily"
     one.add_argument(

@@ -371,8 +371,10 @@ def test_the_default_run_collects_what_it_did(tmp_path):
     assert status == 0, output
     assert "paper" not in "".join(rules)
     kinds = re.findall(r"rxx/smollm2-135m/(\S+)/(\w+)\.safetensors", output)
-    wanted = {"q_blocks", "k_blocks", "v_blocks", "down_diagonal"}
-    assert set(kinds) == {("wiki-32k", kind) for kind in wanted}
+    wanted = {"q_blocks", "k_blocks", "v_blocks", "down_diagonal"}  # A3
+    wanted |= {"down_input"}  # MoDeGPT
+    wanted |= {"o_proj_input", "attention_gradient", "mlp_gradient", "pair_gradient"}  # a3-plus
+    assert set(kinds) == {("mixture-32k", kind) for kind in wanted}
 
 
 TINY = """

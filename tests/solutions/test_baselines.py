@@ -20,7 +20,7 @@ from a3.rxx.kinds import KINDS
 from a3.solutions import mlp, ov, qk
 from a3.solutions.factors import Matrix, factorise, shares
 from a3.solutions.modes import MODES, check_fit, choose
-from a3.solutions.plan import Plan
+from a3.solutions.plan import Plan, no_whole_rope
 from a3.solutions.recipes import METHODS, kinds_read
 from a3.stages.approx.approximate import approximate
 from a3.texts.blocks import token_blocks
@@ -312,7 +312,8 @@ def fitting(folder):
     for component, modes in BASELINES.items():
         for mode in modes:
             kind = arch.attention if component != "mlp" else "experts" if arch.experts else arch.mlp
-            if kind in MODES[component][mode].fits:
+            whole = mode != "uniform-contiguous" or no_whole_rope(arch) is None
+            if kind in MODES[component][mode].fits and whole:
                 yield component, mode
 
 

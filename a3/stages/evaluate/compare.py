@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 from a3.core.files import read_record
 from a3.core.progress import warnings_only
 from a3.models.arch import is_compressed, load_arch
@@ -134,6 +135,7 @@ def score_of(
     folder: Path, task: str, items: Path | None, dtype: str, device: str
 ) -> dict[str, Any]:
     """What `a3 eval harness` finds for a model."""
+    require_installed("lm_eval", "eval")
     from a3.stages.evaluate.harness import harness
 
     run: dict[str, Any] = {"dtype": dtype, "device": device, "seed": 0}
