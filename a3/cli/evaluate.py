@@ -330,7 +330,7 @@ def add_compare(commands: Any) -> None:
     add_new_tokens(one, 24)
     text_ = "time prefill and decoding too"
     one.add_argument("--speed", action="store_true", help=text_)
-    text_ = "score a task of lm-eval too; with --items any name"
+    text_ = "score a task too: name of the task in lm-eval; any name for a local task"
     one.add_argument("--task", metavar="NAME", help=text_)
     text_ = "local task: items.jsonl (query, choices, gold)"
     one.add_argument("--items", type=Path, metavar="FILE", help=text_)
