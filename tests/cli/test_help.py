@@ -12,7 +12,11 @@ from a3.cli.main import GROUPS, parser
 
 ALL = {one.prog: one for one in parsers(parser()) if one.prog != "a3"}
 # Of one name, but not of one kind: several, or what the command itself writes or scores.
-SEVERAL = {"--ratio": {"a3 eval speed"}, "--multiple": {"a3 eval speed"}}
+SEVERAL = {
+    "--ratio": {"a3 eval speed"},
+    "--multiple": {"a3 eval speed"},
+    "--speed": {"a3 compare"},  # a switch
+}
 OWN = {"-h", "-o", "--items", "--prompt", "--model"}
 
 
