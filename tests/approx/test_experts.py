@@ -332,8 +332,14 @@ def test_as_many_experts_are_kept_as_a_token_takes(mixture):
     arch = load_arch(mixture / "dense")
     assert plan("0.8", mlp="reap").ranks(arch) == {"mlp": 3}
     assert Plan(choose(DENSE | {"mlp": "reap@2", "ratio": "-"})).ranks(arch) == {"mlp": 2}
-    for cell, ratio in (("reap", "0.95"), ("reap@1", "-"), ("frequency@17", "-")):
-        with pytest.raises(A3Error, match="of 16 experts, of which a token takes 2"):
+    few = "leaves too few of 16 experts, of which a token takes 2"
+    many = "keeps 17 experts, and a layer has 16"
+    for cell, ratio, said in (
+        ("reap", "0.95", few),
+        ("reap@1", "-", few),
+        ("frequency@17", "-", many),
+    ):
+        with pytest.raises(A3Error, match=said):
             Plan(choose(DENSE | {"mlp": cell, "ratio": ratio})).ranks(arch)
 
 
