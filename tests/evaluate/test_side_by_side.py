@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import a3  # noqa: F401
 from a3.cli.main import main
 from a3.core.files import read_record
 from a3.models.load import load_tokenizer
+from a3.stages.evaluate.compare import names_of
 from a3.texts.blocks import scored_blocks
 from a3.texts.reading import load_documents
 
@@ -104,7 +106,7 @@ def test_sizes_are_those_of_the_record(work, capsys):
     ("words", "said"),
     [
         (["dense"], "found 1 model, expected two or more"),
-        (["dense", "dense"], "two folders are called dense"),
+        (["dense", "dense"], "is named twice"),
         (["dense", "small", "--items", "x.jsonl"], "items of which task"),
         (["dense", "none"], "no such folder"),
     ],
@@ -130,3 +132,9 @@ def test_models_of_the_same_weights_are_told_apart(work, capsys, tmp_path):
     assert other["texts"][0]["kl"] > 0
     again = json.loads(compared(work, capsys, "--json"))["models"][1]
     assert small["texts"][0]["kl"] == pytest.approx(again["texts"][0]["kl"], rel=1e-6)
+
+
+def test_columns_are_called_by_what_tells_their_folders_apart():
+    assert names_of([Path("a/dense"), Path("b/small")]) == ["dense", "small"]
+    found = names_of([Path("a/dense"), Path("x/one/0.2"), Path("x/two/0.2")])
+    assert found == ["a/dense", "one/0.2", "two/0.2"]

@@ -62,16 +62,16 @@ def compare(
     With `speed` it has tokens a second of prefill and decoding, as `a3 eval speed` times them, and
     with `task` the score of a task as `a3 eval harness`, of a local one with its `items`.
     `run` has tokens, block_length, bos, dtype and device. Only one layer at a time of a model is in
-    memory, until prompts are continued. Raises A3Error for two folders or texts of one name, and as
-    `perplexity` and `generation` do.
+    memory, until prompts are continued. Raises A3Error for a folder named twice, two texts of one
+    name, and as `perplexity` and `generation` do.
     """
-    require_several(folders)
+    names = names_of(folders)
     require_names(texts)
     subjects = [Evaluated(folder) for folder in folders]
     ids = [[prompt_ids(subject, one, new_tokens) for one in prompts] for subject in subjects]
     found: list[dict[str, Any]] = [
-        {"name": folder.resolve().name, **size_of(folder), **hashes(subject.checkpoint)}
-        for folder, subject in zip(folders, subjects, strict=True)
+        {"name": name, **size_of(subject.folder), **hashes(subject.checkpoint)}
+        for name, subject in zip(names, subjects, strict=True)
     ]
     if texts:
         with tempfile.TemporaryDirectory(prefix="a3-compare-") as work, torch.inference_mode():
@@ -95,16 +95,20 @@ def compare(
     return {"models": found, "prompts": list(prompts), **run}
 
 
-def require_several(folders: Sequence[Path]) -> None:
-    """Raise A3Error unless there are two folders or more, of different names."""
-    names = [folder.resolve().name for folder in folders]
-    if len(names) < 2:
-        raise A3Error(f"compare: found {len(names)} model, expected two or more. Name another.")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise A3Error(
-            f"compare: two folders are called {twice[0]}, which the columns could not tell apart. "
-            "Rename one."
-        )
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What the columns call folders: as much of their paths' ends as tells them apart.
+
+    Raises A3Error unless there are two or more, all of them different.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if len(paths) < 2:
+        raise A3Error(f"compare: found {len(paths)} model, expected two or more. Name another.")
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        raise A3Error(f"compare: {twice[0]} is named twice. Name each folder once.")
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["/".join(path.parts[-length:]) for path in paths]
 
 
 def size_of(folder: Path) -> dict[str, Any]:
