@@ -112,7 +112,7 @@ class Arch:
 
     def require_a3_attention(self, what: str) -> None:
         """Raise A3Error if compressed models run the family's own attention code."""
-        if self.adapter.own(vars(self)) is not None:
+        if self.runs_own_attention:
             raise A3Error(
                 f"{what}: compressed models of {self.family} run its own attention code, whose "
                 f"matrices {what} cannot replace. This model is not supported."

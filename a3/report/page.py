@@ -18,7 +18,7 @@ from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
 from a3.experiments.rows import check_reference
-from a3.report.advice import advice, is_level, smallest
+from a3.report.advice import advice, in_order, level_with_best, smallest
 from a3.report.tables.columns import (
     Column,
     by_text_columns,
@@ -181,10 +181,9 @@ def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     Methods whose difference from the best is not significant over the blocks are also named.
     """
     rows = smallest(runs)
-    best = min(rows, key=lambda run: run.perplexity[text]["perplexity"])
+    best = in_order(rows, text)[0]
     first, place = best.perplexity[text], best.place
-    level = {run.place.method for run in rows if is_level(best, run, text)}
-    level -= {place.method}
+    level = level_with_best(rows, text) - {place.method}
     also = f" (within two standard errors of it: {', '.join(sorted(level))})"
     kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
     return (

@@ -25,6 +25,7 @@ from a3.stages.evaluate.perplexity import (
     Scored,
     cut_text,
     last_states,
+    paired_increase,
     require_finite,
     require_names,
     scores,
@@ -240,6 +241,5 @@ def add_increase(found: list[dict[str, Any]], reference: list[dict[str, Any]]) -
     """
     for own, base in zip(found, reference, strict=True):
         if own["token_ids_sha256"] == base["token_ids_sha256"]:
-            more = torch.tensor(own["block_nll"]) - torch.tensor(base["block_nll"])
-            own["increase"] = more.mean().item()
-            own["increase_stderr"] = more.std().item() / len(more) ** 0.5 if len(more) > 1 else None
+            losses = (torch.tensor(one["block_nll"], dtype=torch.float64) for one in (base, own))
+            own["increase"], own["increase_stderr"] = paired_increase(*losses)

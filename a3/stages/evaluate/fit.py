@@ -23,7 +23,12 @@ from a3.models.load import count_parameters, load_tokenizer, require_positions
 from a3.models.tokenizer import require_rows
 from a3.solutions.modes import DENSE
 from a3.stages.evaluate.evaluated import Evaluated, load
-from a3.stages.evaluate.perplexity import block_losses, require_finite, streamed_losses
+from a3.stages.evaluate.perplexity import (
+    block_losses,
+    paired_increase,
+    require_finite,
+    streamed_losses,
+)
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents, text_sha256
 
@@ -160,14 +165,14 @@ def increases(
     for (name, few), one, other in zip(texts.items(), before, after, strict=True):
         require_finite(one, dense, few.text)
         require_finite(other, small, few.text)
-        more, count = other - one, len(one)
+        increase, error = paired_increase(one, other)
         found[name] = {
             "text_sha256": text_sha256(few.text),
-            "blocks": count,
+            "blocks": len(one),
             "dense": one.mean().item(),
             "compressed": other.mean().item(),
-            "increase": more.mean().item(),
-            "stderr": more.std().item() / count**0.5 if count > 1 else None,
+            "increase": increase,
+            "stderr": error,
         }
     return found
 

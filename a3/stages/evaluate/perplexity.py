@@ -176,6 +176,13 @@ def summarise(losses: Tensor, tokens: int, size: int) -> dict[str, Any]:
     }
 
 
+def paired_increase(before: Tensor, after: Tensor) -> tuple[float, float | None]:
+    """The mean increase of blocks' losses (N,), and its standard error; None for a single block."""
+    more = after - before
+    error = more.std().item() / len(more) ** 0.5 if len(more) > 1 else None
+    return more.mean().item(), error
+
+
 def require_finite(losses: Tensor, folder: Path, text: Path) -> None:
     """Raise A3Error if a model's loss on a block of text is not finite."""
     bad = (~torch.isfinite(losses)).nonzero()
