@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, named
 from a3.core.progress import bars
 from a3.experiments.entries import find_entry
 from a3.models.load import loaded
+from a3.models.quiet import quiet
 from a3.models.readable import require_readable
 from a3.models.tokenizer import tokenizer_files
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_ratio
@@ -53,17 +53,8 @@ def workplace(progress: bool) -> Iterator[Path]:
 @contextmanager
 def call(progress: bool) -> Iterator[None]:
     """Inside the block only a3's progress bars are shown, if wanted, and other threads wait."""
-    with CALLS, bars(progress):
-        verbosity = transformers_logging.get_verbosity()
-        drawn = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if drawn:
-                transformers_logging.enable_progress_bar()
+    with CALLS, bars(progress), quiet():
+        yield
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from a3.models.probe.find import (
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
 from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits
+from a3.models.quiet import quiet
 
 COMPONENTS = ("qk", "ov", "mlp")
 
@@ -60,8 +61,8 @@ def probe(model_type: str, content: dict[str, Any] | None = None) -> Outcome:
 
     Raises A3Error if transformers cannot build or run a tiny model of it.
     """
-    # The caller's random numbers stay as they are.
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+    # The caller's random numbers stay as they are, and tiny models load without bars.
+    with torch.random.fork_rng(devices=[]), quiet(), tempfile.TemporaryDirectory() as folder:
         config, model = build(model_type, tiny_content(model_type, content))
         positions = position_key(model, config.get_text_config())
         trial = Trial(model, config, Path(folder), positions is not None)
