@@ -10,6 +10,11 @@ from test_compressed import SETTINGS, TEXT
 from tiny import run, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from a3.cli.main import main
 from a3.core.errors import A3Error
@@ -267,12 +272,20 @@ def test_sizes_are_those_of_the_model_and_not_of_the_tiny_one(tmp_path):
     assert gap(logits(whole, ids), logits(dense, ids)) < 1e-3
 
 
+def test_a_probe_shows_no_bars_of_tiny_models(capfd):
+    enable_progress_bar()  # which is off in all tests
+    try:
+        probe("exaone4")
+        assert capfd.readouterr().err == ""
+        assert is_progress_bar_enabled()
+    finally:
+        disable_progress_bar()
+
+
 def test_a_config_is_probed_by_the_command_line(tmp_path, capsys):
     config = tiny_config("exaone4", tiny_content("exaone4"))
     config.save_pretrained(tmp_path)
     run("families", "--probe", tmp_path / "config.json")
-    said = capsys.readouterr()
-    assert "exaone4  qk (3 of 4 layers), ov, mlp" in said.out
-    assert said.err == ""  # transformers' bars of the tiny models
+    assert "exaone4  qk (3 of 4 layers), ov, mlp" in capsys.readouterr().out
     run("families")
     assert "deepseek_v3" in capsys.readouterr().out
