@@ -29,9 +29,9 @@ from a3.core.work import work_folder, work_of
 from a3.experiments.entries import CATALOGUE
 from a3.models.checkpoint import recorded_files
 from a3.models.inputs import local_inputs, mark, marks
+from a3.promise import allocate_within, check_kept, check_target, held_out
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
-from a3.stages.approx.allocate import allocate
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
 from a3.stages.approx.losses import losses
 from a3.stages.collect.collect import collect
@@ -95,7 +95,7 @@ def compress(
             if moved(work, out):
                 return
             require_replaceable(out, NEW.seal)
-            prepare(model, texts, plan, work)
+            prepare(model, texts, plan, work, settings)
             dev = {} if dev_text is None else {"dev": few_of(work, "dev", settings)}
             begun = [path for pattern in LONG for path in work.glob(pattern)]
             if begun:
@@ -143,16 +143,25 @@ def own(work: Path) -> list[str]:
 
 
 def prepare(
-    model: dict[str, Any], texts: dict[str, dict[str, Any]], plan: Plan, work: Path
+    model: dict[str, Any],
+    texts: dict[str, dict[str, Any]],
+    plan: Plan,
+    work: Path,
+    settings: dict[str, Any],
 ) -> None:
-    """Make the model's folder and the documents, and check modes and sizes before the long work."""
+    """Make the model's folder and the documents, and check modes, sizes and targets before the long
+    work.
+    """
     if not (work / "model").is_dir():
         find_source(model, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
     plan.check(work / "model")
+    check_target(plan, work / "model")
     for name, text in texts.items():
         if not (work / f"{name}.json").is_file():
             make_text(text, work, work / f"{name}.jsonl", SPLITS[name])
+    if plan.target is not None and plan.target.max_loss is not None:
+        held_out(work / "model", work / "docs.jsonl", settings)
 
 
 def few_of(work: Path, name: str, settings: dict[str, Any], tokens: int | None = None) -> Few:
@@ -175,7 +184,8 @@ def solve(plan: Plan, work: Path, settings: dict[str, Any]) -> None:
             solving["losses"] = all_losses(plan, work, len(layers), settings["device"])
             allocation = work / "allocation.json"
             if not allocation.is_file():
-                allocate(work / "model", work / "rxx", plan, allocation, **solving)
+                text = work / "docs.jsonl"
+                allocate_within(work / "model", work / "rxx", plan, text, allocation, **solving)
         solve_missing(work / "model", work / "rxx", plan, missing, allocation, **solving)
     # Statistics are used up, and may be larger than the model.
     for name in ("rxx", "losses"):
@@ -189,6 +199,8 @@ def finish(plan: Plan, work: Path, dev: dict[str, Few], settings: dict[str, Any]
     if result.is_dir():
         shutil.rmtree(result)  # of a killed call, which may have recorded half
     join(work / "model", layer_paths(work / "model", work / "layers"), result)
+    for line in check_kept(plan, work / "model", result):
+        LOG.info(f"compress: {line}")
     # Modes that read no statistics are not fitted to the text.
     texts = (
         {"calibration": few_of(work, "docs", settings, settings["tokens"])} if plan.kinds() else {}
@@ -199,9 +211,16 @@ def finish(plan: Plan, work: Path, dev: dict[str, Few], settings: dict[str, Any]
         allocation = work / "allocation.json" if plan.shared else None
         predicted = predicted_loss(allocation, read_record(result / "approx.json"))
         said = {"calibration": None, "dev": None} | loss | {"predicted": predicted}
+        said |= read_held_out(allocation)
         record_loss(result, said)
         announce_loss(said)
     write_record(work / FINISHED, {"approx_sha256": sha256(result / "approx.json")})
+
+
+def read_held_out(allocation: Path | None) -> dict[str, Any]:
+    """The loss on held-out text by which ranks were chosen, if they were."""
+    record = {} if allocation is None else read_record(allocation)
+    return {"held_out": record["held_out"]} if "held_out" in record else {}
 
 
 def announce_loss(loss: dict[str, Any]) -> None:

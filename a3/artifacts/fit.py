@@ -2,7 +2,8 @@
 
 Such a record has the loss over the dense model's, in nats a token: under `predicted` what the
 allocation expects, under `calibration` and `dev` what a3.stages.evaluate.fit measured on a few
-blocks of these texts. Each is None if it is not known, as is the standard error of one block.
+blocks of these texts. Each is None if it is not known, as is the standard error of one block. Under
+`held_out`, if ranks were chosen by a largest loss, is the loss by which they were (a3.promise).
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ def is_overfitted(loss: Loss) -> bool:
 def said_of(loss: Loss) -> str:
     """The losses in a line: "predicted 0.160, calibration 0.172 ± 0.010 (4 blocks), dev text …"."""
     found = [] if loss["predicted"] is None else [f"predicted {loss['predicted']:.3f}"]
-    for key, name in (("calibration", "calibration"), ("dev", "dev text")):
-        if said := loss[key]:
+    names = {"calibration": "calibration", "held_out": "held-out text", "dev": "dev text"}
+    for key, name in names.items():
+        if said := loss.get(key):
             blocks = f"{said['blocks']} block{'s' if said['blocks'] > 1 else ''}"
             error = "" if said["stderr"] is None else f" ± {said['stderr']:.3f}"
             found.append(f"{name} {said['increase']:.3f}{error} ({blocks})")

@@ -12,6 +12,7 @@ from typing import Self
 from a3.core.errors import A3Error
 from a3.solutions.modes import COMPONENTS, DENSE, NO_RATIO, SHARED, eliminating
 from a3.solutions.recipes import PLAIN
+from a3.solutions.target import is_target
 
 # Folder for the statistics of shards, inside the folder of a calibration's statistics.
 SHARDS = "shards"
@@ -110,8 +111,11 @@ class Place:
 
     @property
     def nominal(self) -> float | None:
-        """The one ratio of all compressed components; None if one has its own ratio or rank."""
-        return None if "@" in self.modes or self.ratio == NO_RATIO else float(self.ratio)
+        """The one ratio of all compressed components; None if one has its own ratio or rank, or
+        targets stand in its place.
+        """
+        own = "@" in self.modes or self.ratio == NO_RATIO or is_target(self.ratio)
+        return None if own else float(self.ratio)
 
     @property
     def dense(self) -> Self:

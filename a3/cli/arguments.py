@@ -10,7 +10,8 @@ from a3.cli import options as values
 from a3.cli.options import LARGEST_SEED, MOST_THREADS, count
 from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
-from a3.solutions.modes import BRIEFS, COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_ratio
+from a3.solutions.modes import BRIEFS, COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_amount
+from a3.solutions.target import NAMES, Target
 
 # Cells of a table's rows, and what may stand beside them.
 ROW = (*COMPONENTS, "ratio")
@@ -75,10 +76,14 @@ def entry(name: str, section: str) -> dict[str, Any]:
 
 
 def ratio(word: str) -> str:
-    """A ratio as it is written in tables; raises A3Error if the text is not a ratio."""
+    """A ratio, or targets in its place, as written in tables; raises A3Error for other text."""
     if word != NO_RATIO:
-        parse_ratio(word)
+        parse_amount(word)
     return word
+
+
+class Default(str):
+    """A mode that nobody asked for: with a target, the preset that fits it takes its place."""
 
 
 def shares(word: str) -> dict[str, float]:
@@ -210,6 +215,42 @@ def add_modes(one: argparse.ArgumentParser) -> None:
     add_components(one)
 
 
+def add_target(one: argparse.ArgumentParser) -> None:
+    """What the model is to become, in place of a ratio."""
+    said = {
+        "fit": ("SIZE", "bytes of its weights at most, as a file: 300MB; with :q8_0, of a3 export"),
+        "params": ("N", "parameters at most: 100M"),
+        "kv_cache": ("SHARE", "share of the dense model's KV cache at most: 0.5"),
+        "flops": ("SHARE", "share of the dense model's FLOPs a token at most: 0.7"),
+        "max_loss": (
+            "NATS",
+            "nats a token to lose at most, on held-out calibration text: 0.05",
+        ),
+    }
+    for name, (metavar, text) in said.items():
+        text += " (preset a3-plus by default)" if name == "fit" else ""
+        one.add_argument(f"--{NAMES[name]}", metavar=metavar, help=text)
+
+
+def with_target(options: dict[str, Any]) -> dict[str, Any]:
+    """Put the options of `add_target` in place of the ratio, with modes that fit where none is
+    named; raises A3Error for a wrong target, and for a ratio beside it.
+    """
+    said = {name: options.pop(name) for name in NAMES}
+    if all(word is None for word in said.values()):
+        return options
+    if options["ratio"] != NO_RATIO:
+        named = ", ".join(f"--{NAMES[name]}" for name, word in said.items() if word is not None)
+        raise A3Error(f"--ratio beside {named}: a target takes the place of a ratio. Give one.")
+    target = Target.of(said)
+    preset = PRESETS["a3-stock" if target.type else "a3-plus"]
+    modes = {
+        one: preset[one] if isinstance(options[one], Default) else options[one]
+        for one in COMPONENTS
+    }
+    return options | modes | {"ratio": str(target)}
+
+
 def add_servable(one: argparse.ArgumentParser) -> None:
     """Sizes of heads."""
     sizes = ", ".join(map(str, SERVABLE))
@@ -229,7 +270,7 @@ def add_components(one: argparse.ArgumentParser) -> None:
     """The mode of each component, or a preset for all."""
     text = "MODE[@RATIO or @RANK], or dense to skip"
     for component, mode in PRESETS["a3"].items():
-        one.add_argument(f"--{component}", default=mode, metavar="MODE", help=text)
+        one.add_argument(f"--{component}", default=Default(mode), metavar="MODE", help=text)
     one.add_argument(
         "--preset",
         nargs="?",

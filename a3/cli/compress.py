@@ -27,10 +27,12 @@ from a3.cli.arguments import (
     add_rxx,
     add_servable,
     add_shard,
+    add_target,
     add_text,
     add_threads,
     folder,
     with_settings,
+    with_target,
 )
 from a3.cli.options import count, positive
 from a3.core.dtypes import HEAL_DTYPES
@@ -110,12 +112,13 @@ def add_compress(commands: Any) -> None:
     text_ = "text that the calibration has not seen, to measure the loss on; named like --text"
     one.add_argument("--dev-text", metavar="TEXT", help=text_)
     add_modes(one)
+    add_target(one)
     add_servable(one)
     add_out(one, targets.COMPRESSED, "FOLDER", "new Hugging Face folder")
     add_run(add_blocks(one, tokens=32768, seed=True))
     add_fresh(one)
     one.set_defaults(
-        command=lambda **options: compress(**with_settings(options)),
+        command=lambda **options: compress(**with_settings(with_target(options))),
         entries={"model": "models", "text": "texts", "dev_text": "texts"},
     )
 
@@ -156,15 +159,16 @@ def allocate(
     uniform: list[str],
     losses: list[Path],
     device: str,
+    text: Path | None,
     **row: str,
 ) -> None:
     """Allocate ranks across layers and components."""
+    from a3.promise import allocate_within
     from a3.solutions.plan import Plan
-    from a3.stages.approx.allocate import allocate
 
     plan = Plan(choose(row), multiple=multiple)
-    options: dict[str, Any] = {"uniform": tuple(uniform), "losses": losses, "device": device}
-    allocate(folder(model), rxx, plan, out, **options)
+    options: dict[str, Any] = {"losses": losses, "device": device, "uniform": tuple(uniform)}
+    allocate_within(folder(model), rxx, plan, text, out, **options)
 
 
 def add_allocate(commands: Any) -> None:
@@ -181,6 +185,9 @@ def add_allocate(commands: Any) -> None:
     add_model(one)
     add_rxx(one)
     add_modes(one)
+    add_target(one)
+    text_ = "text of the calibration, to measure the loss on what it left; only with --max-loss"
+    one.add_argument("--text", type=Path, metavar="TEXT", help=text_)
     add_multiple(one)
     text_ = (
         "components that get the same rank in all layers; experts: all experts of a layer get the "
@@ -191,6 +198,7 @@ def add_allocate(commands: Any) -> None:
     add_device(one)
     add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")
     add_threads(one)
+    one.set_defaults(command=lambda **options: allocate(**with_target(options)))
 
 
 def approx(

@@ -8,5 +8,16 @@ RUN_DTYPES = ("float32", "bfloat16", "float16")
 # Of a training; float16 would need losses to be scaled.
 HEAL_DTYPES = ("float32", "bfloat16")
 
-# Types of GGUF files that the gguf package can make.
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# Types of GGUF files that the gguf package can make: numbers of a block, and its bytes.
+GGUF_BLOCKS = {
+    "f32": (1, 4),
+    "f16": (1, 2),
+    "bf16": (1, 2),
+    "q8_0": (32, 34),
+    "q5_1": (32, 24),
+    "q5_0": (32, 22),
+    "q4_1": (32, 20),
+    "q4_0": (32, 18),
+}
+
+GGUF_TYPES = tuple(GGUF_BLOCKS)

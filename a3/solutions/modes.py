@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 
 from a3.core.errors import A3Error
+from a3.solutions.target import Target, is_target
 
 ROPE = ("mha-rope", "gqa-rope")
 
@@ -122,11 +123,12 @@ class Mode:
 class Choice:
     """How to compress a component: its mode, and the ratio to remove (Decimal) or rank to keep.
 
-    If it is `shared`, the ratio is the average over all shared components of the model.
+    If it is `shared`, the ratio is the average over all shared components of the model, or there is
+    a target that the model has to meet.
     """
 
     mode: str
-    size: Decimal | int
+    size: Decimal | int | Target
     shared: bool = False
 
     @property
@@ -248,7 +250,8 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
 
     A component is `dense`, a mode, which takes the row's ratio, or a mode with its own size:
     `xkv@0.3` (a ratio) or `xkv@48` (a rank). `obs~` allocates the row's ratio across layers and all
-    components with `~`. The ratio is `-` if no component uses it. Raises A3Error for an unknown
+    components with `~`. The ratio is `-` if no component uses it; in its place there may be targets
+    (a3.solutions.target), if every compressed component is marked. Raises A3Error for an unknown
     mode, and for a size that is missing, unused or malformed.
     """
     ratio = row["ratio"]
@@ -257,7 +260,7 @@ def choose(row: Mapping[str, str]) -> dict[str, Choice]:
     for component, choice in choices.items():
         find_mode(component, choice.mode)
     if ratio != NO_RATIO:
-        parse_ratio(ratio)
+        parse_amount(ratio)
         if cells and all("@" in cell for cell in cells.values()):
             raise A3Error(
                 f"ratio {ratio} has no effect: every compressed component has its own ratio or "
@@ -286,19 +289,30 @@ def parse_choice(component: str, cell: str, ratio: str) -> Choice:
                 f"{component} is {cell!r}; expected {expected} and a ratio of "
                 f"the row: {SHARED} allocates it by the loss that this mode estimates at each rank."
             )
-        return Choice(mode[:-1], parse_ratio(ratio), shared=True)
+        return Choice(mode[:-1], parse_amount(ratio), shared=True)
     if mode == DENSE:
         raise A3Error(
             f"{component} is {cell!r}: a skipped component has no ratio or rank. Write {DENSE}."
         )
-    if at:
+    if at and not is_target(ratio):
         return Choice(mode, parse_size(size, f"{component} mode {cell!r}"))
     if ratio == NO_RATIO:
         raise A3Error(
             f"{component} mode {mode!r} has no ratio or rank. Give a ratio for all components, or "
             f"for this one: {mode}@0.2 removes a fifth, {mode}@48 keeps rank 48."
         )
+    if is_target(ratio):
+        marked = " or ".join(name + SHARED for name in MARKED[component])
+        raise A3Error(
+            f"{component} mode {mode!r}: {ratio} is for modes whose ranks are allocated. Take "
+            f"{marked}, as --preset a3-plus does, or {DENSE}; or give a ratio."
+        )
     return Choice(mode, parse_ratio(ratio))
+
+
+def parse_amount(text: str) -> Decimal | Target:
+    """What a row says in place of a size of its own: a ratio, or targets of allocated modes."""
+    return Target.parse(text) if is_target(text) else parse_ratio(text)
 
 
 def parse_size(text: str, where: str) -> Decimal | int:

@@ -25,6 +25,7 @@ from a3.solutions.modes import (
     kinds_needed,
     rank_of,
 )
+from a3.solutions.target import Target
 
 # Allocation keeps at least this share of a component in each layer: a second-order loss is not
 # reliable for larger changes.
@@ -122,6 +123,20 @@ class Plan:
         heads = tuple(component for component in self.shared if component != "mlp")
         return heads if any(self.choices[one].mode in ONE_SIZE for one in heads) else ()
 
+    @property
+    def target(self) -> Target | None:
+        """What the model has to meet, where no ratio says it."""
+        sizes = [choice.size for choice in self.choices.values()]
+        return next((size for size in sizes if isinstance(size, Target)), None)
+
+    def least(self, arch: Arch, component: str) -> int:
+        """The least rank that a layer may get of a component with an allocated ratio."""
+        return least_multiple(arch, component, self.step(component))
+
+    def said(self) -> str:
+        """The modes, as tables join them."""
+        return "+".join(choice.name for choice in self.choices.values())
+
     def step(self, component: str) -> int:
         """Of what an allocated rank of a component is a multiple."""
         return STOCK_STEPS[component] if self.one_size and self.multiple == 1 else self.multiple
@@ -148,32 +163,33 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     The rank from a ratio is rounded to a `multiple`; for factored matrices, their ranks are.
     """
     require_fit(arch, component, choice.mode)
+    full, size = arch.full_rank(component), choice.size
+    if isinstance(size, Target):
+        return full  # how much is removed is known when ranks are allocated
     if find_mode(component, choice.mode).drops:
-        return experts_kept(arch, choice)
-    full = arch.full_rank(component)
+        return experts_kept(arch, choice.mode, size)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
-    if isinstance(choice.size, Decimal) and not find_mode(component, choice.mode).factors:
+    if isinstance(size, Decimal) and not find_mode(component, choice.mode).factors:
         step = math.lcm(step, multiple)
     least = 2 if component == "qk" and arch.rope_layout else 1
     try:
-        return rank_of(full, choice.size, step, least)
+        return rank_of(full, size, step, least)
     except A3Error as error:
         raise A3Error(f"{component} mode {choice.mode!r}: {error}") from None
 
 
-def experts_kept(arch: Arch, choice: Choice) -> int:
+def experts_kept(arch: Arch, mode: str, size: Decimal | int) -> int:
     """How many experts a mode keeps that drops the others; A3Error for fewer than a token takes."""
-    if not isinstance(choice.size, Decimal) and choice.size > arch.experts:
+    if not isinstance(size, Decimal) and size > arch.experts:
         raise A3Error(
-            f"mlp mode {choice.mode!r}: keeps {choice.size} experts, and a layer has "
-            f"{arch.experts}. Keep fewer."
+            f"mlp mode {mode!r}: keeps {size} experts, and a layer has {arch.experts}. Keep fewer."
         )
     try:
-        return rank_of(arch.experts, choice.size, least=arch.experts_per_token)
+        return rank_of(arch.experts, size, least=arch.experts_per_token)
     except A3Error:
         raise A3Error(
-            f"mlp mode {choice.mode!r}: {choice.size} leaves too few of {arch.experts} experts, of "
+            f"mlp mode {mode!r}: {size} leaves too few of {arch.experts} experts, of "
             f"which a token takes {arch.experts_per_token}. Take a smaller ratio or more experts."
         ) from None
 
@@ -230,14 +246,21 @@ def least_rank(arch: Arch, component: str) -> int:
 
 def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
     """Raise A3Error if the same rank for all layers is none that a layer may get."""
-    step = math.lcm(multiple, 2) if component == "qk" else multiple
-    least = -(-least_rank(arch, component) // step) * step
-    if rank < min(least, arch.full_rank(component)):
+    least = least_multiple(arch, component, multiple)
+    if rank < least:
+        step = math.lcm(multiple, 2) if component == "qk" else multiple
         raise A3Error(
             f"allocate: this ratio leaves {component} rank {rank} of {arch.full_rank(component)}, "
             f"and no layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
             "smaller ratio or multiple."
         )
+
+
+def least_multiple(arch: Arch, component: str, multiple: int) -> int:
+    """The least rank that is a multiple, or else the full one."""
+    step = math.lcm(multiple, 2) if component == "qk" else multiple
+    least = -(-least_rank(arch, component) // step) * step
+    return min(least, arch.full_rank(component))
 
 
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from a3.artifacts.runs import Run
 from a3.core.files import whole_folder, write_json
 from a3.solutions.modes import Choice, parse_choice
+from a3.solutions.target import Target
 
 # Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
 # many methods; markers tell them apart in grey.
@@ -125,7 +126,7 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
     otherwise have the same label.
     """
     several = len({run.place.calibration for run, _ in found}) > 1
-    groups: dict[tuple[str, Decimal | int], list[tuple[Run, np.ndarray]]] = {}
+    groups: dict[tuple[str, Decimal | int | Target], list[tuple[Run, np.ndarray]]] = {}
     for run, values in found:
         choice = choice_of(run, component)
         mode = choice.name + (f", {run.place.calibration}" if several else "")
@@ -137,8 +138,13 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
         for run, values in group:
             note = f" in {run.place.method}" if len(group) > 1 else ""
             rows.append((mode + note, size, values))
-    rows.sort(key=lambda row: row[:2])
+    rows.sort(key=lambda row: (row[0], *in_order(row[1])))
     return [Row(f"{mode}  {shown(size)}", values) for mode, size, values in rows]
+
+
+def in_order(size: Decimal | int | Target) -> tuple[bool, Decimal | int | str]:
+    """Sorts sizes: numbers, then targets by their text."""
+    return (True, str(size)) if isinstance(size, Target) else (False, size)
 
 
 def name_model(figure: Figure, dense: Run) -> None:

@@ -11,6 +11,7 @@ from a3.artifacts.places import PLACE, Place
 from a3.artifacts.protocols import HARNESS_PROTOCOL, LOG, PERPLEXITY_PROTOCOL
 from a3.report.tables.rounding import is_empty, plain, plus_minus, rounded
 from a3.solutions.modes import NO_RATIO
+from a3.solutions.target import is_target
 
 signed = "{:+.4f}".format
 percent = "{:.1%}".format
@@ -293,11 +294,20 @@ def spaced(place: Place) -> str:
 
 def _names_of_rows(places: Sequence[Place]) -> list[Column]:
     """Model, method and ratio, and the calibration where there are several."""
-    ratios = [None if place.ratio == NO_RATIO else float(place.ratio) for place in places]
+    # Targets stand in the column as they are, and are sorted as if they had no ratio.
+    ratios = [
+        None if place.ratio == NO_RATIO or is_target(place.ratio) else float(place.ratio)
+        for place in places
+    ]
+    said = [place.ratio if is_target(place.ratio) else None for place in places]
+    shown = [
+        text or ("–" if ratio is None else f"{ratio:g}")
+        for text, ratio in zip(said, ratios, strict=True)
+    ]
     found = [
         words("model", [place.model for place in places]),
         words("method (QK + OV + MLP)", [spaced(place) for place in places], "key"),
-        Column("ratio", ["–" if ratio is None else f"{ratio:g}" for ratio in ratios], ratios),
+        Column("ratio", shown, ratios),
     ]
     if len({place.calibration for place in places if not place.is_dense}) > 1:
         found.insert(2, words("calibration", [place.calibration for place in places]))

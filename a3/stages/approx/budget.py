@@ -1,5 +1,6 @@
-"""Allocates ranks: minimises the predicted loss under one budget."""
+"""Allocates ranks: minimises the predicted loss within limits of what the model may have."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -10,12 +11,16 @@ from a3.core.errors import A3Error
 from a3.solutions.modes import EXPERTS
 from a3.solutions.plan import LEAST
 
-# Bisection steps for a multiplier, a power of two between the smallest and largest slope.
-HALVINGS = 60
+# Prices are powers of two, found by so many halvings of the range of exponents.
+EXPONENTS = (-80.0, 20.0)
 
+HALVINGS = 30
 
 # A layer, and the number of its expert, if the component is a mixture's MLP.
 Place: TypeAlias = tuple[int, int | None]
+
+# Amounts by quantity (a3.stages.approx.limits): parameters, cached numbers …
+Amounts: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,25 @@ class Curve:
     """Ranks that components may have in some places (layers, or experts of layers), descending, and
     the loss at each.
 
-    All of them get the same rank. Losses are in nats a token. `parameters` and `cache` are the cost
-    of one rank: weights, and cached numbers per token.
+    All of them get the same rank. Losses are in nats a token. `costs` are what the components have
+    at each rank, by quantity.
     """
 
     components: tuple[str, ...]
     places: tuple[Place, ...]
     ranks: Tensor
     loss: Tensor
-    parameters: int
-    cache: int
+    costs: Mapping[str, Tensor]
+
+
+def place_in(curve: Curve, rank: int) -> int:
+    """Where in the curve the largest rank is that is no larger than `rank`."""
+    return int((curve.ranks <= rank).nonzero()[0, 0])
 
 
 def at(curve: Curve, rank: int) -> float:
     """The loss at the largest rank of the curve that is no larger than `rank`."""
-    return curve.loss[(curve.ranks <= rank).nonzero()[0, 0]].item()
+    return curve.loss[place_in(curve, rank)].item()
 
 
 def together(
@@ -68,48 +77,95 @@ def joined(curves: list[Curve]) -> Curve:
     ranks = curves[0].ranks
     for curve in curves[1:]:
         ranks = ranks[torch.isin(ranks, curve.ranks)]
+    common = [torch.isin(curve.ranks, ranks) for curve in curves]
+
+    def total(each: Sequence[Tensor]) -> Tensor:
+        return torch.stack([one[kept] for one, kept in zip(each, common, strict=True)]).sum(0)
+
     return Curve(
         tuple(dict.fromkeys(one for curve in curves for one in curve.components)),
         tuple(dict.fromkeys(place for curve in curves for place in curve.places)),
         ranks,
-        torch.stack([curve.loss[torch.isin(curve.ranks, ranks)] for curve in curves]).sum(0),
-        sum(curve.parameters for curve in curves),
-        sum(curve.cache for curve in curves),
+        total([curve.loss for curve in curves]),
+        {key: total([curve.costs[key] for curve in curves]) for key in curves[0].costs},
     )
 
 
-def cost(curves: list[Curve], ranks: list[int]) -> tuple[int, int]:
-    """Parameters and cached numbers of some ranks."""
-    pairs = list(zip(curves, ranks, strict=True))
-    return sum(c.parameters * rank for c, rank in pairs), sum(c.cache * rank for c, rank in pairs)
+def cost(curves: list[Curve], ranks: Sequence[int]) -> Amounts:
+    """What the curves' components have at some ranks, or at the largest ranks of the curve below.
 
-
-def least_loss(curves: list[Curve], budget: tuple[int, int]) -> list[int]:
-    """The ranks that minimise the total loss within a budget of parameters and cache.
-
-    Uses Lagrange multipliers: given a price per parameter and per cached number, each curve chooses
-    its rank independently. Prices are the lowest that keep to the budget. The remaining budget is
-    spent where it reduces the loss most.
+    Each is rounded to whole numbers, of which all costs but those of experts' FLOPs are.
     """
+    places = [place_in(curve, rank) for curve, rank in zip(curves, ranks, strict=True)]
+    return {
+        key: round(sum(c.costs[key][i].item() for c, i in zip(curves, places, strict=True)))
+        for key in curves[0].costs
+    }
 
-    def choose(price: float, cache_price: float) -> list[int]:
-        return [
-            int(
-                c.ranks[
-                    (c.loss + (price * c.parameters + cache_price * c.cache) * c.ranks).argmin()
-                ]
+
+class Choices:
+    """All curves side by side, so that one product prices every rank of all of them."""
+
+    def __init__(self, curves: list[Curve], limits: Amounts) -> None:
+        self.limits = list(limits.values())
+        width = max(len(curve.ranks) for curve in curves)
+        self.loss = torch.full((len(curves), width), torch.inf, dtype=torch.float64)
+        self.costs = torch.zeros(len(limits), len(curves), width, dtype=torch.float64)
+        for row, curve in enumerate(curves):
+            self.loss[row, : len(curve.ranks)] = curve.loss
+            for which, key in enumerate(limits):
+                self.costs[which, row, : len(curve.ranks)] = curve.costs[key]
+
+    def at_prices(self, prices: tuple[float, ...]) -> Tensor:
+        """Where each curve's loss and price together are least: the place of a rank in each."""
+        priced = self.loss.clone()
+        for price, costs in zip(prices, self.costs, strict=True):
+            if price:
+                priced.add_(costs, alpha=price)
+        return priced.argmin(1)
+
+    def keeps(self, chosen: Tensor, which: int) -> bool:
+        """Whether the ranks at some places are within one of the limits."""
+        spent = self.costs[which].gather(1, chosen[:, None]).sum()
+        return bool(spent <= self.limits[which] + 0.5)
+
+    def cheapest(self, dearer: tuple[float, ...] = ()) -> Tensor:
+        """The choice at the lowest prices that keep to all limits; `dearer` are prices of the last
+        limits, which are found for each of their own by bisection.
+        """
+        which = len(self.limits) - 1 - len(dearer)
+        if which < 0:
+            return self.at_prices(dearer)
+        if self.keeps(chosen := self.cheapest((0.0, *dearer)), which):
+            return chosen
+        low, high = EXPONENTS
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            if self.keeps(self.cheapest((2.0**middle, *dearer)), which):
+                high = middle
+            else:
+                low = middle
+        chosen = self.cheapest((2.0**high, *dearer))
+        if not self.keeps(chosen, which):
+            raise A3Error(
+                f"allocate: even with the smallest ranks, {LEAST:.1%} of each size, the budget is "
+                "exceeded. Take a smaller ratio."
             )
-            for c in curves
-        ]
-
-    def cheapest(cache_price: float) -> list[int]:
-        return bisect(lambda price: choose(price, cache_price), curves, budget[0], which=0)
-
-    ranks = bisect(cheapest, curves, budget[1], which=1)
-    return fill(curves, ranks, budget)
+        return chosen
 
 
-def least_loss_by_rank(curves: list[Curve], which: int, budget: tuple[int, int]) -> list[int]:
+def least_loss(curves: list[Curve], limits: Amounts) -> list[int]:
+    """The ranks that minimise the total loss within limits of some quantities.
+
+    Uses Lagrange multipliers: given a price of each quantity, each curve chooses its rank
+    independently. Prices are the lowest that keep to the limits. What remains is spent where it
+    reduces the loss most.
+    """
+    chosen = Choices(curves, limits).cheapest().tolist()
+    return fill(curves, [int(c.ranks[i]) for c, i in zip(curves, chosen, strict=True)], limits)
+
+
+def least_loss_by_rank(curves: list[Curve], which: int, limits: Amounts) -> list[int]:
     """As `least_loss`, with each rank of one curve tried in turn.
 
     That curve has a few ranks and each of its steps is a large part of the budget, of which
@@ -117,59 +173,48 @@ def least_loss_by_rank(curves: list[Curve], which: int, budget: tuple[int, int])
     """
     best, chosen = torch.inf, None
     for place in range(len(curves[which].ranks)):
-        fixed = slice(place, place + 1)
-        one = replace(
-            curves[which], ranks=curves[which].ranks[fixed], loss=curves[which].loss[fixed]
-        )
-        tried = [*curves[:which], one, *curves[which + 1 :]]
-        least = cost(tried, [int(curve.ranks[-1]) for curve in tried])
-        if least[0] > budget[0] or least[1] > budget[1]:
+        tried = [*curves[:which], only(curves[which], place), *curves[which + 1 :]]
+        least = [min_cost(tried, key) for key in limits]
+        if any(one > limit for one, limit in zip(least, limits.values(), strict=True)):
             continue
-        ranks = least_loss(tried, budget)
+        ranks = least_loss(tried, limits)
         if (loss := sum(map(at, tried, ranks))) < best:
             best, chosen = loss, ranks
     # Where no rank fits, the error is that of `least_loss`.
-    return least_loss(curves, budget) if chosen is None else chosen
+    return least_loss(curves, limits) if chosen is None else chosen
 
 
-def bisect(choose: Any, curves: list[Curve], limit: int, which: int) -> list[int]:
-    """The ranks at the lowest price, 0 or a power of two, at which a cost is within its limit."""
-    if cost(curves, ranks := choose(0.0))[which] <= limit:
-        return ranks
-    low, high = -80.0, 20.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        if cost(curves, choose(2.0**middle))[which] <= limit:
-            high = middle
-        else:
-            low = middle
-    ranks = choose(2.0**high)
-    if cost(curves, ranks)[which] > limit:
-        raise A3Error(
-            f"allocate: even with the smallest ranks, {LEAST:.1%} of each size, the budget is "
-            "exceeded. Take a smaller ratio."
-        )
-    return ranks
+def only(curve: Curve, place: int) -> Curve:
+    """A curve with one of its ranks."""
+    costs = {key: values[place : place + 1] for key, values in curve.costs.items()}
+    own = slice(place, place + 1)
+    return replace(curve, ranks=curve.ranks[own], loss=curve.loss[own], costs=costs)
 
 
-def fill(curves: list[Curve], ranks: list[int], budget: tuple[int, int]) -> list[int]:
-    """Raise ranks step by step where the gain per parameter is largest, within the budget."""
+def min_cost(curves: list[Curve], key: str) -> float:
+    """The least that curves can have of a quantity."""
+    return sum(curve.costs[key].min().item() for curve in curves)
+
+
+def fill(curves: list[Curve], ranks: list[int], limits: Amounts) -> list[int]:
+    """Raise ranks step by step within the limits, where the loss falls most for the share of the
+    limits that it takes.
+    """
     ranks = list(ranks)
+    spent: Amounts = {key: cost(curves, ranks)[key] for key in limits}
     while True:
-        best, which = 0.0, None
-        spent = cost(curves, ranks)
+        best, which, more = 0.0, None, spent
         for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
-            place = int((curve.ranks == rank).nonzero()[0, 0])
+            place = place_in(curve, rank)
             if place == 0:
                 continue
-            step = int(curve.ranks[place - 1]) - rank
-            fits = (
-                spent[0] + step * curve.parameters <= budget[0]
-                and spent[1] + step * curve.cache <= budget[1]
-            )
-            gain = (curve.loss[place] - curve.loss[place - 1]).item() / (step * curve.parameters)
-            if fits and gain > best:
-                best, which = gain, (index, rank + step)
+            step = {k: (curve.costs[k][place - 1] - curve.costs[k][place]).item() for k in limits}
+            then = {key: spent[key] + step[key] for key in limits}
+            taken = sum(step[key] / max(limits[key], 1) for key in limits)
+            gain = (curve.loss[place] - curve.loss[place - 1]).item()
+            fits = all(then[key] <= limits[key] for key in limits)
+            if fits and taken > 0 and gain / taken > best:
+                best, which, more = gain / taken, (index, int(curve.ranks[place - 1])), then
         if which is None:
             return ranks
-        ranks[which[0]] = which[1]
+        ranks[which[0]], spent = which[1], more

@@ -4,6 +4,7 @@ Its architecture is `llama`, or, where the sizes of MLPs differ between layers, 
 the same graph with sizes by layer.
 """
 
+import tempfile
 from math import prod
 from pathlib import Path
 
@@ -51,18 +52,7 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
     require_llama(model)
     wanted = GGMLQuantizationType[dtype.upper()]
     with whole_file(out) as temporary:
-        writer = GGUFWriter(temporary, MODEL_ARCH_NAMES[architecture(model)])
-        add_sizes(writer, model)
-        add_vocabulary(writer, folder, model.config.vocab_size)
-        writer.add_file_type(file_type(wanted))
-        types = {name: stored_type(model, name, wanted) for name in names(model)}
-        for name, type_ in types.items():
-            add_info(writer, tensor_name(model, name), model.checkpoint.shape(name), type_)
-        if model.linear is None:
-            add_info(writer, FACTORS, (model.head_dim // 2,), GGMLQuantizationType.F32)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        writer, types = begun(model, wanted, temporary)
         for name, type_ in Bar(types.items(), unit="tensor", desc="gguf"):
             writer.write_tensor_data(quantize(value_of(model, name), type_))
         if model.linear is None:
@@ -80,6 +70,38 @@ def export_gguf(folder: Path, out: Path, dtype: str) -> None:
             f"multiple of {block_of(wanted)}, the block of {wanted.name}: {others[0]} has "
             f"{model.checkpoint.shape(others[0])[-1]} columns. --multiple 32 avoids this."
         )
+
+
+def begun(
+    model: Stock, wanted: GGMLQuantizationType, out: Path
+) -> tuple[GGUFWriter, dict[str, GGMLQuantizationType]]:
+    """The writer of a file that has all but the tensors' data, and the tensors' types by name."""
+    writer = GGUFWriter(out, MODEL_ARCH_NAMES[architecture(model)])
+    add_sizes(writer, model)
+    add_vocabulary(writer, model.folder, model.config.vocab_size)
+    writer.add_file_type(file_type(wanted))
+    types = {name: stored_type(model, name, wanted) for name in names(model)}
+    for name, type_ in types.items():
+        add_info(writer, tensor_name(model, name), model.checkpoint.shape(name), type_)
+    if model.linear is None:
+        add_info(writer, FACTORS, (model.head_dim // 2,), GGMLQuantizationType.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer, types
+
+
+def gguf_bytes(folder: Path, dtype: str) -> int:
+    """Bytes of the file that `export_gguf` would write of a model; raises A3Error as it does."""
+    model = stock(folder, by_layer=True)
+    require_llama(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "begun.gguf")
+        writer, _ = begun(model, GGMLQuantizationType[dtype.upper()], path)
+        (tensors,) = writer.tensors
+        data = sum(writer.ggml_pad(one.nbytes, writer.data_alignment) for one in tensors.values())
+        writer.close()
+        return writer.ggml_pad(path.stat().st_size, writer.data_alignment) + data
 
 
 def add_sizes(writer: GGUFWriter, model: Stock) -> None:

@@ -1,0 +1,277 @@
+"""Keeps what a target asks of a compressed model: a loss that is measured, sizes that are checked.
+
+A predicted loss is of second order and of the calibration itself. So the loss that a user allows is
+measured, on blocks of the calibration's text that the calibration did not use, and ranks are
+allocated again until it is kept.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from a3.core.errors import A3Error
+from a3.core.files import read_record, write_record
+from a3.core.progress import LOG
+from a3.models.arch import load_arch
+from a3.models.load import load_tokenizer
+from a3.solutions.plan import Plan
+from a3.stages.approx.allocate import Found, allocate
+from a3.stages.approx.allocator import Allocator
+from a3.stages.approx.approximate import approximate
+from a3.stages.approx.limits import (
+    BYTES,
+    CACHED,
+    FLOPS,
+    PARAMETERS,
+    asked,
+    dense_amounts,
+    require_within_reach,
+    words,
+)
+from a3.stages.evaluate.fit import scores
+from a3.stages.evaluate.perplexity import paired_increase, require_finite
+from a3.stages.export.gguf import export_gguf, gguf_bytes
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents, text_sha256
+
+# Blocks that are scored, and so many as are left out after those of the calibration, since a
+# document may be in both.
+BLOCKS, BETWEEN = 16, 1
+
+# How often ranks are allocated at most, and the share of the allowed loss that is near enough.
+TRIES, NEAR = 6, 0.94
+
+# Where in between the next loss is aimed at.
+AIM = 0.975
+
+
+def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
+    """Bytes of the dense model's GGUF file where the target is one; A3Error as export refuses."""
+    target = plan.target
+    if target is None or target.type is None:
+        return None
+    if not plan.one_size and {"qk", "ov"} & set(plan.shared):
+        raise A3Error(
+            f"{target}: {plan.said()} gives each layer heads of its own size, and llama.cpp wants "
+            "one. Take --preset a3-stock."
+        )
+    return gguf_bytes(model_folder, target.type)
+
+
+def check_target(plan: Plan, model_folder: Path) -> None:
+    """Raise A3Error now, before anything long, for a target that cannot be met."""
+    if plan.target is not None:
+        arch = load_arch(model_folder)
+        require_within_reach(arch, plan, plan.target, file_bytes_of(plan, model_folder))
+
+
+def held_out(folder: Path, text: Path, used: Mapping[str, Any]) -> Tensor:
+    """Blocks (N, L) of a text after those that a calibration `used`; A3Error if there are none.
+
+    `used` has its tokens, block_length, seed and bos.
+    """
+    length = used["block_length"]
+    first = -(-used["tokens"] // length) + BETWEEN
+    cut = (length, (first + BLOCKS) * length, used["seed"], used["bos"])
+    blocks = token_blocks(load_documents(text), load_tokenizer(folder), *cut)[first:]
+    if not len(blocks):
+        raise A3Error(
+            f"{text}: all of it serves as calibration ({used['tokens']} tokens and a block), "
+            "and a loss is measured on what is left. Give more text, or fewer --tokens."
+        )
+    return blocks
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Measures the loss over the dense model's at any ranks, on text held out of the calibration.
+
+    `text` is the calibration's, or another one, whose first blocks are then taken; `losses` are the
+    files that stage losses wrote.
+    """
+
+    model_folder: Path
+    rxx_folder: Path
+    text: Path
+    allocator: Allocator
+    losses: list[Path]
+    device: str
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """What the statistics say of their text; gradients are of some of the blocks only."""
+        summaries = (rxx.summary for rxx in self.allocator.statistics.values())
+        return dict(max(summaries, key=lambda one: one["tokens"]))
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """What is scored: (N, L)."""
+        same = self.calibration["text_sha256"] == text_sha256(self.text)
+        used = self.calibration if same else self.calibration | {"tokens": 0}
+        return held_out(self.model_folder, self.text, used)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The dense model's loss on each block: (N,)."""
+        return self.scores(self.model_folder)
+
+    def scores(self, folder: Path) -> Tensor:
+        """The loss on each block of the model in a folder."""
+        found = scores(folder, self.blocks, self.calibration["dtype"], self.device, stream=None)
+        require_finite(found, folder, self.text)
+        return found
+
+    def loss(self, chosen: list[int]) -> dict[str, Any]:
+        """What a model loses at these ranks of the allocator's curves: nats a token, and the paired
+        standard error over blocks.
+        """
+        with tempfile.TemporaryDirectory(prefix="a3.", dir=self.rxx_folder.parent) as name:
+            allocation, small = Path(name, "allocation.json"), Path(name, "small")
+            write_record(allocation, self.allocator.record(chosen, {}))
+            solving: dict[str, Any] = {"losses": self.losses, "device": self.device}
+            plan = self.allocator.plan
+            approximate(self.model_folder, self.rxx_folder, plan, small, allocation, **solving)
+            increase, error = paired_increase(self.dense, self.scores(small))
+        predicted = self.allocator.predicted(chosen)
+        return {"predicted": predicted, "increase": increase, "stderr": error} | {
+            "blocks": len(self.blocks)
+        }
+
+
+def allocate_within(
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    text: Path | None,
+    out: Path,
+    *,
+    losses: list[Path],
+    device: str,
+    uniform: tuple[str, ...] = (),
+) -> None:
+    """Allocate ranks (a3.stages.approx.allocate), by the loss measured on `text` where the plan's
+    target has a largest one, and by the size of a GGUF file where it has one.
+
+    Raises A3Error for a target that cannot be met, and where a loss is to be kept without a text.
+    """
+    check_target(plan, model_folder)
+    if plan.target is not None and plan.target.max_loss is not None and text is None:
+        raise A3Error(
+            f"allocate: {plan.target}: a loss is measured on text. Name the calibration's with "
+            "--text."
+        )
+
+    def within_loss(allocator: Allocator) -> Found:
+        assert text is not None
+        return keep_loss(Trials(model_folder, rxx_folder, text, allocator, losses, device))
+
+    allocate(
+        model_folder,
+        rxx_folder,
+        plan,
+        out,
+        uniform=uniform,
+        losses=losses,
+        device=device,
+        file_bytes=file_bytes_of(plan, model_folder),
+        within_loss=within_loss,
+    )
+
+
+def upper(tried: Mapping[str, Any]) -> float:
+    """The measured loss and one standard error, which is what has to be kept."""
+    return tried["increase"] + (tried["stderr"] or 0.0)
+
+
+def keep_loss(trials: Trials) -> Found:
+    """The smallest ranks whose measured loss is kept within the target's, and what was measured.
+
+    Ranks are allocated for a predicted loss, which is corrected by what is measured. Raises A3Error
+    if the loss is not kept by any.
+    """
+    allocator = trials.allocator
+    most = float(str(allocator.plan.target and allocator.plan.target.max_loss))
+    tries: list[dict[str, Any]] = []
+    kept: dict[float, list[int]] = {}
+    bound, seen = most, []
+    while len(tries) < TRIES and (chosen := allocator.within_loss(bound)) not in seen:
+        seen.append(chosen)
+        tries.append(tried := trials.loss(chosen))
+        LOG.info(
+            f"allocate: predicted {tried['predicted']:.4f}, measured {tried['increase']:.4f} ± "
+            f"{tried['stderr'] or 0:.4f} nats a token on {tried['blocks']} held-out blocks"
+        )
+        if upper(tried) <= most:
+            kept[tried["predicted"]] = chosen
+            if upper(tried) >= NEAR * most:
+                break
+        bound = next_bound(tries, most)
+    if not kept:
+        least = min(tries, key=upper)
+        raise A3Error(
+            f"max-loss@{most}: not kept: predicted {least['predicted']:.4f}, but measured "
+            f"{least['increase']:.4f} ± {least['stderr'] or 0:.4f} nats a token on held-out text. "
+            "Allow more, or calibrate on more tokens."
+        )
+    best = max(kept)
+    measured = next(tried for tried in tries if tried["predicted"] == best)
+    return kept[best], {"held_out": measured, "tries": tries}
+
+
+def next_bound(tries: list[dict[str, Any]], most: float) -> float:
+    """The predicted loss at which the measured one should come near the allowed one.
+
+    The measured loss is taken as a power of the predicted one, through the last two tries; of one
+    try, as a multiple.
+    """
+    last = tries[-1]
+    if upper(last) <= 0:
+        return 2 * last["predicted"] if last["predicted"] > 0 else most
+    power = 1.0
+    if len(tries) > 1 and upper(tries[-2]) > 0 and last["predicted"] != tries[-2]["predicted"]:
+        rise = math.log(upper(last) / upper(tries[-2]))
+        power = rise / math.log(last["predicted"] / tries[-2]["predicted"])
+    power = min(max(power, 0.5), 2.5)
+    return last["predicted"] * (AIM * most / upper(last)) ** (1 / power)
+
+
+def measured_amounts(plan: Plan, model_folder: Path, small: Path) -> dict[str, float]:
+    """What a compressed folder has of each quantity, counted in what was written."""
+    target, size = plan.target, read_record(small / "approx.json")["size"]
+    arch = load_arch(model_folder)
+    amounts = dense_amounts(arch, None)
+    share = size["compressed"]["kv_bytes_per_token"] / max(1, size["dense"]["kv_bytes_per_token"])
+    found = {
+        PARAMETERS: size["compressed"]["parameters"],
+        CACHED: share * amounts[CACHED],
+        FLOPS: size["compressed"]["flops_per_token"],
+        BYTES: sum(path.stat().st_size for path in small.glob("*.safetensors")),
+    }
+    if target is not None and target.type is not None:
+        with tempfile.TemporaryDirectory(prefix="a3.", dir=small.parent) as name:
+            export_gguf(small, Path(name, "small.gguf"), target.type)
+            found[BYTES] = Path(name, "small.gguf").stat().st_size
+    return found
+
+
+def check_kept(plan: Plan, model_folder: Path, small: Path) -> list[str]:
+    """What was asked of a model and what it has, in words; A3Error if it has more than that."""
+    target = plan.target
+    if target is None:
+        return []
+    dense = dense_amounts(load_arch(model_folder), None)
+    found, said = measured_amounts(plan, model_folder, small), []
+    for key, limit in asked(target, dense).items():
+        if found[key] > limit:
+            raise A3Error(
+                f"{target}: {words(key, limit, dense)} asked, and the model has "
+                f"{words(key, found[key], dense)}. This is a fault of a3; please report it."
+            )
+        said.append(f"{words(key, limit, dense)} asked, {words(key, found[key], dense)} written")
+    return said
