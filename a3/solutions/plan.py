@@ -131,7 +131,7 @@ class Plan:
 
     def least(self, arch: Arch, component: str) -> int:
         """The least rank that a layer may get of a component with an allocated ratio."""
-        return least_multiple(arch, component, self.step(component))
+        return min(least_multiple(arch, component, self.step(component)), arch.full_rank(component))
 
     def said(self) -> str:
         """The modes, as tables join them."""
@@ -247,7 +247,7 @@ def least_rank(arch: Arch, component: str) -> int:
 def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
     """Raise A3Error if the same rank for all layers is none that a layer may get."""
     least = least_multiple(arch, component, multiple)
-    if rank < least:
+    if rank < min(least, arch.full_rank(component)):
         step = math.lcm(multiple, 2) if component == "qk" else multiple
         raise A3Error(
             f"allocate: this ratio leaves {component} rank {rank} of {arch.full_rank(component)}, "
@@ -257,10 +257,9 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
 
 
 def least_multiple(arch: Arch, component: str, multiple: int) -> int:
-    """The least rank that is a multiple, or else the full one."""
+    """The least multiple that is a rank which a layer may get."""
     step = math.lcm(multiple, 2) if component == "qk" else multiple
-    least = -(-least_rank(arch, component) // step) * step
-    return min(least, arch.full_rank(component))
+    return -(-least_rank(arch, component) // step) * step
 
 
 def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:

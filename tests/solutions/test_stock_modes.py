@@ -15,6 +15,7 @@ from test_plus import (
     least_factors,
     semidefinite,
     with_ridge,
+    within,
 )
 from tiny import tiny_model
 
@@ -87,20 +88,22 @@ def test_a_few_ranks_are_tried_one_by_one(seed):
     budget = cost(curves, [5, 5, 5, 7])
     found = least_loss_by_rank(curves, 3, budget)
     every = product(*(c.ranks.tolist() for c in curves))
-    fits = (r for r in every if cost(curves, r)[0] <= budget[0] and cost(curves, r)[1] <= budget[1])
+    fits = (ranks for ranks in every if within(cost(curves, ranks), budget))
     losses = [sum(map(at, curves, ranks)) for ranks in fits]
     step = max((c.loss[1:] - c.loss[:-1]).max().item() for c in mlps)
-    assert cost(curves, found)[0] <= budget[0]
+    assert within(cost(curves, found), budget)
     assert min(losses) - 1e-12 <= sum(map(at, curves, found)) <= min(losses) + step
 
 
 def test_curves_of_one_rank_have_the_ranks_of_both():
     one, other = curve(1, True, 3, 1, component="qk"), curve(2, True, 5, 2, component="ov")
-    other = replace(other, ranks=other.ranks[::2], loss=other.loss[::2])
+    costs = {key: cost[::2] for key, cost in other.costs.items()}
+    other = replace(other, ranks=other.ranks[::2], loss=other.loss[::2], costs=costs)
     (joined,) = together([one, other], (), ("qk", "ov"))
     assert joined.ranks.tolist() == [8, 6, 4]
     torch.testing.assert_close(joined.loss, one.loss[::2] + other.loss)
-    assert (joined.parameters, joined.cache) == (8, 3)
+    assert joined.costs["parameters"].tolist() == [8 * 8, 8 * 6, 8 * 4]
+    assert joined.costs["cached_numbers"].tolist() == [3 * 8, 3 * 6, 3 * 4]
 
 
 @pytest.fixture(scope="module")

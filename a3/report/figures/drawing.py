@@ -114,8 +114,10 @@ def choice_of(run: Run, component: str) -> Choice:
     return parse_choice(component, getattr(run.place, component), run.place.ratio)
 
 
-def shown(size: Decimal | int) -> str:
-    """The share that is removed, or the rank that is kept."""
+def shown(size: Decimal | int | Target) -> str:
+    """The share that is removed, the rank that is kept, or what the model had to meet."""
+    if isinstance(size, Target):
+        return str(size)
     return f"rank {size}" if isinstance(size, int) else f"{100 * float(size):g}%"
 
 

@@ -294,16 +294,10 @@ def spaced(place: Place) -> str:
 
 def _names_of_rows(places: Sequence[Place]) -> list[Column]:
     """Model, method and ratio, and the calibration where there are several."""
-    # Targets stand in the column as they are, and are sorted as if they had no ratio.
-    ratios = [
-        None if place.ratio == NO_RATIO or is_target(place.ratio) else float(place.ratio)
-        for place in places
-    ]
-    said = [place.ratio if is_target(place.ratio) else None for place in places]
-    shown = [
-        text or ("–" if ratio is None else f"{ratio:g}")
-        for text, ratio in zip(said, ratios, strict=True)
-    ]
+    # Targets are shown as they are, and sorted as if they had no ratio.
+    words_of = {p.ratio: p.ratio for p in places if is_target(p.ratio)} | {NO_RATIO: "–"}
+    ratios = [None if place.ratio in words_of else float(place.ratio) for place in places]
+    shown = [words_of.get(place.ratio) or f"{float(place.ratio):g}" for place in places]
     found = [
         words("model", [place.model for place in places]),
         words("method (QK + OV + MLP)", [spaced(place) for place in places], "key"),

@@ -72,9 +72,7 @@ class Allocator:
             arch, dense, self.statistics, eliminating(modes), self.even, device=device
         )
         found = eliminations_of(solver, losses)
-        curves = [
-            one for layer in range(arch.layers) for one in curves_of(arch, layer, found, plan)
-        ]
+        curves = [one for layer in found for one in curves_of(arch, layer, found[layer], plan)]
         if modes.get("qk") in ONE_SIZE:
             curves.append(curve_of_model(arch, solver.of_model(modes["qk"]), plan))
         self.curves, self.joined = curves, together(curves, uniform, plan.one_size)
@@ -90,9 +88,16 @@ class Allocator:
         """
         limited = (PARAMETERS,) if self.plan.one_size else (PARAMETERS, CACHED)
         if ratio is None:
-            left = cost(self.curves, [self.even[curve.components[0]] for curve in self.curves])
-            return {key: left[key] for key in limited}
+            # Ranks of a ratio need not be among those that a curve may have.
+            left = [self.of_even(curve) for curve in self.curves]
+            return {key: round(sum(one[key].item() for one in left)) for key in limited}
         return {key: (1 - ratio) * self.full[key] for key in limited}
+
+    def of_even(self, curve: Curve) -> dict[str, Tensor]:
+        """What a curve's component has at the rank that the ratio leaves everywhere."""
+        (component,) = curve.components
+        even = torch.tensor([self.even[component]])
+        return costs_of(self.arch, component, len(curve.places), even)
 
     def asked(self) -> Amounts:
         """The limits of the plan's target, to what its curves' components have."""
