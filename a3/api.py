@@ -13,8 +13,10 @@ Arguments that several functions have:
   catalogue (by default its mixture of many kinds, which is downloaded). All texts are read, because
   the seed shuffles the documents.
 - `ratio`: share of each dimension to remove, in [0, 1). Not needed if each mode has its own.
-- `preset`: modes of all components, `"a3"` (the paper's), `"a3-plus"` (most accurate) or
-  `"a3-stock"` (for stock llama.cpp).
+- `fit`, `params`, `kv_cache`, `flops`, `max_loss`: what the model is to become, in place of a ratio
+  and as the options of the command line say it: `fit="300MB"`, `kv_cache=0.5`, `max_loss=0.05`.
+- `preset`: modes of all components, `"a3"` (the paper's, the default), `"a3-plus"` (most accurate;
+  the default with a target) or `"a3-stock"` (for stock llama.cpp).
 - `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
   `"xkv@0.3"`, `"xkv@48"`, or `"dense"` to skip the component.
 - `tokens`, `block_length`: total number of tokens, and number of tokens that the model sees at
@@ -62,6 +64,7 @@ from a3.given import (
     plan_of,
     require_one_of,
     silent,
+    size_of,
     text_entry,
     workplace,
 )
@@ -101,7 +104,12 @@ def compress(
     texts: Texts = "mixture",
     *,
     ratio: float | str | None = None,
-    preset: str = "a3",
+    fit: str | None = None,
+    params: int | str | None = None,
+    kv_cache: float | str | None = None,
+    flops: float | str | None = None,
+    max_loss: float | str | None = None,
+    preset: str | None = None,
     qk: str | None = None,
     ov: str | None = None,
     mlp: str | None = None,
@@ -125,7 +133,10 @@ def compress(
     The logger "a3" says the loss over the dense model's on a few blocks of `texts` and of
     `dev_texts`, which the calibration should not have seen, and warns if the model is overfitted.
     """
-    plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
+    said = {"fit": fit, "params": params, "kv_cache": kv_cache, "flops": flops}
+    size, fitting = size_of(ratio, said | {"max_loss": max_loss})
+    modes = {"qk": qk, "ov": ov, "mlp": mlp}
+    plan = plan_of(size, preset or fitting, modes, multiple, servable)
     sizes = sizes_of(tokens, block_length, bos, seed)
     settings = {**sizes, **run_of(dtype, device, model)}
     with workplace(progress) as work:
@@ -196,7 +207,7 @@ def allocate(
     `collect` wrote; components listed in `uniform` get the same rank in all layers, and with
     "experts" in it, all experts of a layer get the same.
     """
-    from a3.stages.approx.allocate import allocate
+    from a3.promise import allocate_within
 
     plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple)
     rxx, out = path_of("rxx", rxx), path_of("out", out)
@@ -205,7 +216,8 @@ def allocate(
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         targets.check(targets.ALLOCATION, {"model": folder, "rxx": rxx, "out": out})
-        allocate(folder, rxx, plan, out, uniform=tuple(uniform))
+        own: dict[str, Any] = {"losses": [], "device": "cpu", "uniform": tuple(uniform)}
+        allocate_within(folder, rxx, plan, None, out, **own)
     return read_record(out)["ranks"]
 
 

@@ -21,8 +21,9 @@ from a3.models.load import loaded
 from a3.models.quiet import quiet
 from a3.models.readable import require_readable
 from a3.models.tokenizer import tokenizer_files
-from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_ratio
+from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_amount
 from a3.solutions.plan import Plan
+from a3.solutions.target import Target
 from a3.stages.inputs.catalogued import find_source, make_text
 from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.texts.reading import Document, as_document, write_documents
@@ -206,6 +207,26 @@ def plan_of(
     return Plan(choose(row), servable, count_of("multiple", multiple))
 
 
+def size_of(
+    ratio: float | str | None, said: Mapping[str, float | str | None]
+) -> tuple[float | str | None, str]:
+    """The ratio, or the text of the target that is `said` in its place, and the preset for it.
+
+    Raises A3Error for both, and for a wrong target.
+    """
+    words = {}
+    for name, value in said.items():
+        if isinstance(value, bool) or not isinstance(value, str | Real | Decimal | None):
+            raise A3Error(f"{name}: found {value!r}, expected a number or its text.")
+        words[name] = value if isinstance(value, str | None) else f"{Decimal(str(value)):f}"
+    if all(word is None for word in words.values()):
+        return ratio, "a3"
+    if ratio is not None:
+        raise A3Error("ratio: a target takes the place of a ratio. Give one of them.")
+    target = Target.of(words)
+    return str(target), "a3-stock" if target.type else "a3-plus"
+
+
 def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:
     """The statistics that the modes read; they do not depend on the ratio."""
     found = cells(preset, modes)
@@ -225,12 +246,15 @@ def cells(preset: str, modes: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def spelled(ratio: float | str) -> str:
-    """A ratio as text for tables: 0.2 becomes "0.2"; raises A3Error outside [0, 1)."""
+    """A ratio as text for tables: 0.2 becomes "0.2"; raises A3Error outside [0, 1).
+
+    Text may also be of targets.
+    """
     try:
         text = ratio if isinstance(ratio, str) else f"{Decimal(str(ratio)).normalize():f}"
     except InvalidOperation:
         raise A3Error(f"ratio: found {ratio!r}, expected a number in [0, 1).") from None
-    parse_ratio(text)
+    parse_amount(text)
     return text
 
 

@@ -16,9 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from a3.core.errors import A3Error
+from a3.core.extras import require_installed
 from a3.core.files import read_record, write_record
 from a3.core.progress import LOG
 from a3.models.arch import load_arch
+from a3.models.cost import TRIAL_BLOCKS, TRIALS
 from a3.models.load import load_tokenizer
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import Found, allocate
@@ -36,16 +38,14 @@ from a3.stages.approx.limits import (
 )
 from a3.stages.evaluate.fit import scores
 from a3.stages.evaluate.perplexity import paired_increase, require_finite
-from a3.stages.export.gguf import export_gguf, gguf_bytes
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents, text_sha256
 
-# Blocks that are scored, and so many as are left out after those of the calibration, since a
-# document may be in both.
-BLOCKS, BETWEEN = 16, 1
+# So many blocks are left out after those of the calibration, since a document may be in both.
+BETWEEN = 1
 
-# How often ranks are allocated at most, and the share of the allowed loss that is near enough.
-TRIES, NEAR = 6, 0.94
+# The share of the allowed loss that is near enough.
+NEAR = 0.94
 
 # Where in between the next loss is aimed at.
 AIM = 0.975
@@ -61,6 +61,9 @@ def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
             f"{target}: {plan.said()} gives each layer heads of its own size, and llama.cpp wants "
             "one. Take --preset a3-stock."
         )
+    require_installed("gguf", "export")
+    from a3.stages.export.gguf import gguf_bytes
+
     return gguf_bytes(model_folder, target.type)
 
 
@@ -78,7 +81,7 @@ def held_out(folder: Path, text: Path, used: Mapping[str, Any]) -> Tensor:
     """
     length = used["block_length"]
     first = -(-used["tokens"] // length) + BETWEEN
-    cut = (length, (first + BLOCKS) * length, used["seed"], used["bos"])
+    cut = (length, (first + TRIAL_BLOCKS) * length, used["seed"], used["bos"])
     blocks = token_blocks(load_documents(text), load_tokenizer(folder), *cut)[first:]
     if not len(blocks):
         raise A3Error(
@@ -200,7 +203,7 @@ def keep_loss(trials: Trials) -> Found:
     tries: list[dict[str, Any]] = []
     kept: dict[float, list[int]] = {}
     bound, seen = most, []
-    while len(tries) < TRIES and (chosen := allocator.within_loss(bound)) not in seen:
+    while len(tries) < TRIALS and (chosen := allocator.within_loss(bound)) not in seen:
         seen.append(chosen)
         tries.append(tried := trials.loss(chosen))
         LOG.info(
@@ -254,6 +257,8 @@ def measured_amounts(plan: Plan, model_folder: Path, small: Path) -> dict[str, f
         BYTES: sum(path.stat().st_size for path in small.glob("*.safetensors")),
     }
     if target is not None and target.type is not None:
+        from a3.stages.export.gguf import export_gguf
+
         with tempfile.TemporaryDirectory(prefix="a3.", dir=small.parent) as name:
             export_gguf(small, Path(name, "small.gguf"), target.type)
             found[BYTES] = Path(name, "small.gguf").stat().st_size

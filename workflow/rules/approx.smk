@@ -64,11 +64,39 @@ rule allocate:
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
+        text=[],
+        threads=1,
+        device="cpu",
         code=fingerprint("a3.stages.approx.allocate"),
     shell:
         "a3 allocate {params.model:q} --rxx {params.rxx:q} --losses {input.losses:q}"
         " --qk {wildcards.qk:q} --ov {wildcards.ov:q} --mlp {wildcards.mlp:q}"
-        " --ratio {wildcards.ratio:q} -o {output.ranks:q} &> {log:q}"
+        " --ratio {wildcards.ratio:q} {params.text:q} --threads {params.threads}"
+        " --device {params.device:q} -o {output.ranks:q} &> {log:q}"
+
+
+use rule allocate as allocate_within_loss with:
+    # Tries ranks, and measures what they lose on text that the calibration left.
+    input:
+        arch=f"{RESULTS}/models/{{model}}/arch.json",
+        rxx=rxx_needed,
+        losses=losses_needed,
+        text=calibration_text,
+    wildcard_constraints:
+        ratio=r".*max-loss@[\d.]+",
+    threads: C["threads"]["approx"]
+    resources:
+        **resources("approx", cost_of_trials),
+    params:
+        model=subpath(input.arch, parent=True),
+        rxx=RXX,
+        text=lambda wildcards, input: ["--text", input.text],
+        threads=C["threads"]["approx"],
+        device=C["device"],
+        code=fingerprint("a3.promise"),
+
+
+ruleorder: allocate_within_loss > allocate
 
 
 rule approx:

@@ -22,6 +22,7 @@ from a3.experiments.paper import Paper
 from a3.experiments.rows import kinds_to_quantise, read_experiments, read_surgeries
 from a3.models.inputs import local_inputs, marks, wheel_name, wheels_in
 from a3.solutions.modes import DENSE, choose, kinds_needed
+from a3.solutions.target import NAMES
 
 prefer_own_scripts()
 
@@ -88,6 +89,15 @@ SURGERY_TABLES = [
 ]
 
 
+def one_of(names):
+    """A wildcard's constraint."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+# What may be written in place of a ratio; whether it is right is checked with the table.
+TARGETS = rf"({one_of(NAMES.values())})@[\w.,:@-]+"
+
+
 wildcard_constraints:
     model=r"[\w.-]+",
     calibration=r"[\w.-]+",
@@ -97,11 +107,11 @@ wildcard_constraints:
     # Nothing, or the shard of a calibration that is collected in several jobs.
     shard_folder=r"(/shards/\d+of\d+)?",
     # A mode, with `~` where its ratio is allocated, with `@` and a size where it has its own; a
-    # ratio is `-` where all components do.
+    # ratio is `-` where all components do, and in its place may be targets: fit@300MB,kv-cache@0.5.
     qk=r"[\w@.~-]+",
     ov=r"[\w@.~-]+",
     mlp=r"[\w@.~-]+",
-    ratio=r"[\d.]+|-",
+    ratio=rf"[\d.]+|-|{TARGETS}",
     task=r"[\w.-]+",
     speed=r"[\w.-]+",
     # A recipe, a method and its rank.
@@ -117,11 +127,6 @@ def entry(section, name):
         known = ", ".join(sorted(C[section]))
         raise WorkflowError(f"{section} has no {name!r} in the configuration; it has {known}.")
     return C[section][name]
-
-
-def one_of(names):
-    """A wildcard's constraint."""
-    return "|".join(map(re.escape, sorted(names)))
 
 
 def sources(section, key):

@@ -9,6 +9,8 @@ from dataclasses import replace
 from a3.core.files import read_record
 from a3.models.cost import (
     DECODE_ROWS,
+    TRIAL_BLOCKS,
+    TRIALS,
     approx_cost,
     collect_cost,
     gather_cost,
@@ -102,6 +104,16 @@ def cost_of_losses(arch, wildcards):
     """Cost of one job of losses by rank, which may solve several layers at once."""
     cost = cost_of_approx(arch, wildcards)
     return replace(cost, memory=cost.memory + 2**30)
+
+
+def cost_of_trials(arch, wildcards):
+    """Cost of making checkpoints and scoring them, six at most, and the dense model."""
+    chosen = entry("calibrations", wildcards.calibration)
+    length = chosen["block_length"]
+    made = cost_of_losses(arch, wildcards)
+    scored = perplexity_cost(arch, (TRIALS + 1) * TRIAL_BLOCKS * length, length, chosen["dtype"])
+    memory = max(made.memory, scored.memory)
+    return replace(made, memory=memory, flops=TRIALS * made.flops + scored.flops)
 
 
 def cost_of_collect_compressed(arch, wildcards):
