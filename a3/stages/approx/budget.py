@@ -127,7 +127,7 @@ class Choices:
     def keeps(self, chosen: Tensor, which: int) -> bool:
         """Whether the ranks at some places are within one of the limits."""
         spent = self.costs[which].gather(1, chosen[:, None]).sum()
-        return bool(spent <= self.limits[which] + 0.5)
+        return bool(spent <= self.limits[which] * (1 + 1e-12))
 
     def cheapest(self, dearer: tuple[float, ...] = ()) -> Tensor:
         """The choice at the lowest prices that keep to all limits; `dearer` are prices of the last

@@ -131,7 +131,7 @@ def asked(target: Target, dense: Amounts) -> Amounts:
         found[BYTES] = target.fit
     for key, share in ((CACHED, target.kv_cache), (FLOPS, target.flops)):
         if share is not None:
-            found[key] = int(share * int(dense[key]))
+            found[key] = float(share) * dense[key]
     return found
 
 

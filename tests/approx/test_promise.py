@@ -1,0 +1,191 @@
+"""What a target asks is what the written model has, and the loss that it allows is measured."""
+
+import pytest
+import torch
+from test_plus import collected, gradient_model
+from tiny import run
+from transformers import AutoModelForCausalLM
+
+from a3 import promise
+from a3.core.errors import A3Error
+from a3.core.files import read_record
+from a3.models.arch import load_arch
+from a3.models.load import load_tokenizer
+from a3.solutions.modes import PRESETS, choose
+from a3.solutions.plan import Plan
+from a3.solutions.target import Target
+from a3.stages.approx import limits
+from a3.stages.approx.allocator import Allocator
+from a3.stages.approx.approximate import approximate
+from a3.stages.evaluate.perplexity import block_losses
+from a3.stages.export.gguf import gguf_bytes
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
+
+PLUS, STOCK = PRESETS["a3-plus"], PRESETS["a3-stock"]
+
+
+def plan_of(ratio, row=PLUS):
+    return Plan(choose(row | {"ratio": ratio}))
+
+
+@pytest.fixture(scope="module", params=["llama-biased", "qwen3", "olmo2", "gemma3", "mixtral"])
+def calibrated(request, tmp_path_factory):
+    """A model and all statistics of a3-plus: biases, gains of heads and of layers, experts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    gradient_model(folder, request.param)
+    collected(folder, "rxx", plan_of("0.3").kinds())
+    return folder
+
+
+def made(folder, ratio, out, row=PLUS, **options):
+    """A model of a target, and the allocator's amounts of it."""
+    path = out.with_suffix(".json")
+    plan = plan_of(ratio, row)
+    promise.allocate_within(
+        folder / "dense", folder / "rxx", plan, None, path, losses=[], device="cpu", **options
+    )
+    approximate(folder / "dense", folder / "rxx", plan, out, path)
+    return plan, read_record(path)
+
+
+def spelled(folder, **shares):
+    """The target of these shares of a model, as tables write it."""
+    arch = load_arch(folder / "dense")
+    dense = limits.dense_amounts(arch, None)
+    words = {key: str(share) for key, share in shares.items()}
+    if "params" in shares:
+        words["params"] = str(int(shares["params"] * arch.size["parameters"]))
+    if "fit" in shares:
+        words["fit"] = f"{int(shares['fit'] * dense[limits.BYTES])}B"
+    return str(Target.of(words))
+
+
+def check_counted(folder, ratio, tmp_path):
+    """That a written model has what was counted, and keeps to what was asked; what it has."""
+    plan, record = made(folder, ratio, tmp_path / "small")
+    found = promise.measured_amounts(plan, folder / "dense", tmp_path / "small")
+    allocator = Allocator(folder / "dense", folder / "rxx", plan)
+    counted = allocator.amounts(allocator.least_loss(allocator.asked()))
+    for key in (limits.PARAMETERS, limits.CACHED):
+        assert counted[key] == pytest.approx(found[key]), key
+    assert counted[limits.FLOPS] == pytest.approx(found[limits.FLOPS], rel=1e-6, abs=2)
+    # Room for names and shapes is counted with a file.
+    assert found[limits.BYTES] <= counted[limits.BYTES]
+    assert len(promise.check_kept(plan, folder / "dense", tmp_path / "small")) == len(
+        limits.asked(plan.target, allocator.dense)
+    )
+    assert record["predicted_nll"] > 0
+    return found, limits.asked(plan.target, allocator.dense)
+
+
+def test_what_is_counted_is_what_is_written(calibrated, tmp_path):
+    shares = {"fit": 0.9, "params": 0.9, "kv_cache": 0.6, "flops": 0.9}
+    check_counted(calibrated, spelled(calibrated, **shares), tmp_path)
+
+
+@pytest.mark.parametrize("asked", ["fit", "params", "kv_cache", "flops"])
+@pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
+def test_each_target_is_met_and_nearly_used(calibrated, tmp_path, asked):
+    found, limited = check_counted(calibrated, spelled(calibrated, **{asked: 0.8}), tmp_path)
+    ((key, limit),) = limited.items()
+    # Of a tiny model one rank is much, and so are the names of tensors in its file.
+    assert 0.8 * limit <= found[key] <= limit
+
+
+@pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
+def test_a_gguf_file_is_no_larger_than_asked(calibrated, tmp_path):
+    collected(calibrated, "rxx", plan_of("0.3", STOCK).kinds())
+    whole = gguf_bytes(calibrated / "dense", "q8_0")
+    plan, record = made(
+        calibrated, str(Target(fit=int(0.9 * whole), type="q8_0")), tmp_path / "small", STOCK
+    )
+    (said,) = promise.check_kept(plan, calibrated / "dense", tmp_path / "small")
+    assert "asked" in said
+    assert any(rank < 96 for rank in record["ranks"]["mlp"])
+    with pytest.raises(A3Error, match=r"llama.cpp wants one. Take --preset a3-stock"):
+        made(calibrated, "fit@0.1MB:q8_0", tmp_path / "plus")
+
+
+@pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
+def test_what_cannot_be_met_is_said_with_the_nearest(calibrated, tmp_path):
+    for ratio, says in (
+        ("kv-cache@0.1", r"kv-cache 0.100 asked, kv-cache 0.125 is the least"),
+        ("params@0.001M", "params 0.001M asked, params .*M is the least"),
+        ("params@0.001M,kv-cache@0.1", "params .* is the least; kv-cache .* is the least"),
+        ("params@1B", "the dense model keeps to it"),
+        ("max-loss@0.05", "Name the calibration's with --text"),
+    ):
+        with pytest.raises(A3Error, match=says):
+            made(calibrated, ratio, tmp_path / "small")
+        assert not (tmp_path / "small.json").exists()
+
+
+# --- a largest loss -------------------------------------------------------------------------------
+
+
+class Made:
+    """Ranks that are numbers, and a measured loss that is any function of the predicted one."""
+
+    def __init__(self, most, loss):
+        self.allocator, self.measured = self, loss
+        self.plan = plan_of(f"max-loss@{most}")
+        self.tried = []
+
+    def within_loss(self, bound):
+        return [min(bound, 3.0)]
+
+    def loss(self, chosen):
+        self.tried.append(chosen[0])
+        increase, error = self.measured(chosen[0])
+        return {"predicted": chosen[0], "increase": increase, "stderr": error, "blocks": 16}
+
+
+@pytest.mark.parametrize(
+    ("loss", "least"),
+    [
+        (lambda p: (p, 0.0), 0.94),  # as predicted
+        (lambda p: (1.8 * p**1.2, 0.1 * p), 0.94),
+        (lambda p: (0.3 * p**0.7, 0.01), 0.94),
+        (lambda p: (5 * p**2, None), 0.94),
+        (lambda p: (p - 0.02, 0.005), 0.5),  # it can be negative
+        (lambda p: (0.01, 0.001), 0.0),  # the smallest ranks lose less
+    ],
+)
+@pytest.mark.parametrize("most", ["0.05", "0.5"])
+def test_a_loss_is_kept_and_nearly_used(loss, least, most):
+    trials = Made(most, loss)
+    chosen, said = promise.keep_loss(trials)
+    found = trials.loss(chosen)
+    assert said["held_out"] == found
+    assert least * float(most) <= promise.upper(found) <= float(most)
+    assert len(said["tries"]) <= 6
+
+
+def test_a_loss_that_is_not_kept_is_an_error():
+    with pytest.raises(A3Error, match=r"max-loss@0.05: not kept: .* measured 0.2000 ± 0.0100"):
+        promise.keep_loss(Made("0.05", lambda p: (0.2, 0.01)))
+
+
+@pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
+def test_a_loss_is_measured_on_blocks_that_were_not_used(calibrated, tmp_path):
+    text, dense = calibrated / "text.txt", calibrated / "dense"
+    used = {"tokens": 160, "block_length": 16, "seed": 0, "bos": True}
+    found = promise.held_out(dense, text, used)
+    cut = (16, 16 * (11 + len(found)), 0, True)
+    whole = token_blocks(load_documents(text), load_tokenizer(dense), *cut)
+    assert torch.equal(found, whole[11:])
+    with pytest.raises(A3Error, match="all of it serves as calibration"):
+        promise.held_out(dense, text, used | {"tokens": 10**6})
+    words = ("--preset", "a3-plus", "--ratio", "max-loss@0.02", "--text", text)
+    out = tmp_path / "ranks.json"
+    run("allocate", dense, "--rxx", calibrated / "rxx", *words, "-o", out)
+    record = read_record(out)
+    approximate(dense, calibrated / "rxx", plan_of("max-loss@0.02"), tmp_path / "small", out)
+    losses = [
+        block_losses(AutoModelForCausalLM.from_pretrained(folder), found)
+        for folder in (dense, tmp_path / "small")
+    ]
+    increase = (losses[1] - losses[0]).mean().item()
+    assert record["held_out"]["increase"] == pytest.approx(increase, abs=1e-6)
+    assert promise.upper(record["held_out"]) <= 0.02
