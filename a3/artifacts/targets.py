@@ -231,6 +231,8 @@ LOSSES = File("losses", TIMED, ".safetensors")
 
 ALLOCATION = File("allocate", TIMED)
 
+FRONTIER = File("frontier", TIMED)
+
 PERPLEXITY = File("perplexity", TIMED)
 
 FIT = File("fit", TIMED)

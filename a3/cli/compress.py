@@ -12,6 +12,7 @@ from a3.cli.arguments import (
     ANY_MODEL,
     NAMED_TEXT,
     SMALL_MODEL,
+    Default,
     add,
     add_blocks,
     add_components,
@@ -34,11 +35,11 @@ from a3.cli.arguments import (
     with_settings,
     with_target,
 )
-from a3.cli.options import count, positive
+from a3.cli.options import count, positive, share
 from a3.core.dtypes import HEAL_DTYPES
 from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
-from a3.solutions.modes import COMPONENTS, EXPERTS, choose
+from a3.solutions.modes import COMPONENTS, EXPERTS, PRESETS, choose
 from a3.solutions.recipes import METHODS, check_method
 
 
@@ -47,6 +48,7 @@ def add_commands(commands: Any) -> None:
     add_compress(commands)
     add_losses_command(commands)
     add_allocate(commands)
+    add_frontier(commands)
     add_approx(commands)
     add_gather(commands)
     add_quantise(commands)
@@ -199,6 +201,53 @@ def add_allocate(commands: Any) -> None:
     add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")
     add_threads(one)
     one.set_defaults(command=lambda **options: allocate(**with_target(options)))
+
+
+def frontier(
+    model: Path,
+    rxx: Path,
+    text: Path,
+    out: Path,
+    losses: list[Path],
+    device: str,
+    check: list[float],
+    **modes: str,
+) -> None:
+    """Predict the loss at every size."""
+    from a3.core.files import read_record
+    from a3.frontier import frontier, table
+    from a3.solutions.plan import Plan
+
+    preset = PRESETS["a3-plus"]
+    row = {one: preset[one] if isinstance(mode, Default) else mode for one, mode in modes.items()}
+    plan = Plan(choose(row | {"ratio": "0"}))
+    frontier(folder(model), rxx, plan, text, out, losses=losses, device=device, check=check)
+    print(table(read_record(out)))
+
+
+def add_frontier(commands: Any) -> None:
+    """Arguments of a3 frontier."""
+    one = add(
+        commands,
+        "frontier",
+        frontier,
+        "predict what a model loses at every size, before it is compressed",
+        "Reads a model and its statistics, allocates ranks for ratios up to 0.6, measures the loss "
+        "at three of them on what the calibration left of its text, and corrects the predictions "
+        "by these. Prints a table and writes ranks and losses of every layer (JSON), which "
+        "a3 figures and a3 report draw.",
+        "a3 frontier dense --rxx rxx --text docs.jsonl -o frontier.json",
+    )
+    add_model(one)
+    add_rxx(one)
+    add_text(one)
+    add_components(one)
+    text_ = "ratios at which the loss is measured too, to check the corrected one"
+    one.add_argument("--check", type=share, nargs="+", default=[], metavar="RATIO", help=text_)
+    add_losses(one)
+    add_device(one)
+    add_out(one, targets.FRONTIER, "FILE", "JSON file to write")
+    add_threads(one)
 
 
 def approx(

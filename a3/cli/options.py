@@ -72,6 +72,13 @@ def positive(word: str) -> float:
     return float(word)
 
 
+def share(word: str) -> float:
+    """A number between 0 and 1."""
+    if not (number := positive(word)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number below 1, found {shown(word)}")
+    return number
+
+
 def count_or_all(word: str) -> int | str:
     """A number of tokens, or all."""
     return word if word == "all" else count()(word)

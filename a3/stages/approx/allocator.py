@@ -127,9 +127,7 @@ class Allocator:
                 f"{self.plan.target}: cannot be met together: what is asked besides is predicted "
                 f"to lose {loss:.3f} nats a token at least. Allow a larger loss or a larger model."
             )
-        least = cost(self.joined, [int(curve.ranks[-1]) for curve in self.joined])
-        kept = [least[key] / self.full[key] for key in self.at_ratio(0) if least[key]]
-        low, high = 0.0, 1 - max(kept)
+        low, high = 0.0, self.largest_ratio
         for _ in range(HALVINGS):
             ratio = (low + high) / 2
             tried = self.least_loss(lower(self.at_ratio(ratio), self.asked()))
@@ -138,6 +136,12 @@ class Allocator:
             else:
                 high = ratio
         return chosen
+
+    @property
+    def largest_ratio(self) -> float:
+        """The ratio that only the smallest ranks keep to."""
+        least = cost(self.joined, [int(curve.ranks[-1]) for curve in self.joined])
+        return 1 - max(least[key] / self.full[key] for key in self.at_ratio(0) if least[key])
 
     def whole(self) -> list[int]:
         """The ranks of the dense model."""
