@@ -30,6 +30,9 @@ RATIOS = tuple(number / 40 for number in range(25))
 
 MEASURED = (0.1, 0.3, 0.5)
 
+# What a table shows as a share of the dense model's.
+SHARES = (CACHED, FLOPS)
+
 
 def frontier(
     model_folder: Path,
@@ -155,25 +158,23 @@ def table(record: dict[str, Any]) -> str:
     """A frontier as a readable table; measured losses stand beside the corrected ones."""
     dense = record["dense"]["amounts"]
     known = {one["ratio"]: one for one in (*record["measured"], *record["checks"])}
-    rows = [("ratio", "parameters", "KV cache", "FLOPs", "file", "loss", "perplexity", "measured")]
+    rows = [["ratio", "parameters", "KV cache", "FLOPs", "file", "loss", "perplexity", "measured"]]
     for point in record["points"]:
         ratio, amounts = point["ratio"], point["amounts"]
         if ratio not in known and round(ratio * 40) % 4:
             continue
         tried = known.get(ratio)
+        kept = [f"{amounts[key] / dense[key]:.1%}" if dense[key] else "–" for key in SHARES]
         rows.append(
-            (
+            [
                 f"{ratio:g}",
                 f"{amounts[PARAMETERS] / 1e6:.1f} M",
-                *(
-                    f"{amounts[key] / dense[key]:.1%}" if dense[key] else "–"
-                    for key in (CACHED, FLOPS)
-                ),
+                *kept,
                 f"{amounts[BYTES] / 1e6:.0f} MB",
                 f"{point['corrected']:.3f}",
                 f"× {math.exp(point['corrected']):.2f}",
                 "" if tried is None else f"{tried['increase']:.3f} ± {tried['stderr'] or 0:.3f}",
-            )
+            ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

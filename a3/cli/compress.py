@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts import targets
+from a3.cli.allocate import add_commands as add_allocating_commands
 from a3.cli.arguments import (
     ANY_MODEL,
     NAMED_TEXT,
     SMALL_MODEL,
-    Default,
     add,
     add_blocks,
-    add_components,
     add_cut,
     add_device,
     add_losses,
     add_model,
     add_modes,
-    add_multiple,
     add_named_model,
     add_out,
     add_run,
@@ -35,20 +33,18 @@ from a3.cli.arguments import (
     with_settings,
     with_target,
 )
-from a3.cli.options import count, positive, share
+from a3.cli.options import count, positive
 from a3.core.dtypes import HEAL_DTYPES
 from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
-from a3.solutions.modes import COMPONENTS, EXPERTS, PRESETS, choose
+from a3.solutions.modes import choose
 from a3.solutions.recipes import METHODS, check_method
 
 
 def add_commands(commands: Any) -> None:
     """All commands of this file."""
     add_compress(commands)
-    add_losses_command(commands)
-    add_allocate(commands)
-    add_frontier(commands)
+    add_allocating_commands(commands)
     add_approx(commands)
     add_gather(commands)
     add_quantise(commands)
@@ -123,131 +119,6 @@ def add_compress(commands: Any) -> None:
         command=lambda **options: compress(**with_settings(with_target(options))),
         entries={"model": "models", "text": "texts", "dev_text": "texts"},
     )
-
-
-def losses(model: Path, rxx: Path, out: Path, shard: str | None, device: str, **row: str) -> None:
-    """Compute the losses by rank."""
-    from a3.stages.approx.losses import losses
-
-    losses(folder(model), rxx, row, out, shard=shard or "0of1", device=device)
-
-
-def add_losses_command(commands: Any) -> None:
-    """Arguments of a3 losses."""
-    one = add(
-        commands,
-        "losses",
-        losses,
-        "compute the losses by rank of modes that eliminate",
-        "Reads a model and its statistics, and writes for each layer in which order fisher, joint "
-        "and obs drop RoPE pairs, value directions and MLP channels, and the predicted loss at "
-        "each rank. The file serves a3 allocate and a3 approx at every ratio.",
-        "a3 losses dense --rxx rxx --preset a3-plus -o losses.safetensors",
-    )
-    add_model(one)
-    add_rxx(one)
-    add_components(one)
-    add_shard(one)
-    add_device(one)
-    add_out(one, targets.LOSSES, "FILE", ".safetensors file to write")
-    add_threads(one)
-
-
-def allocate(
-    model: Path,
-    rxx: Path,
-    out: Path,
-    multiple: int,
-    uniform: list[str],
-    losses: list[Path],
-    device: str,
-    text: Path | None,
-    **row: str,
-) -> None:
-    """Allocate ranks across layers and components."""
-    from a3.promise import allocate_within
-    from a3.solutions.plan import Plan
-
-    plan = Plan(choose(row), multiple=multiple)
-    options: dict[str, Any] = {"losses": losses, "device": device, "uniform": tuple(uniform)}
-    allocate_within(folder(model), rxx, plan, text, out, **options)
-
-
-def add_allocate(commands: Any) -> None:
-    """Arguments of a3 allocate."""
-    one = add(
-        commands,
-        "allocate",
-        allocate,
-        "allocate ranks across layers for modes marked ~",
-        "Reads a model and its statistics, and writes the rank of each component in each layer, "
-        "which a3 approx --allocation reads. The ratio is that of all of them together.",
-        "a3 allocate dense --rxx rxx --preset a3-plus --ratio 0.2 -o ranks.json",
-    )
-    add_model(one)
-    add_rxx(one)
-    add_modes(one)
-    add_target(one)
-    text_ = "text of the calibration, to measure the loss on what it left; only with --max-loss"
-    one.add_argument("--text", type=Path, metavar="TEXT", help=text_)
-    add_multiple(one)
-    text_ = (
-        "components that get the same rank in all layers; experts: all experts of a layer get the "
-        "same, and layers differ"
-    )
-    one.add_argument("--uniform", nargs="+", choices=(*COMPONENTS, EXPERTS), default=[], help=text_)
-    add_losses(one)
-    add_device(one)
-    add_out(one, targets.ALLOCATION, "FILE", "JSON file to write the ranks to")
-    add_threads(one)
-    one.set_defaults(command=lambda **options: allocate(**with_target(options)))
-
-
-def frontier(
-    model: Path,
-    rxx: Path,
-    text: Path,
-    out: Path,
-    losses: list[Path],
-    device: str,
-    check: list[float],
-    **modes: str,
-) -> None:
-    """Predict the loss at every size."""
-    from a3.core.files import read_record
-    from a3.frontier import frontier, table
-    from a3.solutions.plan import Plan
-
-    preset = PRESETS["a3-plus"]
-    row = {one: preset[one] if isinstance(mode, Default) else mode for one, mode in modes.items()}
-    plan = Plan(choose(row | {"ratio": "0"}))
-    frontier(folder(model), rxx, plan, text, out, losses=losses, device=device, check=check)
-    print(table(read_record(out)))
-
-
-def add_frontier(commands: Any) -> None:
-    """Arguments of a3 frontier."""
-    one = add(
-        commands,
-        "frontier",
-        frontier,
-        "predict what a model loses at every size, before it is compressed",
-        "Reads a model and its statistics, allocates ranks for ratios up to 0.6, measures the loss "
-        "at three of them on what the calibration left of its text, and corrects the predictions "
-        "by these. Prints a table and writes ranks and losses of every layer (JSON), which "
-        "a3 figures and a3 report draw.",
-        "a3 frontier dense --rxx rxx --text docs.jsonl -o frontier.json",
-    )
-    add_model(one)
-    add_rxx(one)
-    add_text(one)
-    add_components(one)
-    text_ = "ratios at which the loss is measured too, to check the corrected one"
-    one.add_argument("--check", type=share, nargs="+", default=[], metavar="RATIO", help=text_)
-    add_losses(one)
-    add_device(one)
-    add_out(one, targets.FRONTIER, "FILE", "JSON file to write")
-    add_threads(one)
 
 
 def approx(
