@@ -19,7 +19,7 @@ from a3.core.errors import A3Error
 from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
-from a3.promise import Trials
+from a3.promise import Trials, known_losses
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocator import Allocator
 from a3.stages.approx.budget import at
@@ -53,8 +53,19 @@ def frontier(
     does, and for a text of which nothing is left.
     """
     start = time.perf_counter()
-    allocator = Allocator(model_folder, rxx_folder, plan, losses=losses, device=device)
-    trials = Trials(model_folder, rxx_folder, text, allocator, losses, device)
+    with known_losses(model_folder, rxx_folder, plan, losses, device) as known:
+        allocator = Allocator(model_folder, rxx_folder, plan, losses=known, device=device)
+        trials = Trials(model_folder, rxx_folder, text, allocator, known, device)
+        record = frontier_of(trials, check)
+    said = {"weights_sha256": allocator.arch.weights_sha256}
+    made = {kind: rxx.summary for kind, rxx in allocator.statistics.items()}
+    write_record(out, record | said | {"provenance": provenance(__name__, statistics=made)})
+    write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
+
+
+def frontier_of(trials: Trials, check: Sequence[float]) -> dict[str, Any]:
+    """Every ratio's sizes and losses, and what was measured."""
+    allocator = trials.allocator
     most = allocator.largest_ratio
     if unreached := [ratio for ratio in check if not 0 < ratio <= most]:
         raise A3Error(
@@ -66,20 +77,14 @@ def frontier(
     points = [point_of(allocator, ratio) for ratio in Bar(ratios, unit="ratio", desc="frontier")]
     measured = measure(trials, [ratio for ratio in MEASURED if ratio <= most])
     correct(points, measured)
-    record = {
-        "modes": {component: choice.name for component, choice in plan.shared.items()},
+    return {
+        "modes": {one: choice.name for one, choice in allocator.plan.shared.items()},
         "dense": {"amounts": allocator.dense, "ranks": full_ranks(allocator)},
         "points": points,
         "measured": measured,
         "checks": checks(points, measure(trials, check)),
         "blocks": text_blocks,
-        "weights_sha256": allocator.arch.weights_sha256,
-        "provenance": provenance(
-            __name__, statistics={k: rxx.summary for k, rxx in allocator.statistics.items()}
-        ),
     }
-    write_record(out, record)
-    write_record(out.with_suffix(".timing.json"), {"seconds": time.perf_counter() - start})
 
 
 def point_of(allocator: Allocator, ratio: float) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from a3.stages.inputs.catalogued import find_source, known_as, make_text, requir
 from a3.stages.inputs.model import resolve_model
 
 # Files of the work folder: model and text, and what takes long.
-INPUTS = ("*.whl", "docs.jsonl", "docs.json", "dev.jsonl", "dev.json")
+# And what is tried on the way (a3.promise).
+INPUTS = ("*.whl", "trial.*", "docs.jsonl", "docs.json", "dev.jsonl", "dev.json")
 
 # Which documents of a text of the catalogue a file has.
 SPLITS = {"docs": "calibration", "dev": "dev"}

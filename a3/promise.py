@@ -7,7 +7,8 @@ allocated again until it is kept.
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from a3.core.progress import LOG
 from a3.models.arch import load_arch
 from a3.models.cost import TRIAL_BLOCKS, TRIALS
 from a3.models.load import load_tokenizer
+from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocate import Found, allocate
 from a3.stages.approx.allocator import Allocator
@@ -36,6 +38,7 @@ from a3.stages.approx.limits import (
     require_within_reach,
     words,
 )
+from a3.stages.approx.losses import losses as write_losses
 from a3.stages.evaluate.fit import scores
 from a3.stages.evaluate.perplexity import paired_increase, require_finite
 from a3.texts.blocks import token_blocks
@@ -134,7 +137,7 @@ class Trials:
         """What a model loses at these ranks of the allocator's curves: nats a token, and the paired
         standard error over blocks.
         """
-        with tempfile.TemporaryDirectory(prefix="a3.", dir=self.rxx_folder.parent) as name:
+        with tempfile.TemporaryDirectory(prefix="trial.", dir=self.rxx_folder.parent) as name:
             allocation, small = Path(name, "allocation.json"), Path(name, "small")
             write_record(allocation, self.allocator.record(chosen, {}))
             solving: dict[str, Any] = {"losses": self.losses, "device": self.device}
@@ -145,6 +148,21 @@ class Trials:
         return {"predicted": predicted, "increase": increase, "stderr": error} | {
             "blocks": len(self.blocks)
         }
+
+
+@contextmanager
+def known_losses(
+    model_folder: Path, rxx_folder: Path, plan: Plan, losses: list[Path], device: str
+) -> Iterator[list[Path]]:
+    """Files of the losses by rank, so that no trial computes them again: those given, or new ones
+    in a temporary folder.
+    """
+    modes = eliminating({component: choice.name for component, choice in plan.choices.items()})
+    with tempfile.TemporaryDirectory(prefix="trial.", dir=rxx_folder.parent) as name:
+        if not losses and modes:
+            losses = [Path(name, "losses.safetensors")]
+            write_losses(model_folder, rxx_folder, modes, losses[0], device=device)
+        yield losses
 
 
 def allocate_within(
@@ -172,19 +190,20 @@ def allocate_within(
 
     def within_loss(allocator: Allocator) -> Found:
         assert text is not None
-        return keep_loss(Trials(model_folder, rxx_folder, text, allocator, losses, device))
+        return keep_loss(Trials(model_folder, rxx_folder, text, allocator, known, device))
 
-    allocate(
-        model_folder,
-        rxx_folder,
-        plan,
-        out,
-        uniform=uniform,
-        losses=losses,
-        device=device,
-        file_bytes=file_bytes_of(plan, model_folder),
-        within_loss=within_loss,
-    )
+    with known_losses(model_folder, rxx_folder, plan, losses, device) as known:
+        allocate(
+            model_folder,
+            rxx_folder,
+            plan,
+            out,
+            uniform=uniform,
+            losses=known,
+            device=device,
+            file_bytes=file_bytes_of(plan, model_folder),
+            within_loss=within_loss,
+        )
 
 
 def upper(tried: Mapping[str, Any]) -> float:
@@ -259,7 +278,7 @@ def measured_amounts(plan: Plan, model_folder: Path, small: Path) -> dict[str, f
     if target is not None and target.type is not None:
         from a3.stages.export.gguf import export_gguf
 
-        with tempfile.TemporaryDirectory(prefix="a3.", dir=small.parent) as name:
+        with tempfile.TemporaryDirectory(prefix="trial.", dir=small.parent) as name:
             export_gguf(small, Path(name, "small.gguf"), target.type)
             found[BYTES] = Path(name, "small.gguf").stat().st_size
     return found

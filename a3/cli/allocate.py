@@ -5,7 +5,6 @@ from typing import Any
 
 from a3.artifacts import targets
 from a3.cli.arguments import (
-    Default,
     add,
     add_components,
     add_device,
@@ -23,7 +22,7 @@ from a3.cli.arguments import (
     with_target,
 )
 from a3.cli.options import share
-from a3.solutions.modes import COMPONENTS, EXPERTS, PRESETS, choose
+from a3.solutions.modes import COMPONENTS, EXPERTS, choose
 
 
 def add_commands(commands: Any) -> None:
@@ -119,15 +118,13 @@ def frontier(
     losses: list[Path],
     device: str,
     check: list[float],
-    **modes: str,
+    **row: str,
 ) -> None:
     """Predict the loss at every size."""
     from a3.core.files import read_record
     from a3.frontier import frontier, table
     from a3.solutions.plan import Plan
 
-    preset = PRESETS["a3-plus"]
-    row = {one: preset[one] if isinstance(mode, Default) else mode for one, mode in modes.items()}
     plan = Plan(choose(row | {"ratio": "0"}))
     frontier(folder(model), rxx, plan, text, out, losses=losses, device=device, check=check)
     print(table(read_record(out)))
@@ -149,7 +146,7 @@ def add_frontier(commands: Any) -> None:
     add_model(one)
     add_rxx(one)
     add_text(one)
-    add_components(one)
+    add_components(one, "a3-plus")
     text_ = "ratios at which the loss is measured too, to check the corrected one"
     one.add_argument("--check", type=share, nargs="+", default=[], metavar="RATIO", help=text_)
     add_losses(one)

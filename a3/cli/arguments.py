@@ -218,7 +218,10 @@ def add_modes(one: argparse.ArgumentParser) -> None:
 def add_target(one: argparse.ArgumentParser) -> None:
     """What the model is to become, in place of a ratio."""
     said = {
-        "fit": ("SIZE", "bytes of its weights at most, as a file: 300MB; with :q8_0, of a3 export"),
+        "fit": (
+            "SIZE",
+            "bytes of its weights at most: 300MB; 300MB:q8_0 of a GGUF file (default preset: a3-plus; a3-stock)",
+        ),
         "params": ("N", "parameters at most: 100M"),
         "kv_cache": ("SHARE", "share of the dense model's KV cache at most: 0.5"),
         "flops": ("SHARE", "share of the dense model's FLOPs a token at most: 0.7"),
@@ -228,7 +231,6 @@ def add_target(one: argparse.ArgumentParser) -> None:
         ),
     }
     for name, (metavar, text) in said.items():
-        text += " (preset a3-plus by default)" if name == "fit" else ""
         one.add_argument(f"--{NAMES[name]}", metavar=metavar, help=text)
 
 
@@ -266,10 +268,10 @@ def add_multiple(one: argparse.ArgumentParser, **several: Any) -> None:
     one.add_argument("--multiple", **options | several)
 
 
-def add_components(one: argparse.ArgumentParser) -> None:
+def add_components(one: argparse.ArgumentParser, preset: str = "a3") -> None:
     """The mode of each component, or a preset for all."""
     text = "MODE[@RATIO or @RANK], or dense to skip"
-    for component, mode in PRESETS["a3"].items():
+    for component, mode in PRESETS[preset].items():
         one.add_argument(f"--{component}", default=Default(mode), metavar="MODE", help=text)
     one.add_argument(
         "--preset",
@@ -278,8 +280,8 @@ def add_components(one: argparse.ArgumentParser) -> None:
         action=Preset,
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help="modes of all components: a3 (the paper's, the default), a3-plus (most accurate), "
-        "a3-stock (for llama.cpp) or a baseline; without a name, lists them",
+        help="modes of all components: a3 (the paper's), a3-plus (most accurate), a3-stock (for "
+        f"llama.cpp) or a baseline; without a name, lists them (default: {preset})",
     )
 
 
