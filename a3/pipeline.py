@@ -39,8 +39,8 @@ from a3.stages.evaluate.fit import BLOCKS, Few, few_blocks, increases, predicted
 from a3.stages.inputs.catalogued import find_source, known_as, make_text, require_apart
 from a3.stages.inputs.model import resolve_model
 
-# Files of the work folder: model and text, and what takes long.
-# And what is tried on the way (a3.promise).
+# Files of the work folder: model and text, what is tried on the way (a3.promise), and what takes
+# long.
 INPUTS = ("*.whl", "trial.*", "docs.jsonl", "docs.json", "dev.jsonl", "dev.json")
 
 # Which documents of a text of the catalogue a file has.

@@ -5,6 +5,7 @@ from typing import Any
 
 from a3.artifacts import targets
 from a3.cli.arguments import (
+    TEXT,
     add,
     add_components,
     add_device,
@@ -95,7 +96,7 @@ def add_allocate(commands: Any) -> None:
     add_rxx(one)
     add_modes(one)
     add_target(one)
-    text_ = "text of the calibration, to measure the loss on what it left; only with --max-loss"
+    text_ = f"{TEXT}: the calibration's, on what is left of which --max-loss is measured"
     one.add_argument("--text", type=Path, metavar="TEXT", help=text_)
     add_multiple(one)
     text_ = (

@@ -220,7 +220,8 @@ def add_target(one: argparse.ArgumentParser) -> None:
     said = {
         "fit": (
             "SIZE",
-            "bytes of its weights at most: 300MB; 300MB:q8_0 of a GGUF file (default preset: a3-plus; a3-stock)",
+            "bytes of its weights at most: 300MB, or 300MB:q8_0 of a GGUF file; with a target, "
+            "modes that are not named are those of a3-plus, or of a3-stock for a GGUF file",
         ),
         "params": ("N", "parameters at most: 100M"),
         "kv_cache": ("SHARE", "share of the dense model's KV cache at most: 0.5"),

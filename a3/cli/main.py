@@ -28,7 +28,17 @@ GROUPS = {
     ),
     "stages": (
         *("model", "convert", "train", "wheel", "text", "split", "items"),
-        *("collect", "merge", "losses", "allocate", "approx", "gather", "spectra", "surgery"),
+        *(
+            "collect",
+            "merge",
+            "losses",
+            "allocate",
+            "frontier",
+            "approx",
+            "gather",
+            "spectra",
+            "surgery",
+        ),
     ),
     "the workflow's own": (
         *("tables", "figures", "speed-table", "surgery-table", "surgery-figures", "paper"),
