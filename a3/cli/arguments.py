@@ -282,7 +282,7 @@ def add_components(one: argparse.ArgumentParser, preset: str = "a3") -> None:
         default=argparse.SUPPRESS,
         metavar="NAME",
         help="modes of all components: a3 (the paper's), a3-plus (most accurate), a3-stock (for "
-        f"llama.cpp) or a baseline; without a name, lists them (default: {preset})",
+        "llama.cpp) or a baseline; without a name, lists them",
     )
 
 

@@ -28,17 +28,8 @@ GROUPS = {
     ),
     "stages": (
         *("model", "convert", "train", "wheel", "text", "split", "items"),
-        *(
-            "collect",
-            "merge",
-            "losses",
-            "allocate",
-            "frontier",
-            "approx",
-            "gather",
-            "spectra",
-            "surgery",
-        ),
+        *("collect", "merge", "losses", "allocate", "frontier"),
+        *("approx", "gather", "spectra", "surgery"),
     ),
     "the workflow's own": (
         *("tables", "figures", "speed-table", "surgery-table", "surgery-figures", "paper"),
