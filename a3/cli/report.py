@@ -144,7 +144,7 @@ def add_reference(one: Any) -> None:
 def add_fit(one: Any) -> None:
     """Whether losses on calibration and dev text were measured."""
     text_ = "show the losses on calibration and dev text that a3 eval fit measured"
-    one.add_argument("--fit", action="store_true", help=text_)
+    one.add_argument("--fitted", action="store_true", dest="fit", help=text_)
 
 
 def speed_table(**inputs: Any) -> None:

@@ -61,7 +61,7 @@ def commands():
     yield from results()
     experiments = ["--experiments", json.dumps([ROW, LOW])]
     shown = ["--results", ".", "--perplexity", "score"]
-    yield "tables", ["tables", *shown, *experiments, "--fit", "-o", "tables"]
+    yield "tables", ["tables", *shown, *experiments, "--fitted", "-o", "tables"]
     spectra = ["--spectra", "spectra/tiny/short.json"]
     yield "figures", ["figures", *shown, *experiments, *spectra, "-o", "tables/figures"]
     timed = ["--results", ".", "--experiments", json.dumps([LOW]), "--speed", "quick"]
@@ -72,7 +72,7 @@ def commands():
     yield "surgery_figures", figures
     config = ["--config", json.dumps({"texts": {}})]
     page = ["--tables", "tables", *config, "-o", "r.html"]
-    yield "report", ["report", *shown, *experiments, "--fit", *page]
+    yield "report", ["report", *shown, *experiments, "--fitted", *page]
     yield (
         "paper_comparison",
         ["paper", "compare", ROOT / "config/paper/hqq.yaml", "-o", "paper/hqq"],

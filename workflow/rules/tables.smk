@@ -15,7 +15,7 @@ EVERYTHING = (
     " --harness {params.harness:q}"
 )
 # Where the losses on calibration and dev text are measured.
-FIT = ["--fit"] if "fit" in C["evaluate"] else []
+FIT = ["--fitted"] if "fit" in C["evaluate"] else []
 CSV = ("results.csv", "comparisons.csv", "seeds.csv", "timings.csv")
 
 
