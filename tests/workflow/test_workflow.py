@@ -337,6 +337,18 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     for mode, ratio in (("joint~", "0.5"), ("joint", "0.5")):
         made = f"results/checkpoints/tiny/short/dense+{mode}+dense/{ratio}/approx.json"
         assert "losses" not in settled.snakemake("-n", made)[0]
+    # A target stands in place of the ratio; a loss that is to be kept is measured.
+    for target, rule in (("kv-cache@0.8", "allocate"), ("max-loss@9", "allocate_within_loss")):
+        made = f"results/checkpoints/tiny/short/dense+joint~+dense/{target}/approx.json"
+        rules, _ = settled.snakemake("-n", made)
+        assert rules == sorted([rule, "approx"])
+    settled.snakemake(made)
+    ranks = settled.folder / f"results/allocations/tiny/short/dense+joint~+dense/{target}.json"
+    assert json.loads(ranks.read_text())["held_out"]["increase"] <= 9
+    assert settled.snakemake("-n", made)[0] == []
+    table.write_text(before + "tiny\tshort\tfisher~\tjoint~\tobs~\tfit@1\n")
+    assert "expected a size with its unit" in settled.snakemake("-n", status=1)[1]
+    table.write_text(before)
     assert main(["verify", str(settled.folder / "results")]) == 0
 
 
