@@ -1,6 +1,10 @@
 """Shared fixtures. Tests run on one thread: they are small, and two threads that wait are slow."""
 
+import gc
 import os
+
+# Imports make half a million objects that stay: the collector would look at them again and again.
+gc.disable()
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,3 +23,9 @@ def pytest_collection_modifyitems(items):
     """Put the tests of long files first."""
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish():
+    """Collect garbage of tests alone."""
+    gc.freeze()
+    gc.enable()

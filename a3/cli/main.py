@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
@@ -124,6 +125,7 @@ def prepare(threads: int | None, device: str | None, dtype: str | None) -> None:
         require_device(device or "cpu", dtype or "float32")
 
 
+@cache
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = Parser(

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.metadata
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,27 @@ PACKAGE = Path(__file__).parent.parent
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every statement of a module: the expressions, which are most of its nodes, import nothing."""
+    queue: list[ast.AST] = [tree]
+    while queue:
+        node = queue.pop()
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            # A conditional expression has one node there, and no list.
+            inner = getattr(node, field, None)
+            queue += inner if isinstance(inner, list) else []
+
+
+@cache
 def _imports(path: Path) -> set[str]:
-    """Names of a3 modules that a file imports, also inside functions and by relative names."""
+    """Names of a3 modules that a file imports, also inside functions and by relative names.
+
+    Parsed once for all stages: a start of Snakemake asks for the fingerprints of some thirty.
+    """
     names: set[str] = set()
     folders = ["a3", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -26,6 +43,7 @@ def _imports(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "a3"}
 
 
+@cache
 def _path(module: str) -> Path | None:
     """The file of a module of a3, or None if the name is not a module (a function, say)."""
     base = PACKAGE.joinpath(*module.split(".")[1:])
@@ -60,12 +78,20 @@ def fingerprint(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted({path for module in modules for path in sources(module)}):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes())
-        # A template beside a stage belongs to it.
-        for template in sorted(path.parent.glob(f"{path.stem}.*.jinja")):
-            digest.update(template.read_bytes())
+        digest.update(_content(path))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _content(path: Path) -> bytes:
+    """What a fingerprint has of a source file: its name and its bytes."""
+    content = path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes()
+    # A template beside a stage belongs to it.
+    templates = sorted(path.parent.glob(f"{path.stem}.*.jinja"))
+    return content + b"".join(template.read_bytes() for template in templates)
+
+
+_version = cache(importlib.metadata.version)  # parses a library's METADATA each time
 
 
 def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
@@ -77,6 +103,6 @@ def provenance(*modules: str, **settings: Any) -> dict[str, Any]:
         "stage": modules[0].rsplit(".", 1)[-1],
         "modules": list(modules),
         "code": fingerprint(*modules),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: _version(name) for name in LIBRARIES},
         **settings,
     }

@@ -1,6 +1,7 @@
 """`Arch`, the description of a dense model: read from its files and saved as arch.json."""
 
-from functools import cache
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,28 @@ def check_count(path: Path, what: str, count: Any, tensors: int) -> None:
 
 
 def load_arch(folder: Path) -> Arch:
-    """`Arch` of a dense folder: from arch.json if the model stage wrote it, else newly read."""
+    """`Arch` of a dense folder: from arch.json if the model stage wrote it, else newly read.
+
+    One command asks for it several times; what was read is kept until a file of the folder changes.
+    """
     path = folder / "arch.json"
-    if not path.exists():
-        return describe(folder)
-    return Arch.from_json(read_record(path), path)
+    if path.exists():
+        return Arch.from_json(read_record(path), path)
+    if not folder.is_dir():
+        return describe(folder)  # raises
+    return deepcopy(_described_once(folder, _files_of(folder)))
+
+
+@lru_cache(maxsize=16)
+def _described_once(folder: Path, files: tuple[tuple[str | int, ...], ...]) -> Arch:
+    """`describe`, once in a process for these files."""
+    return describe(folder)
+
+
+def _files_of(folder: Path) -> tuple[tuple[str | int, ...], ...]:
+    """For each file of a folder its name and what a change of it changes."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.exists()):
+        at = path.stat()
+        found.append((path.name, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
+    return tuple(found)

@@ -5,6 +5,7 @@ A config may have keys that its family's code ignores, or uses only in some case
 the code builds.
 """
 
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from math import isclose
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from a3.core.errors import A3Error
@@ -31,6 +33,23 @@ NORMS = (
 PARTIAL = "partial_rotary_factor"
 
 
+class Uninitialised(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it changes nothing, and takes most of the time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """The tensor as it is, for a function that would initialise it."""
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
+
+
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model that transformers builds from a config, dense or compressed, on the meta device.
 
@@ -39,7 +58,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     """
     plain = deepcopy(config)
     plain.return_dict = True
-    with torch.device("meta"):
+    with Uninitialised(), torch.device("meta"):
         # The attention that a config names may not be installed, and its masks may need real
         # values.
         model = AutoModelForCausalLM.from_config(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,12 @@ def tensors_of_model(folder: Path) -> frozenset[str]:
 
     Names of the modules in memory, and also the names in files if the family uses others there.
     """
+    return _tensors_by_config(folder, (folder / "config.json").read_bytes())
+
+
+@lru_cache(maxsize=16)
+def _tensors_by_config(folder: Path, config: bytes) -> frozenset[str]:
+    """`tensors_of_model`, once in a process for a config's content: every shard asks for it."""
     model = empty_model(load_config(folder))
     inside = model.state_dict()
     return frozenset(inside) | frozenset(revert_weight_conversion(model, inside))

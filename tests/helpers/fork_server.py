@@ -26,7 +26,12 @@ LIBRARIES = (
     "matplotlib.pyplot",
     "snakemake.cli",
 )
-PROGRAMS = ("a3", "snakemake")
+# Those that do not import huggingface_hub, which reads its settings when it is imported.
+WITHOUT_HUB = (
+    *("torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint"),
+    *("scipy.optimize", "pandas", "pyarrow.dataset"),
+)
+PROGRAMS = {"a3": "a3.cli.main", "snakemake": "snakemake.cli", "hub-jobs": "hub_jobs"}
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -41,8 +46,8 @@ sys.exit(int(status) if status else 137)
 
 
 @cache
-def python() -> str:
-    """A Python beside which PROGRAMS are clients of a server, which is started.
+def python(libraries: tuple[str, ...] = LIBRARIES) -> str:
+    """A Python beside which PROGRAMS are clients of a server with `libraries`, which is started.
 
     Snakemake puts the folder of its own Python first in the PATH of jobs.
     """
@@ -60,15 +65,15 @@ def python() -> str:
         client.chmod(0o755)
     environ = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     server = subprocess.Popen(
-        [mine, __file__, address], stdout=subprocess.PIPE, env=environ, text=True
+        [mine, __file__, address, *libraries], stdout=subprocess.PIPE, env=environ, text=True
     )
     assert server.stdout.readline() == "ready\n"
     return str(mine)
 
 
-def serve(address: str) -> None:
+def serve(address: str, *libraries: str) -> None:
     """Take requests until the tests, whose child this is, have ended."""
-    for library in LIBRARIES:
+    for library in libraries:
         importlib.import_module(library)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -123,9 +128,8 @@ def answer(connection: socket.socket, descriptors: list[int]) -> None:
 
 def run(program: str) -> int | None:
     """Run a program in this process."""
-    name = {"a3": "a3.cli.main", "snakemake": "snakemake.cli"}[program]
-    return importlib.import_module(name).main()
+    return importlib.import_module(PROGRAMS[program]).main()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -4,9 +4,9 @@ import gzip
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pandas
 import pytest
 from hub_server import Repository, running
@@ -16,29 +16,6 @@ from a3.core.files import load_yaml
 from a3.experiments.config import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
-# huggingface_hub reads its settings when it is imported: each case is a process of its own.
-RUN = """
-import json, sys, time
-from pathlib import Path
-from a3.core.errors import A3Error
-from a3.stages.inputs.model import resolve_model
-from a3.core.files import read_record
-from a3.stages.inputs.text import documents, make_documents
-time.sleep = lambda seconds: None  # between the hub client's five tries
-for job, source in json.loads(sys.argv[1]):
-    try:
-        if job == "model":
-            resolve_model(source, Path("models/m"))
-            print(json.loads(Path("models/m/source.json").read_text()))
-        elif job == "made":
-            make_documents(source, None, (), Path("docs.jsonl"))
-            texts = [document.text for document in documents(source)]
-            print(json.dumps([read_record(Path("docs.json"))["source"], texts]))
-        else:
-            print([document.text for document in documents({"source": source})])
-    except A3Error as error:
-        print("A3Error:", error)
-"""
 EARLY = b'{"text": "early one"}\n{"text": ""}\n{"text": "early two"}\n'
 LATE = b'{"text": "late one"}\n'
 
@@ -58,7 +35,11 @@ def hub():
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Run jobs against the hub, with a folder and a cache of their own; each says one line."""
+    """Run jobs against the hub, with a folder and a cache of their own; each says one line.
+
+    huggingface_hub reads its settings when it is imported: each call is a process of its own.
+    """
+    program = Path(fork_server.python(fork_server.WITHOUT_HUB)).with_name("hub-jobs")
 
     def call(*jobs: tuple[str, dict], **environment: str) -> list[str]:
         settings = {
@@ -67,10 +48,10 @@ def run(hub, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "0",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests/helpers"))),
         }
         done = subprocess.run(
-            [sys.executable, "-c", RUN, json.dumps(jobs)],
+            [program, json.dumps(jobs)],
             env=os.environ | settings | environment,
             cwd=tmp_path,
             capture_output=True,

@@ -6,6 +6,8 @@ the paper's score of those that are dropped. Plain truncation is what needs no s
 of the weights alone, or the pairs and channels whose weights are largest.
 """
 
+from functools import cache
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -202,18 +204,27 @@ CASES = {
 }
 
 
-def prepared(folder, family, case):
-    """The dense folder and statistics of a case."""
-    said = dict(CASES[case])
-    dense = make(folder / "dense", family, said.pop("change", None), said.pop("dtype", "float32"))
-    return dense, collected(dense, folder, dtype=said.pop("run", "float32"), **said)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Makes a folder with the statistics of a case and its model in `dense`, once for all tests."""
+
+    @cache
+    def folder_of(family, case):
+        folder, said = tmp_path_factory.mktemp("case"), dict(CASES[case])
+        change, dtype = said.pop("change", None), said.pop("dtype", "float32")
+        dense = make(folder / "dense", family, change, dtype)
+        collected(dense, folder, dtype=said.pop("run", "float32"), **said)
+        return folder
+
+    return folder_of
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_mode_is_worse_than_plain_truncation(tmp_path, family, case):
-    dense, statistics = prepared(tmp_path, family, case)
-    arch = load_arch(dense)
+def test_no_mode_is_worse_than_plain_truncation(prepared, family, case):
+    folder = prepared(family, case)
+    dense, arch = folder / "dense", load_arch(folder / "dense")
+    statistics = {path.stem: Rxx(path, path.stem) for path in folder.glob("*.safetensors")}
     checkpoint = Checkpoint(dense, arch.adapter.prefix)
     for component in MODES:
         full = arch.intermediate_size if component == "mlp" else arch.head_dim
@@ -245,14 +256,15 @@ WORST = ("one token", "huge range, few tokens", "float16, few tokens")
     ("family", "case"),
     [(f, case) for f in FAMILIES for case in (CASES if f in ("llama", "gpt2") else WORST)],
 )
-def test_compressed_models_are_finite(tmp_path, family, case):
+def test_compressed_models_are_finite(prepared, tmp_path, family, case):
     """Every mode, at small ranks and nearly full ones, in the dtype that weights are stored in."""
-    dense, _ = prepared(tmp_path, family, case)
-    arch, ids, out = load_arch(dense), torch.arange(2, 42)[None], tmp_path / "small"
+    folder = prepared(family, case)
+    dense, arch = folder / "dense", load_arch(folder / "dense")
+    ids, out = torch.arange(2, 42)[None], tmp_path / "small"
     modes = {component: list(fitting(arch, component)) for component in MODES}
     for turn in range(max(map(len, modes.values()))):
         for spare in (arch.head_dim - 2, 2):
-            words = ["approx", dense, "--rxx", tmp_path, "-o", out]
+            words = ["approx", dense, "--rxx", folder, "-o", out]
             for component, names in modes.items():
                 full = arch.intermediate_size if component == "mlp" else arch.head_dim
                 words += [f"--{component}", f"{names[turn % len(names)]}@{full - spare}"]

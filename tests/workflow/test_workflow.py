@@ -20,6 +20,7 @@ from a3.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "snakemake_logger_plugin_a3"
+COPIED = ("a3", PLUGIN, "workflow", "Snakefile", "environment.yaml")
 CONFIG = """
 experiments: experiments.tsv
 models:
@@ -64,7 +65,8 @@ class Project:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("a3", PLUGIN, "workflow", "Snakefile", "environment.yaml"):
+        self.settled = None
+        for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
             copy(ROOT / name, folder / name)
         # Tests read Snakemake's own text; test_progress.py asks for ours.
@@ -106,7 +108,7 @@ class Project:
     def copy(self, folder):
         """The same project in another folder."""
         copy = object.__new__(Project)
-        copy.folder = folder
+        copy.folder, copy.settled = folder, None
         shutil.copytree(self.folder, folder)
         return copy
 
@@ -118,6 +120,24 @@ class Project:
     def log(self):
         """Snakemake's own text of the last run that was none on trial."""
         return max((self.folder / ".snakemake/log").iterdir()).read_text()
+
+    def settle(self):
+        """Bring everything up to date; Snakemake starts only if a file has changed since."""
+        if self.settled != self.state():
+            self.snakemake()
+            self.settled = self.state()
+
+    def state(self):
+        """What Snakemake decides by: texts of code and settings, and times of all other files."""
+        state = {}
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder)
+            if {".snakemake", "logs", "__pycache__"} & set(name.parts) or not path.is_file():
+                continue
+            at = path.lstat()
+            text = name.parts[0] in (*COPIED, "config", "experiments.tsv")
+            state[name] = path.read_bytes() if text else (at.st_ino, at.st_size, at.st_mtime_ns)
+        return state
 
     def edit(self, name, old, new):
         path = self.folder / name
@@ -152,7 +172,7 @@ def project(tmp_path_factory):
 @pytest.fixture
 def settled(project):
     """The project with everything up to date."""
-    project.snakemake()
+    project.settle()
     return project
 
 
