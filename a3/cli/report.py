@@ -18,6 +18,7 @@ from a3.cli.arguments import (
     add_scores,
     folder,
 )
+from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 
 # Where the paper's tables are defined.
@@ -52,11 +53,16 @@ def add_commands(commands: Any) -> None:
     add_show(commands)
 
 
-def card(model: Path, dense: list[Path], compressed: list[Path]) -> None:
-    """Write perplexities into a model card."""
-    from a3.report.card import add_perplexity
+def card(model: Path, dense: list[Path], compressed: list[Path], licence: str | None) -> None:
+    """Write perplexities or a licence into a model card."""
+    from a3.report.card import add_licence, add_perplexity
 
-    add_perplexity(folder(model), dense, compressed)
+    if not (dense or compressed or licence):
+        raise A3Error("card: nothing to add. Give --dense and --compressed, or --licence.")
+    if dense or compressed:
+        add_perplexity(folder(model), dense, compressed)
+    if licence is not None:
+        add_licence(folder(model), licence)
 
 
 def add_card(commands: Any) -> None:
@@ -67,16 +73,17 @@ def add_card(commands: Any) -> None:
         card,
         "write perplexities before and after into a compressed model's card",
         "Reads results of a3 eval ppl, checks that they are of this model, and adds them to the "
-        "README.md in its folder.",
+        "README.md in its folder. --licence adds the licence that the base model has.",
         "a3 card small --dense dense.json --compressed ppl.json",
     )
     add_model(one, SMALL_MODEL)
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     text_ = "results of a3 eval ppl for the dense model, one for each text"
-    one.add_argument("--dense", type=Path, nargs="+", required=True, metavar="FILE", help=text_)
+    one.add_argument("--dense", help=text_, **files)
     text_ = "results of a3 eval ppl for the compressed model, in the same order"
-    one.add_argument(
-        "--compressed", type=Path, nargs="+", required=True, metavar="FILE", help=text_
-    )
+    one.add_argument("--compressed", help=text_, **files)
+    text_ = "short name of the base model's licence: apache-2.0, mit, gemma, other …"
+    one.add_argument("--licence", metavar="NAME", help=text_)
 
 
 def tables(**inputs: Any) -> None:
