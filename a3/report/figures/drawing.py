@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from a3.artifacts.runs import Run
 from a3.core.files import whole_folder, write_json
+from a3.report.labels import legend_label
 from a3.solutions.modes import Choice, parse_choice
 
 # Okabe and Ito's colours, told apart by colour-blind readers, and five more of Tol's for tables of
@@ -33,6 +34,9 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 
 DASHES = ("-", "--", "-.", ":")
+
+# Light to dark, the more is removed.
+SHADES = ("#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 GREY = "#767676"
 
@@ -135,7 +139,7 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
     rows = []
     for (mode, size), group in groups.items():
         for run, values in group:
-            note = f" in {run.place.method}" if len(group) > 1 else ""
+            note = f" in {legend_label(run.place.method)}" if len(group) > 1 else ""
             rows.append((mode + note, size, values))
     rows.sort(key=lambda row: row[:2])
     return [Row(f"{mode}  {shown(size)}", values) for mode, size, values in rows]
@@ -144,6 +148,11 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
 def name_model(figure: Figure, dense: Run) -> None:
     """The model's name above a figure."""
     figure.suptitle(dense.place.model, x=0.01, ha="left", fontsize=11)
+
+
+def shades(count: int) -> list[str]:
+    """A shade for each of several runs, the largest model first; beyond the last all are black."""
+    return [SHADES[min(i, len(SHADES) - 1)] for i in range(count)]
 
 
 def colour_map(name: str) -> Colormap:

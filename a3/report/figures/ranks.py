@@ -6,11 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from a3.artifacts.runs import Run
-from a3.report.figures.drawing import Drawing, name_model
+from a3.report.figures.drawing import Drawing, name_model, shades
+from a3.report.labels import legend_label
 from a3.solutions.modes import COMPONENTS, SHARED
-
-# Light to dark, the more is removed.
-SHADES = ("#a6cee3", "#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 
 def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
@@ -27,7 +25,7 @@ def ranks_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
     grid = figure.subplots(len(COMPONENTS), 1, sharex=True, sharey=True)
     name_model(figure, dense)
     for axes, component in zip(grid, COMPONENTS, strict=True):
-        for run, shade in zip(shared, _shades(len(shared)), strict=True):
+        for run, shade in zip(shared, shades(len(shared)), strict=True):
             values = kept(run, component)
             axes.step(range(len(values)), values, where="mid", color=shade, label=_label(run))
         axes.set_title(component.upper())
@@ -54,9 +52,4 @@ def kept(run: Run, component: str) -> list[float]:
 
 def _label(run: Run) -> str:
     """Its method and ratio."""
-    return f"{run.place.method}  {float(run.place.ratio):.0%}"
-
-
-def _shades(count: int) -> list[str]:
-    """A shade for each run; beyond the last all are black."""
-    return [SHADES[min(i, len(SHADES) - 1)] for i in range(count)]
+    return f"{legend_label(run.place.method)}  {float(run.place.ratio):.0%}"

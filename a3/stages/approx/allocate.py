@@ -33,6 +33,7 @@ from a3.stages.approx.budget import (
     least_loss_by_rank,
     together,
 )
+from a3.stages.approx.explain import explained
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.losses import eliminate_layers, is_eliminated
 from a3.stages.approx.statistics import read_statistics
@@ -126,7 +127,7 @@ def solved(
     experts'), that cost no more than uniform ranks.
 
     Components in `uniform` get one rank each, those in `one_size` one for all, whatever the cache.
-    Also returns the budget, its used part, and the predicted losses of both.
+    Also returns the budget, its used part, the predicted losses of both, and why (`explained`).
     """
     even = [uniform_ranks[curve.components[0]] for curve in curves]
     budget = cost(curves, even)
@@ -147,6 +148,7 @@ def solved(
         "spent": dict(zip(COSTS, cost(joined, chosen), strict=True)),
         "predicted_nll": sum(map(at, joined, chosen)),
         "predicted_nll_uniform": sum(map(at, curves, even)),
+        "explained": explained(curves, ranks, even),
     }
 
 
