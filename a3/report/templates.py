@@ -1,4 +1,4 @@
-"""The pages' templates, which lie beside this file."""
+"""The templates of pages, which lie beside this file; templates.html.jinja is their style."""
 
 from pathlib import Path
 from typing import Any
