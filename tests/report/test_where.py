@@ -136,7 +136,7 @@ def test_the_figure_has_a_line_for_each_allocated_run(work, tmp_path):
         SimpleNamespace(
             weights=SimpleNamespace(data=(record := read_record(work / name / "approx.json"))),
             layers=record["layers"],
-            place=SimpleNamespace(model="tiny", method=method, ratio="0.3"),
+            place=SimpleNamespace(model="tiny", method=method, ratio="0.3", calibration="c"),
             size={"parameters": 1},
         )
         for name, method in (("small", "fisher~+joint~+obs~"), ("flat", "fisher+joint+obs"))

@@ -150,6 +150,12 @@ def name_model(figure: Figure, dense: Run) -> None:
     figure.suptitle(dense.place.model, x=0.01, ha="left", fontsize=11)
 
 
+def run_label(run: Run, several: bool) -> str:
+    """Method and ratio of a run for a legend; with `several` calibrations also which one."""
+    calibration = f", {run.place.calibration}" if several else ""
+    return f"{legend_label(run.place.method)}{calibration}  {run.place.ratio}"
+
+
 def shades(count: int) -> list[str]:
     """A shade for each of several runs, the largest model first; beyond the last all are black."""
     return [SHADES[min(i, len(SHADES) - 1)] for i in range(count)]

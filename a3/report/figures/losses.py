@@ -8,8 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from a3.artifacts.runs import Run
-from a3.report.figures.drawing import GREY, Drawing, name_model, shades
-from a3.report.labels import legend_label
+from a3.report.figures.drawing import GREY, Drawing, name_model, run_label, shades
 from a3.report.where import Part, Values, ceiling, parts_of, span
 
 
@@ -24,13 +23,14 @@ def losses_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
     if not shown:
         return None
     shown.sort(key=lambda pair: -pair[0].size["parameters"])
+    several = len({run.place.calibration for run, _ in shown}) > 1
     every = [part for _, parts in shown for part in parts if part.is_predicted]
     names = list(dict.fromkeys(part.component for part in every))
     figure = Figure(figsize=(10, 1.2 + 2.1 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), 2, sharex=True, sharey="col", squeeze=False)
     name_model(figure, dense)
     for (run, parts), shade in zip(shown, shades(len(shown)), strict=True):
-        label = f"{legend_label(run.place.method)}  {run.place.ratio}"
+        label = run_label(run, several)
         for part in (part for part in parts if part.is_predicted):
             left, right = grid[names.index(part.component)]
             step(left, part.loss_even, color=shade, linestyle=":", linewidth=1.2)

@@ -17,6 +17,9 @@ from a3.report.labels import legend_label, legend_title
 # A model whose perplexity is so many times the best one's is broken, and how much says nothing.
 OFF_SCALE = 50
 
+# Labels of fewer letters fit in three columns.
+SHORT = 25
+
 # --- quality against compression ---
 Measure = Callable[[Run], tuple[float, float | None]]
 
@@ -86,7 +89,8 @@ def _quality(
     curves = _curves(runs)
     ratios = {ratio for run in runs if (ratio := run.place.nominal) is not None}
     step = min(0.004, 0.02 / max(len(curves), 1))
-    columns = 2 if len(curves) > 6 else 1
+    # Names of presets are short, lists of modes long.
+    columns = 3 if max(map(len, curves), default=0) < SHORT else 2 if len(curves) > 6 else 1
     high = 3.0 + 0.1 * max(0, len(curves) - 6)
     legend = 0.6 + 0.22 * -(-len(curves) // columns)
     figure = Figure(figsize=(9, high * len(panels) + legend), layout="constrained")
