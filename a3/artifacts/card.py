@@ -64,12 +64,15 @@ SIZES = {
 
 WITHOUT = "  # or, without a3: trust_remote_code=True in both calls, running the folder's *_a3.py"
 
-USE = """```python
-import a3{without}
+# What the example loads, until the folder is published under a name.
+ADDRESS = '"FOLDER"'
+
+USE = f"""```python
+import a3{{without}}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained({ADDRESS})
+tokenizer = AutoTokenizer.from_pretrained({ADDRESS})
 ```"""
 
 
@@ -84,7 +87,8 @@ def base_of(model: dict[str, Any] | None, card: Path) -> dict[str, Any]:
     model = model or {"source": {"path": card.parent}}
     if model.get("licence"):
         carried.setdefault("license", model["licence"])
-    return {"name": base_name(model["source"]), "commit": model.get("commit"), **carried}
+    made = model.get("origin") or model
+    return {"name": base_name(made["source"]), "commit": made.get("commit"), **carried}
 
 
 def is_text(value: Any) -> bool:
@@ -163,10 +167,24 @@ def sign(text: str) -> str:
     return f"\n<!-- a3 wrote this, SHA-256 {hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
+def own_text(card: Path) -> str | None:
+    """A card's text without its last line, if a3 wrote it and nobody has changed it since."""
+    text, mark, _ = card.read_text(errors="replace").rpartition(sign("").split("SHA")[0])
+    return text if mark and card.read_bytes() == (text + sign(text)).encode() else None
+
+
+def need_no_a3(folder: Path) -> None:
+    """Leave `import a3` out of the example of a folder's card, if the card is a3's."""
+    text = own_text(folder / CARD)
+    if text is not None:
+        for line in (f"import a3{WITHOUT}\n", "import a3\n"):
+            text = text.replace(line, "")
+        (folder / CARD).write_text(text + sign(text))
+
+
 def is_own_card(card: Path) -> bool:
     """Whether a3 wrote this card and nobody has changed it since."""
-    text, mark, _ = card.read_text(errors="replace").rpartition(sign("").split("SHA")[0])
-    return bool(mark) and card.read_bytes() == (text + sign(text)).encode()
+    return own_text(card) is not None
 
 
 def base_card(record: dict[str, Any]) -> dict[str, Any]:

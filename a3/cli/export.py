@@ -1,10 +1,19 @@
-"""Commands for other runtimes, and about models: a3 export, inspect, families."""
+"""Commands for other runtimes, hubs, and about models: a3 export, publish, inspect, families."""
 
 from pathlib import Path
 from typing import Any
 
 from a3.artifacts import targets
-from a3.cli.arguments import ANY_MODEL, SMALL_MODEL, add, add_group, add_model, add_out, folder
+from a3.cli.arguments import (
+    ANY_MODEL,
+    SMALL_MODEL,
+    add,
+    add_group,
+    add_model,
+    add_out,
+    add_run,
+    folder,
+)
 from a3.core.dtypes import GGUF_TYPES
 from a3.core.extras import require_installed
 
@@ -21,6 +30,7 @@ def add_commands(commands: Any) -> None:
     )
     add_export_hf(subcommands)
     add_export_gguf(subcommands)
+    add_publish(commands)
     add_inspect(commands)
     add_families(commands)
 
@@ -69,6 +79,35 @@ def add_export_gguf(commands: Any) -> None:
     text_ = "type of the matrices"
     one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
     add_out(one, targets.PLAIN, "FILE", ".gguf file to write")
+
+
+def publish(model: Path, repo: str, **options: Any) -> None:
+    """Check a folder, and upload it."""
+    from a3.stages.export.publish import publish
+
+    for line in publish(folder(model), repo, **options):
+        print(line, flush=True)
+
+
+def add_publish(commands: Any) -> None:
+    """Arguments of a3 publish."""
+    one = add(
+        commands,
+        "publish",
+        publish,
+        "check a compressed or exported folder and upload it to the Hugging Face hub",
+        "Checks that its files are as they were written, and that it loads, tokenises and "
+        "generates; shows the files, the card and the repository; uploads only with --upload. The "
+        "token is that of `hf auth login` or HF_TOKEN.",
+        "a3 publish small me/my-llama-small --upload",
+    )
+    add_model(one, "Hugging Face folder of a compressed or exported model")
+    one.add_argument("repo", metavar="OWNER/NAME", help="repository of the hub")
+    one.add_argument("--upload", action="store_true", help="upload; without it only say what would")
+    one.add_argument("--private", action="store_true", help="make a new repository private")
+    text_ = "delete files of another model that are in the repository"
+    one.add_argument("--replace", action="store_true", help=text_)
+    add_run(one)
 
 
 def inspect(model: Path) -> None:

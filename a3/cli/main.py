@@ -25,7 +25,7 @@ from a3.core.progress import on_terminal
 GROUPS = {
     "everyday": (
         *("compress", "plan", "eval", "compare", "inspect"),
-        *("export", "quantise", "heal", "show", "families"),
+        *("export", "publish", "quantise", "heal", "show", "families"),
     ),
     "stages": (
         *("model", "convert", "train", "wheel", "text", "split", "items"),

@@ -18,6 +18,7 @@ from a3.cli.arguments import (
     add_scores,
     folder,
 )
+from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 
 # Where the paper's tables are defined.
@@ -52,11 +53,25 @@ def add_commands(commands: Any) -> None:
     add_show(commands)
 
 
-def card(model: Path, dense: list[Path], compressed: list[Path]) -> None:
-    """Write perplexities into a model card."""
-    from a3.report.card import add_perplexity
+def card(
+    model: Path,
+    dense: list[Path],
+    compressed: list[Path],
+    licence: str | None,
+    html: Path | None,
+) -> None:
+    """Write perplexities or a licence into a model card, or the card as a page of pictures."""
+    from a3.report.card import add_licence, add_perplexity
+    from a3.report.happened import write_page
 
-    add_perplexity(folder(model), dense, compressed)
+    if not (dense or compressed or licence or html):
+        raise A3Error("card: nothing to do. Give --dense and --compressed, --licence or --html.")
+    if dense or compressed:
+        add_perplexity(folder(model), dense, compressed)
+    if licence is not None:
+        add_licence(folder(model), licence)
+    if html is not None:
+        write_page(folder(model), html)
 
 
 def add_card(commands: Any) -> None:
@@ -67,16 +82,20 @@ def add_card(commands: Any) -> None:
         card,
         "write perplexities before and after into a compressed model's card",
         "Reads results of a3 eval ppl, checks that they are of this model, and adds them to the "
-        "README.md in its folder.",
-        "a3 card small --dense dense.json --compressed ppl.json",
+        "README.md in its folder. --licence adds the licence that the base model has. --html "
+        "writes a page of pictures: what each layer gave up, where the loss sits, and why.",
+        "a3 card small --dense dense.json --compressed ppl.json --html small.html",
     )
     add_model(one, SMALL_MODEL)
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     text_ = "results of a3 eval ppl for the dense model, one for each text"
-    one.add_argument("--dense", type=Path, nargs="+", required=True, metavar="FILE", help=text_)
+    one.add_argument("--dense", help=text_, **files)
     text_ = "results of a3 eval ppl for the compressed model, in the same order"
-    one.add_argument(
-        "--compressed", type=Path, nargs="+", required=True, metavar="FILE", help=text_
-    )
+    one.add_argument("--compressed", help=text_, **files)
+    text_ = "short name of the base model's licence: apache-2.0, mit, gemma, other …"
+    one.add_argument("--licence", metavar="NAME", help=text_)
+    text_ = "new .html file that shows what happened to the model"
+    one.add_argument("--html", type=Path, metavar="FILE", help=text_)
 
 
 def tables(**inputs: Any) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from a3.artifacts.runs import Run
+from a3.report.labels import named
 from a3.report.tables.paired import WORSE, losses_apart, verdict
-from a3.solutions.modes import COMPONENTS, PRESETS
+from a3.solutions.modes import PRESETS
 
 
 def advice(dense: Run, runs: Sequence[Run], entry: str) -> str:
@@ -77,9 +78,3 @@ def said(run: Run, entry: str) -> str:
 def no_error(run: Run, entry: str) -> bool:
     """Whether a text has one block only."""
     return any(len(run.texts[text]["block_nll"]) < 2 for text in run.texts_of(entry))
-
-
-def named(method: str) -> str:
-    """A method's preset; if it is none, the method itself."""
-    known = {"+".join(modes[one] for one in COMPONENTS): name for name, modes in PRESETS.items()}
-    return known.get(method, method)

@@ -1,9 +1,11 @@
-"""Adds perplexities to a compressed model's card."""
+"""Adds perplexities, or a licence, to a compressed model's card."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from a3.artifacts.card import is_own_card, record_again, write_card
+from a3.artifacts.card import base_card, is_own_card, record_again, write_card
 from a3.artifacts.protocols import PERPLEXITY_PROTOCOL, same_protocol, texts_scored
 from a3.core.errors import A3Error
 from a3.core.records import Record
@@ -13,6 +15,9 @@ from a3.models.compressed import compressed_record
 
 # Fields of a result that the card shows.
 SAID = (*PERPLEXITY_PROTOCOL, "text", "perplexity", "perplexity_stderr")
+
+# Short names of licences, as the hub writes them.
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Path]) -> None:
@@ -26,13 +31,7 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
             f"card: {len(dense)} dense results, {len(compressed)} compressed ones; expected one of "
             "each for every text."
         )
-    if not is_compressed(folder):
-        raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
-    if recorded := recorded_files(folder) if (folder / CARD).exists() else {}:
-        instead = "It would be overwritten: move it elsewhere first."
-        check_file(folder / CARD, recorded.get(CARD, ""), instead)
-    Checkpoint(folder).verify_all()
-    record = compressed_record(folder)
+    record = open_card(folder)
     weights = {"dense": record["base"]["weights_sha256"], "compressed": record["weights_sha256"]}
     pairs = []
     for both in zip(dense, compressed, strict=True):
@@ -47,7 +46,39 @@ def add_perplexity(folder: Path, dense: Sequence[Path], compressed: Sequence[Pat
             same_protocol(before, after, PERPLEXITY_PROTOCOL)
             pair = dict(zip(weights, (before, after), strict=True))
             pairs.append({kind: {key: one[key] for key in SAID} for kind, one in pair.items()})
-    record["perplexity"] = pairs
+    write_again(folder, record | {"perplexity": pairs})
+
+
+def add_licence(folder: Path, licence: str) -> None:
+    """Name the licence in a folder's card, by the hub's short name; it replaces an earlier one.
+
+    Raises A3Error for a name of other characters, and if a3 did not write README.md.
+    """
+    if not LICENCE.fullmatch(licence):
+        raise A3Error(
+            f"licence {licence!r}: expected a short name such as apache-2.0, mit or other. Take "
+            "the one that the base model's page names."
+        )
+    record = open_card(folder)
+    write_again(folder, record | {"base_card": base_card(record) | {"license": licence}})
+
+
+def open_card(folder: Path) -> dict[str, Any]:
+    """The record of a compressed folder, whose card and files have not changed.
+
+    Raises A3Error for other folders.
+    """
+    if not is_compressed(folder):
+        raise A3Error(f"{folder}: a dense model. Name a compressed folder, whose card a3 writes.")
+    if recorded := recorded_files(folder) if (folder / CARD).exists() else {}:
+        instead = "It would be overwritten: move it elsewhere first."
+        check_file(folder / CARD, recorded.get(CARD, ""), instead)
+    Checkpoint(folder).verify_all()
+    return compressed_record(folder)
+
+
+def write_again(folder: Path, record: dict[str, Any]) -> None:
+    """Write card and record of a folder from a changed record; the card alone, if it has none."""
     if "files" not in record:
         require_own_card(folder)
         write_card(folder, record)

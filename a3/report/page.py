@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from a3.artifacts.places import Place
 from a3.artifacts.runs import Run, read_runs
@@ -18,7 +17,8 @@ from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
 from a3.experiments.rows import check_reference
-from a3.report.advice import advice, in_order, level_with_best, smallest
+from a3.report.advice import advice, in_order, level_with_best, rivals, smallest
+from a3.report.labels import named
 from a3.report.tables.columns import (
     Column,
     by_text_columns,
@@ -44,6 +44,7 @@ from a3.report.tables.surgery import (
     surgery_columns,
     surgery_note,
 )
+from a3.report.templates import template
 from a3.solutions.modes import NO_RATIO
 
 
@@ -77,10 +78,9 @@ def build_report(
     frames = frames_of(results, groups, reference)
     compared, repeated = frames["comparisons"], frames["seeds"]
     runs = [run for dense, others in groups for run in (dense, *others)]
-    page = _template().render(
+    page = template("page.html.jinja").render(
         title=tables.name,
-        advice=[advice(dense, others, text) for dense, others in groups for text in perplexity[:1]],
-        summary=" ".join(_summary(dense, others, perplexity) for dense, others in groups),
+        **_first_lines(groups, perplexity),
         results=result_columns(frames["results"], perplexity, harness),
         fit=" ".join(fit_note(frames["results"])),
         sets=[_set(frames, entry) for entry in perplexity if is_set(frames["results"], entry)],
@@ -137,35 +137,46 @@ def _surgery(tables: Path) -> dict[str, Any] | None:
     }
 
 
-def _template() -> Any:
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja")
+# --- the first lines ---
+def _first_lines(
+    groups: Sequence[tuple[Run, list[Run]]], perplexity: Sequence[str]
+) -> dict[str, Any]:
+    """What to take, and what it was measured on; the best rows where there is no advice."""
+    found = [
+        [advice(dense, others, text) for text in perplexity[:1]] or [""] for dense, others in groups
+    ]
+    return {
+        "advice": [said for (said,) in found],
+        "summary": " ".join(
+            _summary(dense, others, perplexity, bool(said))
+            for (dense, others), (said,) in zip(groups, found, strict=True)
+        ),
+    }
 
 
-# --- the summary ---
-def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
-    """A summary of one model's rows: the dense scores, and the best row at each ratio."""
+def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str], advised: bool) -> str:
+    """A summary of one model's rows: what was scored, and the best row at each ratio.
+
+    Where `advised`, the line above has the perplexities, and this one the sizes that go with them.
+    """
     said = [f"{dense.place.model}: {len(runs)} compressed rows beside the dense model."]
     for text in perplexity[:1]:
         records = [dense.texts[name] for name in dense.texts_of(text)]
         tokens = sum(record["tokens_scored"] for record in records)
         mean = f", the mean of {len(records)} texts," if dense.is_set(text) else ""
-        said.append(
-            f"Dense perplexity on {text}{mean} is {dense.perplexity[text]['perplexity']:.2f} "
-            f"({tokens:,} tokens scored, blocks of "
-            f"{records[0]['block_length']:,}, {records[0]['dtype']})."
+        scored = (
+            f"{tokens:,} tokens scored, blocks of {records[0]['block_length']:,}, "
+            f"{records[0]['dtype']}"
         )
+        if advised:
+            said += [f"Perplexity on {text}{mean} is of {scored}.", _sizes(dense, runs, text)]
+        else:
+            value = dense.perplexity[text]["perplexity"]
+            said.append(f"Dense perplexity on {text}{mean} is {value:.2f} ({scored}).")
         # A row that was trained is no rival of those that were not.
         for trained, title in ((False, "Best"), (True, "Best after training (a3 heal)")):
             by_ratio: dict[str, list[Run]] = {}
-            for run in runs:
+            for run in runs if trained or not advised else ():
                 if run.place.nominal is not None and run.place.is_healed is trained:
                     by_ratio.setdefault(run.place.ratio, []).append(run)
             found = [_best(dense, by_ratio[ratio], text) for ratio in sorted(by_ratio, key=float)]
@@ -174,22 +185,41 @@ def _summary(dense: Run, runs: Sequence[Run], perplexity: Sequence[str]) -> str:
     return " ".join(said)
 
 
+def _sizes(dense: Run, runs: Sequence[Run], text: str) -> str:
+    """What the smallest models of each ratio keep, and which are as good as the best of them."""
+    found = []
+    for ratio, own in rivals(runs).items():
+        best = in_order(smallest(own), text)[0]
+        found.append(f"at {ratio}, {kept_by(dense, best)}{_level(smallest(own), text)}")
+    return f"Of the smallest models, the best keeps: {'; '.join(found)}."
+
+
 def _best(dense: Run, runs: Sequence[Run], text: str) -> str:
     """The best perplexity at a ratio among the smallest models, which compress all components.
 
     A row that compresses only one component loses less but also saves less, so it is left out.
-    Methods whose difference from the best is not significant over the blocks are also named.
     """
-    rows = smallest(runs)
-    best = in_order(rows, text)[0]
+    best = in_order(smallest(runs), text)[0]
     first, place = best.perplexity[text], best.place
-    level = level_with_best(rows, text) - {place.method}
-    also = f" (within two standard errors of it: {', '.join(sorted(level))})"
-    kept = {key: best.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
     return (
         f"at {float(place.ratio):g}, {first['perplexity']:.2f} "
-        f"({first['perplexity'] - dense.perplexity[text]['perplexity']:+.2f}) by {place.method}"
-        f"{also if level else ''}, which keeps {kept['parameters']:.1%} of the parameters and "
+        f"({first['perplexity'] - dense.perplexity[text]['perplexity']:+.2f}) by "
+        f"{named(place.method)}{_level(smallest(runs), text)}, which keeps {kept_by(dense, best)}"
+    )
+
+
+def _level(rows: Sequence[Run], text: str) -> str:
+    """The methods whose difference from the best row is not significant over the blocks."""
+    best = in_order(rows, text)[0].place.method
+    level = sorted(map(named, level_with_best(rows, text) - {best}))
+    return f" (within two standard errors of {named(best)}: {', '.join(level)})" if level else ""
+
+
+def kept_by(dense: Run, run: Run) -> str:
+    """The shares of parameters and KV cache that a row keeps."""
+    kept = {key: run.size[key] / dense.size[key] for key in ("parameters", "kv_bytes_per_token")}
+    return (
+        f"{kept['parameters']:.1%} of the parameters and "
         f"{kept['kv_bytes_per_token']:.1%} of the KV cache"
     )
 

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from browser import Browser
 from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
+from test_where import allocated
+from tiny import run
 
 from a3.core.files import read_record
 from a3.report.figures.build import build_figures
@@ -114,13 +116,54 @@ def page(request, browser, report):
     return browser
 
 
-def test_nothing_is_wrong_and_nothing_is_fetched(page, report):
+@pytest.fixture(scope="module")
+def card(tmp_path_factory):
+    """What happened to a model, as `a3 card --html` writes it."""
+    work = allocated(tmp_path_factory.mktemp("card"))
+    run("card", work / "small", "--html", work / "small.html")
+    return work / "small.html"
+
+
+@pytest.fixture(params=LOOKS)
+def card_page(request, browser, card):
+    """The page of a model as one reader sees it; a picture of it lies beside it."""
+    browser.look(*LOOKS[request.param])
+    browser.open(card)
+    browser.screenshot(card.with_name(f"{request.param}.png"))
+    return browser
+
+
+def require_quiet(page, path):
+    """Nothing went wrong, and nothing but the file was asked for."""
     assert page.said("Runtime.exceptionThrown") == []
     assert [entry["entry"]["text"] for entry in page.said("Log.entryAdded")] == []
     assert page.said("Runtime.consoleAPICalled") == []
     addresses = [event["request"]["url"] for event in page.said("Network.requestWillBeSent")]
-    assert report.as_uri() in addresses
-    assert [a for a in addresses if not a.startswith("data:")] == [report.as_uri()]
+    assert path.as_uri() in addresses
+    assert [a for a in addresses if not a.startswith("data:")] == [path.as_uri()]
+
+
+def test_nothing_is_wrong_and_nothing_is_fetched(page, report):
+    require_quiet(page, report)
+
+
+def test_what_happened_to_a_model_is_seen_everywhere(card_page, card):
+    require_quiet(card_page, card)
+    assert card_page.evaluate("document.documentElement.scrollWidth") <= card_page.width
+    contrasts = card_page.evaluate(CONTRASTS)
+    assert len(contrasts) > 50
+    assert min(contrasts) >= CONTRAST
+    # Every chart has room, and marks that are seen against the page.
+    drawn = card_page.evaluate("""[...document.querySelectorAll('svg')].map(svg => {
+        const all = [...svg.querySelectorAll('rect')].map(r => r.getBoundingClientRect().height);
+        return [svg.getBoundingClientRect().width, Math.max(...all)];
+    })""")
+    assert len(drawn) == 9
+    assert min(width for width, _ in drawn) > 200
+    assert min(height for _, height in drawn) > 1
+    fills = card_page.evaluate("""[...new Set([...document.querySelectorAll('rect')]
+        .map(rect => getComputedStyle(rect).fill))]""")
+    assert "rgb(0, 0, 0)" not in fills
 
 
 def test_tables_and_figures_are_there(page):

@@ -1,5 +1,9 @@
-"""A small stand-in for the Hugging Face hub on 127.0.0.1: what downloads ask for, and no more."""
+"""A small stand-in for the Hugging Face hub on 127.0.0.1: what downloads and uploads ask for.
 
+Downloads need no token; uploads need one of `Hub.writers`. Only what the client asks for is there.
+"""
+
+import base64
 import hashlib
 import json
 import threading
@@ -20,6 +24,8 @@ class Repository:
     files: dict[str, bytes]
     branches: tuple[str, ...] = ("main",)
     truncated: set[str] = field(default_factory=set)
+    lfs: set[str] = field(default_factory=set)
+    private: bool = False
 
     @property
     def commit(self) -> str:
@@ -43,6 +49,9 @@ class Hub:
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
         self.url = ""
+        self.writers: set[str] = set()
+        self.large: dict[str, bytes] = {}  # uploads that no commit names yet
+        self.lost: set[str] = set()  # files of which a commit stores other content
 
     def add(self, kind: str, name: str, repository: Repository) -> str:
         """Publish one commit of a repository; returns its hash."""
@@ -64,15 +73,38 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self):
-        length = int(self.headers.get("Content-Length", 0))
-        self.answer(json.loads(self.rfile.read(length) or b"{}"))
+        lines = self.body().splitlines()
+        read = [json.loads(line) for line in lines] or [{}]
+        self.answer(read if self.path.startswith("/api/") and "/commit/" in self.path else read[0])
 
-    def answer(self, body: dict | None = None):
+    def do_PUT(self):
+        self.hub.requests.append(f"PUT {self.path}")
+        self.hub.large[self.path.rpartition("/")[2]] = self.body()
+        self.send(200)
+
+    def body(self) -> bytes:
+        """What was sent, also in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        found = b""
+        while length := int(self.rfile.readline(), 16):
+            found += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def answer(self, body: dict | list | None = None):
         # Branches may have slashes in their names.
         names = [unquote(name) for name in self.path.split("?")[0].strip("/").split("/")]
         self.hub.requests.append(f"{self.command} /{'/'.join(names)}")
         self.hub.tokens.add(self.headers.get("Authorization"))
-        if names[0] == "api":
+        if self.command == "POST" and (call := self.upload_call(names)):
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            if token in self.hub.writers:
+                call(body)
+            else:
+                self.send_json({"error": "Invalid username or password."}, 403 if token else 401)
+        elif names[0] == "api":
             self.answer_api(names[1], "/".join(names[2:4]), names[4:], body or {})
         elif names[0] == "datasets":
             self.answer_file("datasets", "/".join(names[1:3]), names[3:])
@@ -98,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if action == "revision":
             siblings = [{"rfilename": file} for file in sorted(repository.files)]
-            self.send_json({"id": name, "sha": repository.commit, "siblings": siblings})
+            said = {"id": name, "sha": repository.commit, "private": repository.private}
+            self.send_json(said | {"siblings": siblings})
         elif action == "tree":
             recursive = "recursive=true" in self.path.lower()
             listed = entries(repository, "/".join(rest[2:]), recursive)
@@ -126,8 +159,71 @@ class Handler(BaseHTTPRequestHandler):
         headers |= {"ETag": f'"{blob(content)}"', "Accept-Ranges": "bytes"}
         self.send(200, content, headers, cut=file in repository.truncated)
 
-    def send_json(self, value):
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    # --- uploads ---
+    def upload_call(self, names: list[str]):
+        """What answers a request of an upload; None if it is none."""
+        if names == ["api", "validate-yaml"]:
+            return lambda _: self.send_json({"errors": [], "warnings": []})
+        if names == ["api", "repos", "create"]:
+            return self.create
+        if names[-3:] == ["lfs", "objects", "batch"]:
+            return self.batch
+        action, name = names[4:5], "/".join(names[2:4])
+        if action == ["preupload"]:
+            return lambda body: self.preupload(name, body)
+        return (lambda body: self.commit(name, body)) if action == ["commit"] else None
+
+    def create(self, body: dict):
+        name = f"{body['organization']}/{body['name']}"
+        if ("models", name) in self.hub.repositories:
+            self.send_json({"error": "You already created this model repo"}, 409)
+            return
+        private = body.get("visibility") == "private" or body.get("private", False)
+        self.hub.add("models", name, Repository({".gitattributes": b""}, private=private))
+        self.send_json({"url": f"{self.hub.url}/{name}", "name": name})
+
+    def preupload(self, name: str, body: dict):
+        kinds = {
+            one["path"]: "lfs" if one["path"].endswith(".safetensors") else "regular"
+            for one in body["files"]
+        }
+        said = [{"path": p, "uploadMode": k, "shouldIgnore": False} for p, k in kinds.items()]
+        self.send_json({"files": said})
+
+    def batch(self, body: dict):
+        href = f"{self.hub.url}/large"
+        objects = [
+            one | {"actions": {"upload": {"href": f"{href}/{one['oid']}"}}}
+            for one in body["objects"]
+        ]
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def commit(self, name: str, lines: list[dict]):
+        before = self.find("models", name, "main")
+        parent = lines[0]["value"].get("parentCommit")
+        if parent not in (None, before.commit):
+            self.send_json({"error": "A commit has happened since. Please refresh"}, 412)
+            return
+        files, lfs = dict(before.files), set(before.lfs)
+        for line in lines[1:]:
+            value = line["value"]
+            path = value["path"]
+            if line["key"] == "deletedFile":
+                del files[path]
+            elif line["key"] == "lfsFile":
+                files[path] = self.hub.large[value["oid"]]
+                assert hashlib.sha256(files[path]).hexdigest() == value["oid"]
+                lfs.add(path)
+            else:
+                files[path] = base64.b64decode(value["content"])
+        files |= dict.fromkeys(self.hub.lost & files.keys(), b"{}")
+        before.branches = ()
+        made = Repository(files, lfs=lfs, private=before.private)
+        oid = self.hub.add("models", name, made)
+        self.send_json({"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
+
+    def send_json(self, value, status: int = 200):
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def send(self, status: int, content: bytes = b"", headers=None, cut: bool = False):
         start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
@@ -155,9 +251,16 @@ def entries(repository: Repository, under: str, recursive: bool = True) -> list[
             continue
         if recursive or "/" not in inner:
             found[path] = {"type": "file", "size": len(content), "oid": blob(content)}
+            if path in repository.lfs:
+                found[path]["lfs"] = large(content)
         else:
             found[prefix + inner.split("/")[0]] = {"type": "directory", "size": 0, "oid": "0" * 40}
     return [{"path": path, **fields} for path, fields in found.items()]
+
+
+def large(content: bytes) -> dict:
+    """What the hub lists of a file outside of Git."""
+    return {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
 
 
 @contextmanager

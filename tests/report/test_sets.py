@@ -213,7 +213,7 @@ def test_the_report_shows_every_text_and_the_figure_of_them(results):
     page = out / "report.html"
     build_report(results, EXPERIMENTS, ["kinds"], ["titles"], out, {}, page, reference=REFERENCE)
     said = page.read_text()
-    assert "Dense perplexity on kinds, the mean of 3 texts, is " in said
+    assert "Perplexity on kinds, the mean of 3 texts, is of " in said
     assert 'id="set-kinds"' in said
     assert "results/eval/small/dense/ppl/kinds.json" in said
     (timed,) = {row["perplexity kinds.seconds"] for row in rows(out / "timings.csv")}

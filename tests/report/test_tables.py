@@ -498,7 +498,7 @@ def test_rows_with_sizes_of_their_own(tmp_path):
     for label in ("rxx-w-rxx  20%", "rxx-w-rxx  rank 6", "xkv  30%", "xkv  rank 4"):
         assert f"<!-- {label} -->" in svg
     page = Page(report(tmp_path, experiments)).text
-    assert "at 0.2, 27.11 (+4.91) by rxx-w-rxx+xkv+rxx-w," in page
+    assert "at 0.2, 27.11 (+4.91) by a3," in page
     assert "a: rxx-w-rxx@6+xkv@0.3+dense, calibration wiki" in page
 
 
@@ -569,7 +569,7 @@ def test_report_has_tables_figures_and_targets(html):
     assert "27.11 ± 0.50" in page.text
     for said in (
         "Dense perplexity on encyclopedia is 22.20",
-        "at 0.2, 27.11 (+4.91) by rxx-w-rxx+xkv+rxx-w",
+        "at 0.2, 27.11 (+4.91) by a3, which keeps",
         f"results/{EVALUATED}/ppl/encyclopedia.json",
         f"results/{CHECKPOINT}/approx.json",
         "results/models/small/arch.json",
@@ -584,10 +584,14 @@ def test_the_best_row_is_said_with_those_that_it_is_not_told_from(tmp_path):
     experiments = [experiment("small"), experiment("small", qk="other")]
     write_results(tmp_path, experiments)
     path = tmp_path / "eval/small/wiki/other+xkv+rxx-w/0.2/ppl/encyclopedia.json"
-    level = "by other+xkv+rxx-w (within two standard errors of it: rxx-w-rxx+xkv+rxx-w), "
-    for nll, expected in (([3.1, 3.4], level), ([3.045, 3.455], "by other+xkv+rxx-w, which keeps")):
+    level = " (within two standard errors of other+xkv+rxx-w: a3)"
+    for nll, found in (([3.1, 3.4], level), ([3.045, 3.455], "")):
         change(path, block_nll=nll, nll=3.25, perplexity=math.exp(3.25))
-        assert expected in Page(report(tmp_path, experiments)).text
+        said = Page(report(tmp_path, experiments)).text
+        kept = "80.0% of the parameters and 100.0% of the KV cache"
+        assert f"the best keeps: at 0.2, {kept}{found}." in said
+        # The perplexities are in the line above, and only there.
+        assert "Best of the smallest models" not in said
 
 
 def test_the_first_lines_say_what_to_take(tmp_path):

@@ -54,10 +54,8 @@ def test_a_trained_row_has_its_own_place_method_and_column(tmp_path, monkeypatch
         f"{start} of the smallest models at each ratio: at 0.25, "
         for start in ("Best", "Best after training (a3 heal)")
     )
-    assert re.search(re.escape(free) + r"[^;]* by rxx-w-rxx\+xkv\+rxx-w, which", page)
-    assert re.search(
-        re.escape(trained) + r"[^;]* by rxx-w-rxx\+xkv\+rxx-w\+heal-quick, which", page
-    )
+    assert re.search(re.escape(free) + r"[^;]* by a3, which", page)
+    assert re.search(re.escape(trained) + r"[^;]* by a3\+heal-quick, which", page)
 
     monkeypatch.chdir(folder)
     assert main(["verify", "results"]) == 0

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from a3.artifacts.runs import Run
 from a3.report.figures.drawing import COLOURS, DASHES, GREY, MARKERS, Drawing, log_if_wide
+from a3.report.labels import legend_label
 from a3.solutions.recipes import parse_quantisation
 
 Measure = Callable[[Run], tuple[float, float | None]]
@@ -67,14 +68,14 @@ def curves_of(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs of one method, sorted by size: over ranks if the model is whole, else over ratios."""
     curves: dict[str, list[Run]] = {}
     for run in runs:
-        place, label = run.place, []
+        place, said_of = run.place, []
         if not place.is_whole:
-            label.append(place.modes.replace("+", " + "))
+            said_of.append(legend_label(place.modes))
         if place.is_quantised:
             said = parse_quantisation(place.quantise)
             rank = "" if place.is_whole or not said.rank else f"@{said.rank}"
-            label.append(f"{said.recipe} {said.method}{rank}")
-        curves.setdefault(", ".join(label), []).append(run)
+            said_of.append(f"{said.recipe} {said.method}{rank}")
+        curves.setdefault(", ".join(said_of), []).append(run)
     return {
         label: sorted(curve, key=lambda run: run.size["parameters"])
         for label, curve in curves.items()

@@ -7,6 +7,7 @@ from a3.artifacts.runs import Run, read_runs
 from a3.report.figures.bits import bits_drawing
 from a3.report.figures.drawing import Drawing, save_drawings, styled
 from a3.report.figures.layer_error import _error_rows, _layer_error
+from a3.report.figures.losses import losses_drawing
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
 from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
@@ -27,8 +28,9 @@ def build_figures(
 
     captions.json lists the figures in reading order as {"name", "caption"}. Per model: perplexity
     and harness values against compression, the loss on each text of a set, the relative functional
-    error of each component in each layer, where whole RoPE pairs are kept, which ones, and the
-    spectra of its calibrations among `spectra` (<model>/<calibration>.json).
+    error of each component in each layer, where whole RoPE pairs are kept, which ones, ranks,
+    predicted losses and marginal losses of allocated rows, and the spectra of its calibrations
+    among `spectra` (<model>/<calibration>.json).
 
     Raises:
         A3Error: as `build_tables` does, and for spectra of other weights.
@@ -68,5 +70,7 @@ def _model(
     drawings += rope_drawings(dense, solved)
     if ranks := ranks_drawing(dense, solved):
         drawings.append(ranks)
+    if losses := losses_drawing(dense, solved):
+        drawings.append(losses)
     drawings += [spectra_drawing(dense, path) for path in spectra]
     return drawings

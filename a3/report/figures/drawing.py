@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from a3.artifacts.runs import Run
 from a3.core.files import whole_folder, write_json
+from a3.report.labels import legend_label
 from a3.solutions.modes import Choice, parse_choice
 from a3.solutions.target import Target
 
@@ -34,6 +35,9 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h", "*")
 
 DASHES = ("-", "--", "-.", ":")
+
+# Light to dark, the more is removed.
+SHADES = ("#6baed6", "#3182bd", "#08519c", "#08306b", "#000000")
 
 GREY = "#767676"
 
@@ -138,7 +142,7 @@ def distinct_rows(found: list[tuple[Run, np.ndarray]], component: str) -> list[R
     rows = []
     for (mode, size), group in groups.items():
         for run, values in group:
-            note = f" in {run.place.method}" if len(group) > 1 else ""
+            note = f" in {legend_label(run.place.method)}" if len(group) > 1 else ""
             rows.append((mode + note, size, values))
     rows.sort(key=lambda row: (row[0], *in_order(row[1])))
     return [Row(f"{mode}  {shown(size)}", values) for mode, size, values in rows]
@@ -152,6 +156,17 @@ def in_order(size: Decimal | int | Target) -> tuple[bool, Decimal | int | str]:
 def name_model(figure: Figure, dense: Run) -> None:
     """The model's name above a figure."""
     figure.suptitle(dense.place.model, x=0.01, ha="left", fontsize=11)
+
+
+def run_label(run: Run, several: bool) -> str:
+    """Method and ratio of a run for a legend; with `several` calibrations also which one."""
+    calibration = f", {run.place.calibration}" if several else ""
+    return f"{legend_label(run.place.method)}{calibration}  {run.place.ratio}"
+
+
+def shades(count: int) -> list[str]:
+    """A shade for each of several runs, the largest model first; beyond the last all are black."""
+    return [SHADES[min(i, len(SHADES) - 1)] for i in range(count)]
 
 
 def colour_map(name: str) -> Colormap:

@@ -12,9 +12,13 @@ from a3.artifacts.protocols import LOG
 from a3.artifacts.runs import Run
 from a3.core.records import Record
 from a3.report.figures.drawing import COLOURS, DASHES, GREY, MARKERS, Drawing, log_if_wide, points
+from a3.report.labels import legend_label, legend_title
 
 # A model whose perplexity is so many times the best one's is broken, and how much says nothing.
 OFF_SCALE = 50
+
+# Labels of fewer letters fit in three columns.
+SHORT = 25
 
 # --- quality against compression ---
 Measure = Callable[[Run], tuple[float, float | None]]
@@ -85,7 +89,8 @@ def _quality(
     curves = _curves(runs)
     ratios = {ratio for run in runs if (ratio := run.place.nominal) is not None}
     step = min(0.004, 0.02 / max(len(curves), 1))
-    columns = 2 if len(curves) > 6 else 1
+    # Names of presets are short, lists of modes long.
+    columns = 3 if max(map(len, curves), default=0) < SHORT else 2 if len(curves) > 6 else 1
     high = 3.0 + 0.1 * max(0, len(curves) - 6)
     legend = 0.6 + 0.22 * -(-len(curves) // columns)
     figure = Figure(figsize=(9, high * len(panels) + legend), layout="constrained")
@@ -108,7 +113,8 @@ def _quality(
         grid[-1][0].set_xlabel("compression ratio c (nominal)")
     grid[-1][-1].set_xlabel("parameters kept, of the dense model's")
     grid[-1][-1].invert_xaxis()
-    _legend(figure, grid[0][-1], _from_the_top(curves, panels), columns)
+    title = legend_title({run.place.method for run in runs})
+    _legend(figure, grid[0][-1], _from_the_top(curves, panels), columns, title)
     return figure
 
 
@@ -120,7 +126,7 @@ def _from_the_top(curves: dict[str, list[Run]], panels: dict[str, Measure]) -> l
     return sorted(ends, key=lambda label: (math.isnan(ends[label]), -ends[label]))
 
 
-def _legend(figure: Figure, axes: Axes, order: list[str], columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, order: list[str], columns: int, title: str) -> None:
     """Markers and lines, without the bars of errors, in the order of the curves' ends."""
     bars, labels = axes.get_legend_handles_labels()
     handles = dict(zip(labels, (bar[0] for bar in bars), strict=True))
@@ -128,7 +134,7 @@ def _legend(figure: Figure, axes: Axes, order: list[str], columns: int) -> None:
         [handles[label] for label in ("dense", *order)],
         ["dense", *order],
         loc="outside lower left",
-        title="QK + OV + MLP",
+        title=title,
         alignment="left",
         ncols=columns,
         handlelength=2.6,
@@ -141,7 +147,7 @@ def _curves(runs: list[Run]) -> dict[str, list[Run]]:
     curves: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: -run.size["parameters"]):
         suffix = f", {run.place.calibration}" if several else ""
-        curves.setdefault(run.place.method.replace("+", " + ") + suffix, []).append(run)
+        curves.setdefault(legend_label(run.place.method) + suffix, []).append(run)
     return dict(sorted(curves.items()))
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from a3.artifacts.runs import Run
 from a3.report.figures.drawing import COLOURS, GREY, MARKERS, Drawing, log_if_wide, name_model
+from a3.report.labels import legend_label, legend_title
 from a3.report.tables.paired import differences, losses_apart
 
 # Width that the points of one text take, of the distance between two texts.
@@ -37,9 +38,9 @@ def set_drawing(dense: Run, runs: Sequence[Run], entry: str) -> Drawing:
     )
     figure.legend(
         [handles[method] for method in methods],
-        [method.replace("+", " + ") for method in methods],
+        [legend_label(method) for method in methods],
         loc="outside lower left",
-        title="QK + OV + MLP",
+        title=legend_title(methods),
         alignment="left",
     )
     name_model(figure, dense)

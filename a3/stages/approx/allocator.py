@@ -26,6 +26,7 @@ from a3.stages.approx.budget import (
     least_loss_by_rank,
     together,
 )
+from a3.stages.approx.explain import explained
 from a3.stages.approx.layers import LayerSolver
 from a3.stages.approx.limits import CACHED, PARAMETERS, asked, costs_of, dense_amounts
 from a3.stages.approx.losses import eliminate_layers, is_eliminated
@@ -156,19 +157,33 @@ class Allocator:
         own = cost(self.joined, chosen)
         return {key: self.dense[key] - self.full[key] + own[key] for key in own}
 
-    def ranks(self, chosen: list[int]) -> dict[str, list[int] | list[list[int]]]:
-        """The ranks by component and layer, of a mixture's MLP a list a layer of its experts'."""
+    def by_place(self, chosen: list[int]) -> dict[str, dict[Place, int]]:
+        """The rank of each component in each place that has a curve."""
         ranks: dict[str, dict[Place, int]] = {component: {} for component in self.even}
         for curve, rank in zip(self.joined, chosen, strict=True):
             for component in curve.components:
                 ranks[component] |= dict.fromkeys(curve.places, rank)
-        return {component: by_layer(component, own, self.arch) for component, own in ranks.items()}
+        return ranks
+
+    def ranks(self, chosen: list[int]) -> dict[str, list[int] | list[list[int]]]:
+        """The ranks by component and layer, of a mixture's MLP a list a layer of its experts'."""
+        found = self.by_place(chosen)
+        return {component: by_layer(component, own, self.arch) for component, own in found.items()}
+
+    def evenly(self, chosen: list[int]) -> list[int]:
+        """The rank of each of `curves` at the same ratio everywhere: the plan's, or, of a target,
+        the one that has as many parameters as ranks of `joined`.
+        """
+        if self.plan.target is None:
+            return [self.even[curve.components[0]] for curve in self.curves]
+        kept = cost(self.joined, chosen)[PARAMETERS] / self.full[PARAMETERS]
+        return [
+            max(int(curve.ranks[-1]), round(kept * int(curve.ranks[0]))) for curve in self.curves
+        ]
 
     def record(self, chosen: list[int], limits: Amounts) -> dict[str, Any]:
         """What a file of allocated ranks says of ranks of `joined`."""
-        spent = cost(self.joined, chosen)
-        even = [self.even[curve.components[0]] for curve in self.curves]
-        no_ratio = self.plan.target is not None
+        spent, even = cost(self.joined, chosen), self.evenly(chosen)
         return {
             "modes": {component: str(choice) for component, choice in self.plan.shared.items()},
             "uniform_ranks": self.even,
@@ -178,7 +193,8 @@ class Allocator:
             "budget": limits,
             "spent": {key: spent[key] for key in {PARAMETERS: 0, CACHED: 0} | limits},
             "predicted_nll": self.predicted(chosen),
-            "predicted_nll_uniform": None if no_ratio else sum(map(at, self.curves, even)),
+            "predicted_nll_uniform": sum(map(at, self.curves, even)),
+            "explained": explained(self.curves, self.by_place(chosen), even),
             "weights_sha256": self.arch.weights_sha256,
         }
 

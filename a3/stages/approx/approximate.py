@@ -24,6 +24,7 @@ from a3.solutions.modes import ALLOCATED, COMPONENTS, DENSE
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocation import read_allocation
 from a3.stages.approx.assemble import assemble_written, file_numbers, in_products
+from a3.stages.approx.explain import explain, read_explained
 from a3.stages.approx.layers import AnyRanks, LayerSolver
 from a3.stages.approx.shards import write_shard
 from a3.stages.approx.statistics import made_from, read_statistics
@@ -117,6 +118,7 @@ def solver_for(
     for component in modes:
         if modes[component] in ALLOCATED:
             solver.allocate(component)
+    solver.explanation = read_explained(allocation if plan.shared else None)
     return solver
 
 
@@ -131,7 +133,7 @@ def solve_shard(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> No
         solved, report, took = solver.solve(layer)
         whole = solved | staying(dense, arch, known, layer, solved)
         tensors |= in_products(whole, arch, layer, report)
-        reports.append(report)
+        reports.append(explain(report, solver.explanation, layer))
         seconds.append(took)
     said = {
         "modes": {component: str(plan.choices.get(component, DENSE)) for component in COMPONENTS},

