@@ -20,7 +20,7 @@ from a3.core.progress import LOG
 from a3.jobs.settings import settings_of
 from a3.jobs.trial import Trial
 from a3.models.arch import load_arch
-from a3.models.cost import Cost
+from a3.models.cost import TRIAL_BLOCKS, TRIALS, Cost
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
 from a3.stages.evaluate.fit import BLOCKS
@@ -93,6 +93,18 @@ def stages_of(
     ]
 
 
+def trials_of(
+    folder: Path, row: dict[str, str], settings: dict[str, Any]
+) -> tuple[list[Job], list[Job]]:
+    """What a largest loss takes besides: once, and for each trial (a3.promise); nothing without."""
+    target = Plan(choose(row)).target
+    if target is None or target.max_loss is None:
+        return [], []
+    tokens = TRIAL_BLOCKS * settings["block_length"]
+    _, *_, approx, dense, scored = stages_of(folder, row, settings, tokens)
+    return [dense], [approx, scored]
+
+
 def forecast(jobs: list[Job]) -> list[Estimate]:
     """One estimate for each job; raises A3Error for a model or mode that a3 would refuse.
 
@@ -126,6 +138,9 @@ def announce(row: dict[str, str], settings: dict[str, Any], texts: int, folder: 
     *own, before, after = found
     statistics, *_, layers = (one.disk for one in own)
     took = {one.stage: one.seconds for one in own} | {"loss": before.seconds + after.seconds}
+    once, again = (forecast(own) for own in trials_of(folder, row, settings))
+    if again:
+        took["trials"] = sum(e.seconds for e in once) + TRIALS * sum(e.seconds for e in again)
     each = ", ".join(f"{stage} {minutes(seconds)}" for stage, seconds in took.items())
     LOG.info(
         f"compress: about {minutes(sum(took.values()))} ({each}), "
