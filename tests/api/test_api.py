@@ -121,6 +121,25 @@ def test_stages_one_by_one(dense, loaded, tmp_path):
     assert torch.equal(logits(small), logits(again))
 
 
+def test_a_target_takes_the_place_of_a_ratio(loaded, tmp_path, caplog):
+    caplog.set_level("INFO", logger="a3")
+    options = SMALL | {"tokens": 128, "progress": False}
+    small = a3.compress(*loaded, TEXTS, kv_cache=0.7, max_loss=9, **options)
+    sizes = {(layer.self_attn.q_proj.out_features) for layer in small.model.layers}
+    assert max(sizes) < loaded[0].model.layers[0].self_attn.q_proj.out_features
+    said = [record.message for record in caplog.records]
+    assert any("held-out blocks" in one for one in said)
+    assert "compress: kv-cache 0.700 asked, kv-cache 0." in "\n".join(said)
+    for wrong, says in (
+        ({"ratio": 0.2}, "a target takes the place of a ratio"),
+        ({"fit": 300}, "expected a size with its unit"),
+        ({"flops": True}, "flops: found True"),
+        ({"preset": "a3"}, "is for modes whose ranks are allocated"),
+    ):
+        with pytest.raises(a3.A3Error, match=says):
+            a3.compress(*loaded, TEXTS, **{"kv_cache": "0.7"} | wrong, **options)
+
+
 def test_compressed_models_evaluate_and_export_from_memory(loaded, tmp_path):
     options = {"qk": "uniform-global", "ratio": 0.25, **SMALL, "progress": False}
     small = a3.compress(*loaded, TEXTS, **options)
