@@ -153,6 +153,25 @@ class Choices:
             )
         return chosen
 
+    def filled(self, chosen: Tensor) -> Tensor:
+        """Ranks raised step by step within the limits, where the loss falls most for the share of
+        the limits that it takes.
+        """
+        limits = torch.tensor(self.limits, dtype=torch.float64)[:, None]
+        place = chosen[:, None].clone()
+        while True:
+            up = (place - 1).clamp(min=0)
+            gain = (self.loss.gather(1, place) - self.loss.gather(1, up))[:, 0]
+            own, more = (self.costs.gather(2, at.expand(len(limits), -1, -1)) for at in (place, up))
+            step, spent = (more - own)[..., 0], own.sum((1, 2))[:, None]
+            taken = (step / limits.clamp(min=1)).sum(0)
+            fits = (spent + step <= limits).all(0) & (taken > 0)
+            worth = torch.where(fits, gain / taken, 0)
+            best = int(worth.argmax())
+            if worth[best] <= 0:
+                return place[:, 0]
+            place[best] -= 1
+
 
 def least_loss(curves: list[Curve], limits: Amounts) -> list[int]:
     """The ranks that minimise the total loss within limits of some quantities.
@@ -161,8 +180,9 @@ def least_loss(curves: list[Curve], limits: Amounts) -> list[int]:
     independently. Prices are the lowest that keep to the limits. What remains is spent where it
     reduces the loss most.
     """
-    chosen = Choices(curves, limits).cheapest().tolist()
-    return fill(curves, [int(c.ranks[i]) for c, i in zip(curves, chosen, strict=True)], limits)
+    choices = Choices(curves, limits)
+    chosen = choices.filled(choices.cheapest()).tolist()
+    return [int(curve.ranks[place]) for curve, place in zip(curves, chosen, strict=True)]
 
 
 def least_loss_by_rank(curves: list[Curve], which: int, limits: Amounts) -> list[int]:
@@ -194,27 +214,3 @@ def only(curve: Curve, place: int) -> Curve:
 def min_cost(curves: list[Curve], key: str) -> float:
     """The least that curves can have of a quantity."""
     return sum(curve.costs[key].min().item() for curve in curves)
-
-
-def fill(curves: list[Curve], ranks: list[int], limits: Amounts) -> list[int]:
-    """Raise ranks step by step within the limits, where the loss falls most for the share of the
-    limits that it takes.
-    """
-    ranks = list(ranks)
-    spent: Amounts = {key: cost(curves, ranks)[key] for key in limits}
-    while True:
-        best, which, more = 0.0, None, spent
-        for index, (curve, rank) in enumerate(zip(curves, ranks, strict=True)):
-            place = place_in(curve, rank)
-            if place == 0:
-                continue
-            step = {k: (curve.costs[k][place - 1] - curve.costs[k][place]).item() for k in limits}
-            then = {key: spent[key] + step[key] for key in limits}
-            taken = sum(step[key] / max(limits[key], 1) for key in limits)
-            gain = (curve.loss[place] - curve.loss[place - 1]).item()
-            fits = all(then[key] <= limits[key] for key in limits)
-            if fits and taken > 0 and gain / taken > best:
-                best, which, more = gain / taken, (index, int(curve.ranks[place - 1])), then
-        if which is None:
-            return ranks
-        ranks[which[0]], spent = which[1], more
