@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.cli.main import main
 from a3.core.errors import A3Error
+from a3.models import arch
+from a3.models.arch import describe
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.load import load_whole
@@ -636,3 +638,20 @@ def test_a_tensor_that_the_exported_model_would_not_read_is_an_error(work, tmp_p
         said = capsys.readouterr().err
         assert "1 tensors that llama does not read, model.layers.0.mlp.gain" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_described_once_until_a_file_of_it_changes(tmp_path, monkeypatch):
+    folder, described = tiny_llama(tmp_path / "tiny"), []
+
+    def noted(of):
+        described.append(describe(of))
+        return described[-1]
+
+    monkeypatch.setattr(arch, "describe", noted)
+    first = arch.load_arch(folder)
+    first.size["parameters"] = 0  # a caller's own
+    assert arch.load_arch(folder).size["parameters"] > 0
+    assert len(described) == 1
+    tiny_llama(folder, seed=1)
+    assert arch.load_arch(folder).weights_sha256 != first.weights_sha256
+    assert len(described) == 2
