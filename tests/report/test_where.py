@@ -5,16 +5,19 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import run, tiny_llama
 
 from a3.cli.main import main
-from a3.core.files import read_record
+from a3.core.files import read_record, write_record
 from a3.report.figures.drawing import save_figure, styled
 from a3.report.figures.losses import losses_drawing
 from a3.report.happened import loss_charts, marginal_charts
 from a3.report.labels import legend_label, legend_title, named
 from a3.report.where import Part, ceiling, parts_of
 from a3.solutions.modes import COMPONENTS, PRESETS
+from a3.stages.approx.budget import Curve
+from a3.stages.approx.explain import explained
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,23 @@ def test_charts_cut_far_values_off_and_leave_ends_open():
     assert least.y + least.height == 100
     assert some.y < chart.line < some.y + some.height
     assert ends.price == pytest.approx(2**0.5)
+
+
+def test_without_a_ratio_there_is_no_even_loss(work, tmp_path):
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    record = read_record(folder / "approx.json")
+    for report in record["layers"]:
+        for said in report.values():
+            said["predicted"]["loss_even"] = None
+    (folder / "approx.json").unlink()
+    write_record(folder / "approx.json", {k: v for k, v in record.items() if k != "sha256"})
+    run("card", folder, "--html", tmp_path / "small.html")
+    page = (tmp_path / "small.html").read_text()
+    assert "gave up the same share" not in page
+    assert 'class="before"' not in page
+    curve = Curve(("mlp",), ((0, None),), torch.tensor([2, 1]), torch.tensor([0.0, 1.0]), 10, 0)
+    (why,) = explained([curve], {"mlp": [1]}, None)["mlp"]
+    assert why == {"loss": 1.0, "loss_even": None, "more_saves": 1e5, "less_costs": None}
 
 
 def test_the_figure_has_a_line_for_each_allocated_run(work, tmp_path):

@@ -142,13 +142,14 @@ def solved(
     for curve, rank in zip(joined, chosen, strict=True):
         for component in curve.components:
             ranks[component] |= dict.fromkeys(curve.places, rank)
+    found = {component: by_layer(component, own, arch) for component, own in ranks.items()}
     return {
-        "ranks": {component: by_layer(component, own, arch) for component, own in ranks.items()},
+        "ranks": found,
         "budget": dict(zip(COSTS, budget, strict=True)),
         "spent": dict(zip(COSTS, cost(joined, chosen), strict=True)),
         "predicted_nll": sum(map(at, joined, chosen)),
         "predicted_nll_uniform": sum(map(at, curves, even)),
-        "explained": explained(curves, ranks, even),
+        "explained": explained(curves, found, even),
     }
 
 

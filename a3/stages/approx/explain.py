@@ -3,17 +3,18 @@
 An allocation's record has, under `explained`, a list by component with one entry a layer (None
 where nothing was allocated), which approx copies to the layer's report under `predicted`:
 
-loss, loss_even: nats a token at the allocated rank, and at the rank of the same ratio everywhere.
+loss, loss_even: nats a token at the allocated rank, and at the rank of the same ratio everywhere
+(None if no ratio was asked for).
 more_saves, less_costs: nats a token for each million parameters that the next larger rank would
 add, or the next smaller one remove; None where there is no such rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from a3.core.files import read_record
-from a3.stages.approx.budget import Curve, Place, at
+from a3.stages.approx.budget import Curve, at
 
 PER = 1e6
 
@@ -21,19 +22,22 @@ Why = dict[str, float | None]
 
 
 def explained(
-    curves: Sequence[Curve], ranks: dict[str, dict[Place, int]], even: Sequence[int]
+    curves: Sequence[Curve], ranks: Mapping[str, Sequence[Any]], even: Sequence[int] | None
 ) -> dict[str, list[Why | None]]:
     """Losses and marginal losses by component and layer.
 
-    `curves` are those of single units, `ranks` what their places got, and `even` the rank of each
-    at the same ratio everywhere. A loss of the whole model is divided by its layers. Of experts in
-    a layer, the losses are added, and the largest gain and the smallest cost kept.
+    `curves` are those of single units, `ranks` of each component a rank a layer or a list of its
+    experts', and `even` the rank of each curve at the same ratio everywhere, if one was asked for.
+    A loss of the whole model is divided by its layers. Of experts in a layer, the losses are added,
+    and the largest gain and the smallest cost kept.
     """
     found: dict[str, dict[int, list[Why]]] = {}
-    for curve, same in zip(curves, even, strict=True):
+    alike: Sequence[int | None] = even or [None] * len(curves)
+    for curve, same in zip(curves, alike, strict=True):
         component = curve.components[0]
         for layer, expert in curve.places:
-            why = reason(curve, ranks[component][layer, expert], same)
+            rank = ranks[component][layer]
+            why = reason(curve, rank if expert is None else rank[expert], same)
             found.setdefault(component, {}).setdefault(layer, []).append(why)
     layers = range(1 + max(layer for of_layers in found.values() for layer in of_layers))
     return {
@@ -42,13 +46,13 @@ def explained(
     }
 
 
-def reason(curve: Curve, rank: int, same: int) -> Why:
+def reason(curve: Curve, rank: int, same: int | None) -> Why:
     """Loss and marginal losses of one place of a curve at its rank."""
     place, share = int((curve.ranks <= rank).nonzero()[0, 0]), 1 / len(curve.places)
     last = len(curve.ranks) - 1
     return {
         "loss": share * at(curve, rank),
-        "loss_even": share * at(curve, same),
+        "loss_even": None if same is None else share * at(curve, same),
         "more_saves": slope(curve, place - 1) if place > 0 else None,
         "less_costs": slope(curve, place) if place < last else None,
     }
@@ -64,9 +68,10 @@ def joined(whys: list[Why]) -> Why:
     """The reasons of a layer's experts in one."""
     more = [why["more_saves"] for why in whys if why["more_saves"] is not None]
     less = [why["less_costs"] for why in whys if why["less_costs"] is not None]
+    even = [why["loss_even"] for why in whys if why["loss_even"] is not None]
     return {
         "loss": sum(why["loss"] or 0.0 for why in whys),
-        "loss_even": sum(why["loss_even"] or 0.0 for why in whys),
+        "loss_even": sum(even) if even else None,
         "more_saves": max(more, default=None),
         "less_costs": min(less, default=None),
     }
