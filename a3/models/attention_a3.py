@@ -24,7 +24,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the p kept pairs, which come first, in halves: x (..., L, r), cos, sin (..., L, p)."""
     pairs = cos.shape[-1]
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    # OLMo's tables stay float32 in a model of bfloat16.
+    return rotated.to(x.dtype)
 
 
 def gather(table: Tensor, pairs: Tensor) -> Tensor:

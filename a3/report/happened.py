@@ -90,7 +90,7 @@ def content(record: dict[str, Any]) -> dict[str, Any]:
         ],
         "parts": [row_of(part, record["modes"][part.component]) for part in parts],
         "whole": sum(total(part.loss) for part in predicted),
-        "whole_even": sum(total(part.loss_even) for part in predicted),
+        "whole_even": sum(total(part.loss_even) for part in predicted) or None,
         "losses": list(loss_charts(predicted)),
         "cut_off": cut_off(predicted),
         "errors": [] if predicted else list(error_charts(parts)),

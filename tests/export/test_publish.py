@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,11 @@ def test_what_was_uploaded_loads_back_by_its_name(work, hub, name, tmp_path, mon
     assert repository.private
     loaded = [AutoModelForCausalLM.from_pretrained(repo, cache_dir=tmp_path)]
     if name == "small":  # and by the code in the repository, as without a3
+        # Not in the user's cache, nor in one that an earlier test had.
         monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        others = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
+        monkeypatch.setattr(sys, "path", others)
+        monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
         named = loaded[0].config.auto_map["AutoModelForCausalLM"]
         own = dynamic_module_utils.get_class_from_dynamic_module(named, repo, cache_dir=tmp_path)
         assert own.__module__.startswith("transformers_modules")

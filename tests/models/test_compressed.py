@@ -602,6 +602,8 @@ def test_generate_with_cache_equals_without(dense, tmp_path):
     alone = small.float().generate(ids[1:, 3:], **options)
     both = small.generate(padded, attention_mask=mask, **options)
     torch.testing.assert_close(both[1:, 3:], alone)
+    # OLMo's tables of RoPE are float32 in any dtype.
+    assert small.bfloat16().generate(ids, **options).shape == expected.shape
 
 
 def test_eager_equals_sdpa_and_left_padding_changes_nothing(dense, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import run, tiny_llama
 
 from a3.cli.main import main
@@ -15,6 +16,8 @@ from a3.report.happened import loss_charts, marginal_charts
 from a3.report.labels import legend_label, legend_title, named
 from a3.report.where import Part, ceiling, parts_of
 from a3.solutions.modes import COMPONENTS, PRESETS
+from a3.stages.approx.budget import Curve
+from a3.stages.approx.explain import explained
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,13 @@ def test_charts_cut_far_values_off_and_leave_ends_open():
     assert least.y + least.height == 100
     assert some.y < chart.line < some.y + some.height
     assert ends.price == pytest.approx(2**0.5)
+
+
+def test_a_step_is_priced_by_its_parameters():
+    costs = {"parameters": torch.tensor([20.0, 10.0])}
+    curve = Curve(("mlp",), ((0, None),), torch.tensor([2, 1]), torch.tensor([0.0, 1.0]), costs)
+    (why,) = explained([curve], {"mlp": [1]}, [2])["mlp"]
+    assert why == {"loss": 1.0, "loss_even": 0.0, "more_saves": 1e5, "less_costs": None}
 
 
 def test_the_figure_has_a_line_for_each_allocated_run(work, tmp_path):

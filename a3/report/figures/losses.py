@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from a3.artifacts.runs import Run
 from a3.report.figures.drawing import GREY, Drawing, name_model, run_label, shades
-from a3.report.where import Part, Values, ceiling, parts_of, span
+from a3.report.where import Part, Values, ceiling, parts_of, span, total
 
 
 def losses_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
@@ -40,7 +40,7 @@ def losses_drawing(dense: Run, runs: Sequence[Run]) -> Drawing | None:
         row[0].set_title(f"{name.upper()}: predicted loss")
         row[1].set_title(f"{name.upper()}: what the next rank costs")
     finish(figure, grid[:, 0], grid[:, 1], every)
-    legend(figure, grid[0, 0])
+    legend(figure, grid[0, 0], any(total(part.loss_even) for part in every))
     caption = (
         f"{dense.place.model}: left, the loss that the allocation predicts for each layer, in nats "
         "a token: dotted if every layer gave up the same share, solid as allocated; lines that "
@@ -92,13 +92,15 @@ def finish(
     right[len(right) // 2].set_ylabel("nats a token for 10⁶ parameters")
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """The runs, and what dotted lines are."""
+def legend(figure: Figure, axes: Axes, even: bool) -> None:
+    """The runs, and what dotted lines are, if there are any."""
     handles, labels = axes.get_legend_handles_labels()
-    handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2))
+    if even:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2))
+        labels.append("the same ratio everywhere")
     figure.legend(
         handles,
-        [*labels, "the same ratio everywhere"],
+        labels,
         loc="outside lower left",
         ncols=2,
         alignment="left",

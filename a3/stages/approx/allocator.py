@@ -157,18 +157,13 @@ class Allocator:
         own = cost(self.joined, chosen)
         return {key: self.dense[key] - self.full[key] + own[key] for key in own}
 
-    def by_place(self, chosen: list[int]) -> dict[str, dict[Place, int]]:
-        """The rank of each component in each place that has a curve."""
+    def ranks(self, chosen: list[int]) -> dict[str, list[int] | list[list[int]]]:
+        """The ranks by component and layer, of a mixture's MLP a list a layer of its experts'."""
         ranks: dict[str, dict[Place, int]] = {component: {} for component in self.even}
         for curve, rank in zip(self.joined, chosen, strict=True):
             for component in curve.components:
                 ranks[component] |= dict.fromkeys(curve.places, rank)
-        return ranks
-
-    def ranks(self, chosen: list[int]) -> dict[str, list[int] | list[list[int]]]:
-        """The ranks by component and layer, of a mixture's MLP a list a layer of its experts'."""
-        found = self.by_place(chosen)
-        return {component: by_layer(component, own, self.arch) for component, own in found.items()}
+        return {component: by_layer(component, own, self.arch) for component, own in ranks.items()}
 
     def evenly(self, chosen: list[int]) -> list[int]:
         """The rank of each of `curves` at the same ratio everywhere: the plan's, or, of a target,
@@ -194,7 +189,7 @@ class Allocator:
             "spent": {key: spent[key] for key in {PARAMETERS: 0, CACHED: 0} | limits},
             "predicted_nll": self.predicted(chosen),
             "predicted_nll_uniform": sum(map(at, self.curves, even)),
-            "explained": explained(self.curves, self.by_place(chosen), even),
+            "explained": explained(self.curves, self.ranks(chosen), even),
             "weights_sha256": self.arch.weights_sha256,
         }
 

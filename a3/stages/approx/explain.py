@@ -4,17 +4,17 @@ An allocation's record has, under `explained`, a list by component with one entr
 where nothing was allocated), which approx copies to the layer's report under `predicted`:
 
 loss, loss_even: nats a token at the allocated rank, and at the rank of the same ratio everywhere
-(of a target, the ratio that has as many parameters).
+(of a target: of the ratio that keeps as many parameters).
 more_saves, less_costs: nats a token for each million parameters that the next larger rank would
 add, or the next smaller one remove; None where there is no such rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from a3.core.files import read_record
-from a3.stages.approx.budget import Curve, Place, at
+from a3.stages.approx.budget import Curve, at
 from a3.stages.approx.limits import PARAMETERS
 
 PER = 1e6
@@ -23,19 +23,21 @@ Why = dict[str, float | None]
 
 
 def explained(
-    curves: Sequence[Curve], ranks: dict[str, dict[Place, int]], even: Sequence[int]
+    curves: Sequence[Curve], ranks: Mapping[str, Sequence[Any]], even: Sequence[int]
 ) -> dict[str, list[Why | None]]:
     """Losses and marginal losses by component and layer.
 
-    `curves` are those of single units, `ranks` what their places got, and `even` the rank of each
-    at the same ratio everywhere. A loss of the whole model is divided by its layers. Of experts in
-    a layer, the losses are added, and the largest gain and the smallest cost kept.
+    `curves` are those of single units, `ranks` of each component a rank a layer or a list of its
+    experts', and `even` the rank of each curve at the same ratio everywhere.
+    A loss of the whole model is divided by its layers. Of experts in a layer, the losses are added,
+    and the largest gain and the smallest cost kept.
     """
     found: dict[str, dict[int, list[Why]]] = {}
     for curve, same in zip(curves, even, strict=True):
         component = curve.components[0]
         for layer, expert in curve.places:
-            why = reason(curve, ranks[component][layer, expert], same)
+            rank = ranks[component][layer]
+            why = reason(curve, rank if expert is None else rank[expert], same)
             found.setdefault(component, {}).setdefault(layer, []).append(why)
     layers = range(1 + max(layer for of_layers in found.values() for layer in of_layers))
     return {
