@@ -73,13 +73,15 @@ class Verifier:
             "trained checkpoints": ("healed/**/approx.json", self.healed),
             "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
+            "frontiers": ("frontiers/*/*/*.json", self.frontier),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "losses on calibration and dev text": ("eval/**/fit/*.json", self.fit),
             "harness results": ("eval/**/harness/*.json", self.harness),
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "losses", "allocations", "eval", "checkpoints", "quantised", "healed")
+        seconds = ("rxx", "losses", "allocations", "frontiers", "eval")
+        seconds += ("checkpoints", "quantised", "healed")
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -247,6 +249,13 @@ class Verifier:
         record = self.record(path)
         place = Place(path.parent.name, path.stem)
         self.made_of(record, "provenance.weights_sha256", place)
+        self.statistics(record, place)
+
+    def frontier(self, path: Path) -> None:
+        """A frontier, and the model and statistics that it was made of."""
+        record = self.record(path)
+        place = Place(path.parent.parent.name, path.parent.name)
+        self.made_of(record, "weights_sha256", place)
         self.statistics(record, place)
 
     def perplexity(self, path: Path) -> None:
