@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from browser import Browser
+from frontiers import frontier_record
 from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
 
 from a3.core.files import read_record
@@ -81,6 +82,8 @@ def made(results):
             "provenance": {"weights_sha256": digest("small")},
         }
         write(results / f"spectra/small/wiki-{seed}.json", record)
+        frontier = results / f"frontiers/small/wiki-{seed}/fisher~+joint~+obs~.json"
+        write(frontier, frontier_record(digest("small"), layers=LAYERS))
     return experiments
 
 
@@ -92,9 +95,10 @@ def report(tmp_path_factory):
     build_tables(results, experiments, TEXTS, TASKS, out, METHODS[0])
     (out / "speed.csv").write_text("model,phase,tokens/s\nsmall,prefill,1234.5\nsmall,decode,17\n")
     spectra = sorted(results.glob("spectra/small/*.json"))
-    build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra)
+    frontiers = sorted(results.glob("frontiers/small/*/*.json"))
+    build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra, frontiers)
     inputs = (results, experiments, TEXTS, TASKS, out, {"experiments": "a.tsv"})
-    build_report(*inputs, out / "report.html", METHODS[0])
+    build_report(*inputs, out / "report.html", METHODS[0], frontiers=frontiers)
     return out / "report.html"
 
 
@@ -126,8 +130,8 @@ def test_nothing_is_wrong_and_nothing_is_fetched(page, report):
 def test_tables_and_figures_are_there(page):
     headings = page.evaluate("[...document.querySelectorAll('h2')].map(h => h.id)")
     assert headings == [
-        *("results", "comparisons", "seeds", "figures", "speed", "timings"),
-        *("protocol", "rebuild", "provenance"),
+        *("results", "comparisons", "seeds", "frontiers", "figures", "speed"),
+        *("timings", "protocol", "rebuild", "provenance"),
     ]
     rows = page.evaluate(
         "[...document.querySelectorAll('table')].map(t => t.tBodies[0].rows.length)"
@@ -138,8 +142,21 @@ def test_tables_and_figures_are_there(page):
     assert rows[:-1] == [runs + 1, compared, len(METHODS) * len(RATIOS), 2, runs + 1, 2, 2]
     assert rows[-1] > 0
     widths = page.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
-    assert len(widths) == 7
+    assert len(widths) == 7 + len(SEEDS)
     assert min(widths) > 0
+
+
+def test_each_frontier_has_a_slider_of_its_own(page):
+    assert page.evaluate("document.querySelectorAll('.frontier input[type=range]').length") == 2
+    page.evaluate("""(() => {
+        const slider = document.querySelectorAll(".frontier input[type=range]")[1];
+        slider.value = 20;
+        slider.dispatchEvent(new Event("input"));
+    })()""")
+    read = "[...document.querySelectorAll('.frontier output')].map(one => one.textContent)"
+    assert page.evaluate(read) == ["0.2", "0.5"]
+    command = "document.querySelectorAll('.frontier .command')[1].textContent"
+    assert "a3 compress small --preset a3-plus --ratio 0.5 --text TEXT" in page.evaluate(command)
 
 
 def test_a_click_sorts(page):
