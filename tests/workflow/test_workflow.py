@@ -352,6 +352,22 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     assert main(["verify", str(settled.folder / "results")]) == 0
 
 
+def test_a_frontier_is_made_where_it_is_asked_for(project):
+    """Once for all ratios of the same modes, and only of modes whose ranks are allocated."""
+    names = ("experiments.tsv", "config/config.yaml")
+    before = {name: (project.folder / name).read_text() for name in names}
+    with (project.folder / "experiments.tsv").open("a") as table:
+        table.write(
+            "".join(f"tiny\tshort\tdense\tjoint~\tobs~\t{ratio}\n" for ratio in (0.25, 0.5))
+        )
+    project.edit("config/config.yaml", "harness: [titles]", "harness: [titles]\n  frontier: true")
+    rules, output = project.snakemake("-n")
+    assert rules.count("frontier") == 1
+    assert "output: results/frontiers/tiny/short/dense+joint~+obs~.json" in output
+    for name in before:
+        (project.folder / name).write_text(before[name])
+
+
 @pytest.mark.parametrize(
     ("folder", "record", "rule"),
     [
