@@ -26,6 +26,9 @@ from a3.rxx.container import Rxx
 
 AGAIN = "Delete it and build it again."
 
+# Folders of compressed models.
+CHECKPOINTS = ("checkpoints", "quantised", "healed")
+
 
 class Verifier:
     """Checks one results folder and fills `problems`, `checked`, `missing` and `old`."""
@@ -80,8 +83,7 @@ class Verifier:
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "losses", "allocations", "frontiers", "eval")
-        seconds += ("checkpoints", "quantised", "healed")
+        seconds = ("rxx", "losses", "allocations", "frontiers", "eval", *CHECKPOINTS)
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -89,7 +91,7 @@ class Verifier:
                     yield sort, path, check
         for path in timings:
             yield "seconds", path, Record.read
-        for top in ("models/*", "checkpoints/**", "quantised/**", "healed/**"):
+        for top in ("models/*", *(f"{folder}/**" for folder in CHECKPOINTS)):
             folders = [path.parent for path in self.paths(f"{top}/config.json")]
             bare = [f for f in folders if not any((f / name).exists() for name in RECORDS)]
             self.missing["record of a model's folder"] += len(bare)
