@@ -89,6 +89,7 @@ class Frontier:
             # Gradients are of some of the blocks only.
             used = max(made, key=lambda one: one["tokens"])
             words += ["--tokens", str(used["tokens"]), "--block-length", str(used["block_length"])]
+            words += ["--seed", str(used["seed"])] if used["seed"] else []
         return shlex.join([*words, "-o", "small"])
 
     def panel(self) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def test_it_starts_at_a_fifth(light):
         "measured": ["0.128 nats", "± 0.0080"],
     }
     assert shown["command"].endswith(
-        "--preset a3-plus --ratio 0.2 --text 'my text.txt' --tokens 4096 --block-length 64 -o small"
+        "--preset a3-plus --ratio 0.2 --text 'my text.txt' --tokens 4096 --block-length 64 --seed 3"
+        " -o small"
     )
     assert shown["spoken"] == "ratio 0.2: 800.0 k parameters, 0.120 nats"
 

@@ -5,6 +5,7 @@ DENSE = {"parameters": 1_000_000, "cached_numbers": 500, "flops": 2_000_000, "by
 MODES = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~"}
 RATIOS = [number / 40 for number in range(21)]
 LAYERS = 6
+BLOCKS = {"tokens": 4096, "block_length": 64, "seed": 3}
 MADE = {"code": "0123456789abcdef", "libraries": {"torch": "2.13.0"}}
 
 
@@ -24,8 +25,8 @@ def frontier_record(weights, modes=MODES, layers=LAYERS):
             **MADE,
             "statistics": {
                 # Gradients are of a quarter of the blocks.
-                "pair_gradient": {"stage": "gradients", **MADE, "tokens": 1024, "block_length": 64},
-                "q_blocks": {"stage": "collect", **MADE, "tokens": 4096, "block_length": 64},
+                "pair_gradient": {"stage": "gradients", **MADE, **BLOCKS, "tokens": 1024},
+                "q_blocks": {"stage": "collect", **MADE, **BLOCKS},
             },
         },
     }

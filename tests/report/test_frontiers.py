@@ -98,7 +98,7 @@ def test_the_command_is_one_that_a3_takes(tmp_path, modes, named):
     assert frontier.command(0.0) == ""
     assert frontier.command(0.225) == (
         f"a3 compress small {named} --ratio 0.225 --text articles --tokens 4096 "
-        "--block-length 64 -o small"
+        "--block-length 64 --seed 3 -o small"
     )
     for name in ("my model", "$(reboot)", HOSTILE):
         command = shlex.split(Frontier(frontier.record, name).command(0.2))
