@@ -20,6 +20,7 @@ include: "workflow/rules/heal.smk"
 include: "workflow/rules/eval.smk"
 include: "workflow/rules/export.smk"
 include: "workflow/rules/spectra.smk"
+include: "workflow/rules/frontier.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/plan.smk"
 

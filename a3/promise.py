@@ -21,10 +21,10 @@ from a3.core.extras import require_installed
 from a3.core.files import read_record, write_record
 from a3.core.progress import LOG
 from a3.models.arch import load_arch
-from a3.models.cost import TRIAL_BLOCKS, TRIALS
 from a3.models.load import load_tokenizer
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
+from a3.solutions.target import TRIAL_BLOCKS, TRIALS
 from a3.stages.approx.allocate import Found, allocate
 from a3.stages.approx.allocator import Allocator
 from a3.stages.approx.approximate import approximate
@@ -276,6 +276,7 @@ def measured_amounts(plan: Plan, model_folder: Path, small: Path) -> dict[str, f
         BYTES: sum(path.stat().st_size for path in small.glob("*.safetensors")),
     }
     if target is not None and target.type is not None:
+        require_installed("gguf", "export")
         from a3.stages.export.gguf import export_gguf
 
         with tempfile.TemporaryDirectory(prefix="trial.", dir=small.parent) as name:

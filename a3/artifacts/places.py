@@ -174,6 +174,13 @@ class Place:
         shared = SHARED in self.modes and not self.is_quantised and not self.is_healed
         return results / "allocations" / f"{self.format()}.json" if shared else None
 
+    def frontier(self, results: Path) -> Path | None:
+        """What the model loses at every size by these modes, if ranks of all are allocated."""
+        used = [mode for mode in (self.qk, self.ov, self.mlp) if mode != DENSE]
+        if not used or not all(mode.endswith(SHARED) for mode in used):
+            return None
+        return results / "frontiers" / self.model / self.calibration / f"{self.modes}.json"
+
     def spectra(self, results: Path) -> Path:
         """The spectra of the model's functional matrices on the calibration."""
         return results / "spectra" / self.model / f"{self.calibration}.json"

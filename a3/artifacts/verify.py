@@ -26,6 +26,9 @@ from a3.rxx.container import Rxx
 
 AGAIN = "Delete it and build it again."
 
+# Folders of compressed models.
+CHECKPOINTS = ("checkpoints", "quantised", "healed")
+
 
 class Verifier:
     """Checks one results folder and fills `problems`, `checked`, `missing` and `old`."""
@@ -73,13 +76,14 @@ class Verifier:
             "trained checkpoints": ("healed/**/approx.json", self.healed),
             "exports": ("exports/**/export.json", self.export),
             "spectra": ("spectra/*/*.json", self.spectra),
+            "frontiers": ("frontiers/*/*/*.json", self.frontier),
             "perplexities": ("eval/**/ppl/*.json", self.perplexity),
             "losses on calibration and dev text": ("eval/**/fit/*.json", self.fit),
             "harness results": ("eval/**/harness/*.json", self.harness),
             "generations": ("eval/**/generation/*.json", self.result),
             "speeds": ("eval/**/speed/*.json", self.speed),
         }
-        seconds = ("rxx", "losses", "allocations", "eval", "checkpoints", "quantised", "healed")
+        seconds = ("rxx", "losses", "allocations", "frontiers", "eval", *CHECKPOINTS)
         timings = [path for top in seconds for path in self.paths(f"{top}/**/*timing.json")]
         for sort, (pattern, check) in found.items():
             for path in self.paths(pattern):
@@ -87,7 +91,7 @@ class Verifier:
                     yield sort, path, check
         for path in timings:
             yield "seconds", path, Record.read
-        for top in ("models/*", "checkpoints/**", "quantised/**", "healed/**"):
+        for top in ("models/*", *(f"{folder}/**" for folder in CHECKPOINTS)):
             folders = [path.parent for path in self.paths(f"{top}/config.json")]
             bare = [f for f in folders if not any((f / name).exists() for name in RECORDS)]
             self.missing["record of a model's folder"] += len(bare)
@@ -247,6 +251,13 @@ class Verifier:
         record = self.record(path)
         place = Place(path.parent.name, path.stem)
         self.made_of(record, "provenance.weights_sha256", place)
+        self.statistics(record, place)
+
+    def frontier(self, path: Path) -> None:
+        """A frontier, and the model and statistics that it was made of."""
+        record = self.record(path)
+        place = Place(path.parent.parent.name, path.parent.name)
+        self.made_of(record, "weights_sha256", place)
         self.statistics(record, place)
 
     def perplexity(self, path: Path) -> None:

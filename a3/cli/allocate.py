@@ -73,12 +73,18 @@ def allocate(
     **row: str,
 ) -> None:
     """Allocate ranks across layers and components."""
-    from a3.promise import allocate_within
     from a3.solutions.plan import Plan
 
     plan = Plan(choose(row), multiple=multiple)
     options: dict[str, Any] = {"losses": losses, "device": device, "uniform": tuple(uniform)}
-    allocate_within(folder(model), rxx, plan, text, out, **options)
+    if plan.target is None:
+        from a3.stages.approx.allocate import allocate
+
+        allocate(folder(model), rxx, plan, out, **options)
+    else:
+        from a3.promise import allocate_within
+
+        allocate_within(folder(model), rxx, plan, text, out, **options)
 
 
 def add_allocate(commands: Any) -> None:
@@ -119,6 +125,7 @@ def frontier(
     losses: list[Path],
     device: str,
     check: list[float],
+    html: Path | None,
     **row: str,
 ) -> None:
     """Predict the loss at every size."""
@@ -126,9 +133,16 @@ def frontier(
     from a3.frontier import frontier, table
     from a3.solutions.plan import Plan
 
+    if html is not None:
+        targets.check(targets.PLAIN, {"model": model, "rxx": rxx, "text": text, "out": html})
     plan = Plan(choose(row | {"ratio": "0"}))
     frontier(folder(model), rxx, plan, text, out, losses=losses, device=device, check=check)
     print(table(read_record(out)))
+    if html is not None:
+        # A page is no part of a frontier, whose rule does not ask for one.
+        from a3.report.frontiers import frontier_page
+
+        frontier_page(out, str(model), str(text), html)
 
 
 def add_frontier(commands: Any) -> None:
@@ -141,8 +155,8 @@ def add_frontier(commands: Any) -> None:
         "Reads a model and its statistics, allocates ranks for ratios up to 0.6, measures the loss "
         "at three of them on what the calibration left of its text, and corrects the predictions "
         "by these. Prints a table and writes ranks and losses of every layer (JSON), which "
-        "a3 figures and a3 report draw.",
-        "a3 frontier dense --rxx rxx --text docs.jsonl -o frontier.json",
+        "a3 figures and a3 report draw; with --html, also a page with a slider for the ratio.",
+        "a3 frontier dense --rxx rxx --text docs.jsonl --html frontier.html -o frontier.json",
     )
     add_model(one)
     add_rxx(one)
@@ -152,5 +166,7 @@ def add_frontier(commands: Any) -> None:
     one.add_argument("--check", type=share, nargs="+", default=[], metavar="RATIO", help=text_)
     add_losses(one)
     add_device(one)
+    text_ = "self-contained page to write too (.html): the curve, and what each ratio keeps"
+    one.add_argument("--html", type=Path, metavar="FILE", help=text_)
     add_out(one, targets.FRONTIER, "FILE", "JSON file to write")
     add_threads(one)

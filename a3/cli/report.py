@@ -138,12 +138,14 @@ def add_figures(commands: Any) -> None:
         "figures",
         figures,
         "draw the figures of a table of experiments",
-        "Reads the same results as a3 tables, and spectra, and writes each figure as SVG and PNG.",
+        "Reads the same results as a3 tables, spectra and frontiers, and writes each figure as SVG "
+        "and PNG.",
         f"a3 figures --results results --experiments {ROW} --perplexity wiki -o figures",
     )
     add_experiments(one)
     text_ = "files of a3 spectra, MODEL/CALIBRATION.json"
     one.add_argument("--spectra", type=Path, nargs="*", default=[], metavar="FILE", help=text_)
+    add_frontiers(one)
     add_out(one, targets.NEW, "FOLDER", "new folder")
 
 
@@ -164,6 +166,12 @@ def add_fit(one: Any) -> None:
     """Whether losses on calibration and dev text were measured."""
     text_ = "show the losses on calibration and dev text that a3 eval fit measured"
     one.add_argument("--fitted", action="store_true", dest="fit", help=text_)
+
+
+def add_frontiers(one: Any) -> None:
+    """Files of frontiers."""
+    text_ = "files of a3 frontier, MODEL/CALIBRATION/MODES.json"
+    one.add_argument("--frontiers", type=Path, nargs="*", default=[], metavar="FILE", help=text_)
 
 
 def speed_table(**inputs: Any) -> None:
@@ -267,6 +275,7 @@ def add_report(commands: Any) -> None:
     add_experiments(one)
     add_reference(one)
     add_fit(one)
+    add_frontiers(one)
     text_ = "folder that a3 tables and a3 figures wrote"
     one.add_argument("--tables", type=Path, required=True, metavar="FOLDER", help=text_)
     text_ = "configuration of the workflow, a JSON object"

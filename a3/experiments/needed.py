@@ -54,6 +54,12 @@ def evaluations(places: Iterable[Place], results: Path, evaluate: Mapping[str, A
     return [str(path) for path in found]
 
 
+def frontiers(places: Iterable[Place], results: Path, evaluate: Mapping[str, Any]) -> list[str]:
+    """The frontiers of these rows, where the configuration asks for them; each once."""
+    found = [place.frontier(results) for place in places] if evaluate["frontier"] else []
+    return [str(path) for path in dict.fromkeys(found) if path]
+
+
 def option_words(entry: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Options of the command line from an entry: {"block_length": 8} gives --block-length 8.
 

@@ -41,9 +41,6 @@ WHOLE_TEXT = 1_000_000
 # A generation step reads all weights, so it takes as long as a step with this many sequences.
 DECODE_ROWS = 16
 
-# A largest loss is kept by so many trials at most, each on so many blocks (a3.promise).
-TRIALS, TRIAL_BLOCKS = 6, 16
-
 # Slow cores and GPUs: the requested time is a limit, and jobs that exceed it are killed.
 CPU_FLOPS = 1e10
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from a3.artifacts.runs import Run, read_runs
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, sha256
 from a3.core.provenance import PACKAGE, provenance
+from a3.core.records import Record
 from a3.experiments.rows import check_reference
 from a3.report.advice import advice, in_order, level_with_best, rivals, smallest
+from a3.report.frontiers import read_frontiers
 from a3.report.labels import named
 from a3.report.tables.columns import (
     Column,
@@ -58,6 +60,7 @@ def build_report(
     out: Path,
     reference: str | None = None,
     fit: bool = False,
+    frontiers: Sequence[Path] = (),
 ) -> None:
     """Write the report of one table.
 
@@ -69,42 +72,50 @@ def build_report(
             surgery_figures/, if they exist.
         config: the configuration of the run; shown unchanged.
         out: the HTML file.
+        frontiers: as `build_figures` takes them.
 
     Raises:
-        A3Error: a file of the table is missing, or `build_tables` would raise it.
+        A3Error: a file of the table is missing, or `build_tables` or `build_figures` would raise
+            it.
     """
     check_reference(experiments, reference)
     groups = read_runs(results, experiments, perplexity, harness, fit)
     frames = frames_of(results, groups, reference)
-    compared, repeated = frames["comparisons"], frames["seeds"]
     runs = [run for dense, others in groups for run in (dense, *others)]
+    shown = read_frontiers(frontiers, [dense for dense, _ in groups], config)
     page = template("page.html.jinja").render(
         title=tables.name,
         **_first_lines(groups, perplexity),
         results=result_columns(frames["results"], perplexity, harness),
         fit=" ".join(fit_note(frames["results"])),
         sets=[_set(frames, entry) for entry in perplexity if is_set(frames["results"], entry)],
-        comparisons=None
-        if compared.empty
-        else {"columns": comparison_columns(compared), "note": comparison_note(compared)},
-        seeds=None
-        if repeated.empty
-        else {"columns": seed_columns(repeated, perplexity), "note": seed_note(repeated)},
+        comparisons=_noted(frames["comparisons"], comparison_columns, comparison_note),
+        seeds=_noted(frames["seeds"], lambda one: seed_columns(one, perplexity), seed_note),
+        panels=[one.panel() for one in shown],
         speed=_speed(tables),
         seconds=seconds_columns(frames["timings"]),
         surgery=_surgery(tables),
         figures=list(_figures(tables / "figures")),
         protocol=protocol_columns(frames["results"], perplexity, harness),
         calibration=_calibration(runs),
-        provenance=_provenance(runs),
+        provenance=_provenance([*_records(runs), *(one.record for one in shown)]),
         checkout=checkout(),
         rebuild=[
-            _rebuild_table(results, tables, list(frames), runs),
+            _rebuild_table(results, tables, list(frames), runs, frontiers),
             *(_rebuild(results, run) for run in runs),
         ],
         config=json.dumps(config, indent=2, sort_keys=True, default=str),
     )
     write_text(out, page)
+
+
+def _noted(
+    frame: pd.DataFrame,
+    columns: Callable[[pd.DataFrame], list[Column]],
+    note: Callable[[pd.DataFrame], str],
+) -> dict[str, Any] | None:
+    """A table and the note under it; None if it has no rows."""
+    return None if frame.empty else {"columns": columns(frame), "note": note(frame)}
 
 
 def _set(frames: dict[str, pd.DataFrame], entry: str) -> dict[str, Any]:
@@ -237,10 +248,15 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
 
 
 # --- what it was made from ---
-def _provenance(runs: Sequence[Run]) -> list[Column]:
+def _records(runs: Sequence[Run]) -> list[Record]:
+    """All records of some rows."""
+    return [record for run in runs for record in run.records]
+
+
+def _provenance(records: Sequence[Record]) -> list[Column]:
     """One row for each stage, code and set of libraries, with the number of files it made."""
     found = [provenance(__name__)]
-    for record in (record for run in runs for record in run.records):
+    for record in records:
         if made := record.data.get("provenance"):
             found += [made, *made.get("statistics", {}).values()]
     counts = Counter(
@@ -289,7 +305,11 @@ def _root(results: Path) -> Path:
 
 
 def _rebuild_table(
-    results: Path, tables: Path, names: Sequence[str], runs: Sequence[Run]
+    results: Path,
+    tables: Path,
+    names: Sequence[str],
+    runs: Sequence[Run],
+    frontiers: Sequence[Path],
 ) -> dict[str, Any]:
     """The files of the table itself, as Snakemake targets."""
     files = [tables / f"{name}.csv" for name in names]
@@ -301,8 +321,11 @@ def _rebuild_table(
         if f"spectra-{place.model}-{place.calibration}" in drawn:
             files.append(place.spectra(results))
             targets.append(place.spectra(_root(results)))
+    for path in frontiers:
+        files.append(path)
+        targets.append(_root(results) / "frontiers" / Path(*path.parts[-3:]))
     return {
-        "title": f"Table {tables.name}, its comparisons, seeds and timings, and spectra",
+        "title": f"Table {tables.name}, its comparisons, seeds and timings, spectra and frontiers",
         "targets": [(t.as_posix(), sha256(f)) for t, f in zip(targets, files, strict=True)],
     }
 

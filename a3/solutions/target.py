@@ -22,6 +22,9 @@ BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 
 NUMBERS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
+# A largest loss is kept by so many trials at most, each on so many blocks (a3.promise).
+TRIALS, TRIAL_BLOCKS = 6, 16
+
 AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]*)")
 
 # The options, by field.

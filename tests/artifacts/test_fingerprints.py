@@ -41,6 +41,7 @@ ROW |= {"ratio": "0.25"}
 LOW = ROW | {"quantise": "mine+none"}
 RUN = "tiny/short/dense+dense+rxx/0.25"
 SURGERY = {"model": "tiny", "calibration": "short", "mode": "pca-shared-kv", "size": "variance@0.9"}
+FRONTIER = "frontiers/tiny/short/dense+joint~+dense.json"
 OPERATED = "tiny/short/pca-shared-kv/variance@0.9"
 STATISTICS = (
     "q_blocks",
@@ -63,7 +64,9 @@ def commands():
     shown = ["--results", ".", "--perplexity", "score"]
     yield "tables", ["tables", *shown, *experiments, "--fitted", "-o", "tables"]
     spectra = ["--spectra", "spectra/tiny/short.json"]
-    yield "figures", ["figures", *shown, *experiments, *spectra, "-o", "tables/figures"]
+    frontiers = ["--frontiers", FRONTIER]
+    drawn = ["figures", *shown, *experiments, *spectra, *frontiers, "-o", "tables/figures"]
+    yield "figures", drawn
     timed = ["--results", ".", "--experiments", json.dumps([LOW]), "--speed", "quick"]
     yield "speed_table", ["speed-table", *timed, "-o", "tables"]
     surgeries = ["--surgeries", json.dumps([SURGERY])]
@@ -71,7 +74,7 @@ def commands():
     figures = ["surgery-figures", *shown, *surgeries, "-o", "tables/surgery_figures"]
     yield "surgery_figures", figures
     config = ["--config", json.dumps({"texts": {}})]
-    page = ["--tables", "tables", *config, "-o", "r.html"]
+    page = [*frontiers, "--tables", "tables", *config, "-o", "r.html"]
     yield "report", ["report", *shown, *experiments, "--fitted", *page]
     yield (
         "paper_comparison",
@@ -115,6 +118,9 @@ def statistics_and_checkpoints():
     sharing += ["--losses", known]
     yield "allocate", ["allocate", dense, *sharing, "-o", "ranks.json"]
     yield "approx", ["approx", dense, *sharing, "--allocation", "ranks.json", "-o", "joint"]
+    # It takes all ratios.
+    text, every = ["--text", "texts/learn/docs.jsonl"], sharing[: sharing.index("--ratio")]
+    yield "frontier", ["frontier", dense, *every, *text, "--losses", known, "-o", FRONTIER]
     modes = [
         word for component in ("qk", "ov", "mlp") for word in (f"--{component}", ROW[component])
     ]
@@ -240,8 +246,8 @@ def test_relative_imports_are_followed():
     ("module", "rules"),
     [
         ("models/cost", {"eval_speed"}),
-        ("models/quantised", {*EVALUATIONS, "quantise"}),
-        ("numerics/formats", {*EVALUATIONS, "quantise"}),
+        ("models/quantised", {*EVALUATIONS, "frontier", "quantise"}),
+        ("numerics/formats", {*EVALUATIONS, "frontier", "quantise"}),
     ],
 )
 def test_a_change_makes_stale_what_it_can_change(module, rules):

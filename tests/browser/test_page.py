@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from browser import Browser
+from frontiers import frontier_record
 from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
 from test_where import allocated
 from tiny import run
@@ -83,6 +84,8 @@ def made(results):
             "provenance": {"weights_sha256": digest("small")},
         }
         write(results / f"spectra/small/wiki-{seed}.json", record)
+        frontier = results / f"frontiers/small/wiki-{seed}/fisher~+joint~+obs~.json"
+        write(frontier, frontier_record(digest("small"), layers=LAYERS))
     return experiments
 
 
@@ -94,9 +97,10 @@ def report(tmp_path_factory):
     build_tables(results, experiments, TEXTS, TASKS, out, METHODS[0])
     (out / "speed.csv").write_text("model,phase,tokens/s\nsmall,prefill,1234.5\nsmall,decode,17\n")
     spectra = sorted(results.glob("spectra/small/*.json"))
-    build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra)
+    frontiers = sorted(results.glob("frontiers/small/*/*.json"))
+    build_figures(results, experiments, TEXTS, TASKS, out / "figures", spectra, frontiers)
     inputs = (results, experiments, TEXTS, TASKS, out, {"experiments": "a.tsv"})
-    build_report(*inputs, out / "report.html", METHODS[0])
+    build_report(*inputs, out / "report.html", METHODS[0], frontiers=frontiers)
     return out / "report.html"
 
 
@@ -169,8 +173,8 @@ def test_what_happened_to_a_model_is_seen_everywhere(card_page, card):
 def test_tables_and_figures_are_there(page):
     headings = page.evaluate("[...document.querySelectorAll('h2')].map(h => h.id)")
     assert headings == [
-        *("results", "comparisons", "seeds", "figures", "speed", "timings"),
-        *("protocol", "rebuild", "provenance"),
+        *("results", "comparisons", "seeds", "frontiers", "figures", "speed"),
+        *("timings", "protocol", "rebuild", "provenance"),
     ]
     rows = page.evaluate(
         "[...document.querySelectorAll('table')].map(t => t.tBodies[0].rows.length)"
@@ -181,8 +185,21 @@ def test_tables_and_figures_are_there(page):
     assert rows[:-1] == [runs + 1, compared, len(METHODS) * len(RATIOS), 2, runs + 1, 2, 2]
     assert rows[-1] > 0
     widths = page.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
-    assert len(widths) == 7
+    assert len(widths) == 7 + len(SEEDS)
     assert min(widths) > 0
+
+
+def test_each_frontier_has_a_slider_of_its_own(page):
+    assert page.evaluate("document.querySelectorAll('.frontier input[type=range]').length") == 2
+    page.evaluate("""(() => {
+        const slider = document.querySelectorAll(".frontier input[type=range]")[1];
+        slider.value = 20;
+        slider.dispatchEvent(new Event("input"));
+    })()""")
+    read = "[...document.querySelectorAll('.frontier output')].map(one => one.textContent)"
+    assert page.evaluate(read) == ["0.2", "0.5"]
+    command = "document.querySelectorAll('.frontier .command')[1].textContent"
+    assert "a3 compress small --preset a3-plus --ratio 0.5 --text TEXT" in page.evaluate(command)
 
 
 def test_a_click_sorts(page):

@@ -358,10 +358,10 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
         made = f"results/checkpoints/tiny/short/dense+{mode}+dense/{ratio}/approx.json"
         assert "losses" not in settled.snakemake("-n", made)[0]
     # A target stands in place of the ratio; a loss that is to be kept is measured.
-    for target, rule in (("kv-cache@0.8", "allocate"), ("max-loss@9", "allocate_within_loss")):
+    for target in ("kv-cache@0.8", "max-loss@9"):
         made = f"results/checkpoints/tiny/short/dense+joint~+dense/{target}/approx.json"
         rules, _ = settled.snakemake("-n", made)
-        assert rules == sorted([rule, "approx"])
+        assert rules == ["allocate_target", "approx"]
     settled.snakemake(made)
     ranks = settled.folder / f"results/allocations/tiny/short/dense+joint~+dense/{target}.json"
     assert json.loads(ranks.read_text())["held_out"]["increase"] <= 9
@@ -370,6 +370,22 @@ def test_a_ratio_that_is_shared_out_has_a_job_of_its_own(settled):
     assert "expected a size with its unit" in settled.snakemake("-n", status=1)[1]
     table.write_text(before)
     assert main(["verify", str(settled.folder / "results")]) == 0
+
+
+def test_a_frontier_is_made_where_it_is_asked_for(project):
+    """Once for all ratios of the same modes, and only of modes whose ranks are allocated."""
+    names = ("experiments.tsv", "config/config.yaml")
+    before = {name: (project.folder / name).read_text() for name in names}
+    with (project.folder / "experiments.tsv").open("a") as table:
+        table.write(
+            "".join(f"tiny\tshort\tdense\tjoint~\tobs~\t{ratio}\n" for ratio in (0.25, 0.5))
+        )
+    project.edit("config/config.yaml", "harness: [titles]", "harness: [titles]\n  frontier: true")
+    rules, output = project.snakemake("-n")
+    assert rules.count("frontier") == 1
+    assert "output: results/frontiers/tiny/short/dense+joint~+obs~.json" in output
+    for name in before:
+        (project.folder / name).write_text(before[name])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ def allocation_needed(wildcards):
     return [f"{RESULTS}/allocations/{RUN}.json".format(**wildcards)] if shared else []
 
 
+def measured_text(wildcards):
+    """The calibration's text, where a largest loss is asked for."""
+    return [calibration_text(wildcards)] if NAMES["max_loss"] in wildcards.ratio else []
+
+
 def losses_needed(wildcards):
     """The losses by rank of modes that eliminate; a shard needs those of its own layers."""
     folder = place_of(wildcards).losses(Path(RESULTS))

@@ -75,28 +75,28 @@ rule allocate:
         " --device {params.device:q} -o {output.ranks:q} &> {log:q}"
 
 
-use rule allocate as allocate_within_loss with:
-    # Tries ranks, and measures what they lose on text that the calibration left.
+use rule allocate as allocate_target with:
+    # A largest loss is measured on text that the calibration left, at several ranks.
     input:
         arch=f"{RESULTS}/models/{{model}}/arch.json",
         rxx=rxx_needed,
         losses=losses_needed,
-        text=calibration_text,
+        text=measured_text,
     wildcard_constraints:
-        ratio=r".*max-loss@[\d.]+",
+        ratio=TARGETS,
     threads: C["threads"]["approx"]
     resources:
         **resources("approx", cost_of_trials),
     params:
         model=subpath(input.arch, parent=True),
         rxx=RXX,
-        text=lambda wildcards, input: ["--text", input.text],
+        text=lambda wildcards, input: ["--text", *input.text] if input.text else [],
         threads=C["threads"]["approx"],
         device=C["device"],
         code=fingerprint("a3.promise"),
 
 
-ruleorder: allocate_within_loss > allocate
+ruleorder: allocate_target > allocate
 
 
 rule approx:

@@ -19,6 +19,7 @@ STAGES = {
     "losses": "allocate",
     "approx": "approx",
     "approx_shard": "approx",
+    "frontier": "ppl",
     "quantise": "quantise",
     "eval_ppl": "ppl",
     "eval_fit": "ppl",
@@ -87,6 +88,9 @@ def planned(job):
         settings |= {"row": row_of(place_of(wildcards))}
         if job.rule.name == "eval_fit":
             settings |= fit_calibration(wildcards) | {"tokens": fit_tokens(wildcards)}
+        elif job.rule.name == "frontier":  # its scores, which take most of its time
+            settings |= fit_calibration(wildcards)
+            settings["tokens"] = 4 * TRIAL_BLOCKS * settings["block_length"]
         elif stage == "ppl":
             settings |= entry("perplexity", wildcards.text)
             settings["tokens"] = tokens_scored(wildcards)

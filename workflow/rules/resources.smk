@@ -9,8 +9,6 @@ from dataclasses import replace
 from a3.core.files import read_record
 from a3.models.cost import (
     DECODE_ROWS,
-    TRIAL_BLOCKS,
-    TRIALS,
     approx_cost,
     collect_cost,
     gather_cost,
@@ -23,6 +21,7 @@ from a3.models.cost import (
     surgery_cost,
 )
 from a3.solutions.surgeries import find_surgery
+from a3.solutions.target import TRIAL_BLOCKS, TRIALS
 
 # Tokens of a prompt, at least so many are asked for.
 PROMPT = 256

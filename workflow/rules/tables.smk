@@ -1,6 +1,6 @@
 """Stage tables: pandas tables, figures and the report."""
 
-from a3.experiments.needed import evaluations, spectra_are_free
+from a3.experiments.needed import evaluations, frontiers, spectra_are_free
 
 # Every file that the table is made of.
 EVALUATED = evaluations(PLACES, Path(RESULTS), C["evaluate"])
@@ -10,6 +10,8 @@ SPECTRA = sorted(
     if spectra_are_free(ROWS)
     else []
 )
+# Of each model, calibration and modes whose ranks are allocated, where the config asks for it.
+FRONTIERS = frontiers(PLACES, Path(RESULTS), C["evaluate"])
 EVERYTHING = (
     "--results {params.results:q} --experiments {params.rows:q} --perplexity {params.perplexity:q}"
     " --harness {params.harness:q}"
@@ -66,6 +68,7 @@ rule figures:
     input:
         evaluated=EVALUATED,
         spectra=SPECTRA,
+        frontiers=FRONTIERS,
     output:
         directory(f"{TABLE}/figures"),
     log:
@@ -79,7 +82,8 @@ rule figures:
         harness=C["evaluate"]["harness"],
         code=fingerprint("a3.report.figures.build"),
     shell:
-        f"a3 figures {EVERYTHING} --spectra {{input.spectra:q}} -o {{output:q}} &> {{log:q}}"
+        f"a3 figures {EVERYTHING} --spectra {{input.spectra:q}} --frontiers {{input.frontiers:q}}"
+        " -o {output:q} &> {log:q}"
 
 
 rule report:
@@ -87,6 +91,7 @@ rule report:
         EVALUATED,
         multiext(f"{TABLE}/", *CSV, "figures"),
         SURGERY_TABLES,
+        frontiers=FRONTIERS,
     output:
         f"{TABLE}/report.html",
     log:
@@ -105,4 +110,4 @@ rule report:
         code=fingerprint("a3.report.page"),
     shell:
         f"a3 report {EVERYTHING} {{params.reference:q}} {{params.fit:q}} --tables {{params.tables:q}}"
-        " --config {params.config:q} -o {output:q} &> {log:q}"
+        " --frontiers {input.frontiers:q} --config {params.config:q} -o {output:q} &> {log:q}"

@@ -1,4 +1,4 @@
-"""Figures of a table: quality against compression, error by layer, kept RoPE pairs."""
+"""Figures of a table: quality against compression, error by layer, kept RoPE pairs, frontiers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from a3.artifacts.runs import Run, read_runs
 from a3.report.figures.bits import bits_drawing
 from a3.report.figures.drawing import Drawing, save_drawings, styled
+from a3.report.figures.frontier import frontier_drawing
 from a3.report.figures.layer_error import _error_rows, _layer_error
 from a3.report.figures.losses import losses_drawing
 from a3.report.figures.quality import _harness, _perplexities, _perplexity, _scores
@@ -13,6 +14,7 @@ from a3.report.figures.ranks import ranks_drawing
 from a3.report.figures.rope_pairs import rope_drawings
 from a3.report.figures.sets import set_drawing
 from a3.report.figures.spectra import spectra_drawing
+from a3.report.frontiers import read_frontiers
 from a3.solutions.modes import COMPONENTS
 
 
@@ -23,23 +25,27 @@ def build_figures(
     harness: list[str],
     out: Path,
     spectra: Sequence[Path] = (),
+    frontiers: Sequence[Path] = (),
 ) -> None:
     """Write every figure as SVG and PNG into the folder `out`, and captions.json.
 
     captions.json lists the figures in reading order as {"name", "caption"}. Per model: perplexity
     and harness values against compression, the loss on each text of a set, the relative functional
     error of each component in each layer, where whole RoPE pairs are kept, which ones, ranks,
-    predicted losses and marginal losses of allocated rows, and the spectra of its calibrations
-    among `spectra` (<model>/<calibration>.json).
+    predicted losses and marginal losses of allocated rows, what the model loses at every size among
+    `frontiers` (<model>/<calibration>/<modes>.json), and the spectra of its calibrations among
+    `spectra` (<model>/<calibration>.json).
 
     Raises:
-        A3Error: as `build_tables` does, and for spectra of other weights.
+        A3Error: as `build_tables` does, and for frontiers and spectra of other weights.
     """
     drawings: list[Drawing] = []
     with styled():
         for dense, runs in read_runs(results, experiments, perplexity, harness):
             its_own = [path for path in spectra if path.parent.name == dense.place.model]
-            drawings += _model(dense, runs, perplexity, harness, its_own)
+            drawings += _model(dense, runs, perplexity, harness)
+            drawings += map(frontier_drawing, read_frontiers(frontiers, [dense], {}))
+            drawings += [spectra_drawing(dense, path) for path in its_own]
         save_drawings(drawings, out)
 
 
@@ -48,9 +54,8 @@ def _model(
     runs: list[Run],
     perplexity: Sequence[str],
     harness: Sequence[str],
-    spectra: Sequence[Path],
 ) -> list[Drawing]:
-    """All figures of one model."""
+    """All figures of one model's rows."""
     drawings = []
     # The number of parameters says little about quantised rows.
     whole = [run for run in runs if not run.place.is_quantised]
@@ -72,5 +77,4 @@ def _model(
         drawings.append(ranks)
     if losses := losses_drawing(dense, solved):
         drawings.append(losses)
-    drawings += [spectra_drawing(dense, path) for path in spectra]
     return drawings
