@@ -20,9 +20,10 @@ from a3.core.progress import LOG
 from a3.jobs.settings import settings_of
 from a3.jobs.trial import Trial
 from a3.models.arch import load_arch
-from a3.models.cost import TRIAL_BLOCKS, TRIALS, Cost
+from a3.models.cost import Cost
 from a3.solutions.modes import choose
 from a3.solutions.plan import Plan
+from a3.solutions.target import TRIAL_BLOCKS, TRIALS
 from a3.stages.evaluate.fit import BLOCKS
 
 # Tokens that the plan of one model evaluates, as `a3 eval ppl` does by default.

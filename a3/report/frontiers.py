@@ -9,7 +9,7 @@ from typing import Any
 from a3.artifacts.runs import Run
 from a3.core.errors import A3Error
 from a3.core.records import Record
-from a3.report.advice import named
+from a3.report.labels import named
 from a3.report.tables.frames import write_text
 from a3.report.templates import template
 from a3.solutions.modes import COMPONENTS, DENSE, PRESETS
