@@ -5,7 +5,7 @@ from typing import Any
 
 from a3.artifacts import targets
 from a3.cli.arguments import ANY_MODEL, SMALL_MODEL, add, add_group, add_model, add_out, folder
-from a3.core.dtypes import GGUF_TYPES
+from a3.core.dtypes import GGUF_TYPES, GRAPH_TYPES
 from a3.core.extras import require_installed
 
 
@@ -21,6 +21,7 @@ def add_commands(commands: Any) -> None:
     )
     add_export_hf(subcommands)
     add_export_gguf(subcommands)
+    add_export_onnx(subcommands)
     add_inspect(commands)
     add_families(commands)
 
@@ -69,6 +70,33 @@ def add_export_gguf(commands: Any) -> None:
     text_ = "type of the matrices"
     one.add_argument("--type", choices=GGUF_TYPES, default="f16", help=text_)
     add_out(one, targets.PLAIN, "FILE", ".gguf file to write")
+
+
+def export_onnx(model: Path, out: Path, type: str) -> None:
+    """Write an ONNX graph."""
+    for library in ("onnx_ir", "onnxscript", "onnxruntime"):
+        require_installed(library, "onnx")
+    from a3.stages.export.onnx import export_onnx
+
+    export_onnx(folder(model), out, type)
+
+
+def add_export_onnx(commands: Any) -> None:
+    """Arguments of a3 export onnx."""
+    one = add(
+        commands,
+        "onnx",
+        export_onnx,
+        "write an ONNX graph for onnxruntime, transformers.js and OpenVINO",
+        "Reads a dense or compressed model, with any RoPE pairs and ranks, and writes a folder "
+        "with a graph that has a KV cache, and the tokenizer. onnxruntime reads it, and its logits "
+        "are compared with the model's, before the folder is put in place.",
+        "a3 export onnx small -o graph",
+    )
+    add_model(one, ANY_MODEL)
+    text_ = "type of the matrices"
+    one.add_argument("--type", choices=list(GRAPH_TYPES), default="f32", help=text_)
+    add_out(one, targets.ONNX, "FOLDER", "folder to write")
 
 
 def inspect(model: Path) -> None:

@@ -1,0 +1,189 @@
+"""Writes the ONNX graph of a model in memory, by torch.export and torch.onnx."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from a3.core.errors import A3Error
+
+# A prompt to trace: no size is 0 or 1, or equal to another one, which torch.export would believe.
+BATCH, PAST, LENGTH = 2, 5, 7
+
+LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one layer has in the cache: key/value heads and the sizes of a key and of a value."""
+
+    heads: int
+    key: int
+    value: int
+
+    def empty(self, batch: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+        """Keys and values of zeros, (batch, heads, length, size) each."""
+        return [
+            torch.zeros(batch, self.heads, length, size, dtype=dtype)
+            for size in (self.key, self.value)
+        ]
+
+
+class Decoder(nn.Module):
+    """A model whose cache is a list of tensors: keys and values of the first layer, and so on."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.positions = wants_positions(model)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """input_ids, position_ids (B, L), attention_mask (B, P + L), past (B, G, P, r) each.
+
+        Returns logits (B, L, vocabulary) float32, and `past` with the L new tokens.
+        """
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(k, v, layer)
+        where = {"position_ids": position_ids} if self.positions else {}
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **where,
+        )
+        held = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        return out.logits.float(), *held
+
+
+def wants_positions(model: PreTrainedModel) -> bool:
+    """Whether a family's code takes positions; others count the cache or the mask."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@torch.inference_mode()
+def slots_of(model: PreTrainedModel, folder: Path) -> list[Slot]:
+    """What each layer leaves in the cache; raises A3Error for a cache of another kind."""
+    cache = DynamicCache()
+    # Some models make a cache of their own where this one lacks what they need.
+    out = model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache, use_cache=True)
+    found = [
+        Slot(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for layer in cache.layers
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.keys.shape[2] == 3
+    ]
+    if out.get("past_key_values") is not cache or not found or len(found) < len(cache.layers):
+        raise A3Error(
+            f"{folder}: its cache is not one of keys and values in every layer, which the decoders "
+            "of ONNX graphs expect. Use it with transformers."
+        )
+    return found
+
+
+def names_of(slots: list[Slot], prefix: str) -> list[str]:
+    """Names of the cache's tensors in the graph."""
+    return [f"{prefix}.{i}.{kind}" for i in range(len(slots)) for kind in ("key", "value")]
+
+
+def write_graph(model: PreTrainedModel, slots: list[Slot], path: Path, outside: bool) -> None:
+    """Write the graph to `path`; `outside` puts its weights beside it in <name>_data."""
+    past = [x for slot in slots for x in slot.empty(BATCH, PAST, model.dtype)]
+    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    places = torch.arange(PAST, PAST + LENGTH).expand(BATCH, -1)
+    inputs = (ids, torch.ones(BATCH, PAST + LENGTH, dtype=torch.long), places, past)
+    new = {0: "batch_size", 1: "sequence_length"}
+    shapes = (
+        new,
+        {0: "batch_size", 1: "total_sequence_length"},
+        new,
+        [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
+    )
+    heads = ["input_ids", "attention_mask", "position_ids"]
+    with silent(), traceable(model):
+        program = torch.onnx.export(
+            Decoder(model).eval(),
+            inputs,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=heads + names_of(slots, "past_key_values"),
+            output_names=["logits", *names_of(slots, "present")],
+            verbose=False,
+        )
+    assert program is not None, "without a path the graph is returned"
+    graph = program.model
+    tie(graph)
+    # It says where files of this machine are.
+    for node in graph.graph.all_nodes():
+        node.metadata_props.clear()
+    ir.save(graph, path, external_data=f"{path.name}_data" if outside else None)
+
+
+def tie(graph: ir.Model) -> None:
+    """Let a head that is the embedding transposed be computed from it, so that it is stored once.
+
+    The exporter stores what it can compute, and onnxruntime computes it again when it loads.
+    """
+    initializers = graph.graph.initializers
+    matrices = {name: value for name, value in initializers.items() if rank(value) == 2}
+    for name, embedding in matrices.items():
+        if not name.endswith(("embed_tokens.weight", "wte.weight", "embeddings.weight")):
+            continue
+        rows = embedding.const_value.numpy()
+        for other, head in matrices.items():
+            value = head.const_value
+            if other == name or tuple(value.shape) != rows.shape[::-1]:
+                continue
+            if np.array_equal(value.numpy(), rows.T):
+                node = ir.node("Transpose", [embedding], attributes={"perm": [1, 0]})
+                graph.graph.insert_before(graph.graph[0], node)
+                head.replace_all_uses_with(node.outputs[0])
+                del initializers[other]
+
+
+def rank(value: ir.Value) -> int:
+    """Number of dimensions of an initializer."""
+    return 0 if value.const_value is None else len(value.const_value.shape)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside the block torch.onnx prints no warnings about its own parts."""
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def traceable(model: PreTrainedModel) -> Iterator[None]:
+    """Raise A3Error for whatever torch.export and torch.onnx cannot do."""
+    try:
+        yield
+    # They raise exceptions of any type for code that they cannot follow.
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        a3: dict[str, Any] = getattr(model.config, "a3", None) or {}
+        raise A3Error(
+            f"{a3.get('family', model.config.model_type)}: torch.onnx cannot export this family "
+            f"({type(error).__name__}: {lines[0] if lines else ''}). Use it with transformers."
+        ) from error
