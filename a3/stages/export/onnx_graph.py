@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -121,42 +121,60 @@ def write_graph(model: PreTrainedModel, slots: list[Slot], path: Path, outside: 
             dynamic_shapes=shapes,
             input_names=heads + names_of(slots, "past_key_values"),
             output_names=["logits", *names_of(slots, "present")],
+            optimize=False,
             verbose=False,
         )
     assert program is not None, "without a path the graph is returned"
     graph = program.model
-    tie(graph)
-    # It says where files of this machine are.
-    for node in graph.graph.all_nodes():
-        node.metadata_props.clear()
+    measure_prompt(graph.graph)
+    shorten(graph)
     ir.save(graph, path, external_data=f"{path.name}_data" if outside else None)
 
 
-def tie(graph: ir.Model) -> None:
-    """Let a head that is the embedding transposed be computed from it, so that it is stored once.
+def measure_prompt(graph: ir.Graph) -> None:
+    """Take the batch and the length of the cache from the prompt and its mask, not from the cache.
 
-    The exporter stores what it can compute, and onnxruntime computes it again when it loads.
+    OpenVINO runs no operator whose input is empty, not even Shape: of an empty cache it would find
+    what the last text left there, or 0.
     """
-    initializers = graph.graph.initializers
-    matrices = {name: value for name, value in initializers.items() if rank(value) == 2}
-    for name, embedding in matrices.items():
-        if not name.endswith(("embed_tokens.weight", "wte.weight", "embeddings.weight")):
+    inputs = {value.name: value for value in graph.inputs}
+    batch = ir.node("Shape", [inputs["input_ids"]], attributes={"start": 0, "end": 1})
+    new = ir.node("Shape", [inputs["input_ids"]], attributes={"start": 1, "end": 2})
+    seen = ir.node("Shape", [inputs["attention_mask"]], attributes={"start": 1, "end": 2})
+    past = ir.node("Sub", [seen.outputs[0], new.outputs[0]])
+    found = {(0, 1): batch.outputs[0], (2, 3): past.outputs[0]}
+    for node in list(graph):
+        of = node.inputs[0] if node.op_type == "Shape" else None
+        if of is None or not of.is_graph_input() or of.name in ("input_ids", "attention_mask"):
             continue
-        rows = embedding.const_value.numpy()
-        for other, head in matrices.items():
-            value = head.const_value
-            if other == name or tuple(value.shape) != rows.shape[::-1]:
-                continue
-            if np.array_equal(value.numpy(), rows.T):
-                node = ir.node("Transpose", [embedding], attributes={"perm": [1, 0]})
-                graph.graph.insert_before(graph.graph[0], node)
-                head.replace_all_uses_with(node.outputs[0])
-                del initializers[other]
+        bounds = node.attributes.get_int("start", 0), node.attributes.get_int("end", 4)
+        if bounds in found:
+            node.outputs[0].replace_all_uses_with(found[bounds])
+    graph.insert_before(graph[0], [batch, new, seen, past])
 
 
-def rank(value: ir.Value) -> int:
-    """Number of dimensions of an initializer."""
-    return 0 if value.const_value is None else len(value.const_value.shape)
+def shorten(graph: ir.Model) -> None:
+    """Remove what is computed twice or not used.
+
+    torch.onnx's own optimiser takes minutes, since it looks for its patterns at every node, and
+    stores every weight transposed, a head that is the embedding a second time. onnxruntime
+    optimises a graph when it loads it.
+    """
+    passes = ir.passes.Sequential(
+        common.InlinePass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        # It says where the files of this machine are.
+        common.ClearMetadataAndDocStringPass(),
+    )
+    passes(graph)
 
 
 @contextmanager
