@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import a3.api
-from a3.artifacts.runtimes import GGUF, HF, SEEN
+from a3.artifacts.runtimes import GGUF, HF, ONNX, SEEN
 from a3.cli.arguments import parsers
 from a3.cli.main import parser
 from a3.core.files import load_yaml
@@ -189,7 +189,7 @@ def runtimes() -> str:
         f"{MADE}# Runtimes\n\nWhat each runtime makes of an export, by the version that was tried. "
         "Of each runtime, the first row that fits a model applies.\n\n"
     )
-    for reads in (HF, GGUF):
+    for reads in (HF, GGUF, ONNX):
         rows = [
             [one.runtime, one.case.words, one.verdict, one.why]
             for one in SEEN

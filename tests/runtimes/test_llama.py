@@ -3,34 +3,23 @@
 The round trip: dense → compressed (a3) → ordinary checkpoint → GGUF, logits compared at each step.
 """
 
-import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from asking import ask, texts_of
+from smollm2 import MODEL, a3_, logits_of, perplexity, scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
 from a3.core.files import read_record
-from a3.texts.blocks import scored_blocks
-from a3.texts.reading import load_documents
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "results/models/smollm2-135m"
-TEXTS = ROOT / "results/texts"
 RANK = 48
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 # Digits, contractions, white space, other scripts, a special token.
 TEXT = "It's 1969:  600 million\n\n\tviewers… 月 café 🚀 x=3.14 <|im_end|>\n"
-
-
-def a3_(*words):
-    command = [sys.executable, "-m", "a3", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="session")
@@ -53,31 +42,15 @@ def folder(sources, tmp_path_factory):
 @pytest.fixture(scope="session")
 def block():
     """512 tokens of the test text."""
-    documents = load_documents(TEXTS / "wikipedia-summaries/test.jsonl")
-    blocks, _ = scored_blocks(
-        documents, AutoTokenizer.from_pretrained(MODEL), 512, 512, True, "empty-line"
-    )
-    return blocks
+    return scored(512)
 
 
 @pytest.fixture(scope="session")
 def logits(folder, block):
     """Logits (512, vocabulary) by transformers, of each folder."""
 
-    @torch.inference_mode()
-    def run(path):
-        return (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(block).logits[0].numpy()
-        )
-
-    return {
-        name: run(path)
-        for name, path in {
-            "dense": MODEL,
-            "small": folder / "small",
-            "stock": folder / "stock",
-        }.items()
-    }
+    folders = {"dense": MODEL, "small": folder / "small", "stock": folder / "stock"}
+    return {name: logits_of(path, block[0].tolist()) for name, path in folders.items()}
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +60,6 @@ def llama(folder, block):
     # A cache of float32, so that only the arithmetic differs, and llama.cpp's own of float16.
     asked["caches"] = ["f32", "f16"]
     return {name: ask(folder / f"{name}.gguf", asked) for name in ("dense", "f32", "f16", "q8_0")}
-
-
-def perplexity(logits, block):
-    loss = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]), block[0, 1:])
-    return math.exp(loss)
 
 
 def compare(name, found, expected, block):

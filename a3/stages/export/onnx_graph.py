@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
+from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -105,13 +106,12 @@ def write_graph(model: PreTrainedModel, slots: list[Slot], path: Path, outside: 
     ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
     places = torch.arange(PAST, PAST + LENGTH).expand(BATCH, -1)
     inputs = (ids, torch.ones(BATCH, PAST + LENGTH, dtype=torch.long), places, past)
-    new = {0: "batch_size", 1: "sequence_length"}
-    shapes = (
-        new,
-        {0: "batch_size", 1: "total_sequence_length"},
-        new,
-        [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
-    )
+    # One object for all sizes that are equal: torch.export would give each one a symbol of its own,
+    # and compare all of them, which takes most of the time.
+    batch, length, before = map(Dim, ("batch_size", "sequence_length", "past_sequence_length"))
+    new = {0: batch, 1: length}
+    every = [{0: batch, 2: before}] * len(past)
+    shapes = (new, {0: batch, 1: Dim.DYNAMIC}, new, every)
     heads = ["input_ids", "attention_mask", "position_ids"]
     with silent(), traceable(model):
         program = torch.onnx.export(
@@ -151,6 +151,7 @@ def measure_prompt(graph: ir.Graph) -> None:
         if bounds in found:
             node.outputs[0].replace_all_uses_with(found[bounds])
     graph.insert_before(graph[0], [batch, new, seen, past])
+    inputs["attention_mask"].shape = ir.Shape(["batch_size", "total_sequence_length"])
 
 
 def shorten(graph: ir.Model) -> None:
