@@ -1,7 +1,7 @@
 """What runtimes make of a3's exports, as far as somebody tried: right, a refusal, or wrong text.
 
 One row a case; of each runtime the first row that fits a model applies. Versions are those that
-were tried, in November 2026, on exports of SmolLM2 and of tiny models (docs/runtimes.md).
+were tried, in November 2026, on exports of SmolLM2 and of tiny models (docs/export.md).
 """
 
 from collections.abc import Callable

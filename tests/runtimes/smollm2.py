@@ -1,5 +1,6 @@
 """SmolLM2, its texts, and what several tests do with them."""
 
+import json
 import math
 import os
 import subprocess
@@ -48,6 +49,22 @@ def perplexity(logits, block):
     """Of the tokens of a block (1, tokens)."""
     loss = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]), block[0, 1:])
     return math.exp(loss)
+
+
+def row(model, found, logits, block, greedy):
+    """A row of the table: what a runtime `found`, beside what transformers made of the block."""
+    config = json.loads((MODEL / "config.json").read_text())
+    dense = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    same = sum(int(a) == int(b) for a, b in zip(list(found["greedy"]), greedy, strict=True))
+    return {
+        "model": model,
+        "runtime": str(found["version"]),
+        "difference": float(abs(found["logits"] - logits).max()),
+        "perplexity": [perplexity(found["logits"], block), perplexity(logits, block)],
+        "same": same,
+        "speeds": [float(speed) for speed in found["speeds"]],
+        "cache": [int(found["held"]) // block.numel(), 2 * 4 * dense],
+    }
 
 
 def continued(folder, block, prompt, count):

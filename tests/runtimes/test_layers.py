@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from asking import ask
 from gguf import GGUFReader
-from smollm2 import KINDS, a3_, continued, logits_of, perplexity, scored
+from smollm2 import KINDS, a3_, continued, logits_of, perplexity, row, scored
 from tiny import run, tiny_model
 
 TOKENS = list(range(5, 65))
@@ -93,7 +93,11 @@ def test_all_matrices_of_q8_are_q8(small):
     }
 
 
-def test_smollm2_continues_as_transformers_does(small, answers):
-    blocks, _, found = answers
+def test_smollm2_continues_as_transformers_does(small, answers, measured):
+    blocks, logits, found = answers
     expected = continued(small / "small", blocks, PROMPT, NEW)
+    for kind, said in found.items():
+        said |= {"logits": said["logits_f32"], "held": said["cache_f32"]}
+        name = f"SmolLM2-135M, a3-stock at 0.2, GGUF {kind}"
+        measured.append(row(name, said, logits, blocks, expected))
     assert found["f32"]["greedy"].tolist() == expected

@@ -22,8 +22,9 @@ from a3.models.arch import is_compressed
 from a3.models.checkpoint import Checkpoint, hash_files, model_source
 from a3.models.load import load_model
 from a3.models.travel import bring
+from a3.stages.export.decoder import Slot, slots_of
 from a3.stages.export.onnx_check import furthest
-from a3.stages.export.onnx_graph import Slot, slots_of, write_graph
+from a3.stages.export.onnx_graph import write_graph
 
 # Where transformers.js looks for the graph of each type, and how it calls the type.
 FOLDER = "onnx"

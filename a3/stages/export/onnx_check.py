@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from a3.stages.export.onnx_graph import Slot, names_of, wants_positions
+from a3.stages.export.decoder import Slot, names_of, wants_positions
+from a3.stages.export.onnx_graph import needed
 
 # How many tokens are read at once: a prompt, tokens one by one, and several to a cache.
 CALLS = (11, 1, 1, 6)
@@ -30,7 +31,8 @@ def furthest(model: PreTrainedModel, slots: list[Slot], path: Path) -> float:
     mask[1, :PADDING] = 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = in_torch(model, ids, mask, places)
-    found = in_runtime(path, slots, ids, mask, places, model.dtype)
+    with needed(model, "onnxruntime cannot run the graph of this family"):
+        found = in_runtime(path, slots, ids, mask, places, model.dtype)
     seen = mask.bool().numpy()
     return float(np.abs(found - expected)[seen].max() / np.ptp(expected[seen]))
 
