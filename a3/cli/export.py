@@ -74,8 +74,9 @@ def add_export_gguf(commands: Any) -> None:
 
 def export_onnx(model: Path, out: Path, type: str) -> None:
     """Write an ONNX graph."""
-    for library in ("onnx_ir", "onnxscript", "onnxruntime"):
-        require_installed(library, "onnx")
+    require_installed("onnx_ir", "onnx")
+    require_installed("onnxruntime", "onnx")
+    require_installed("onnxscript", "onnx")  # torch.onnx imports it
     from a3.stages.export.onnx import export_onnx
 
     export_onnx(folder(model), out, type)
