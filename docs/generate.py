@@ -217,7 +217,7 @@ def measured() -> str:
             f"{one['perplexity'][0]:.3f} ({one['perplexity'][1]:.3f})",
             str(one["same"]),
             *(f"{speed:.1f}" for speed in one["speeds"]),
-            f"{one['cache'][0]:,} ({one['cache'][1]:,})",
+            f"{one['cache'][0]:,} ({one['cache'][1]:,})" if one["cache"][0] else "not known",
         ]
         for one in read_json(MEASURED)
     ]

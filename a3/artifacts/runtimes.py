@@ -106,7 +106,7 @@ SEEN = (
     Seen("MLX 0.32", HF, RIGHT, ALL),
     Seen("onnxruntime-genai 0.18", HF, WRONG, SCALED),
     Seen("onnxruntime-genai 0.18", HF, REFUSES, UNEVEN),
-    Seen("onnxruntime-genai 0.18", HF, UNTESTED, ALL),
+    Seen("onnxruntime-genai 0.18", HF, RIGHT, ALL),
     Seen("optimum-onnx ORTModel", HF, REFUSES, UNUSUAL),
     Seen("optimum-onnx ORTModel", HF, UNTESTED, ALL),
     Seen("CTranslate2 4.8", HF, REFUSES, LONGROPE),

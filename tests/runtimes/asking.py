@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,15 @@ HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / ".venv-runtimes"
 
 # Scripts of the environments.
-NAMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+NAMES = {"onnx": "onnxruntime"}
+# What makes a runtime's own files of a folder of a3 export hf.
+CONVERTERS = {
+    "ctranslate2": "from ctranslate2.converters import TransformersConverter as C; import sys;"
+    "C(sys.argv[1]).convert(sys.argv[2])",
+    "genai": "import runpy, sys; source, out = sys.argv[1:];"
+    "sys.argv = [''] + f'-i {source} -o {out} -p fp32 -e cpu -c {out}.cache'.split();"
+    "runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')",
+}
 
 
 def home_of(runtime):
@@ -25,6 +34,19 @@ def home_of(runtime):
             pytest.fail(f"no {runtime}: {why}, and A3_REQUIRE=1")
         pytest.skip(f"no {runtime}: {why}")
     return home
+
+
+def libraries(runtime):
+    """Where the libraries of a runtime are."""
+    (found,) = (home_of(runtime) / "lib").glob("python*/site-packages")
+    return found
+
+
+def converted(runtime, folder, out):
+    """How the converter of a runtime ended, which also needs torch; it writes to `out`."""
+    env = os.environ | {"PYTHONPATH": str(libraries(runtime))}
+    command = [sys.executable, "-c", CONVERTERS[runtime], str(folder), str(out)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def run_in(runtime, *words):
@@ -53,7 +75,7 @@ def answers_of(runtime, folder, asked, place):
     question.write_text(json.dumps(asked))
     if runtime == "transformers-js":
         return from_node(folder, question, place)
-    done = run_in(runtime, HERE / f"in_{NAMES[runtime]}.py", folder, question, out)
+    done = run_in(runtime, HERE / f"in_{NAMES.get(runtime, runtime)}.py", folder, question, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(out))
 

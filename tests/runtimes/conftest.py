@@ -1,5 +1,6 @@
 """What the tests with SmolLM2 share: its folder and texts, models made of it, and their table."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -10,7 +11,6 @@ from smollm2 import KINDS, MODEL, ROOT, TEXTS, a3_
 
 # What docs/generate.py makes docs/reference/runtimes.md of; written if A3_RECORD=1.
 MEASURED = ROOT / "docs/runtimes.json"
-ROWS = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,11 @@ def sources():
     texts = [TEXTS / "wiki-articles/docs.jsonl", TEXTS / "wikipedia-summaries/test.jsonl"]
     targets = [str(path.relative_to(ROOT)) for path in (MODEL / "arch.json", *texts)]
     profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
-    subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
+    # One worker makes them while the other waits.
+    with (ROOT / ".venv-runtimes/sources.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "snakemake", *profile, *targets]
+        subprocess.run(command, cwd=ROOT, check=True)
     return texts
 
 
@@ -50,19 +54,14 @@ def preset(plus_rxx, tmp_path_factory):
 # --- the table ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def measured(request):
-    """Rows of the table, to which tests append: see `row`."""
-    return request.config.stash.setdefault(ROWS, [])
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Print the table; with A3_RECORD=1 put its rows in place of those of the same names."""
-    rows = config.stash.get(ROWS, [])
+def pytest_terminal_summary(terminalreporter):
+    """Print the rows that tests recorded as "measured"; with A3_RECORD=1, write them down."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind)]
+    rows = [said for one in reports for name, said in one.user_properties if name == "measured"]
     for row in rows:
         terminalreporter.write_line(json.dumps(row, ensure_ascii=False))
     if os.environ.get("A3_RECORD") == "1" and rows:
         known = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
         found = {(row["model"], row["runtime"].split()[0]): row for row in [*known, *rows]}
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in found.values())
+        lines = ",\n".join(json.dumps(found[key], ensure_ascii=False) for key in sorted(found))
         MEASURED.write_text(f"[\n{lines}\n]\n")

@@ -93,11 +93,11 @@ def test_all_matrices_of_q8_are_q8(small):
     }
 
 
-def test_smollm2_continues_as_transformers_does(small, answers, measured):
+def test_smollm2_continues_as_transformers_does(small, answers, record_property):
     blocks, logits, found = answers
     expected = continued(small / "small", blocks, PROMPT, NEW)
     for kind, said in found.items():
         said |= {"logits": said["logits_f32"], "held": said["cache_f32"]}
         name = f"SmolLM2-135M, a3-stock at 0.2, GGUF {kind}"
-        measured.append(row(name, said, logits, blocks, expected))
+        record_property("measured", row(name, said, logits, blocks, expected))
     assert found["f32"]["greedy"].tolist() == expected

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from asking import ask, texts_of
-from smollm2 import MODEL, a3_, logits_of, perplexity, scored
+from asking import answers_of, ask, converted, texts_of
+from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
@@ -36,6 +36,10 @@ def folder(sources, tmp_path_factory):
     for kind in ("f32", "f16", "q8_0"):
         a3_("export", "gguf", folder / "small", "--type", kind, "-o", folder / f"{kind}.gguf")
     a3_("export", "gguf", MODEL, "--type", "f32", "-o", folder / "dense.gguf")
+    # Whole heads, so that RoPE is the dense model's, and the head size is hidden size / heads.
+    whole = ["--qk", "dense", "--ov", "dense", "--mlp", "rxx-w@1152"]
+    a3_("approx", MODEL, "--rxx", folder / "rxx", *whole, "-o", folder / "whole-small")
+    a3_("export", "hf", folder / "whole-small", "-o", folder / "whole")
     return folder
 
 
@@ -50,6 +54,7 @@ def logits(folder, block):
     """Logits (512, vocabulary) by transformers, of each folder."""
 
     folders = {"dense": MODEL, "small": folder / "small", "stock": folder / "stock"}
+    folders["whole"] = folder / "whole"
     return {name: logits_of(path, block[0].tolist()) for name, path in folders.items()}
 
 
@@ -139,6 +144,41 @@ def test_it_answers_in_a_chat(llama, folder):
     reply = tokenizer.decode(made, skip_special_tokens=True)
     print(f"transformers: {reply}")
     assert str(llama["f32"]["reply"]).strip() == reply.strip()
+
+
+NAMES = {
+    "stock": f"SmolLM2-135M, head size {RANK}, longrope, Hugging Face f32",
+    "whole": "SmolLM2-135M, whole heads, MLP 1152, Hugging Face f32",
+}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name"),
+    [("mlx", "stock"), ("mlx", "whole"), ("ctranslate2", "whole"), ("genai", "whole")],
+)
+def test_other_runtimes_have_the_logits_of_transformers(
+    folder, logits, block, tmp_path, record_property, runtime, name
+):
+    source = folder / name
+    if runtime != "mlx":
+        source = tmp_path / "converted"
+        done = converted(runtime, folder / name, source)
+        assert done.returncode == 0, done.stderr[-3000:]
+    asked = {"tokens": block[0].tolist(), "prompt": 48, "greedy": 40}
+    found = answers_of(runtime, source, asked, tmp_path)
+    expected = continued(folder / name, block, 48, 40)
+    record_property("measured", row(NAMES[name], found, logits[name], block, expected))
+    worst, same = compare(f"hf in {found['version']}", found["logits"], logits[name], block)
+    assert worst < 0.02
+    assert same > 0.995
+    assert found["in_two"] < 0.02
+    assert found["greedy"].tolist() == expected
+
+
+def test_ctranslate2_refuses_longrope(folder, tmp_path):
+    done = converted("ctranslate2", folder / "stock", tmp_path / "converted")
+    assert done.returncode != 0
+    assert "rotary_scaling_long_factor" in done.stderr
 
 
 def test_transformers_loads_it_where_there_is_no_a3(folder, logits, block):

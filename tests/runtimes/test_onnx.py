@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from asking import HERE, answers_of, home_of
+from asking import HERE, answers_of, libraries
 from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
 from tiny import run, tiny_model
 from transformers import AutoTokenizer
@@ -43,12 +43,6 @@ DENSE = {"qwen3": ("qwen3", {"head_dim": 24})}
 REFUSED = {"falcon-alibi": ("falcon", ALIBI)}
 
 
-def libraries():
-    """Where the libraries of the extra onnx are."""
-    (found,) = (home_of("onnx") / "lib").glob("python*/site-packages")
-    return found
-
-
 def small_model(folder, family, config, modes):
     """A tiny model, compressed, with ranks by layer if its modes have them."""
     tiny_model(folder / "dense", family, **config)
@@ -70,7 +64,7 @@ def exported(tmp_path_factory):
     asked["strict"] = [of["llama"], folder / "strict-out", "f32", 0]
     question = folder / "asked.json"
     question.write_text(json.dumps([[*map(str, one[:3]), one[3]] for one in asked.values()]))
-    env = os.environ | {"PYTHONPATH": f"{libraries()}:{HERE.parents[1]}"}
+    env = os.environ | {"PYTHONPATH": f"{libraries('onnx')}:{HERE.parents[1]}"}
     command = [sys.executable, str(HERE / "exporting.py"), str(question)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -117,7 +111,7 @@ def test_a_tied_head_is_stored_once(exported):
 def graph(preset):
     """SmolLM2 as a3-plus makes it, and its export."""
     small = preset("a3-plus")
-    a3_("export", "onnx", small, "-o", small.parent / "graph", path=libraries())
+    a3_("export", "onnx", small, "-o", small.parent / "graph", path=libraries("onnx"))
     return small
 
 
@@ -129,7 +123,7 @@ def expected(graph):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_smollm2_is_the_same_in_every_runtime(graph, expected, measured, tmp_path, runtime):
+def test_smollm2_is_the_same_in_every_runtime(graph, expected, record_property, tmp_path, runtime):
     block, logits, greedy = expected
     ranks = json.loads((graph / "config.json").read_text())["a3"]
     assert len(set(ranks["qk_ranks"])) > 1
@@ -140,7 +134,7 @@ def test_smollm2_is_the_same_in_every_runtime(graph, expected, measured, tmp_pat
     ours, theirs = (perplexity(one, block) for one in (found["logits"], logits))
     bytes_ = read_record(graph.parent / "graph/export.json")["kv_bytes_per_token"]
     name = "SmolLM2-135M, a3-plus at 0.2, ONNX f32"
-    measured.append(row(name, found, logits, block, greedy))
+    record_property("measured", row(name, found, logits, block, greedy))
     assert worst < 0.02
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert list(found["greedy"]) == greedy
