@@ -59,7 +59,7 @@ def made(options):
             folder = folders[f"{name} {ratio}"] = options.out / f"{name}-{ratio}"
             words = ["--ratio", ratio, "--text", options.text, "--tokens", options.tokens]
             if not folder.exists():
-                a3("compress", options.model, *modes, *words, "--multiple", "32", "-o", folder)
+                a3("compress", options.model, *modes, *words, "-o", folder)
     files = {}
     for name, folder in folders.items():
         for kind in options.types:
