@@ -1,12 +1,13 @@
 """Run where a3 and the libraries of its extra onnx are: exports several models in one process.
 
-python exporting.py asked.json: a list of [folder, out, type, limit or null]; prints what is wrong
-with each, or null. A limit takes the place of that of the check of logits.
+python exporting.py asked.json: a list of [folder, out, type, constants], which take the place of
+the stage's own; prints what is wrong with each, or null.
 """
 
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import a3.stages.export.onnx as stage
 from a3.core.errors import A3Error
@@ -15,15 +16,13 @@ from a3.core.errors import A3Error
 def main(asked):
     """Print a list of messages, as JSON."""
     said = []
-    for folder, out, kind, limit in json.loads(Path(asked).read_text()):
-        usual = stage.LIMITS
-        stage.LIMITS = usual if limit is None else {kind: limit}
+    for folder, out, kind, constants in json.loads(Path(asked).read_text()):
         try:
-            stage.export_onnx(Path(folder), Path(out), kind)
+            with patch.dict(vars(stage), constants):
+                stage.export_onnx(Path(folder), Path(out), kind)
             said.append(None)
         except A3Error as error:
             said.append(str(error))
-        stage.LIMITS = usual
     print(json.dumps(said))
 
 

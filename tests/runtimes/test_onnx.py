@@ -59,9 +59,10 @@ def exported(tmp_path_factory):
     of = {name: small_model(folder / name, *said) for name, said in MODELS.items()}
     dense = DENSE | REFUSED
     of |= {name: tiny_model(folder / name, family, **c) for name, (family, c) in dense.items()}
-    asked = {name: [of[name], folder / f"{name}-out", "f32", None] for name in of}
-    asked["half"] = [of["llama"], folder / "half-out", "f16", None]
-    asked["strict"] = [of["llama"], folder / "strict-out", "f32", 0]
+    asked = {name: [of[name], folder / f"{name}-out", "f32", {}] for name in of}
+    asked["half"] = [of["llama"], folder / "half-out", "f16", {}]
+    asked["outside"] = [of["llama"], folder / "outside-out", "f32", {"LARGEST": 0}]
+    asked["strict"] = [of["llama"], folder / "strict-out", "f32", {"LIMITS": {"f32": 0}}]
     question = folder / "asked.json"
     question.write_text(json.dumps([[*map(str, one[:3]), one[3]] for one in asked.values()]))
     env = os.environ | {"PYTHONPATH": f"{libraries('onnx')}:{HERE.parents[1]}"}
@@ -86,6 +87,17 @@ def test_every_family_has_a_graph_with_its_logits(exported, tmp_path, name):
         worst = np.abs(found["logits"] - logits_of(of[name], asked["tokens"])).max()
         assert worst < 2e-5
         assert found["in_two"] < 2e-5
+
+
+@pytest.mark.parametrize("name", ["half", "outside"])
+def test_float16_and_weights_in_a_file_of_their_own(exported, tmp_path, name):
+    out = exported[1][name]
+    files = sorted(path.name for path in (out / "onnx").iterdir())
+    assert files == (["model_fp16.onnx"] if name == "half" else ["model.onnx", "model.onnx_data"])
+    asked = {"tokens": list(range(5, 45)), "prompt": 8, "greedy": 10, "texts": []}
+    ours, theirs = (answers_of(runtime, out, asked, tmp_path) for runtime in RUNTIMES[::2])
+    assert list(ours["greedy"]) == theirs["greedy"]
+    np.testing.assert_allclose(ours["logits"], theirs["logits"], atol=1e-3)
 
 
 def test_a_graph_that_differs_is_not_left(exported):
