@@ -34,7 +34,7 @@ test-report: $(READY)  ## the report in a browser; Debian's Chromium, by root an
 test-families: $(READY)  ## probes of all model types of transformers, about five minutes
 	OMP_NUM_THREADS=1 python -m pytest -n 2 -m families tests/models/test_probe.py
 
-test-runtimes: $(READY)  ## exports in the real llama.cpp, which a wheel holds
+test-runtimes: $(READY)  ## exports in real runtimes, which wheels hold
 	tests/runtimes/run
 
 docs: $(LINT)  ## the documentation as a site, site/index.html; needs no network to read

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from a3.artifacts.fit import said_of, warning_of
-from a3.artifacts.runtimes import GGUF, HF, Facts
+from a3.artifacts.runtimes import GGUF, HF, Facts, said_of_graphs
 from a3.artifacts.runtimes import said_of as said_of_runtimes
 from a3.core.files import (
     SEAL,
@@ -257,12 +257,14 @@ def sizes_table(size: dict[str, dict[str, int]]) -> str:
 def runtimes(record: dict[str, Any], rope_type: str) -> list[str]:
     """What runtimes make of the exports, and which KV-cache types work in llama.cpp.
 
-    `rope_type` is the dense model's. Empty unless all layers have one head size and one set of
-    RoPE pairs.
+    `rope_type` is the dense model's. Only of ONNX graphs unless all layers have one head size and
+    one set of RoPE pairs.
     """
     base = record["base"]
+    title = "What runtimes make of its exports, as far as somebody tried (versions as named):"
+    graphs = [f"- after `a3 export onnx`, {text}" for text in said_of_graphs()]
     if "layers" not in record or base["family"] not in FAMILIES:
-        return []
+        return [title, "\n".join(graphs)]
     dense = base["head_dim"]
     said = [layer.get(component, {}) for layer in record["layers"] for component in HEAD]
     sizes = {one.get("rank", dense) for one in said}
@@ -271,7 +273,7 @@ def runtimes(record: dict[str, Any], rope_type: str) -> list[str]:
         tuple(group) for one in said for group in one.get("rope_pairs", [whole])
     }
     if len(sizes) != 1 or len(pairs - {tuple(whole)}) > 1:
-        return []
+        return [title, "\n".join(graphs)]
     (size,), widths = sizes, {layer.get("mlp", {}).get("rank") for layer in record["layers"]}
     kept = list(min(pairs, key=len, default=whole))
     facts = Facts(
@@ -281,13 +283,14 @@ def runtimes(record: dict[str, Any], rope_type: str) -> list[str]:
         by_layer=len(widths) > 1,
     )
     exports = [GGUF] if facts.by_layer else [HF, GGUF]
+    others = [
+        f"- after `a3 export {one}`, {text}"
+        for one in exports
+        for text in said_of_runtimes(facts, one)
+    ]
     return [
-        "What runtimes make of its exports, as far as somebody tried (versions as named):",
-        "\n".join(
-            f"- after `a3 export {one}`, {text}"
-            for one in exports
-            for text in said_of_runtimes(facts, one)
-        ),
+        title,
+        "\n".join(others + graphs),
         f"KV cache in llama.cpp (after `a3 export gguf`): {llama_cpp_cache(size)}.",
     ]
 

@@ -1,7 +1,7 @@
 """What runtimes make of a3's exports, as far as somebody tried: right, a refusal, or wrong text.
 
 One row a case; of each runtime the first row that fits a model applies. Versions are those that
-were tried, in November 2026, on exports of SmolLM2 and of tiny models (docs/runtimes.md).
+were tried, in November 2026, on exports of SmolLM2 and of tiny models (docs/export.md).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from a3.models.arch import is_compressed
 from a3.models.stock import Stock
 
 # Which export a runtime reads.
-HF, GGUF = "hf", "gguf"
+HF, GGUF, ONNX = "hf", "gguf", "onnx"
 
 RIGHT, REFUSES, WRONG, UNTESTED = "right", "refuses", "wrong text", "untested"
 
@@ -106,7 +106,7 @@ SEEN = (
     Seen("MLX 0.32", HF, RIGHT, ALL),
     Seen("onnxruntime-genai 0.18", HF, WRONG, SCALED),
     Seen("onnxruntime-genai 0.18", HF, REFUSES, UNEVEN),
-    Seen("onnxruntime-genai 0.18", HF, UNTESTED, ALL),
+    Seen("onnxruntime-genai 0.18", HF, RIGHT, ALL),
     Seen("optimum-onnx ORTModel", HF, REFUSES, UNUSUAL),
     Seen("optimum-onnx ORTModel", HF, UNTESTED, ALL),
     Seen("CTranslate2 4.8", HF, REFUSES, LONGROPE),
@@ -125,6 +125,9 @@ SEEN = (
     Seen("ctransformers 0.2", GGUF, UNTESTED, ALL),
     Seen("Ollama", GGUF, UNTESTED, ALL),
     Seen("LM Studio", GGUF, UNTESTED, ALL),
+    Seen("onnxruntime 1.32", ONNX, RIGHT, ALL),
+    Seen("transformers.js 4.3", ONNX, RIGHT, ALL),
+    Seen("OpenVINO 2026.4", ONNX, RIGHT, ALL),
 )
 
 
@@ -167,6 +170,11 @@ def said_of(facts: Facts, reads: str) -> list[str]:
         f"{verdict}: {', '.join(names)}{f' ({why})' if why else ''}"
         for (verdict, why), names in sorted(lines.items(), key=lambda item: order.index(item[0][0]))
     ]
+
+
+def said_of_graphs() -> list[str]:
+    """As `said_of`, of ONNX graphs, which say all sizes and frequencies: no fact decides."""
+    return said_of(Facts(head_dim=0, rope="", usual=False, by_layer=True), ONNX)
 
 
 def warnings_of(facts: Facts, reads: str) -> list[str]:

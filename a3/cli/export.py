@@ -14,7 +14,7 @@ from a3.cli.arguments import (
     add_run,
     folder,
 )
-from a3.core.dtypes import GGUF_TYPES
+from a3.core.dtypes import GGUF_TYPES, GRAPH_TYPES
 from a3.core.extras import require_installed
 
 
@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
     )
     add_export_hf(subcommands)
     add_export_gguf(subcommands)
+    add_export_onnx(subcommands)
     add_publish(commands)
     add_inspect(commands)
     add_families(commands)
@@ -108,6 +109,34 @@ def add_publish(commands: Any) -> None:
     text_ = "delete files of another model that are in the repository"
     one.add_argument("--replace", action="store_true", help=text_)
     add_run(one)
+
+
+def export_onnx(model: Path, out: Path, type: str) -> None:
+    """Write an ONNX graph."""
+    require_installed("onnx_ir", "onnx")
+    require_installed("onnxruntime", "onnx")
+    require_installed("onnxscript", "onnx")  # torch.onnx imports it
+    from a3.stages.export.onnx import export_onnx
+
+    export_onnx(folder(model), out, type)
+
+
+def add_export_onnx(commands: Any) -> None:
+    """Arguments of a3 export onnx."""
+    one = add(
+        commands,
+        "onnx",
+        export_onnx,
+        "write an ONNX graph for onnxruntime, transformers.js and OpenVINO",
+        "Reads a dense or compressed model, with any RoPE pairs and ranks, and writes a folder "
+        "with a graph that has a KV cache, and the tokenizer. onnxruntime reads it, and its logits "
+        "are compared with the model's, before the folder is put in place.",
+        "a3 export onnx small -o graph",
+    )
+    add_model(one, ANY_MODEL)
+    text_ = "type of the matrices"
+    one.add_argument("--type", choices=list(GRAPH_TYPES), default="f32", help=text_)
+    add_out(one, targets.ONNX, "FOLDER", "folder to write")
 
 
 def inspect(model: Path) -> None:

@@ -21,3 +21,6 @@ GGUF_BLOCKS = {
 }
 
 GGUF_TYPES = tuple(GGUF_BLOCKS)
+
+# Types of ONNX graphs, and the dtypes that they are.
+GRAPH_TYPES = {"f32": "float32", "f16": "float16"}

@@ -23,7 +23,8 @@ Tables: TypeAlias = tuple[Tensor, Tensor]
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the p kept pairs, which come first, in halves: x (..., L, r), cos, sin (..., L, p)."""
     pairs = cos.shape[-1]
-    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    # Not by split, which is a sequence of tensors in an ONNX graph.
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
     # OLMo's tables stay float32 in a model of bfloat16.
     return rotated.to(x.dtype)
@@ -129,8 +130,9 @@ class A3Attention(nn.Module):
             self.config._attn_implementation, self.eager
         )
         dropout = self.attention_dropout if self.training else 0.0
-        if length > 1:
+        if length > 1 and not torch.compiler.is_exporting():
             # Fused kernels need one head size; without padding, a prompt takes 1.5 times as long.
+            # An exported graph has none, and would pad the cache for every new token.
             q, k, v = (widen(x, max(self.qk_rank, self.ov_rank)) for x in (q, k, v))
         options = {"dropout": dropout, "scaling": self.scaling, **self.options, **kwargs}
         out, probabilities = scored(self, q, k, v, attention_mask, **options)

@@ -144,15 +144,25 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, d); index and weights (T, top k): where each token goes."""
         out = torch.zeros_like(hidden_states)
+        if torch.compiler.is_exporting():
+            # A graph cannot loop over what tokens choose: every expert reads all of them.
+            for number in range(len(self)):
+                share = (weights * (index == number)).sum(-1, keepdim=True)
+                out = out + (self.expert(number, hidden_states) * share).to(out.dtype)
+            return out
         for number in index.unique().tolist():
             token, place = torch.where(index == number)
-            expert, x = self[number], hidden_states[token]
-            both = (expert.gate_proj(x), expert.up_proj(x))
-            x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
-            x = expert.down_proj(self.family[0]._apply_gate(x))
-            x = x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
+            x = self.expert(number, hidden_states[token])
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
+
+    def expert(self, number: int, x: Tensor) -> Tensor:
+        """What one expert makes of tokens (T, d)."""
+        expert = self[number]
+        both = (expert.gate_proj(x), expert.up_proj(x))
+        x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+        x = expert.down_proj(self.family[0]._apply_gate(x))
+        return x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
 
 
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -22,6 +22,7 @@ COMMANDS = [
     "approx",
     "export hf",
     "export gguf",
+    "export onnx",
     "inspect",
     "eval ppl",
     "eval fit",

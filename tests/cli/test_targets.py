@@ -40,6 +40,7 @@ COMMANDS = {
     "heal": ([M, "--teacher", "models/n", "--text", D], M, ""),
     "export hf": ([M], M, ""),
     "export gguf": ([M], M, ".gguf"),
+    "export onnx": ([M], M, ""),
     "eval ppl": ([M, "--text", D], M, ".json"),
     "eval fit": ([M, "models/n", "--text", D], M, ".json"),
     "eval harness": ([M, "--task", "x", "--items", D], M, ".json"),

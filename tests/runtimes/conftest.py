@@ -1,10 +1,16 @@
-"""What the tests with SmolLM2 share: its folder and its texts, as the workflow makes them."""
+"""What the tests with SmolLM2 share: its folder and texts, models made of it, and their table."""
 
+import fcntl
+import json
+import os
 import subprocess
 import sys
 
 import pytest
-from test_llama import MODEL, ROOT, TEXTS
+from smollm2 import KINDS, MODEL, ROOT, TEXTS, a3_
+
+# What docs/generate.py makes docs/reference/runtimes.md of; written if A3_RECORD=1.
+MEASURED = ROOT / "docs/runtimes.json"
 
 
 @pytest.fixture(scope="session")
@@ -13,5 +19,49 @@ def sources():
     texts = [TEXTS / "wiki-articles/docs.jsonl", TEXTS / "wikipedia-summaries/test.jsonl"]
     targets = [str(path.relative_to(ROOT)) for path in (MODEL / "arch.json", *texts)]
     profile = ["--profile", "workflow/profiles/default", "--cores", "2"]
-    subprocess.run([sys.executable, "-m", "snakemake", *profile, *targets], cwd=ROOT, check=True)
+    # One worker makes them while the other waits.
+    with (ROOT / ".venv-runtimes/sources.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "snakemake", *profile, *targets]
+        subprocess.run(command, cwd=ROOT, check=True)
     return texts
+
+
+@pytest.fixture(scope="session")
+def plus_rxx(sources, tmp_path_factory):
+    """The statistics that a3-plus and a3-stock need."""
+    folder = tmp_path_factory.mktemp("rxx")
+    outputs = [folder / f"{kind}.safetensors" for kind in KINDS]
+    cut = ["--tokens", "4096", "--block-length", "512"]
+    a3_("collect", MODEL, "--text", sources[0], *cut, "-o", *outputs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def preset(plus_rxx, tmp_path_factory):
+    """A function: the folder of SmolLM2 as a preset makes it at a ratio of 0.2."""
+
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        words = [MODEL, "--rxx", plus_rxx, "--preset", name, "--ratio", "0.2"]
+        a3_("allocate", *words, "-o", folder / "ranks.json")
+        a3_("approx", *words, "--allocation", folder / "ranks.json", "-o", folder / "small")
+        return folder / "small"
+
+    return make
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the rows that tests recorded as "measured"; with A3_RECORD=1, write them down."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.getreports(kind)]
+    rows = [said for one in reports for name, said in one.user_properties if name == "measured"]
+    for row in rows:
+        terminalreporter.write_line(json.dumps(row, ensure_ascii=False))
+    if os.environ.get("A3_RECORD") == "1" and rows:
+        known = json.loads(MEASURED.read_text()) if MEASURED.exists() else []
+        found = {(row["model"], row["runtime"].split()[0]): row for row in [*known, *rows]}
+        lines = ",\n".join(json.dumps(found[key], ensure_ascii=False) for key in sorted(found))
+        MEASURED.write_text(f"[\n{lines}\n]\n")

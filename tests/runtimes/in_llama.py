@@ -5,6 +5,8 @@ python in_llama.py model.gguf asked.json answers.npz
 
 import json
 import sys
+import time
+from importlib.metadata import version
 
 import numpy as np
 import xllamacpp
@@ -18,10 +20,15 @@ def main(path, asked, out):
     model, answers = Model(path), {}
     for cache in said["caches"]:
         how = {"size": said.get("size", 1024), "calls": said.get("calls", 1)}
+        start = time.perf_counter()
         logits, held = model.logits(said["tokens"], cache, **how)
+        read = len(said["tokens"]) / (time.perf_counter() - start)
         answers[f"logits_{cache}"], answers[f"cache_{cache}"] = logits, held
     if count := said.get("greedy"):
+        start = time.perf_counter()
         answers["greedy"] = np.array(model.greedy(said["tokens"][: said["prompt"]], count))
+        answers["speeds"] = np.array([read, count / (time.perf_counter() - start)])
+        answers["version"] = np.array(f"llama.cpp (xllamacpp {version('xllamacpp')})")
     surround = said.get("surround", False)
     ids = [model.tokenize(text, surround=surround) for text in said["texts"]]
     answers["ids"] = np.array([number for one in ids for number in [*one, -1]], np.int64)

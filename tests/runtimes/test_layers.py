@@ -7,23 +7,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from asking import ask
 from gguf import GGUFReader
-from test_llama import MODEL, TEXTS, a3_, perplexity
+from smollm2 import KINDS, a3_, continued, logits_of, perplexity, row, scored
 from tiny import run, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import a3  # noqa: F401
-from a3.texts.blocks import scored_blocks
-from a3.texts.reading import load_documents
 
 TOKENS = list(range(5, 65))
 SCORED, PROMPT, NEW = 2000, 48, 40
-KINDS = (
-    *("q_blocks", "k_blocks", "pair_gradient", "o_proj_input", "attention_gradient"),
-    *("down_input", "mlp_gradient"),
-)
 FAMILIES = {
     "llama": ("llama", {}),
     "biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -31,12 +21,6 @@ FAMILIES = {
     "linear": ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear"}}),
 }
 FAMILIES["linear"][1]["rope_parameters"]["factor"] = 4.0
-
-
-@torch.inference_mode()
-def logits(folder, ids):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model(torch.tensor([ids])).logits[0].numpy()
 
 
 def architecture(path):
@@ -62,7 +46,7 @@ def test_tiny_models_are_llama_cpps(tmp_path, name, mode):
     run("export", "gguf", tmp_path / "small", "--type", "f32", "-o", path)
     assert architecture(path) == "deci"
     asked = {"tokens": TOKENS, "caches": ["f32"], "texts": [], "size": 512}
-    expected = logits(tmp_path / "small", TOKENS)
+    expected = logits_of(tmp_path / "small", TOKENS)
     for calls in (1, 2):
         worst = np.abs(ask(path, asked | {"calls": calls})["logits_f32"] - expected).max()
         print(f"{name}, {mode}, {calls} calls, {ranks}: largest difference {worst:.2g}")
@@ -70,26 +54,9 @@ def test_tiny_models_are_llama_cpps(tmp_path, name, mode):
 
 
 @pytest.fixture(scope="module")
-def small(sources, tmp_path_factory):
+def small(preset):
     """SmolLM2 as a3-stock makes it, and GGUF files of it."""
-    folder = tmp_path_factory.mktemp("layers")
-    outputs = [folder / f"rxx/{kind}.safetensors" for kind in KINDS]
-    text = sources[0]
-    a3_(
-        "collect",
-        MODEL,
-        "--text",
-        text,
-        "--tokens",
-        "4096",
-        "--block-length",
-        "512",
-        "-o",
-        *outputs,
-    )
-    words = [MODEL, "--rxx", folder / "rxx", "--preset", "a3-stock", "--ratio", "0.2"]
-    a3_("allocate", *words, "-o", folder / "ranks.json")
-    a3_("approx", *words, "--allocation", folder / "ranks.json", "-o", folder / "small")
+    folder = preset("a3-stock").parent
     for kind in ("f32", "q8_0"):
         a3_("export", "gguf", folder / "small", "--type", kind, "-o", folder / f"{kind}.gguf")
     return folder
@@ -98,13 +65,11 @@ def small(sources, tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(small):
     """The tokens, what transformers makes of them, and what llama.cpp does of each file."""
-    documents = load_documents(TEXTS / "wikipedia-summaries/test.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    blocks, _ = scored_blocks(documents, tokenizer, SCORED, SCORED, True, "empty-line")
+    blocks = scored(SCORED)
     asked = {"tokens": blocks[0].tolist(), "texts": [], "caches": ["f32"], "size": 2048}
     asked |= {"calls": 2, "prompt": PROMPT, "greedy": NEW}
     found = {kind: ask(small / f"{kind}.gguf", asked) for kind in ("f32", "q8_0")}
-    return blocks, logits(small / "small", blocks[0].tolist()), found
+    return blocks, logits_of(small / "small", blocks[0].tolist()), found
 
 
 def test_smollm2_has_the_logits_of_transformers(small, answers):
@@ -128,10 +93,11 @@ def test_all_matrices_of_q8_are_q8(small):
     }
 
 
-def test_smollm2_continues_as_transformers_does(small, answers):
-    blocks, _, found = answers
-    model = AutoModelForCausalLM.from_pretrained(small / "small", dtype=torch.float32)
-    made = model.generate(
-        blocks[:, :PROMPT], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
-    )
-    assert found["f32"]["greedy"].tolist() == made[0, PROMPT:].tolist()
+def test_smollm2_continues_as_transformers_does(small, answers, record_property):
+    blocks, logits, found = answers
+    expected = continued(small / "small", blocks, PROMPT, NEW)
+    for kind, said in found.items():
+        said |= {"logits": said["logits_f32"], "held": said["cache_f32"]}
+        name = f"SmolLM2-135M, a3-stock at 0.2, GGUF {kind}"
+        record_property("measured", row(name, said, logits, blocks, expected))
+    assert found["f32"]["greedy"].tolist() == expected

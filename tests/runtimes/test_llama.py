@@ -3,34 +3,23 @@
 The round trip: dense → compressed (a3) → ordinary checkpoint → GGUF, logits compared at each step.
 """
 
-import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from asking import ask, texts_of
+from asking import answers_of, ask, converted, texts_of
+from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3  # noqa: F401
 from a3.core.files import read_record
-from a3.texts.blocks import scored_blocks
-from a3.texts.reading import load_documents
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "results/models/smollm2-135m"
-TEXTS = ROOT / "results/texts"
 RANK = 48
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 # Digits, contractions, white space, other scripts, a special token.
 TEXT = "It's 1969:  600 million\n\n\tviewers… 月 café 🚀 x=3.14 <|im_end|>\n"
-
-
-def a3_(*words):
-    command = [sys.executable, "-m", "a3", *map(str, words)]
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="session")
@@ -47,37 +36,26 @@ def folder(sources, tmp_path_factory):
     for kind in ("f32", "f16", "q8_0"):
         a3_("export", "gguf", folder / "small", "--type", kind, "-o", folder / f"{kind}.gguf")
     a3_("export", "gguf", MODEL, "--type", "f32", "-o", folder / "dense.gguf")
+    # Whole heads, so that RoPE is the dense model's, and the head size is hidden size / heads.
+    whole = ["--qk", "dense", "--ov", "dense", "--mlp", "rxx-w@1152"]
+    a3_("approx", MODEL, "--rxx", folder / "rxx", *whole, "-o", folder / "whole-small")
+    a3_("export", "hf", folder / "whole-small", "-o", folder / "whole")
     return folder
 
 
 @pytest.fixture(scope="session")
 def block():
     """512 tokens of the test text."""
-    documents = load_documents(TEXTS / "wikipedia-summaries/test.jsonl")
-    blocks, _ = scored_blocks(
-        documents, AutoTokenizer.from_pretrained(MODEL), 512, 512, True, "empty-line"
-    )
-    return blocks
+    return scored(512)
 
 
 @pytest.fixture(scope="session")
 def logits(folder, block):
     """Logits (512, vocabulary) by transformers, of each folder."""
 
-    @torch.inference_mode()
-    def run(path):
-        return (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(block).logits[0].numpy()
-        )
-
-    return {
-        name: run(path)
-        for name, path in {
-            "dense": MODEL,
-            "small": folder / "small",
-            "stock": folder / "stock",
-        }.items()
-    }
+    folders = {"dense": MODEL, "small": folder / "small", "stock": folder / "stock"}
+    folders["whole"] = folder / "whole"
+    return {name: logits_of(path, block[0].tolist()) for name, path in folders.items()}
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +65,6 @@ def llama(folder, block):
     # A cache of float32, so that only the arithmetic differs, and llama.cpp's own of float16.
     asked["caches"] = ["f32", "f16"]
     return {name: ask(folder / f"{name}.gguf", asked) for name in ("dense", "f32", "f16", "q8_0")}
-
-
-def perplexity(logits, block):
-    loss = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]), block[0, 1:])
-    return math.exp(loss)
 
 
 def compare(name, found, expected, block):
@@ -171,6 +144,41 @@ def test_it_answers_in_a_chat(llama, folder):
     reply = tokenizer.decode(made, skip_special_tokens=True)
     print(f"transformers: {reply}")
     assert str(llama["f32"]["reply"]).strip() == reply.strip()
+
+
+NAMES = {
+    "stock": f"SmolLM2-135M, head size {RANK}, longrope, Hugging Face f32",
+    "whole": "SmolLM2-135M, whole heads, MLP 1152, Hugging Face f32",
+}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name"),
+    [("mlx", "stock"), ("ctranslate2", "whole"), ("genai", "whole")],
+)
+def test_other_runtimes_have_the_logits_of_transformers(
+    folder, logits, block, tmp_path, record_property, runtime, name
+):
+    source = folder / name
+    if runtime != "mlx":
+        source = tmp_path / "converted"
+        done = converted(runtime, folder / name, source)
+        assert done.returncode == 0, done.stderr[-3000:]
+    asked = {"tokens": block[0].tolist(), "prompt": 48, "greedy": 40}
+    found = answers_of(runtime, source, asked, tmp_path)
+    expected = continued(folder / name, block, 48, 40)
+    record_property("measured", row(NAMES[name], found, logits[name], block, expected))
+    worst, same = compare(f"hf in {found['version']}", found["logits"], logits[name], block)
+    assert worst < 0.02
+    assert same > 0.995
+    assert found["in_two"] < 0.02
+    assert found["greedy"].tolist() == expected
+
+
+def test_ctranslate2_refuses_longrope(folder, tmp_path):
+    done = converted("ctranslate2", folder / "stock", tmp_path / "converted")
+    assert done.returncode != 0
+    assert "rotary_scaling_long_factor" in done.stderr
 
 
 def test_transformers_loads_it_where_there_is_no_a3(folder, logits, block):

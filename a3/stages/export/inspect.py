@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from a3.artifacts.fit import said_of, warning_of
-from a3.artifacts.runtimes import GGUF, HF, facts_of
+from a3.artifacts.runtimes import GGUF, HF, facts_of, said_of_graphs
 from a3.artifacts.runtimes import said_of as said_of_runtimes
 from a3.core.errors import A3Error
 from a3.core.files import read_json
@@ -135,9 +135,10 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     lines = ["transformers after `import a3`"] if compressed else ["transformers"]
     if "auto_map" in read_json(folder / "config.json"):
         lines.append("transformers without a3, with trust_remote_code=True")
+    graphs = [f"after a3 export onnx, {text}" for text in said_of_graphs()]
     if gguf_obstacles:
         lines.append(f"transformers without a3, llama.cpp, {UNTESTED}: no: {'; '.join(found)}")
-        return lines
+        return lines + graphs
     model = stock(folder, by_layer=True)
     facts = facts_of(model)
     if found:
@@ -157,7 +158,7 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
         )
     if not reason:
         lines += [f"after a3 export gguf, {text}" for text in said_of_runtimes(facts, GGUF)]
-    return lines
+    return lines + graphs
 
 
 def no_llama(folder: Path) -> str | None:

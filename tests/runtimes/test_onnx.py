@@ -1,0 +1,156 @@
+"""Graphs of `a3 export onnx` in onnxruntime, OpenVINO and transformers.js.
+
+Tiny models of several families at once; SmolLM2 as `a3-plus` makes it, whose layers have other
+ranks and whose groups keep other RoPE pairs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from asking import HERE, answers_of, libraries
+from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
+from tiny import run, tiny_model
+from transformers import AutoTokenizer
+
+from a3.core.files import read_record
+
+SCORED, PROMPT, NEW = 600, 48, 40
+RUNTIMES = ("onnx", "openvino", "transformers-js")
+TEXT = "It's 1969:  600 million\n\n\tviewers… 月 café 🚀 x=3.14 <|im_end|>\n"
+GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 40,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+ALIBI = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
+# Family, config, modes of QK, OV and MLP.
+PLUS = ("--preset", "a3-plus")
+MHA = ("--qk", "qk", "--ov", "xkv", "--mlp", "rxx-w")
+MODELS = {
+    "llama": ("llama", {"tie_word_embeddings": True}, PLUS),
+    "gemma3": ("gemma3_text", GEMMA3, PLUS),
+    "mixtral": ("mixtral", {}, PLUS),
+    "gpt2": ("gpt2", {"n_inner": 96}, MHA),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, MHA),
+}
+DENSE = {"qwen3": ("qwen3", {"head_dim": 24})}
+# Whose graph has numbers that onnxruntime lacks on CPUs (bfloat16).
+REFUSED = {"falcon-alibi": ("falcon", ALIBI)}
+
+
+def small_model(folder, family, config, modes):
+    """A tiny model, compressed, with ranks by layer if its modes have them."""
+    tiny_model(folder / "dense", family, **config)
+    (folder / "text.txt").write_text("A river moves towards an ocean. In 1969 a fox jumps. " * 60)
+    cut = ["--text", folder / "text.txt", "--tokens", 512, "--block-length", 64, "--ratio", 0.3]
+    run("compress", folder / "dense", *modes, *cut, "-o", folder / "small")
+    return folder / "small"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folder of each export by name, and what was said of it."""
+    folder = tmp_path_factory.mktemp("graphs")
+    of = {name: small_model(folder / name, *said) for name, said in MODELS.items()}
+    dense = DENSE | REFUSED
+    of |= {name: tiny_model(folder / name, family, **c) for name, (family, c) in dense.items()}
+    asked = {name: [of[name], folder / f"{name}-out", "f32", {}] for name in of}
+    asked["half"] = [of["llama"], folder / "half-out", "f16", {}]
+    asked["outside"] = [of["llama"], folder / "outside-out", "f32", {"LARGEST": 0}]
+    asked["strict"] = [of["llama"], folder / "strict-out", "f32", {"LIMITS": {"f32": 0}}]
+    question = folder / "asked.json"
+    question.write_text(json.dumps([[*map(str, one[:3]), one[3]] for one in asked.values()]))
+    env = os.environ | {"PYTHONPATH": f"{libraries('onnx')}:{HERE.parents[1]}"}
+    command = [sys.executable, str(HERE / "exporting.py"), str(question)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    outs = {name: one[1] for name, one in asked.items()}
+    return of, outs, dict(zip(asked, said, strict=True))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *DENSE, "half"])
+def test_every_family_has_a_graph_with_its_logits(exported, tmp_path, name):
+    of, outs, said = exported
+    assert said[name] is None
+    record = read_record(outs[name] / "export.json")
+    print(f"{name}: differs by {record['largest_difference_of_range']:.2g} of the range")
+    asked = {"tokens": list(range(5, 45)), "prompt": 8, "greedy": 4}
+    found = answers_of("onnx", outs[name], asked, tmp_path)
+    assert found["held"] == record["kv_bytes_per_token"] * 40
+    if name in of:
+        worst = np.abs(found["logits"] - logits_of(of[name], asked["tokens"])).max()
+        assert worst < 2e-5
+        assert found["in_two"] < 2e-5
+
+
+@pytest.mark.parametrize("name", ["half", "outside"])
+def test_float16_and_weights_in_a_file_of_their_own(exported, tmp_path, name):
+    out = exported[1][name]
+    files = sorted(path.name for path in (out / "onnx").iterdir())
+    assert files == (["model_fp16.onnx"] if name == "half" else ["model.onnx", "model.onnx_data"])
+    asked = {"tokens": list(range(5, 45)), "prompt": 8, "greedy": 10, "texts": []}
+    ours, theirs = (answers_of(runtime, out, asked, tmp_path) for runtime in RUNTIMES[::2])
+    assert list(ours["greedy"]) == theirs["greedy"]
+    np.testing.assert_allclose(ours["logits"], theirs["logits"], atol=1e-3)
+
+
+def test_a_graph_that_differs_is_not_left(exported):
+    _, outs, said = exported
+    assert "differ from the model's by" in said["strict"]
+    assert not outs["strict"].exists()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_graph_that_onnxruntime_does_not_run_is_not_left(exported, name):
+    _, outs, said = exported
+    assert "falcon: onnxruntime cannot run the graph of this family" in said[name]
+    assert not outs[name].exists()
+
+
+def test_a_tied_head_is_stored_once(exported):
+    of, outs, _ = exported
+    weights = (of["llama"] / "model.safetensors").stat().st_size
+    assert (outs["llama"] / "onnx/model.onnx").stat().st_size < 1.6 * weights
+
+
+@pytest.fixture(scope="module")
+def graph(preset):
+    """SmolLM2 as a3-plus makes it, and its export."""
+    small = preset("a3-plus")
+    a3_("export", "onnx", small, "-o", small.parent / "graph", path=libraries("onnx"))
+    return small
+
+
+@pytest.fixture(scope="module")
+def expected(graph):
+    """A block, and what transformers makes of it."""
+    block = scored(SCORED)
+    return block, logits_of(graph, block[0].tolist()), continued(graph, block, PROMPT, NEW)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_smollm2_is_the_same_in_every_runtime(graph, expected, record_property, tmp_path, runtime):
+    block, logits, greedy = expected
+    ranks = json.loads((graph / "config.json").read_text())["a3"]
+    assert len(set(ranks["qk_ranks"])) > 1
+    assert not ranks["same_pairs"]
+    asked = {"tokens": block[0].tolist(), "prompt": PROMPT, "greedy": NEW, "texts": [TEXT]}
+    found = answers_of(runtime, graph.parent / "graph", asked, tmp_path)
+    worst = float(np.abs(found["logits"] - logits).max())
+    ours, theirs = (perplexity(one, block) for one in (found["logits"], logits))
+    bytes_ = read_record(graph.parent / "graph/export.json")["kv_bytes_per_token"]
+    name = "SmolLM2-135M, a3-plus at 0.2, ONNX f32"
+    record_property("measured", row(name, found, logits, block, greedy))
+    assert worst < 0.02
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert list(found["greedy"]) == greedy
+    assert found["in_two"] < 0.02
+    assert found["held"] == bytes_ * SCORED
+    if "ids" in found:
+        assert found["ids"] == [AutoTokenizer.from_pretrained(MODEL)(TEXT).input_ids]
