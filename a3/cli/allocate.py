@@ -166,7 +166,7 @@ def add_frontier(commands: Any) -> None:
     one.add_argument("--check", type=share, nargs="+", default=[], metavar="RATIO", help=text_)
     add_losses(one)
     add_device(one)
-    text_ = "self-contained page to write too (.html): the curve, and what each ratio keeps"
+    text_ = "new .html file that shows it, to read offline"
     one.add_argument("--html", type=Path, metavar="FILE", help=text_)
     add_out(one, targets.FRONTIER, "FILE", "JSON file to write")
     add_threads(one)

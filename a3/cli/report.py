@@ -94,7 +94,7 @@ def add_card(commands: Any) -> None:
     one.add_argument("--compressed", help=text_, **files)
     text_ = "short name of the base model's licence: apache-2.0, mit, gemma, other …"
     one.add_argument("--licence", metavar="NAME", help=text_)
-    text_ = "new .html file that shows what happened to the model"
+    text_ = "new .html file that shows it, to read offline"
     one.add_argument("--html", type=Path, metavar="FILE", help=text_)
 
 
