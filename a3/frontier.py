@@ -20,6 +20,7 @@ from a3.core.files import write_record
 from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.promise import Trials, known_losses
+from a3.solutions.modes import DENSE, SHARED
 from a3.solutions.plan import Plan
 from a3.stages.approx.allocator import Allocator
 from a3.stages.approx.budget import at
@@ -53,9 +54,16 @@ def frontier(
     does, and for a text of which nothing is left.
     """
     start = time.perf_counter()
-    with known_losses(model_folder, rxx_folder, plan, losses, device) as known:
+    if others := [str(choice) for choice in plan.choices.values() if not choice.shared]:
+        raise A3Error(
+            f"frontier: {', '.join(others)}: ranks of all components are allocated. Take modes "
+            f"marked {SHARED}, or {DENSE}."
+        )
+    scratch = out.absolute().parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    with known_losses(model_folder, rxx_folder, plan, losses, device, scratch) as known:
         allocator = Allocator(model_folder, rxx_folder, plan, losses=known, device=device)
-        trials = Trials(model_folder, rxx_folder, text, allocator, known, device)
+        trials = Trials(model_folder, rxx_folder, text, allocator, known, device, scratch)
         record = frontier_of(trials, check)
     said = {"weights_sha256": allocator.arch.weights_sha256}
     made = {kind: rxx.summary for kind, rxx in allocator.statistics.items()}

@@ -35,6 +35,7 @@ from a3.stages.approx.limits import (
     PARAMETERS,
     asked,
     dense_amounts,
+    folder_bytes,
     require_within_reach,
     words,
 )
@@ -46,6 +47,9 @@ from a3.texts.reading import load_documents, text_sha256
 
 # So many blocks are left out after those of the calibration, since a document may be in both.
 BETWEEN = 1
+
+# A standard error needs several blocks.
+FEWEST = 4
 
 # The share of the allowed loss that is near enough.
 NEAR = 0.94
@@ -73,8 +77,10 @@ def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
 def check_target(plan: Plan, model_folder: Path) -> None:
     """Raise A3Error now, before anything long, for a target that cannot be met."""
     if plan.target is not None:
-        arch = load_arch(model_folder)
-        require_within_reach(arch, plan, plan.target, file_bytes_of(plan, model_folder))
+        arch, file_bytes = load_arch(model_folder), file_bytes_of(plan, model_folder)
+        if file_bytes is None:
+            file_bytes = folder_bytes(model_folder, arch)
+        require_within_reach(arch, plan, plan.target, file_bytes)
 
 
 def held_out(folder: Path, text: Path, used: Mapping[str, Any]) -> Tensor:
@@ -86,10 +92,11 @@ def held_out(folder: Path, text: Path, used: Mapping[str, Any]) -> Tensor:
     first = -(-used["tokens"] // length) + BETWEEN
     cut = (length, (first + TRIAL_BLOCKS) * length, used["seed"], used["bos"])
     blocks = token_blocks(load_documents(text), load_tokenizer(folder), *cut)[first:]
-    if not len(blocks):
+    if len(blocks) < FEWEST:
         raise A3Error(
-            f"{text}: all of it serves as calibration ({used['tokens']} tokens and a block), "
-            "and a loss is measured on what is left. Give more text, or fewer --tokens."
+            f"{text}: the calibration uses {used['tokens']} tokens and leaves {len(blocks)} blocks "
+            f"of {length}; a loss is measured on {FEWEST} or more. Give more text, or fewer "
+            "--tokens."
         )
     return blocks
 
@@ -98,8 +105,8 @@ def held_out(folder: Path, text: Path, used: Mapping[str, Any]) -> Tensor:
 class Trials:
     """Measures the loss over the dense model's at any ranks, on text held out of the calibration.
 
-    `text` is the calibration's, or another one, whose first blocks are then taken; `losses` are the
-    files that stage losses wrote.
+    `text` is the calibration's, `losses` are the files that stage losses wrote; models are made in
+    a temporary folder in `scratch`.
     """
 
     model_folder: Path
@@ -108,6 +115,7 @@ class Trials:
     allocator: Allocator
     losses: list[Path]
     device: str
+    scratch: Path
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
@@ -118,9 +126,12 @@ class Trials:
     @cached_property
     def blocks(self) -> Tensor:
         """What is scored: (N, L)."""
-        same = self.calibration["text_sha256"] == text_sha256(self.text)
-        used = self.calibration if same else self.calibration | {"tokens": 0}
-        return held_out(self.model_folder, self.text, used)
+        if self.calibration["text_sha256"] != text_sha256(self.text):
+            raise A3Error(
+                f"{self.text}: not the text of the statistics in {self.rxx_folder}, of which the "
+                "unused part is scored. Name the file that a3 collect read."
+            )
+        return held_out(self.model_folder, self.text, self.calibration)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -137,7 +148,7 @@ class Trials:
         """What a model loses at these ranks of the allocator's curves: nats a token, and the paired
         standard error over blocks.
         """
-        with tempfile.TemporaryDirectory(prefix="trial.", dir=self.rxx_folder.parent) as name:
+        with tempfile.TemporaryDirectory(prefix="trial.", dir=self.scratch) as name:
             allocation, small = Path(name, "allocation.json"), Path(name, "small")
             write_record(allocation, self.allocator.record(chosen, {}))
             solving: dict[str, Any] = {"losses": self.losses, "device": self.device}
@@ -152,13 +163,18 @@ class Trials:
 
 @contextmanager
 def known_losses(
-    model_folder: Path, rxx_folder: Path, plan: Plan, losses: list[Path], device: str
+    model_folder: Path,
+    rxx_folder: Path,
+    plan: Plan,
+    losses: list[Path],
+    device: str,
+    scratch: Path,
 ) -> Iterator[list[Path]]:
     """Files of the losses by rank, so that no trial computes them again: those given, or new ones
-    in a temporary folder.
+    in a temporary folder in `scratch`.
     """
     modes = eliminating({component: choice.name for component, choice in plan.choices.items()})
-    with tempfile.TemporaryDirectory(prefix="trial.", dir=rxx_folder.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="trial.", dir=scratch) as name:
         if not losses and modes:
             losses = [Path(name, "losses.safetensors")]
             write_losses(model_folder, rxx_folder, modes, losses[0], device=device)
@@ -182,27 +198,26 @@ def allocate_within(
     Raises A3Error for a target that cannot be met, and where a loss is to be kept without a text.
     """
     check_target(plan, model_folder)
-    if plan.target is not None and plan.target.max_loss is not None and text is None:
+    options: dict[str, Any] = {"uniform": uniform, "device": device}
+    options["file_bytes"] = file_bytes_of(plan, model_folder)
+    if plan.target is None or plan.target.max_loss is None:
+        allocate(model_folder, rxx_folder, plan, out, losses=losses, **options)
+        return
+    if text is None:
         raise A3Error(
             f"allocate: {plan.target}: a loss is measured on text. Name the calibration's with "
-            "--text."
+            "--text, or take a3 compress."
         )
+    scratch = out.absolute().parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    with known_losses(model_folder, rxx_folder, plan, losses, device, scratch) as known:
 
-    def within_loss(allocator: Allocator) -> Found:
-        assert text is not None
-        return keep_loss(Trials(model_folder, rxx_folder, text, allocator, known, device))
+        def within_loss(allocator: Allocator) -> Found:
+            trials = Trials(model_folder, rxx_folder, text, allocator, known, device, scratch)
+            return keep_loss(trials)
 
-    with known_losses(model_folder, rxx_folder, plan, losses, device) as known:
         allocate(
-            model_folder,
-            rxx_folder,
-            plan,
-            out,
-            uniform=uniform,
-            losses=known,
-            device=device,
-            file_bytes=file_bytes_of(plan, model_folder),
-            within_loss=within_loss,
+            model_folder, rxx_folder, plan, out, losses=known, within_loss=within_loss, **options
         )
 
 
@@ -234,12 +249,12 @@ def keep_loss(trials: Trials) -> Found:
             if upper(tried) >= NEAR * most:
                 break
         bound = next_bound(tries, most)
-    if not kept:
-        least = min(tries, key=upper)
+    if not kept or kept[max(kept)] == allocator.whole():
+        least = min((one for one in tries if one["predicted"] > 0), key=upper)
         raise A3Error(
-            f"max-loss@{most}: not kept: predicted {least['predicted']:.4f}, but measured "
+            f"{allocator.plan.target}: not kept: predicted {least['predicted']:.4f}, but measured "
             f"{least['increase']:.4f} ± {least['stderr'] or 0:.4f} nats a token on held-out text. "
-            "Allow more, or calibrate on more tokens."
+            "Allow more, ask for less besides, or calibrate on more tokens."
         )
     best = max(kept)
     measured = next(tried for tried in tries if tried["predicted"] == best)
@@ -252,13 +267,15 @@ def next_bound(tries: list[dict[str, Any]], most: float) -> float:
     The measured loss is taken as a power of the predicted one, through the last two tries; of one
     try, as a multiple.
     """
-    last = tries[-1]
+    last, before = tries[-1], tries[-2:][0]
+    if last["predicted"] <= 0:
+        return most
     if upper(last) <= 0:
-        return 2 * last["predicted"] if last["predicted"] > 0 else most
+        return 2 * last["predicted"]
     power = 1.0
-    if len(tries) > 1 and upper(tries[-2]) > 0 and last["predicted"] != tries[-2]["predicted"]:
-        rise = math.log(upper(last) / upper(tries[-2]))
-        power = rise / math.log(last["predicted"] / tries[-2]["predicted"])
+    if upper(before) > 0 and before["predicted"] > 0 and before["predicted"] != last["predicted"]:
+        rise = math.log(upper(last) / upper(before))
+        power = rise / math.log(last["predicted"] / before["predicted"])
     power = min(max(power, 0.5), 2.5)
     return last["predicted"] * (AIM * most / upper(last)) ** (1 / power)
 

@@ -141,6 +141,11 @@ def approx(
     solving: dict[str, Any] = {"losses": losses, "device": device}
     if shard is None:
         approximate(folder(model), rxx, plan, out, allocation, **solving)
+        if plan.target is not None:
+            from a3.promise import check_kept
+
+            for line in check_kept(plan, model, out):
+                LOG.info(f"approx: {line}")
     else:
         approximate_shard(folder(model), rxx, plan, shard, out, allocation, **solving)
 

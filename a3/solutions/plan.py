@@ -129,9 +129,13 @@ class Plan:
         sizes = [choice.size for choice in self.choices.values()]
         return next((size for size in sizes if isinstance(size, Target)), None)
 
-    def least(self, arch: Arch, component: str) -> int:
-        """The least rank that a layer may get of a component with an allocated ratio."""
-        return min(least_multiple(arch, component, self.step(component)), arch.full_rank(component))
+    def allowed(self, arch: Arch, component: str) -> list[int]:
+        """The ranks that a layer may get of a component with an allocated ratio, descending."""
+        alike = self.one_size if component in self.one_size else (component,)
+        steps = [self.step(one) if one != "qk" else math.lcm(2, self.step(one)) for one in alike]
+        least, full = max(least_rank(arch, one) for one in alike), arch.full_rank(component)
+        step = math.lcm(*steps)
+        return [full, *(rank for rank in range(full - 1, least - 1, -1) if rank % step == 0)]
 
     def said(self) -> str:
         """The modes, as tables join them."""

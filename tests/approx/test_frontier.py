@@ -134,7 +134,7 @@ def test_the_page_has_the_command_of_this_model(calibrated):
     ("more", "says"),
     [
         (["--check", "0.9"], "cannot check ratio 0.9: expected one above 0 and up to 0.8"),
-        (["--preset", "a3"], "no mode is marked ~"),
+        (["--preset", "a3"], "Take modes marked ~, or dense"),
         (["--html", "frontier.html"], "frontier.html: exists already"),
         (["--html", "new.json"], "new.json"),
     ],
@@ -150,12 +150,12 @@ def test_what_cannot_be_is_refused_before_it_is_measured(
     assert sorted(path.name for path in calibrated.iterdir()) == before
 
 
-def test_a_text_without_more_blocks_is_refused(calibrated, capsys, tmp_path):
+def test_a_text_of_other_statistics_is_refused(calibrated, capsys, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("River.")
     command = [
         str(short if word == calibrated / "text.txt" else word) for word in words(calibrated)
     ]
     assert main([*command, "-o", str(tmp_path / "new.json")]) == 1
-    assert "text too short" in capsys.readouterr().err
+    assert "Name the file that a3 collect read" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_plus import collected, gradient_model
-from tiny import run
+from tiny import run, tiny_model
 from transformers import AutoModelForCausalLM
 
 from a3 import promise
 from a3.core.errors import A3Error
 from a3.core.files import read_record
-from a3.models.arch import load_arch
+from a3.models.arch import describe, load_arch
 from a3.models.load import load_tokenizer
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import Plan
@@ -93,6 +94,19 @@ def test_each_target_is_met_and_nearly_used(calibrated, tmp_path, asked):
     assert 0.8 * limit <= found[key] <= limit
 
 
+def test_a_files_bytes_are_those_of_its_own_tensors(tmp_path):
+    """A stored copy of a tied head is written again, and so are other dtypes outside layers."""
+    dense = tiny_model(tmp_path / "dense", "llama", tie_word_embeddings=True)
+    path = dense / "model.safetensors"
+    tensors = {name: one.bfloat16() for name, one in load_file(path).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, path, {"format": "pt"})
+    whole = sum(one.numel() * one.element_size() for one in tensors.values())
+    arch = describe(dense)
+    assert limits.folder_bytes(dense, arch) == whole
+
+
 @pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
 def test_a_gguf_file_is_no_larger_than_asked(calibrated, tmp_path):
     collected(calibrated, "rxx", plan_of("0.3", STOCK).kinds())
@@ -131,6 +145,9 @@ class Made:
         self.allocator, self.measured = self, loss
         self.plan = plan_of(f"max-loss@{most}")
         self.tried = []
+
+    def whole(self):
+        return [0.0]
 
     def within_loss(self, bound):
         return [min(bound, 3.0)]
@@ -175,7 +192,7 @@ def test_a_loss_is_measured_on_blocks_that_were_not_used(calibrated, tmp_path):
     cut = (16, 16 * (11 + len(found)), 0, True)
     whole = token_blocks(load_documents(text), load_tokenizer(dense), *cut)
     assert torch.equal(found, whole[11:])
-    with pytest.raises(A3Error, match="all of it serves as calibration"):
+    with pytest.raises(A3Error, match="leaves 0 blocks of 16; a loss is measured on 4 or more"):
         promise.held_out(dense, text, used | {"tokens": 10**6})
     words = ("--preset", "a3-plus", "--ratio", "max-loss@0.02", "--text", text)
     out = tmp_path / "ranks.json"

@@ -17,6 +17,7 @@ STAGES = {
     **dict.fromkeys(ONE_PASS, "collect"),
     "collect_compressed": "collect",
     "losses": "allocate",
+    "allocate_target": "ppl",
     "approx": "approx",
     "approx_shard": "approx",
     "frontier": "ppl",
@@ -86,7 +87,11 @@ def planned(job):
         settings |= {"row": row, "jobs": JOBS, "device": "cpu"}
     else:
         settings |= {"row": row_of(place_of(wildcards))}
-        if job.rule.name == "eval_fit":
+        if job.rule.name == "allocate_target":  # scores blocks where a loss is to be kept
+            settings |= entry("calibrations", wildcards.calibration)
+            scored = (TRIALS + 1) * TRIAL_BLOCKS * settings["block_length"]
+            settings["tokens"] = scored if measured_text(wildcards) else 0
+        elif job.rule.name == "eval_fit":
             settings |= fit_calibration(wildcards) | {"tokens": fit_tokens(wildcards)}
         elif job.rule.name == "frontier":  # its scores, which take most of its time
             settings |= fit_calibration(wildcards)

@@ -28,12 +28,20 @@ from a3.stages.approx.budget import (
 )
 from a3.stages.approx.explain import explained
 from a3.stages.approx.layers import LayerSolver
-from a3.stages.approx.limits import CACHED, PARAMETERS, asked, costs_of, dense_amounts
+from a3.stages.approx.limits import (
+    CACHED,
+    FLOPS,
+    PARAMETERS,
+    asked,
+    costs_of,
+    dense_amounts,
+    folder_bytes,
+)
 from a3.stages.approx.losses import eliminate_layers, is_eliminated
 from a3.stages.approx.statistics import read_statistics
 
 # How finely the ratio is found at which a loss is predicted: so many halvings.
-HALVINGS = 14
+HALVINGS = 10
 
 
 class Allocator:
@@ -78,6 +86,8 @@ class Allocator:
             curves.append(curve_of_model(arch, solver.of_model(modes["qk"]), plan))
         self.curves, self.joined = curves, together(curves, uniform, plan.one_size)
         self.full = cost(curves, [arch.full_rank(curve.components[0]) for curve in curves])
+        if file_bytes is None:
+            file_bytes = folder_bytes(model_folder, arch)
         self.dense = dense_amounts(arch, file_bytes)
 
     def at_ratio(self, ratio: float | None = None) -> Amounts:
@@ -104,9 +114,12 @@ class Allocator:
         """The limits of the plan's target, to what its curves' components have."""
         if self.plan.target is None:
             return {}
+        limits = asked(self.plan.target, self.dense)
+        if FLOPS in limits:
+            limits[FLOPS] -= self.arch.layers  # of each layer they are rounded to whole numbers
         return {
             key: min(allowed - self.dense[key] + self.full[key], self.full[key])
-            for key, allowed in asked(self.plan.target, self.dense).items()
+            for key, allowed in limits.items()
         }
 
     def least_loss(self, limits: Amounts) -> list[int]:
@@ -120,14 +133,12 @@ class Allocator:
     def within_loss(self, most: float) -> list[int]:
         """The ranks of the largest ratio that is predicted to lose no more than `most`.
 
-        Besides, they keep to the target's other limits. Raises A3Error if these alone lose more.
+        Besides, they keep to the target's other limits; if these alone are predicted to lose more,
+        their ranks.
         """
         chosen = self.least_loss(self.asked()) if self.asked() else self.whole()
-        if (loss := self.predicted(chosen)) > most:
-            raise A3Error(
-                f"{self.plan.target}: cannot be met together: what is asked besides is predicted "
-                f"to lose {loss:.3f} nats a token at least. Allow a larger loss or a larger model."
-            )
+        if self.predicted(chosen) > most:
+            return chosen
         low, high = 0.0, self.largest_ratio
         for _ in range(HALVINGS):
             ratio = (low + high) / 2

@@ -14,7 +14,7 @@ from a3.solutions.plan import LEAST
 # Prices are powers of two, found by so many halvings of the range of exponents.
 EXPONENTS = (-80.0, 20.0)
 
-HALVINGS = 30
+HALVINGS = 20
 
 # A layer, and the number of its expert, if the component is a mixture's MLP.
 Place: TypeAlias = tuple[int, int | None]
@@ -149,7 +149,7 @@ class Choices:
         if not self.keeps(chosen, which):
             raise A3Error(
                 f"allocate: even with the smallest ranks, {LEAST:.1%} of each size, the budget is "
-                "exceeded. Take a smaller ratio."
+                "exceeded. Take a smaller ratio, or ask for more."
             )
         return chosen
 

@@ -1,10 +1,16 @@
 """What components have at each rank, and the limits that a target sets to them."""
 
+from math import prod
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from a3.core.dtypes import GGUF_BLOCKS, WIDTHS
 from a3.core.errors import A3Error
+from a3.models.checkpoint import Checkpoint
+from a3.models.load import tensors_of_model
+from a3.models.packing import names_to_keep
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
 from a3.solutions.plan import Plan
@@ -105,7 +111,8 @@ def stored_bytes(rows: int, columns: int, type_: str) -> int:
 def dense_amounts(arch: Arch, file_bytes: int | None) -> Amounts:
     """What the dense model has of each quantity in the layout of a compressed one.
 
-    `file_bytes` are those of the dense model's GGUF file; None for a folder.
+    `file_bytes` are those of the dense model's file (`folder_bytes`, or of a GGUF file); None where
+    they are not asked for.
     """
     parameters = arch.size["parameters"]
     if arch.qk_norm == "head":
@@ -122,6 +129,23 @@ def dense_amounts(arch: Arch, file_bytes: int | None) -> Amounts:
     }
 
 
+def folder_bytes(model_folder: Path, arch: Arch) -> int:
+    """Bytes of the tensors that a compressed folder gets of the dense model at full size.
+
+    Those outside the layers keep their dtypes, and a stored copy of a tied head stays.
+    """
+    dense, known = Checkpoint(model_folder, arch.adapter.prefix), tensors_of_model(model_folder)
+
+    def stored(layer: int | None, least: int) -> int:
+        return sum(
+            prod(dense.shape(name)) * max(least, WIDTHS.get(dense.dtype(name), 0))
+            for name in names_to_keep(dense, arch, known, layer)
+        )
+
+    width = WIDTHS[arch.dtype]
+    return stored(None, 1) + sum(stored(layer, width) for layer in range(arch.layers))
+
+
 def asked(target: Target, dense: Amounts) -> Amounts:
     """What a target allows the whole model of each quantity that it limits, in its order."""
     found: Amounts = {}
@@ -131,7 +155,7 @@ def asked(target: Target, dense: Amounts) -> Amounts:
         found[BYTES] = target.fit
     for key, share in ((CACHED, target.kv_cache), (FLOPS, target.flops)):
         if share is not None:
-            found[key] = float(share) * dense[key]
+            found[key] = float(share * int(dense[key]))
     return found
 
 
@@ -140,11 +164,11 @@ def require_within_reach(arch: Arch, plan: Plan, target: Target, file_bytes: int
     dense = dense_amounts(arch, file_bytes)
     least = dict(dense)
     for component in plan.shared:
-        ranks = torch.tensor([arch.full_rank(component), plan.least(arch, component)])
+        ranks = torch.tensor(plan.allowed(arch, component))
         layers = sum(arch.solves(component, layer) for layer in range(arch.layers))
         costs = costs_of(arch, component, layers * units(arch, component), ranks, target.type)
         for key, cost in costs.items():
-            least[key] -= (cost[0] - cost[1]).item()
+            least[key] -= (cost[0] - cost.min()).item()
     wrong = [
         f"{words(key, limit, dense)} asked, {words(key, least[key], dense)} is the least"
         for key, limit in asked(target, dense).items()
