@@ -14,12 +14,13 @@ from tiny import run, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from transformers.utils import hub as transformers_hub
 
+from a3.artifacts.card import is_own_card, show_graph
 from a3.cli.main import main
 from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint, front_matter
 from a3.models.load import load_model
 from a3.stages.export.checks import NEW_TOKENS, generates, licence_of, require_same, tokenises
-from a3.stages.export.publish import publish
+from a3.stages.export.publish import There, publish
 
 MODES = ["--qk", "uniform-global@12", "--ov", "joint@12", "--mlp", "obs@64"]
 CHAT = "{{ messages[0].content }}"
@@ -129,6 +130,30 @@ def test_another_models_files_are_deleted_only_if_asked(work, hub):
     assert old.keys() & files.keys() == {"logo.png"}
 
 
+def test_weights_of_another_model_are_replaced_only_if_asked(work, hub):
+    old = {"config.json": b"{}", "model.safetensors": b"old", "x.gguf": b"old", "logo.png": b""}
+    record = {"approx.json": b'{"base": {"weights_sha256": "0"}}'}  # without a seal
+    hub.add("models", "who/tiny", Repository(old | record))
+    message = refused(work / "small", upload=True)
+    assert "another model: config.json, model.safetensors, x.gguf. Replace" in message
+    list(publish(work / "small", "who/tiny", upload=True, replace=True))
+    files = hub.repositories["models", "who/tiny"][-1].files
+    assert files["model.safetensors"] != b"old"
+    assert old.keys() - files.keys() == {"x.gguf"}
+    # The repository's record says now that its model was made of the same weights.
+    assert list(publish(work / "small", "who/tiny", upload=True))[-1].startswith("Uploaded")
+    assert "config.json, model.safetensors" in refused(work / "stock", upload=True)
+
+
+def test_a_public_repository_does_not_become_private(work, hub, monkeypatch):
+    hub.add("models", "who/tiny", Repository({".gitattributes": b""}))
+    assert refused(work / "stock", private=True).startswith("who/tiny: is public. Make it private")
+    assert all(request.startswith("GET") for request in hub.requests)
+    monkeypatch.setattr("a3.stages.export.publish.look", lambda *_: There())  # made meanwhile
+    message = refused(work / "stock", private=True, upload=True)
+    assert "not written (409: You already created this model repo" in message
+
+
 def test_the_hubs_refusals_take_one_line(work, hub, monkeypatch):
     for token, found in (("hf_wrong", "403"), ("", "401")):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -212,6 +237,16 @@ def test_a_tokenizer_that_does_not_come_back_is_seen(work):
         ("license: llama3.2", "llama3.2", "begins with Llama"),
         ("license: other", None, "unknown"),
         ("license: other\nlicense_name: river", "other", "other (river)"),
+        ("license: other\nlicense_name: Unknown", None, "unknown"),
+        ("license: other\nlicense_name: CC-BY-NC-ND-4.0", None, "forbids to share"),
+        ("license: CC-BY-NC-ND-4.0", None, "forbids to share"),
+        ("license: [cc-by-nd-4.0, mit]", None, "forbids to share"),
+        ("license: [MIT, apache-2.0]", "mit, apache-2.0", "mit, apache-2.0"),
+        ("license: [1, mit]", None, "unknown"),
+        ("license: []", None, "unknown"),
+        ("license: ''", None, "unknown"),
+        ("license: Unknown", None, "unknown"),
+        ("license: unlicensed", None, "unknown"),
         ("tags: []", None, "unknown"),
     ],
 )
@@ -220,6 +255,16 @@ def test_licences(tmp_path, card, licence, said):
     found = licence_of(tmp_path)
     assert found[0] == licence
     assert said in found[1]
+
+
+def test_the_card_of_a_graph_loads_the_graph(work, tmp_path):
+    shutil.copy(work / "small/README.md", tmp_path)
+    show_graph(tmp_path, "onnx/model.onnx")
+    card = (tmp_path / "README.md").read_text()
+    assert 'InferenceSession("FOLDER/onnx/model.onnx")' in card
+    assert "import a3" not in card
+    assert "\n## Licence and provenance\n" in card
+    assert is_own_card(tmp_path / "README.md")
 
 
 def test_a_licence_is_added_to_the_card_and_its_record(work, hub, tmp_path, capsys):

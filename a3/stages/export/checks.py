@@ -36,9 +36,12 @@ ROUGH = 0.05
 CODE = (attention_a3, modeling_a3, own_attention_a3)
 
 # Licences that forbid to share what was made from the model.
-NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
+NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)|no[-_ ]?deriv")
 
-NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)")
+NON_COMMERCIAL = re.compile(r"(^|[-_. ])nc([-_. ]|$)|non[-_ ]?commercial")
+
+# What cards say in place of a licence.
+NO_LICENCE = ("", "unknown", "unlicensed", "none")
 
 
 def check_folder(folder: Path, dtype: str, device: str) -> list[tuple[str, str]]:
@@ -156,23 +159,33 @@ def require_same(folder: Path, cached: Tensor, at_once: Tensor, rounding: float)
 def licence_of(folder: Path) -> tuple[str | None, str]:
     """The licence that a folder's card names, None if it may not be shared, and what to say of it.
 
-    A licence called "other" counts where its name or text is there.
+    Its name is in lower case, several ones with commas between them. A licence called "other"
+    counts where its name or text is there.
     """
     said = front_matter(folder / CARD)
     found = said.get("license")
-    name = ", ".join(found) if isinstance(found, list) else found
+    items = found if isinstance(found, list) else [found]
+    names = [one.strip().lower() for one in items if isinstance(one, str)]
+    title = str(said.get("license_name") or "").strip()
     text = any(folder.glob("LICENSE*")) or said.get("license_link")
-    if not isinstance(name, str) or (name == "other" and not (text or said.get("license_name"))):
+    named = title.lower() not in NO_LICENCE
+    if (
+        not names
+        or len(names) < len(items)
+        or any(one in NO_LICENCE for one in names)
+        or ("other" in names and not (text or named))
+    ):
         return (
             None,
             "unknown: the card names none. Look it up, and add it: a3 card FOLDER --licence NAME",
         )
-    called = f"{name} ({said['license_name']})" if said.get("license_name") else name
-    if NO_DERIVATIVES.search(name):
+    name = ", ".join(names)
+    called = f"{name} ({title})" if title else name
+    if any(NO_DERIVATIVES.search(one) for one in (*names, title.lower())):
         return None, f"{called}: forbids to share what was made from the model"
-    if NON_COMMERCIAL.search(name):
+    if any(NON_COMMERCIAL.search(one) for one in (*names, title.lower())):
         return name, f"{called}: not for commercial use"
-    if name.startswith("llama"):
+    if any(one.startswith("llama") for one in names):
         return name, f"{called}: asks for a name that begins with Llama, and “Built with Llama”"
     return name, called
 

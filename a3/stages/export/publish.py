@@ -48,17 +48,28 @@ Result = TypeVar("Result")
 # The hub makes this file itself.
 OF_HUB = (".gitattributes",)
 
+# What loaders of models read.
+READ_BY_LOADERS = (
+    *(".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt"),
+    *(".gguf", ".onnx", ".pt", ".pth", ".h5", ".msgpack"),
+)
+
 # Lines of the card that are shown.
 HEAD = 14
 
 
 @dataclass(frozen=True)
 class There:
-    """A repository as it is: its commit, and its files; `private` None if it does not exist."""
+    """A repository as it is: its commit, and its files; `private` None if it does not exist.
+
+    `made_of` is the SHA-256 of the weights that its model was made of, None if no record of a3 in
+    it says so.
+    """
 
     private: bool | None = None
     commit: str | None = None
     files: tuple[str, ...] = ()
+    made_of: str | None = None
 
 
 def publish(
@@ -74,14 +85,17 @@ def publish(
     """Check a compressed or exported folder and, with `upload`, put it into a hub's repository.
 
     Yields what was found and done, a line each. The repository is made if it does not exist,
-    `private` or not; all files come in one commit, after which the hub's hashes are compared to
-    the folder's. Other files of a model in the repository are an error, or deleted with `replace`.
+    `private` or not, and one that is public cannot be asked to be private; all files come in one
+    commit, after which the hub's hashes are compared to those that were checked. Files of another
+    model in the repository are an error, or overwritten and deleted with `replace`.
     In the uploaded card the example names `repo`, and records name no path of this machine. Raises
     A3Error if a check fails, and for an upload if the licence is unknown or forbids it, or the hub
     refuses it.
     """
     api = HfApi()
     there = call(repo, lambda: look(api, repo), "asked") if upload else asked(api, repo)
+    if private and there is not None and there.private is False:
+        raise A3Error(f"{repo}: is public. Make it private first, or leave out --private.")
     for name, said in check_folder(folder, dtype, device):
         yield f"{name:<10} {said}"
     licence, said = licence_of(folder)
@@ -91,7 +105,7 @@ def publish(
         files, left = files_to_share(folder)
         copies, hidden = rewritten(folder, repo, Path(work))
         files |= copies
-        gone = leftover(there, files)
+        gone = leftover(there, files, origin_in(folder))
         yield from listed(folder, files, left)
         if hidden:
             yield f"{'hides':<10} {shown(hidden)}: records name a path's last part only"
@@ -101,7 +115,7 @@ def publish(
             raise A3Error(f"{folder / CARD}: licence {said}. Not uploaded.")
         if gone and not replace and upload:
             raise A3Error(
-                f"{repo}: has files of another model: {shown(gone)}. Delete them with --replace, "
+                f"{repo}: has files of another model: {shown(gone)}. Replace them with --replace, "
                 "or name another repository."
             )
         if not upload:
@@ -207,7 +221,21 @@ def look(api: HfApi, repo: str) -> There:
     except RepositoryNotFoundError:
         return There()
     names = tuple(one.rfilename for one in found.siblings or [])
-    return There(bool(found.private), found.sha, names)
+    return There(bool(found.private), found.sha, names, origin_there(api, repo, found.sha, names))
+
+
+def origin_there(api: HfApi, repo: str, commit: str | None, names: tuple[str, ...]) -> str | None:
+    """As `origin_of`, of a repository's record at a commit."""
+    name = next((name for name in RECORDS if name in names), None)
+    if name is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="a3-publish-") as work:
+        path = Path(api.hf_hub_download(repo, name, revision=commit, local_dir=work))
+        # Another program's file of this name says nothing of a3's models.
+        try:
+            return origin_of(read_record(path))
+        except A3Error:
+            return None
 
 
 def asked(api: HfApi, repo: str) -> There | None:
@@ -221,11 +249,35 @@ def asked(api: HfApi, repo: str) -> There | None:
         return None
 
 
-def leftover(there: There | None, files: dict[str, Path]) -> list[str]:
-    """Files in the repository that the folder lacks, and that loaders would read."""
-    others = [] if there is None else sorted(set(there.files) - files.keys() - {*OF_HUB})
-    ends = (".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt")
-    return [name for name in others if name.endswith(ends)]
+def leftover(there: There | None, files: dict[str, Path], made_of: str | None) -> list[str]:
+    """Files in the repository that loaders would read, and that are another model's.
+
+    These are the files that the folder lacks. Weights and config that both have count, too, unless
+    both models are made of the same weights, whose SHA-256 is `made_of`.
+    """
+    if there is None:
+        return []
+    same = made_of is not None and there.made_of == made_of
+    others = {name for name in there.files if name not in OF_HUB and name not in files}
+    if not same:
+        both = files.keys() & {*there.files}
+        others |= {one for one in both if one == "config.json" or one.endswith(".safetensors")}
+    return sorted(name for name in others if name.lower().endswith(READ_BY_LOADERS))
+
+
+def origin_of(record: dict[str, Any]) -> str | None:
+    """SHA-256 of the weights of which a record's model was made; None if it does not say so."""
+    base, made = record.get("base"), record.get("provenance")
+    if isinstance(base, dict):
+        return base.get("weights_sha256")
+    found = made.get("checkpoint_sha256") if isinstance(made, dict) else None
+    return found or record.get("weights_sha256")
+
+
+def origin_in(folder: Path) -> str | None:
+    """As `origin_of`, of the record in a folder."""
+    found = next((folder / name for name in RECORDS if (folder / name).exists()), None)
+    return None if found is None else origin_of(read_record(found))
 
 
 def plan_of(repo: str, there: There | None, gone: list[str], private: bool, replace: bool) -> str:
@@ -238,7 +290,7 @@ def plan_of(repo: str, there: There | None, gone: list[str], private: bool, repl
     said = f"{repo}: exists, {kind}, with {len(there.files)} files; one commit replaces them"
     if not gone:
         return said
-    return f"{said}; {'deletes' if replace else 'needs --replace to delete'} {shown(gone)}"
+    return f"{said}; {'replaces' if replace else 'needs --replace for'} {shown(gone)}"
 
 
 def send(
@@ -250,14 +302,14 @@ def send(
     private: bool,
 ) -> str:
     """Make the repository where needed and upload all files in one commit; returns its hash."""
-    operations: list[Any] = [CommitOperationDelete(name) for name in gone]
+    operations: list[Any] = [CommitOperationDelete(name) for name in gone if name not in files]
     operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
     # Another's commit meanwhile is an error.
     parent = there.commit if there is not None else None
 
     def commit() -> str:
         if there is None or there.private is None:
-            api.create_repo(repo, private=private, exist_ok=True)
+            api.create_repo(repo, private=private, exist_ok=False)
         done = api.create_commit(
             repo, operations, commit_message="Upload with a3 publish", parent_commit=parent
         )
