@@ -17,6 +17,7 @@ from transformers.utils import hub as transformers_hub
 from a3.artifacts.card import is_own_card, show_graph
 from a3.cli.main import main
 from a3.core.errors import A3Error
+from a3.core.files import read_record, seal_folder, sha256, write_json, write_record
 from a3.models.checkpoint import Checkpoint, front_matter
 from a3.models.load import load_model
 from a3.stages.export.checks import NEW_TOKENS, generates, licence_of, require_same, tokenises
@@ -128,6 +129,46 @@ def test_another_models_files_are_deleted_only_if_asked(work, hub):
     assert any("exists, public, with 2 files" in line for line in said)
     files = hub.repositories["models", "who/tiny"][-1].files
     assert old.keys() & files.keys() == {"logo.png"}
+
+
+def test_records_and_configs_name_no_path(work, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(work)
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    content = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", content | {"_name_or_path": "below/dense"})
+    said = {"source": {"path": "below/dense"}, "said": f"of {work}/dense: x"}
+    write_json(folder / "source.json", said)
+    record = read_record(folder / "approx.json")
+    del record["sha256"]
+    record["files"] |= {name: sha256(folder / name) for name in ("config.json", "source.json")}
+    record["provenance"]["model"] = said
+    write_record(folder / "approx.json", record)
+    seal_folder(folder, "approx.json")
+    lines = list(publish(folder, "who/tiny", upload=True))
+    assert any(line.startswith("hides ") and "below/dense" in line for line in lines)
+    files = hub.repositories["models", "who/tiny"][-1].files
+    hidden = {"source": {"path": "dense"}, "said": "of dense: x"}
+    assert json.loads(files["source.json"]) == hidden
+    assert json.loads(files["approx.json"])["provenance"]["model"] == hidden
+    assert json.loads(files["config.json"]) == content
+    for place in ("below/", str(work), str(tmp_path)):
+        assert not any(place.encode() in one for one in files.values())
+
+
+def test_only_files_of_a_model_are_shared(work, hub, tmp_path):
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    for name in ("approx.json", ".a3.json"):
+        (folder / name).unlink()
+    for name in ("notes.txt", "secret.json", "other_a3.py", "optimizer.safetensors", "LICENSE.md"):
+        (folder / name).write_text("{}")
+    (said,) = (one for one in publish(folder, "who/tiny", upload=True) if one.startswith("stays"))
+    assert (
+        "notes.txt, optimizer.safetensors, other_a3.py, secret.json and 1 more: not shared" in said
+    )
+    files = hub.repositories["models", "who/tiny"][-1].files
+    code = {"modeling_a3.py", "attention_a3.py", "own_attention_a3.py"}
+    assert code | {"LICENSE.md", "tokenizer.json", "config.json"} <= files.keys()
+    assert not files.keys() & {"notes.txt", "secret.json", "other_a3.py", "optimizer.safetensors"}
 
 
 def test_weights_of_another_model_are_replaced_only_if_asked(work, hub):

@@ -1,7 +1,6 @@
 """a3 publish: checks a folder, and uploads it to a hub or says what would be uploaded."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,23 +24,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from a3.artifacts.card import ADDRESS, own_text, sign
 from a3.core.errors import A3Error
 from a3.core.files import (
-    HIDDEN_SEAL,
     RECORDS,
-    SEAL,
-    read_json,
     read_record,
-    seal_folder,
     sha256,
-    write_json,
-    write_record,
 )
 from a3.core.progress import LOG
-from a3.models.checkpoint import CARD, recorded_files
-from a3.models.inputs import TEMPLATES, files_of, is_model_file
+from a3.models.checkpoint import CARD
 from a3.stages.export.checks import card_of, check_folder, licence_of
+from a3.stages.export.sharing import files_to_share, rewritten
 
 Result = TypeVar("Result")
 
@@ -103,7 +95,7 @@ def publish(
     yield f"{'licence':<10} {said}"
     with tempfile.TemporaryDirectory(prefix="a3-publish-") as work:
         files, left = files_to_share(folder)
-        copies, hidden = rewritten(folder, repo, Path(work))
+        copies, hidden = rewritten(folder, repo, Path(work), files)
         files |= copies
         gone = leftover(there, files, origin_in(folder))
         yield from listed(folder, files, left)
@@ -126,61 +118,6 @@ def publish(
     yield f"Uploaded {len(files)} files: {api.endpoint}/{repo}, commit {commit}"
 
 
-def files_to_share(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files of a folder to upload by their names in it, and names of those left out.
-
-    With a record, these are the files that it names; else those that a3 reads of a model.
-    """
-    paths = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
-    recorded = recorded_files(folder)
-    named = {*recorded, *RECORDS, HIDDEN_SEAL}
-
-    def shared(name: str, path: Path) -> bool:
-        if recorded:
-            return name in named
-        return is_model_file(path) or name.startswith(f"{TEMPLATES}/") or name.endswith("_a3.py")
-
-    files = {name: path for name, path in paths.items() if shared(name, path)}
-    return files, sorted(paths.keys() - files.keys())
-
-
-def rewritten(folder: Path, repo: str, work: Path) -> tuple[dict[str, Path], list[str]]:
-    """Copies in `work` of what is uploaded in other words, by name; and the paths that they hide.
-
-    The card's example names `repo`, if the card is a3's. Records name a path of this machine by
-    its last part only. Records and seal have the hashes of these copies.
-    """
-    hidden: list[str] = []
-    if (text := own_text(folder / CARD)) is not None:
-        text = text.replace(ADDRESS, json.dumps(repo))
-        (work / CARD).write_text(text + sign(text))
-    if (folder / "source.json").exists():
-        write_json(work / "source.json", without_paths(read_json(folder / "source.json"), hidden))
-    files = {path.name: sha256(path) for path in work.iterdir()}
-    for name in RECORDS:
-        if (folder / name).exists():
-            record = without_paths(read_record(folder / name), hidden)
-            known = {one: files.get(one, found) for one, found in record["files"].items()}
-            own = {key: value for key, value in record.items() if key != SEAL}
-            write_record(work / name, own | {"files": known})
-            if (folder / HIDDEN_SEAL).exists():
-                seal_folder(work, name)
-            break
-    return {path.name: path for path in work.iterdir()}, sorted(set(hidden))
-
-
-def without_paths(value: Any, hidden: list[str]) -> Any:
-    """A JSON value with the last part of each path of this machine, which `hidden` collects."""
-    if isinstance(value, dict):
-        return {key: without_paths(one, hidden) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_paths(one, hidden) for one in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        hidden.append(value)
-        return Path(value).name
-    return value
-
-
 def listed(folder: Path, files: dict[str, Path], left: list[str]) -> Iterator[str]:
     """The files to upload with their sizes, and those left out, a line each."""
     sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
@@ -188,7 +125,7 @@ def listed(folder: Path, files: dict[str, Path], left: list[str]) -> Iterator[st
     width = max(map(len, sizes))
     yield from (f"  {name:<{width}}  {size(count):>9}" for name, count in sizes.items())
     if left:
-        yield f"{'stays':<10} {shown(left)}, which no record names as the model's"
+        yield f"{'stays':<10} {shown(left)}: not shared"
 
 
 def card_head(card: Path) -> Iterator[str]:
