@@ -237,11 +237,26 @@ def test_damaged_folders_are_refused(work, tmp_path):
     config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3Other"
     (folder / "config.json").write_text(json.dumps(config))
     assert "auto_map names modeling_a3.A3Other" in refused(folder)
+    config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3LlamaForCausalLM"
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": config["auto_map"] | {"AutoTokenizer": "other.Own"}})
+    )
+    assert "auto_map names other.Own for AutoTokenizer, expected nothing more" in refused(folder)
     weights["model.norm.weight"] *= float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3LlamaForCausalLM"
     (folder / "config.json").write_text(json.dumps(config))
     assert "not finite" in refused(folder)
+
+
+def test_other_code_is_said_and_not_uploaded(work, hub, tmp_path):
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    for name in ("approx.json", ".a3.json"):
+        (folder / name).unlink()
+    (folder / "attention_a3.py").write_text("print('other')\n")
+    lines = list(publish(folder, "who/tiny"))
+    assert any("not tried: attention_a3.py in it is of another version" in one for one in lines)
+    assert "attention_a3.py in it is of another version of a3" in refused(folder, upload=True)
+    assert all(request.startswith("GET") for request in hub.requests)
 
 
 def test_a_cache_that_changes_logits_is_seen(work):

@@ -44,13 +44,15 @@ NON_COMMERCIAL = re.compile(r"(^|[-_. ])nc([-_. ]|$)|non[-_ ]?commercial")
 NO_LICENCE = ("", "unknown", "unlicensed", "none")
 
 
-def check_folder(folder: Path, dtype: str, device: str) -> list[tuple[str, str]]:
+def check_folder(
+    folder: Path, dtype: str, device: str, upload: bool = False
+) -> list[tuple[str, str]]:
     """What was checked of a dense, compressed or exported folder: (name, finding) in reading order.
 
     Every recorded file is hashed, the model loaded in `dtype` on `device`, texts tokenised and
     written back, and tokens generated with the cache and compared to a run without it. Code of the
-    folder does not run: it is compared to a3's own, which the model then runs. Raises A3Error for
-    the first check that fails.
+    folder does not run: it is compared to a3's own, which the model then runs. For an `upload` it
+    has to be equal. Raises A3Error for the first check that fails.
     """
     files = whole(folder)
     if not has_tokenizer(folder):
@@ -60,7 +62,7 @@ def check_folder(folder: Path, dtype: str, device: str) -> list[tuple[str, str]]
     return [
         ("files", files),
         ("loads", count),
-        ("alone", code(folder, type(model).__name__)),
+        ("alone", code(folder, upload)),
         ("tokenises", tokenises(folder, tokenizer)),
         ("generates", generates(folder, model, tokenizer, dtype)),
     ]
@@ -76,29 +78,45 @@ def whole(folder: Path) -> str:
     return f"{len(recorded)} as {name} recorded them"
 
 
-def code(folder: Path, name: str) -> str:
+def code(folder: Path, upload: bool) -> str:
     """Compares the code in a folder, by which transformers loads it without a3, to a3's own.
 
-    `name` is the class that has loaded the folder. Raises A3Error if auto_map names other classes.
+    Raises A3Error if auto_map is not as a3 writes it, or if code that others would run (`upload`)
+    is not what was tried.
     """
     said: dict[str, Any] = read_json(folder / "config.json")
     if "a3" not in said:
         return "an ordinary checkpoint, which needs no a3"
     if "quantised" in said["a3"]:
         return "needs `import a3`, which simulates its low precision"
-    named = said.get("auto_map", {}).get("AutoModelForCausalLM", "")
-    expected = f"{Path(str(modeling_a3.__file__)).stem}.{name}"
+    stem = Path(str(modeling_a3.__file__)).stem
+    classes = modeling_a3.classes(said["a3"]["family"])
+    expected = {auto: f"{stem}.{own.__name__}" for auto, own in classes.items()}
+    named = said.get("auto_map") or {}
     if named != expected:
+        foreign = {auto: one for auto, one in named.items() if one != expected.get(auto)}
+        missing = {auto: one for auto, one in expected.items() if one != named.get(auto)}
         raise A3Error(
-            f"{folder / 'config.json'}: auto_map names {named or 'no model'}, expected {expected}. "
-            "Build the folder again."
+            f"{folder / 'config.json'}: auto_map names {in_words(foreign)}, expected "
+            f"{in_words(missing)}. Build the folder again."
         )
     own = {Path(str(module.__file__)) for module in CODE}
     if lost := sorted(path.name for path in own if not (folder / path.name).is_file()):
         raise A3Error(f"{folder}: its code {', '.join(lost)} is missing. Build the folder again.")
     if other := sorted(p.name for p in own if sha256(folder / p.name) != sha256(p)):
-        return f"not tried: {', '.join(other)} in it is of another version of a3"
+        found = f"{', '.join(other)} in it is of another version of a3"
+        if upload:
+            raise A3Error(
+                f"{folder}: {found}, so it was not tried. Build the folder again, or upload it "
+                "with the a3 that made it."
+            )
+        return f"not tried: {found}, so it would not be uploaded"
     return "with trust_remote_code=True its code runs, which equals that of this a3"
+
+
+def in_words(classes: dict[str, Any]) -> str:
+    """Classes of an auto_map."""
+    return ", ".join(f"{own} for {auto}" for auto, own in classes.items()) or "nothing more"
 
 
 def tokenises(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:

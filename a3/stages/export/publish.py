@@ -88,7 +88,7 @@ def publish(
     there = call(repo, lambda: look(api, repo), "asked") if upload else asked(api, repo)
     if private and there is not None and there.private is False:
         raise A3Error(f"{repo}: is public. Make it private first, or leave out --private.")
-    for name, said in check_folder(folder, dtype, device):
+    for name, said in check_folder(folder, dtype, device, upload):
         yield f"{name:<10} {said}"
     licence, said = licence_of(folder)
     yield f"{'card':<10} {card_of(folder)}"
