@@ -21,7 +21,7 @@ from a3.core.files import read_record, seal_folder, sha256, write_json, write_re
 from a3.models.checkpoint import Checkpoint, front_matter
 from a3.models.load import load_model
 from a3.stages.export.checks import NEW_TOKENS, generates, licence_of, require_same, tokenises
-from a3.stages.export.publish import There, publish
+from a3.stages.export.publish import There, call, publish
 
 MODES = ["--qk", "uniform-global@12", "--ov", "joint@12", "--mlp", "obs@64"]
 CHAT = "{{ messages[0].content }}"
@@ -282,6 +282,42 @@ def test_a_tokenizer_that_does_not_come_back_is_seen(work):
     tokenizer.decode = lambda ids, **_: "something else"
     with pytest.raises(A3Error, match="its tokenizer reads"):
         tokenises(work / "small", tokenizer)
+
+
+def test_a_tokenizer_that_writes_nothing_and_a_template_that_fails_are_seen(work):
+    tokenizer = AutoTokenizer.from_pretrained(work / "small")
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(A3Error, match=r"its chat template fails .*no system message"):
+        tokenises(work / "small", tokenizer)
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.encode = lambda *_, **__: [1]
+    with pytest.raises(A3Error, match="an unknown token in each of 4 texts"):
+        tokenises(work / "small", tokenizer)
+
+
+def test_errors_of_files_are_not_the_hubs():
+    def fail(error):
+        raise error
+
+    with pytest.raises(A3Error, match=r"^model\.safetensors: Permission denied, so who/x was not"):
+        call(
+            "who/x",
+            lambda: fail(PermissionError(13, "Permission denied", "model.safetensors")),
+            "written",
+        )
+    with pytest.raises(A3Error, match="cannot be reached"):
+        call("who/x", lambda: fail(ConnectionResetError("reset")), "written")
+
+
+def test_a_file_that_changes_meanwhile_is_not_uploaded(work, hub, tmp_path):
+    folder = shutil.copytree(work / "stock", tmp_path / "stock")
+    lines = publish(folder, "who/tiny", upload=True)
+    while not next(lines).startswith("hub "):
+        pass
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(A3Error, match=r"model\.safetensors: changed since it was checked"):
+        list(lines)
+    assert all(request.startswith("GET") for request in hub.requests)
 
 
 @pytest.mark.parametrize(

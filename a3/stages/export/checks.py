@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -135,8 +136,19 @@ def tokenises(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
                 f"back, {back!r}, as others. Save the model's own tokenizer there."
             )
         tried += 1
+    if not tried:
+        raise A3Error(
+            f"{folder}: its tokenizer has an unknown token in each of {len(TEXTS)} texts, expected "
+            "one at least that it can write. Save the model's own tokenizer there."
+        )
     if tokenizer.chat_template:
-        tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
+        except TemplateError as error:
+            raise A3Error(
+                f"{folder}: its chat template fails on a message of a user "
+                f"({type(error).__name__}: {error}). Save the model's own chat template there."
+            ) from error
     chat = ", and its chat template" if tokenizer.chat_template else ""
     return f"{tried} texts, there and back{chat}"
 

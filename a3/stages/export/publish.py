@@ -1,11 +1,13 @@
 """a3 publish: checks a folder, and uploads it to a hub or says what would be uploaded."""
 
 import hashlib
+import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -19,6 +21,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -31,11 +34,14 @@ from a3.core.files import (
     sha256,
 )
 from a3.core.progress import LOG
-from a3.models.checkpoint import CARD
+from a3.models.checkpoint import CARD, recorded_files
 from a3.stages.export.checks import card_of, check_folder, licence_of
 from a3.stages.export.sharing import files_to_share, rewritten
 
 Result = TypeVar("Result")
+
+# Errors of the network among Python's errors of the operating system; others are of files here.
+UNREACHED = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError, LocalEntryNotFoundError)
 
 # The hub makes this file itself.
 OF_HUB = (".gitattributes",)
@@ -46,8 +52,18 @@ READ_BY_LOADERS = (
     *(".gguf", ".onnx", ".pt", ".pth", ".h5", ".msgpack"),
 )
 
+# Bytes; the hub keeps larger files outside of git (it takes 10 MB in it).
+LARGEST_REGULAR = 2**26
+
 # Lines of the card that are shown.
 HEAD = 14
+
+
+class Hashes(NamedTuple):
+    """Of a file: SHA-256, and git's SHA-1 if the hub may keep the file in git itself."""
+
+    sha256: str
+    git: str | None
 
 
 @dataclass(frozen=True)
@@ -113,8 +129,9 @@ def publish(
         if not upload:
             yield f"Nothing was uploaded. `a3 publish {folder} {repo} --upload` does."
             return
-        commit = send(api, repo, files, gone, there, private)
-        verify(api, repo, commit, files)
+        hashes = hashes_of(folder, files, copies)
+        commit = send(api, repo, files, gone, there, private, hashes)
+        verify(api, repo, commit, hashes)
     yield f"Uploaded {len(files)} files: {api.endpoint}/{repo}, commit {commit}"
 
 
@@ -237,10 +254,21 @@ def send(
     gone: list[str],
     there: There | None,
     private: bool,
+    hashes: dict[str, Hashes],
 ) -> str:
-    """Make the repository where needed and upload all files in one commit; returns its hash."""
-    operations: list[Any] = [CommitOperationDelete(name) for name in gone if name not in files]
-    operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    """Make the repository where needed and upload all files in one commit; returns its hash.
+
+    Raises A3Error if a file is not the one that was checked.
+    """
+    added = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    for one in added:
+        if one.upload_info.sha256.hex() != hashes[one.path_in_repo].sha256:
+            raise A3Error(
+                f"{files[one.path_in_repo]}: changed since it was checked. Not uploaded; run it "
+                "again."
+            )
+    removed = [CommitOperationDelete(name) for name in gone if name not in files]
+    operations: list[Any] = [*removed, *added]
     # Another's commit meanwhile is an error.
     parent = there.commit if there is not None else None
 
@@ -255,18 +283,33 @@ def send(
     return call(repo, commit, "written")
 
 
-def verify(api: HfApi, repo: str, commit: str, files: dict[str, Path]) -> None:
-    """Raise A3Error unless the hub's hashes at `commit` are those of the files."""
+def hashes_of(folder: Path, files: dict[str, Path], copies: dict[str, Path]) -> dict[str, Hashes]:
+    """The hashes of the files as they were checked: those of the folder's record, where it has any.
+
+    The record's are not of the `copies`, which say the same in other words.
+    """
+    recorded = {name: one for name, one in recorded_files(folder).items() if name not in copies}
+    return {
+        name: Hashes(
+            recorded.get(name) or sha256(path),
+            git_hash(path) if path.stat().st_size <= LARGEST_REGULAR else None,
+        )
+        for name, path in files.items()
+    }
+
+
+def verify(api: HfApi, repo: str, commit: str, hashes: dict[str, Hashes]) -> None:
+    """Raise A3Error unless the hub's hashes at `commit` are these."""
 
     def tree() -> dict[str, RepoFile]:
         found = api.list_repo_tree(repo, recursive=True, revision=commit)
         return {one.path: one for one in found if isinstance(one, RepoFile)}
 
     found = call(repo, tree, "asked")
-    for name, path in files.items():
+    for name, known in hashes.items():
         there = found.get(name)
         whole = there is not None and (
-            there.lfs.sha256 == sha256(path) if there.lfs else there.blob_id == git_hash(path)
+            there.lfs.sha256 == known.sha256 if there.lfs else there.blob_id == known.git
         )
         if not whole:
             raise A3Error(
@@ -295,7 +338,8 @@ def call(repo: str, do: Callable[[], Result], what: str) -> Result:
         raise A3Error(f"{where}: no token. {token}.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = (error.server_message or str(error)).strip().splitlines()[0]
+        lines = (error.server_message or str(error)).strip().splitlines()
+        said = lines[0] if lines else "no message"
         if status in (401, 403):
             raise A3Error(f"{where}: may not be {what} ({status}: {said}). {token}.") from error
         if status in (409, 412):
@@ -305,9 +349,15 @@ def call(repo: str, do: Callable[[], Result], what: str) -> Result:
     except ValueError as error:
         said = str(error).strip().replace("\n", " ")
         raise A3Error(f"{where}: not {what}: {said}") from error
-    except (HTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, *UNREACHED, RuntimeError) as error:
         cause = error.__cause__ or error
         raise A3Error(
             f"{where}: {constants.ENDPOINT} cannot be reached "
             f"({type(cause).__name__}: {cause}). Run it again; what has arrived is kept."
+        ) from error
+    except OSError as error:
+        here = error.filename or "a file of this machine"
+        raise A3Error(
+            f"{here}: {error.strerror or error}, so {repo} was not {what}. Look at it, and run it "
+            "again."
         ) from error
