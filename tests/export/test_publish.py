@@ -1,6 +1,7 @@
 """Publishing to a stand-in for the hub: what is checked, what is uploaded, and what loads back."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -307,6 +308,15 @@ def test_errors_of_files_are_not_the_hubs():
         )
     with pytest.raises(A3Error, match="cannot be reached"):
         call("who/x", lambda: fail(ConnectionResetError("reset")), "written")
+
+
+def test_a_file_with_its_old_time_is_hashed_again(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(2**20))
+    before, time = sha256(path), path.stat().st_mtime_ns
+    path.write_bytes(b"x" * 2**20)
+    os.utime(path, ns=(time, time))
+    assert sha256(path) != before
 
 
 def test_a_file_that_changes_meanwhile_is_not_uploaded(work, hub, tmp_path):
