@@ -192,12 +192,12 @@ def runtimes() -> str:
     )
     for reads in (HF, GGUF, ONNX):
         rows = [
-            [one.runtime, one.case.words, one.verdict, one.why]
+            [one.runtime, one.case.words, one.verdict, one.why or one.on]
             for one in SEEN
             if one.reads == reads
         ]
         text += f"## After `a3 export {reads}`\n\n"
-        text += table(["runtime", "models", "result", "why"], rows)
+        text += table(["runtime", "models", "result", "why, or on what"], rows)
     return text + measured()
 
 

@@ -7,6 +7,7 @@ a3.models.compressed can read from the folder, and says that the rest is unknown
 """
 
 import hashlib
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -73,6 +74,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({ADDRESS})
 tokenizer = AutoTokenizer.from_pretrained({ADDRESS})
+```"""
+
+USE_GRAPH = """```python
+from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+
+graph = InferenceSession("FOLDER/{graph}")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```"""
 
 
@@ -179,6 +188,20 @@ def need_no_a3(folder: Path) -> None:
     if text is not None:
         for line in (f"import a3{WITHOUT}\n", "import a3\n"):
             text = text.replace(line, "")
+        (folder / CARD).write_text(text + sign(text))
+
+
+def show_graph(folder: Path, graph: str) -> None:
+    """Have the example of a folder's card load its ONNX graph, if the card is a3's.
+
+    `graph` is the graph's path in the folder.
+    """
+    text = own_text(folder / CARD) if (folder / CARD).exists() else None
+    if text is not None:
+        before, title, after = text.partition("\n## Use\n")
+        example = USE_GRAPH.format(graph=graph)
+        after = re.sub(r"```python\n.*?\n```", lambda _: example, after, count=1, flags=re.DOTALL)
+        text = before + title + after
         (folder / CARD).write_text(text + sign(text))
 
 

@@ -50,12 +50,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Seen:
-    """A runtime of a version, which export it reads, and what it makes of the models of a case."""
+    """A runtime of a version, which export it reads, and what it makes of the models of a case.
+
+    `on` says on which models that was tried, where these are few.
+    """
 
     runtime: str
     reads: str
     verdict: str
     case: Case
+    on: str = ""
 
     @property
     def why(self) -> str:
@@ -64,6 +68,10 @@ class Seen:
 
 
 ALL = Case("all others", lambda facts: True)
+
+ACCEPTED = Case("all families that `a3 export onnx` accepts", lambda facts: True)
+
+LLAMA = "tried on the family llama alone"
 
 NEWER_KEYS = Case(
     "`rope_parameters` alone in config.json",
@@ -103,15 +111,15 @@ SEEN = (
     Seen("transformers 4.57", HF, RIGHT, ALL),
     Seen("OpenVINO 2026.4", HF, RIGHT, ALL),
     Seen("MLX 0.32", HF, WRONG, NEWER_KEYS),
-    Seen("MLX 0.32", HF, RIGHT, ALL),
+    Seen("MLX 0.32", HF, RIGHT, ALL, LLAMA),
     Seen("onnxruntime-genai 0.18", HF, WRONG, SCALED),
     Seen("onnxruntime-genai 0.18", HF, REFUSES, UNEVEN),
-    Seen("onnxruntime-genai 0.18", HF, RIGHT, ALL),
+    Seen("onnxruntime-genai 0.18", HF, RIGHT, ALL, LLAMA),
     Seen("optimum-onnx ORTModel", HF, REFUSES, UNUSUAL),
     Seen("optimum-onnx ORTModel", HF, UNTESTED, ALL),
     Seen("CTranslate2 4.8", HF, REFUSES, LONGROPE),
     Seen("CTranslate2 4.8", HF, REFUSES, UNUSUAL),
-    Seen("CTranslate2 4.8", HF, RIGHT, ALL),
+    Seen("CTranslate2 4.8", HF, RIGHT, ALL, LLAMA),
     Seen("mistral.rs 0.9", HF, REFUSES, LONGROPE),
     Seen("mistral.rs 0.9", HF, UNTESTED, ALL),
     Seen("vLLM", HF, UNTESTED, ALL),
@@ -125,9 +133,9 @@ SEEN = (
     Seen("ctransformers 0.2", GGUF, UNTESTED, ALL),
     Seen("Ollama", GGUF, UNTESTED, ALL),
     Seen("LM Studio", GGUF, UNTESTED, ALL),
-    Seen("onnxruntime 1.32", ONNX, RIGHT, ALL),
-    Seen("transformers.js 4.3", ONNX, RIGHT, ALL),
-    Seen("OpenVINO 2026.4", ONNX, RIGHT, ALL),
+    Seen("onnxruntime 1.32", ONNX, RIGHT, ACCEPTED),
+    Seen("transformers.js 4.3", ONNX, RIGHT, ACCEPTED, LLAMA),
+    Seen("OpenVINO 2026.4", ONNX, RIGHT, ACCEPTED, LLAMA),
 )
 
 
@@ -164,7 +172,8 @@ def said_of(facts: Facts, reads: str) -> list[str]:
     """The verdicts in words, one a line, the runtimes of one verdict and reason together."""
     lines: dict[tuple[str, str], list[str]] = {}
     for one in verdicts(facts, reads):
-        lines.setdefault((one.verdict, one.why), []).append(one.runtime)
+        name = f"{one.runtime} ({one.on})" if one.on else one.runtime
+        lines.setdefault((one.verdict, one.why), []).append(name)
     order = (RIGHT, WRONG, REFUSES, UNTESTED)
     return [
         f"{verdict}: {', '.join(names)}{f' ({why})' if why else ''}"
@@ -173,8 +182,12 @@ def said_of(facts: Facts, reads: str) -> list[str]:
 
 
 def said_of_graphs() -> list[str]:
-    """As `said_of`, of ONNX graphs, which say all sizes and frequencies: no fact decides."""
-    return said_of(Facts(head_dim=0, rope="", usual=False, by_layer=True), ONNX)
+    """As `said_of`, of ONNX graphs, which say all sizes and frequencies: no fact decides.
+
+    Whether the export accepts a family is known only once it was tried.
+    """
+    found = said_of(Facts(head_dim=0, rope="", usual=False, by_layer=True), ONNX)
+    return [f"where it accepts the family, {text}" for text in found]
 
 
 def warnings_of(facts: Facts, reads: str) -> list[str]:

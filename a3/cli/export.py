@@ -106,7 +106,7 @@ def add_publish(commands: Any) -> None:
     one.add_argument("repo", metavar="OWNER/NAME", help="repository of the hub")
     one.add_argument("--upload", action="store_true", help="upload; without it only say what would")
     one.add_argument("--private", action="store_true", help="make a new repository private")
-    text_ = "delete files of another model that are in the repository"
+    text_ = "overwrite or delete files of another model that are in the repository"
     one.add_argument("--replace", action="store_true", help=text_)
     add_run(one)
 

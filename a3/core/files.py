@@ -31,8 +31,9 @@ HIDDEN_SEAL = ".a3.json"
 # Smaller files are hashed each time; larger ones use the cache.
 SMALL = 2**20
 
-# Hash by device, inode, size and time of change.
-_hashes: dict[tuple[int, int, int, int], str] = {}
+# Hash by device, inode, size, and times of change: of the content, which programs can set, and of
+# the inode, which they cannot.
+_hashes: dict[tuple[int, int, int, int, int], str] = {}
 
 
 @contextmanager
@@ -389,7 +390,7 @@ def content_hash(record: dict[str, Any]) -> str:
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content; a large file is hashed again only if it has changed."""
     stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if stat.st_size < SMALL or key not in _hashes:
         with path.open("rb") as stream:
             _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()

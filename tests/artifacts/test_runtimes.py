@@ -17,6 +17,7 @@ from a3.artifacts.runtimes import (
     WRONG,
     Facts,
     said_of,
+    said_of_graphs,
     verdicts,
     warnings_of,
 )
@@ -69,6 +70,13 @@ def test_what_was_seen_is_said(change, reads, runtime, expected):
     assert line.startswith(expected)
     warned = [text for text in warnings_of(facts, reads) if runtime in text]
     assert bool(warned) == (expected == WRONG)
+
+
+def test_what_was_tried_on_few_models_says_so():
+    (line,) = said_of_graphs()
+    assert line.startswith("where it accepts the family, right: onnxruntime 1.32, ")
+    assert "transformers.js 4.3 (tried on the family llama alone)" in line
+    assert "MLX 0.32 (tried on the family llama alone)" in said_of(PLAIN, HF)[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import a3  # noqa: F401
 from a3.core.errors import A3Error
 from a3.stages.export.decoder import Decoder, slots_of
+from a3.stages.export.onnx_config import config_of
 
 
 def test_text_in_two_calls_has_the_logits_of_one(tmp_path):
@@ -36,3 +37,11 @@ def test_recurrent_layers_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     with pytest.raises(A3Error, match="not one of keys and values in every layer"):
         slots_of(model, tmp_path / "m")
+
+
+def test_the_graphs_config_names_no_path(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "dense", "llama"))
+    assert model.config._name_or_path == str(tmp_path / "dense")
+    content = config_of(model, slots_of(model, tmp_path), "model.onnx", "fp32", False)
+    assert content["model_type"] == "llama"
+    assert str(tmp_path) not in str(content)

@@ -1,6 +1,7 @@
 """Publishing to a stand-in for the hub: what is checked, what is uploaded, and what loads back."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ from tiny import run, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from transformers.utils import hub as transformers_hub
 
+from a3.artifacts.card import is_own_card, show_graph
 from a3.cli.main import main
 from a3.core.errors import A3Error
+from a3.core.files import read_record, seal_folder, sha256, write_json, write_record
 from a3.models.checkpoint import Checkpoint, front_matter
 from a3.models.load import load_model
 from a3.stages.export.checks import NEW_TOKENS, generates, licence_of, require_same, tokenises
-from a3.stages.export.publish import publish
+from a3.stages.export.publish import There, call, publish
 
 MODES = ["--qk", "uniform-global@12", "--ov", "joint@12", "--mlp", "obs@64"]
 CHAT = "{{ messages[0].content }}"
@@ -129,6 +132,70 @@ def test_another_models_files_are_deleted_only_if_asked(work, hub):
     assert old.keys() & files.keys() == {"logo.png"}
 
 
+def test_records_and_configs_name_no_path(work, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(work)
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    content = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", content | {"_name_or_path": "below/dense"})
+    said = {"source": {"path": "below/dense"}, "said": f"of {work}/dense: x"}
+    write_json(folder / "source.json", said)
+    record = read_record(folder / "approx.json")
+    del record["sha256"]
+    record["files"] |= {name: sha256(folder / name) for name in ("config.json", "source.json")}
+    record["provenance"]["model"] = said
+    write_record(folder / "approx.json", record)
+    seal_folder(folder, "approx.json")
+    lines = list(publish(folder, "who/tiny", upload=True))
+    assert any(line.startswith("hides ") and "below/dense" in line for line in lines)
+    files = hub.repositories["models", "who/tiny"][-1].files
+    hidden = {"source": {"path": "dense"}, "said": "of dense: x"}
+    assert json.loads(files["source.json"]) == hidden
+    assert json.loads(files["approx.json"])["provenance"]["model"] == hidden
+    assert json.loads(files["config.json"]) == content
+    for place in ("below/", str(work), str(tmp_path)):
+        assert not any(place.encode() in one for one in files.values())
+
+
+def test_only_files_of_a_model_are_shared(work, hub, tmp_path):
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    for name in ("approx.json", ".a3.json"):
+        (folder / name).unlink()
+    for name in ("notes.txt", "secret.json", "other_a3.py", "optimizer.safetensors", "LICENSE.md"):
+        (folder / name).write_text("{}")
+    (said,) = (one for one in publish(folder, "who/tiny", upload=True) if one.startswith("stays"))
+    assert (
+        "notes.txt, optimizer.safetensors, other_a3.py, secret.json and 1 more: not shared" in said
+    )
+    files = hub.repositories["models", "who/tiny"][-1].files
+    code = {"modeling_a3.py", "attention_a3.py", "own_attention_a3.py"}
+    assert code | {"LICENSE.md", "tokenizer.json", "config.json"} <= files.keys()
+    assert not files.keys() & {"notes.txt", "secret.json", "other_a3.py", "optimizer.safetensors"}
+
+
+def test_weights_of_another_model_are_replaced_only_if_asked(work, hub):
+    old = {"config.json": b"{}", "model.safetensors": b"old", "x.gguf": b"old", "logo.png": b""}
+    record = {"approx.json": b'{"base": {"weights_sha256": "0"}}'}  # without a seal
+    hub.add("models", "who/tiny", Repository(old | record))
+    message = refused(work / "small", upload=True)
+    assert "another model: config.json, model.safetensors, x.gguf. Replace" in message
+    list(publish(work / "small", "who/tiny", upload=True, replace=True))
+    files = hub.repositories["models", "who/tiny"][-1].files
+    assert files["model.safetensors"] != b"old"
+    assert old.keys() - files.keys() == {"x.gguf"}
+    # The repository's record says now that its model was made of the same weights.
+    assert list(publish(work / "small", "who/tiny", upload=True))[-1].startswith("Uploaded")
+    assert "config.json, model.safetensors" in refused(work / "stock", upload=True)
+
+
+def test_a_public_repository_does_not_become_private(work, hub, monkeypatch):
+    hub.add("models", "who/tiny", Repository({".gitattributes": b""}))
+    assert refused(work / "stock", private=True).startswith("who/tiny: is public. Make it private")
+    assert all(request.startswith("GET") for request in hub.requests)
+    monkeypatch.setattr("a3.stages.export.publish.look", lambda *_: There())  # made meanwhile
+    message = refused(work / "stock", private=True, upload=True)
+    assert "not written (409: You already created this model repo" in message
+
+
 def test_the_hubs_refusals_take_one_line(work, hub, monkeypatch):
     for token, found in (("hf_wrong", "403"), ("", "401")):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -171,11 +238,26 @@ def test_damaged_folders_are_refused(work, tmp_path):
     config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3Other"
     (folder / "config.json").write_text(json.dumps(config))
     assert "auto_map names modeling_a3.A3Other" in refused(folder)
+    config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3LlamaForCausalLM"
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": config["auto_map"] | {"AutoTokenizer": "other.Own"}})
+    )
+    assert "auto_map names other.Own for AutoTokenizer, expected nothing more" in refused(folder)
     weights["model.norm.weight"] *= float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config["auto_map"]["AutoModelForCausalLM"] = "modeling_a3.A3LlamaForCausalLM"
     (folder / "config.json").write_text(json.dumps(config))
     assert "not finite" in refused(folder)
+
+
+def test_other_code_is_said_and_not_uploaded(work, hub, tmp_path):
+    folder = shutil.copytree(work / "small", tmp_path / "small")
+    for name in ("approx.json", ".a3.json"):
+        (folder / name).unlink()
+    (folder / "attention_a3.py").write_text("print('other')\n")
+    lines = list(publish(folder, "who/tiny"))
+    assert any("not tried: attention_a3.py in it is of another version" in one for one in lines)
+    assert "attention_a3.py in it is of another version of a3" in refused(folder, upload=True)
+    assert all(request.startswith("GET") for request in hub.requests)
 
 
 def test_a_cache_that_changes_logits_is_seen(work):
@@ -203,6 +285,51 @@ def test_a_tokenizer_that_does_not_come_back_is_seen(work):
         tokenises(work / "small", tokenizer)
 
 
+def test_a_tokenizer_that_writes_nothing_and_a_template_that_fails_are_seen(work):
+    tokenizer = AutoTokenizer.from_pretrained(work / "small")
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(A3Error, match=r"its chat template fails .*no system message"):
+        tokenises(work / "small", tokenizer)
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.encode = lambda *_, **__: [1]
+    with pytest.raises(A3Error, match="an unknown token in each of 4 texts"):
+        tokenises(work / "small", tokenizer)
+
+
+def test_errors_of_files_are_not_the_hubs():
+    def fail(error):
+        raise error
+
+    with pytest.raises(A3Error, match=r"^model\.safetensors: Permission denied, so who/x was not"):
+        call(
+            "who/x",
+            lambda: fail(PermissionError(13, "Permission denied", "model.safetensors")),
+            "written",
+        )
+    with pytest.raises(A3Error, match="cannot be reached"):
+        call("who/x", lambda: fail(ConnectionResetError("reset")), "written")
+
+
+def test_a_file_with_its_old_time_is_hashed_again(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(2**20))
+    before, time = sha256(path), path.stat().st_mtime_ns
+    path.write_bytes(b"x" * 2**20)
+    os.utime(path, ns=(time, time))
+    assert sha256(path) != before
+
+
+def test_a_file_that_changes_meanwhile_is_not_uploaded(work, hub, tmp_path):
+    folder = shutil.copytree(work / "stock", tmp_path / "stock")
+    lines = publish(folder, "who/tiny", upload=True)
+    while not next(lines).startswith("hub "):
+        pass
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(A3Error, match=r"model\.safetensors: changed since it was checked"):
+        list(lines)
+    assert all(request.startswith("GET") for request in hub.requests)
+
+
 @pytest.mark.parametrize(
     ("card", "licence", "said"),
     [
@@ -212,6 +339,16 @@ def test_a_tokenizer_that_does_not_come_back_is_seen(work):
         ("license: llama3.2", "llama3.2", "begins with Llama"),
         ("license: other", None, "unknown"),
         ("license: other\nlicense_name: river", "other", "other (river)"),
+        ("license: other\nlicense_name: Unknown", None, "unknown"),
+        ("license: other\nlicense_name: CC-BY-NC-ND-4.0", None, "forbids to share"),
+        ("license: CC-BY-NC-ND-4.0", None, "forbids to share"),
+        ("license: [cc-by-nd-4.0, mit]", None, "forbids to share"),
+        ("license: [MIT, apache-2.0]", "mit, apache-2.0", "mit, apache-2.0"),
+        ("license: [1, mit]", None, "unknown"),
+        ("license: []", None, "unknown"),
+        ("license: ''", None, "unknown"),
+        ("license: Unknown", None, "unknown"),
+        ("license: unlicensed", None, "unknown"),
         ("tags: []", None, "unknown"),
     ],
 )
@@ -220,6 +357,16 @@ def test_licences(tmp_path, card, licence, said):
     found = licence_of(tmp_path)
     assert found[0] == licence
     assert said in found[1]
+
+
+def test_the_card_of_a_graph_loads_the_graph(work, tmp_path):
+    shutil.copy(work / "small/README.md", tmp_path)
+    show_graph(tmp_path, "onnx/model.onnx")
+    card = (tmp_path / "README.md").read_text()
+    assert 'InferenceSession("FOLDER/onnx/model.onnx")' in card
+    assert "import a3" not in card
+    assert "\n## Licence and provenance\n" in card
+    assert is_own_card(tmp_path / "README.md")
 
 
 def test_a_licence_is_added_to_the_card_and_its_record(work, hub, tmp_path, capsys):

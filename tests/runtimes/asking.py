@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ CONVERTERS = {
 def home_of(runtime):
     """The environment of a runtime; the test is skipped, or fails, where it could not be had."""
     home = ENVIRONMENTS / runtime
+    # Nothing installs node, so nobody can require it.
+    if runtime == "transformers-js" and not all(map(shutil.which, ("node", "npm"))):
+        pytest.skip(f"no {runtime}: no node or npm here")
     if not (home / ".ready").exists():
         missing = ENVIRONMENTS / f"{runtime}.missing"
         why = missing.read_text().strip() if missing.exists() else "make test-runtimes makes it"

@@ -100,6 +100,18 @@ def test_float16_and_weights_in_a_file_of_their_own(exported, tmp_path, name):
     np.testing.assert_allclose(ours["logits"], theirs["logits"], atol=1e-3)
 
 
+def test_nothing_but_records_names_a_path_of_this_machine(exported):
+    of, outs, _ = exported
+    for name in (*MODELS, *DENSE):
+        files = [path for path in outs[name].iterdir() if path.is_file()]
+        small = {path.name: path.read_text() for path in files if path.name != "export.json"}
+        small.pop("source.json", None)
+        assert not [one for one, text in small.items() if str(of[name].parent) in text]
+    card = (outs["llama"] / "README.md").read_text()
+    assert 'InferenceSession("FOLDER/onnx/model.onnx")' in card
+    assert "AutoModelForCausalLM" not in card
+
+
 def test_a_graph_that_differs_is_not_left(exported):
     _, outs, said = exported
     assert "differ from the model's by" in said["strict"]

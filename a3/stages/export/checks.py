@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,18 +37,23 @@ ROUGH = 0.05
 CODE = (attention_a3, modeling_a3, own_attention_a3)
 
 # Licences that forbid to share what was made from the model.
-NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
+NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)|no[-_ ]?deriv")
 
-NON_COMMERCIAL = re.compile(r"(^|-)nc(-|$)")
+NON_COMMERCIAL = re.compile(r"(^|[-_. ])nc([-_. ]|$)|non[-_ ]?commercial")
+
+# What cards say in place of a licence.
+NO_LICENCE = ("", "unknown", "unlicensed", "none")
 
 
-def check_folder(folder: Path, dtype: str, device: str) -> list[tuple[str, str]]:
+def check_folder(
+    folder: Path, dtype: str, device: str, upload: bool = False
+) -> list[tuple[str, str]]:
     """What was checked of a dense, compressed or exported folder: (name, finding) in reading order.
 
     Every recorded file is hashed, the model loaded in `dtype` on `device`, texts tokenised and
     written back, and tokens generated with the cache and compared to a run without it. Code of the
-    folder does not run: it is compared to a3's own, which the model then runs. Raises A3Error for
-    the first check that fails.
+    folder does not run: it is compared to a3's own, which the model then runs. For an `upload` it
+    has to be equal. Raises A3Error for the first check that fails.
     """
     files = whole(folder)
     if not has_tokenizer(folder):
@@ -57,7 +63,7 @@ def check_folder(folder: Path, dtype: str, device: str) -> list[tuple[str, str]]
     return [
         ("files", files),
         ("loads", count),
-        ("alone", code(folder, type(model).__name__)),
+        ("alone", code(folder, upload)),
         ("tokenises", tokenises(folder, tokenizer)),
         ("generates", generates(folder, model, tokenizer, dtype)),
     ]
@@ -73,29 +79,45 @@ def whole(folder: Path) -> str:
     return f"{len(recorded)} as {name} recorded them"
 
 
-def code(folder: Path, name: str) -> str:
+def code(folder: Path, upload: bool) -> str:
     """Compares the code in a folder, by which transformers loads it without a3, to a3's own.
 
-    `name` is the class that has loaded the folder. Raises A3Error if auto_map names other classes.
+    Raises A3Error if auto_map is not as a3 writes it, or if code that others would run (`upload`)
+    is not what was tried.
     """
     said: dict[str, Any] = read_json(folder / "config.json")
     if "a3" not in said:
         return "an ordinary checkpoint, which needs no a3"
     if "quantised" in said["a3"]:
         return "needs `import a3`, which simulates its low precision"
-    named = said.get("auto_map", {}).get("AutoModelForCausalLM", "")
-    expected = f"{Path(str(modeling_a3.__file__)).stem}.{name}"
+    stem = Path(str(modeling_a3.__file__)).stem
+    classes = modeling_a3.classes(said["a3"]["family"])
+    expected = {auto: f"{stem}.{own.__name__}" for auto, own in classes.items()}
+    named = said.get("auto_map") or {}
     if named != expected:
+        foreign = {auto: one for auto, one in named.items() if one != expected.get(auto)}
+        missing = {auto: one for auto, one in expected.items() if one != named.get(auto)}
         raise A3Error(
-            f"{folder / 'config.json'}: auto_map names {named or 'no model'}, expected {expected}. "
-            "Build the folder again."
+            f"{folder / 'config.json'}: auto_map names {in_words(foreign)}, expected "
+            f"{in_words(missing)}. Build the folder again."
         )
     own = {Path(str(module.__file__)) for module in CODE}
     if lost := sorted(path.name for path in own if not (folder / path.name).is_file()):
         raise A3Error(f"{folder}: its code {', '.join(lost)} is missing. Build the folder again.")
     if other := sorted(p.name for p in own if sha256(folder / p.name) != sha256(p)):
-        return f"not tried: {', '.join(other)} in it is of another version of a3"
+        found = f"{', '.join(other)} in it is of another version of a3"
+        if upload:
+            raise A3Error(
+                f"{folder}: {found}, so it was not tried. Build the folder again, or upload it "
+                "with the a3 that made it."
+            )
+        return f"not tried: {found}, so it would not be uploaded"
     return "with trust_remote_code=True its code runs, which equals that of this a3"
+
+
+def in_words(classes: dict[str, Any]) -> str:
+    """Classes of an auto_map."""
+    return ", ".join(f"{own} for {auto}" for auto, own in classes.items()) or "nothing more"
 
 
 def tokenises(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,8 +136,19 @@ def tokenises(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
                 f"back, {back!r}, as others. Save the model's own tokenizer there."
             )
         tried += 1
+    if not tried:
+        raise A3Error(
+            f"{folder}: its tokenizer has an unknown token in each of {len(TEXTS)} texts, expected "
+            "one at least that it can write. Save the model's own tokenizer there."
+        )
     if tokenizer.chat_template:
-        tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
+        except TemplateError as error:
+            raise A3Error(
+                f"{folder}: its chat template fails on a message of a user "
+                f"({type(error).__name__}: {error}). Save the model's own chat template there."
+            ) from error
     chat = ", and its chat template" if tokenizer.chat_template else ""
     return f"{tried} texts, there and back{chat}"
 
@@ -156,23 +189,33 @@ def require_same(folder: Path, cached: Tensor, at_once: Tensor, rounding: float)
 def licence_of(folder: Path) -> tuple[str | None, str]:
     """The licence that a folder's card names, None if it may not be shared, and what to say of it.
 
-    A licence called "other" counts where its name or text is there.
+    Its name is in lower case, several ones with commas between them. A licence called "other"
+    counts where its name or text is there.
     """
     said = front_matter(folder / CARD)
     found = said.get("license")
-    name = ", ".join(found) if isinstance(found, list) else found
+    items = found if isinstance(found, list) else [found]
+    names = [one.strip().lower() for one in items if isinstance(one, str)]
+    title = str(said.get("license_name") or "").strip()
     text = any(folder.glob("LICENSE*")) or said.get("license_link")
-    if not isinstance(name, str) or (name == "other" and not (text or said.get("license_name"))):
+    named = title.lower() not in NO_LICENCE
+    if (
+        not names
+        or len(names) < len(items)
+        or any(one in NO_LICENCE for one in names)
+        or ("other" in names and not (text or named))
+    ):
         return (
             None,
             "unknown: the card names none. Look it up, and add it: a3 card FOLDER --licence NAME",
         )
-    called = f"{name} ({said['license_name']})" if said.get("license_name") else name
-    if NO_DERIVATIVES.search(name):
+    name = ", ".join(names)
+    called = f"{name} ({title})" if title else name
+    if any(NO_DERIVATIVES.search(one) for one in (*names, title.lower())):
         return None, f"{called}: forbids to share what was made from the model"
-    if NON_COMMERCIAL.search(name):
+    if any(NON_COMMERCIAL.search(one) for one in (*names, title.lower())):
         return name, f"{called}: not for commercial use"
-    if name.startswith("llama"):
+    if any(one.startswith("llama") for one in names):
         return name, f"{called}: asks for a name that begins with Llama, and “Built with Llama”"
     return name, called
 

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from a3.artifacts.card import show_graph
 from a3.artifacts.targets import ONNX
 from a3.core.dtypes import GRAPH_TYPES
 from a3.core.errors import A3Error
@@ -24,6 +23,7 @@ from a3.models.load import load_model
 from a3.models.travel import bring
 from a3.stages.export.decoder import Slot, slots_of
 from a3.stages.export.onnx_check import furthest
+from a3.stages.export.onnx_config import config_of
 from a3.stages.export.onnx_graph import write_graph
 
 # Where transformers.js looks for the graph of each type, and how it calls the type.
@@ -64,37 +64,13 @@ def export_onnx(folder: Path, out: Path, type_: str) -> None:
         content = config_of(model, slots, name, said, outside)
         (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         bring(folder, made, "config.json", "timing.json", *RECORDS)
+        show_graph(made, f"{FOLDER}/{name}")
         write_record(made / "export.json", record_of(folder, made, type_, slots, error))
     LOG.info(
         f"export: {FOLDER}/{name}; in onnxruntime its logits are the model's to {error:.1g} of "
         f"their range, through the cache, too. KV cache: {cache_bytes(slots, type_):,} bytes a "
         "token."
     )
-
-
-def config_of(
-    model: PreTrainedModel, slots: list[Slot], name: str, said: str, outside: bool
-) -> dict[str, Any]:
-    """The content of config.json: the family's, with what transformers.js needs.
-
-    A head size that all layers have for keys and values is the config's, too, since older decoders
-    make an empty cache by it; where sizes differ, the graph's inputs say them.
-    """
-    content = json.loads(model.config.to_json_string(use_diff=False))
-    if a3 := content.pop("a3", None):
-        content["model_type"] = a3["family"]
-        content["architectures"] = [type(model).__name__.removeprefix("A3")]
-    content.pop("auto_map", None)
-    sizes = {size for slot in slots for size in (slot.key, slot.value)}
-    if len(sizes) == 1 and "head_dim" in content:
-        content["head_dim"] = sizes.pop()
-    content["transformers.js_config"] = {
-        "dtype": said,
-        "kv_cache_dtype": {"fp16": "float16"},
-    }
-    if outside:
-        content["transformers.js_config"]["use_external_data_format"] = {name: True}
-    return content
 
 
 def record_of(

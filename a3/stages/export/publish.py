@@ -1,12 +1,13 @@
 """a3 publish: checks a folder, and uploads it to a hub or says what would be uploaded."""
 
 import hashlib
-import json
+import socket
+import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -20,45 +21,63 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
-from a3.artifacts.card import ADDRESS, own_text, sign
 from a3.core.errors import A3Error
 from a3.core.files import (
-    HIDDEN_SEAL,
     RECORDS,
-    SEAL,
-    read_json,
     read_record,
-    seal_folder,
     sha256,
-    write_json,
-    write_record,
 )
 from a3.core.progress import LOG
 from a3.models.checkpoint import CARD, recorded_files
-from a3.models.inputs import TEMPLATES, files_of, is_model_file
 from a3.stages.export.checks import card_of, check_folder, licence_of
+from a3.stages.export.sharing import files_to_share, rewritten
 
 Result = TypeVar("Result")
 
+# Errors of the network among Python's errors of the operating system; others are of files here.
+UNREACHED = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError, LocalEntryNotFoundError)
+
 # The hub makes this file itself.
 OF_HUB = (".gitattributes",)
+
+# What loaders of models read.
+READ_BY_LOADERS = (
+    *(".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt"),
+    *(".gguf", ".onnx", ".pt", ".pth", ".h5", ".msgpack"),
+)
+
+# Bytes; the hub keeps larger files outside of git (it takes 10 MB in it).
+LARGEST_REGULAR = 2**26
 
 # Lines of the card that are shown.
 HEAD = 14
 
 
+class Hashes(NamedTuple):
+    """Of a file: SHA-256, and git's SHA-1 if the hub may keep the file in git itself."""
+
+    sha256: str
+    git: str | None
+
+
 @dataclass(frozen=True)
 class There:
-    """A repository as it is: its commit, and its files; `private` None if it does not exist."""
+    """A repository as it is: its commit, and its files; `private` None if it does not exist.
+
+    `made_of` is the SHA-256 of the weights that its model was made of, None if no record of a3 in
+    it says so.
+    """
 
     private: bool | None = None
     commit: str | None = None
     files: tuple[str, ...] = ()
+    made_of: str | None = None
 
 
 def publish(
@@ -74,24 +93,27 @@ def publish(
     """Check a compressed or exported folder and, with `upload`, put it into a hub's repository.
 
     Yields what was found and done, a line each. The repository is made if it does not exist,
-    `private` or not; all files come in one commit, after which the hub's hashes are compared to
-    the folder's. Other files of a model in the repository are an error, or deleted with `replace`.
+    `private` or not, and one that is public cannot be asked to be private; all files come in one
+    commit, after which the hub's hashes are compared to those that were checked. Files of another
+    model in the repository are an error, or overwritten and deleted with `replace`.
     In the uploaded card the example names `repo`, and records name no path of this machine. Raises
     A3Error if a check fails, and for an upload if the licence is unknown or forbids it, or the hub
     refuses it.
     """
     api = HfApi()
     there = call(repo, lambda: look(api, repo), "asked") if upload else asked(api, repo)
-    for name, said in check_folder(folder, dtype, device):
+    if private and there is not None and there.private is False:
+        raise A3Error(f"{repo}: is public. Make it private first, or leave out --private.")
+    for name, said in check_folder(folder, dtype, device, upload):
         yield f"{name:<10} {said}"
     licence, said = licence_of(folder)
     yield f"{'card':<10} {card_of(folder)}"
     yield f"{'licence':<10} {said}"
     with tempfile.TemporaryDirectory(prefix="a3-publish-") as work:
         files, left = files_to_share(folder)
-        copies, hidden = rewritten(folder, repo, Path(work))
+        copies, hidden = rewritten(folder, repo, Path(work), files)
         files |= copies
-        gone = leftover(there, files)
+        gone = leftover(there, files, origin_in(folder))
         yield from listed(folder, files, left)
         if hidden:
             yield f"{'hides':<10} {shown(hidden)}: records name a path's last part only"
@@ -101,70 +123,16 @@ def publish(
             raise A3Error(f"{folder / CARD}: licence {said}. Not uploaded.")
         if gone and not replace and upload:
             raise A3Error(
-                f"{repo}: has files of another model: {shown(gone)}. Delete them with --replace, "
+                f"{repo}: has files of another model: {shown(gone)}. Replace them with --replace, "
                 "or name another repository."
             )
         if not upload:
             yield f"Nothing was uploaded. `a3 publish {folder} {repo} --upload` does."
             return
-        commit = send(api, repo, files, gone, there, private)
-        verify(api, repo, commit, files)
+        hashes = hashes_of(folder, files, copies)
+        commit = send(api, repo, files, gone, there, private, hashes)
+        verify(api, repo, commit, hashes)
     yield f"Uploaded {len(files)} files: {api.endpoint}/{repo}, commit {commit}"
-
-
-def files_to_share(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files of a folder to upload by their names in it, and names of those left out.
-
-    With a record, these are the files that it names; else those that a3 reads of a model.
-    """
-    paths = {path.relative_to(folder).as_posix(): path for path in files_of(folder)}
-    recorded = recorded_files(folder)
-    named = {*recorded, *RECORDS, HIDDEN_SEAL}
-
-    def shared(name: str, path: Path) -> bool:
-        if recorded:
-            return name in named
-        return is_model_file(path) or name.startswith(f"{TEMPLATES}/") or name.endswith("_a3.py")
-
-    files = {name: path for name, path in paths.items() if shared(name, path)}
-    return files, sorted(paths.keys() - files.keys())
-
-
-def rewritten(folder: Path, repo: str, work: Path) -> tuple[dict[str, Path], list[str]]:
-    """Copies in `work` of what is uploaded in other words, by name; and the paths that they hide.
-
-    The card's example names `repo`, if the card is a3's. Records name a path of this machine by
-    its last part only. Records and seal have the hashes of these copies.
-    """
-    hidden: list[str] = []
-    if (text := own_text(folder / CARD)) is not None:
-        text = text.replace(ADDRESS, json.dumps(repo))
-        (work / CARD).write_text(text + sign(text))
-    if (folder / "source.json").exists():
-        write_json(work / "source.json", without_paths(read_json(folder / "source.json"), hidden))
-    files = {path.name: sha256(path) for path in work.iterdir()}
-    for name in RECORDS:
-        if (folder / name).exists():
-            record = without_paths(read_record(folder / name), hidden)
-            known = {one: files.get(one, found) for one, found in record["files"].items()}
-            own = {key: value for key, value in record.items() if key != SEAL}
-            write_record(work / name, own | {"files": known})
-            if (folder / HIDDEN_SEAL).exists():
-                seal_folder(work, name)
-            break
-    return {path.name: path for path in work.iterdir()}, sorted(set(hidden))
-
-
-def without_paths(value: Any, hidden: list[str]) -> Any:
-    """A JSON value with the last part of each path of this machine, which `hidden` collects."""
-    if isinstance(value, dict):
-        return {key: without_paths(one, hidden) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without_paths(one, hidden) for one in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        hidden.append(value)
-        return Path(value).name
-    return value
 
 
 def listed(folder: Path, files: dict[str, Path], left: list[str]) -> Iterator[str]:
@@ -174,7 +142,7 @@ def listed(folder: Path, files: dict[str, Path], left: list[str]) -> Iterator[st
     width = max(map(len, sizes))
     yield from (f"  {name:<{width}}  {size(count):>9}" for name, count in sizes.items())
     if left:
-        yield f"{'stays':<10} {shown(left)}, which no record names as the model's"
+        yield f"{'stays':<10} {shown(left)}: not shared"
 
 
 def card_head(card: Path) -> Iterator[str]:
@@ -207,7 +175,21 @@ def look(api: HfApi, repo: str) -> There:
     except RepositoryNotFoundError:
         return There()
     names = tuple(one.rfilename for one in found.siblings or [])
-    return There(bool(found.private), found.sha, names)
+    return There(bool(found.private), found.sha, names, origin_there(api, repo, found.sha, names))
+
+
+def origin_there(api: HfApi, repo: str, commit: str | None, names: tuple[str, ...]) -> str | None:
+    """As `origin_of`, of a repository's record at a commit."""
+    name = next((name for name in RECORDS if name in names), None)
+    if name is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="a3-publish-") as work:
+        path = Path(api.hf_hub_download(repo, name, revision=commit, local_dir=work))
+        # Another program's file of this name says nothing of a3's models.
+        try:
+            return origin_of(read_record(path))
+        except A3Error:
+            return None
 
 
 def asked(api: HfApi, repo: str) -> There | None:
@@ -221,11 +203,35 @@ def asked(api: HfApi, repo: str) -> There | None:
         return None
 
 
-def leftover(there: There | None, files: dict[str, Path]) -> list[str]:
-    """Files in the repository that the folder lacks, and that loaders would read."""
-    others = [] if there is None else sorted(set(there.files) - files.keys() - {*OF_HUB})
-    ends = (".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt")
-    return [name for name in others if name.endswith(ends)]
+def leftover(there: There | None, files: dict[str, Path], made_of: str | None) -> list[str]:
+    """Files in the repository that loaders would read, and that are another model's.
+
+    These are the files that the folder lacks. Weights and config that both have count, too, unless
+    both models are made of the same weights, whose SHA-256 is `made_of`.
+    """
+    if there is None:
+        return []
+    same = made_of is not None and there.made_of == made_of
+    others = {name for name in there.files if name not in OF_HUB and name not in files}
+    if not same:
+        both = files.keys() & {*there.files}
+        others |= {one for one in both if one == "config.json" or one.endswith(".safetensors")}
+    return sorted(name for name in others if name.lower().endswith(READ_BY_LOADERS))
+
+
+def origin_of(record: dict[str, Any]) -> str | None:
+    """SHA-256 of the weights of which a record's model was made; None if it does not say so."""
+    base, made = record.get("base"), record.get("provenance")
+    if isinstance(base, dict):
+        return base.get("weights_sha256")
+    found = made.get("checkpoint_sha256") if isinstance(made, dict) else None
+    return found or record.get("weights_sha256")
+
+
+def origin_in(folder: Path) -> str | None:
+    """As `origin_of`, of the record in a folder."""
+    found = next((folder / name for name in RECORDS if (folder / name).exists()), None)
+    return None if found is None else origin_of(read_record(found))
 
 
 def plan_of(repo: str, there: There | None, gone: list[str], private: bool, replace: bool) -> str:
@@ -238,7 +244,7 @@ def plan_of(repo: str, there: There | None, gone: list[str], private: bool, repl
     said = f"{repo}: exists, {kind}, with {len(there.files)} files; one commit replaces them"
     if not gone:
         return said
-    return f"{said}; {'deletes' if replace else 'needs --replace to delete'} {shown(gone)}"
+    return f"{said}; {'replaces' if replace else 'needs --replace for'} {shown(gone)}"
 
 
 def send(
@@ -248,16 +254,27 @@ def send(
     gone: list[str],
     there: There | None,
     private: bool,
+    hashes: dict[str, Hashes],
 ) -> str:
-    """Make the repository where needed and upload all files in one commit; returns its hash."""
-    operations: list[Any] = [CommitOperationDelete(name) for name in gone]
-    operations += [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    """Make the repository where needed and upload all files in one commit; returns its hash.
+
+    Raises A3Error if a file is not the one that was checked.
+    """
+    added = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+    for one in added:
+        if one.upload_info.sha256.hex() != hashes[one.path_in_repo].sha256:
+            raise A3Error(
+                f"{files[one.path_in_repo]}: changed since it was checked. Not uploaded; run it "
+                "again."
+            )
+    removed = [CommitOperationDelete(name) for name in gone if name not in files]
+    operations: list[Any] = [*removed, *added]
     # Another's commit meanwhile is an error.
     parent = there.commit if there is not None else None
 
     def commit() -> str:
         if there is None or there.private is None:
-            api.create_repo(repo, private=private, exist_ok=True)
+            api.create_repo(repo, private=private, exist_ok=False)
         done = api.create_commit(
             repo, operations, commit_message="Upload with a3 publish", parent_commit=parent
         )
@@ -266,18 +283,33 @@ def send(
     return call(repo, commit, "written")
 
 
-def verify(api: HfApi, repo: str, commit: str, files: dict[str, Path]) -> None:
-    """Raise A3Error unless the hub's hashes at `commit` are those of the files."""
+def hashes_of(folder: Path, files: dict[str, Path], copies: dict[str, Path]) -> dict[str, Hashes]:
+    """The hashes of the files as they were checked: those of the folder's record, where it has any.
+
+    The record's are not of the `copies`, which say the same in other words.
+    """
+    recorded = {name: one for name, one in recorded_files(folder).items() if name not in copies}
+    return {
+        name: Hashes(
+            recorded.get(name) or sha256(path),
+            git_hash(path) if path.stat().st_size <= LARGEST_REGULAR else None,
+        )
+        for name, path in files.items()
+    }
+
+
+def verify(api: HfApi, repo: str, commit: str, hashes: dict[str, Hashes]) -> None:
+    """Raise A3Error unless the hub's hashes at `commit` are these."""
 
     def tree() -> dict[str, RepoFile]:
         found = api.list_repo_tree(repo, recursive=True, revision=commit)
         return {one.path: one for one in found if isinstance(one, RepoFile)}
 
     found = call(repo, tree, "asked")
-    for name, path in files.items():
+    for name, known in hashes.items():
         there = found.get(name)
         whole = there is not None and (
-            there.lfs.sha256 == sha256(path) if there.lfs else there.blob_id == git_hash(path)
+            there.lfs.sha256 == known.sha256 if there.lfs else there.blob_id == known.git
         )
         if not whole:
             raise A3Error(
@@ -306,7 +338,8 @@ def call(repo: str, do: Callable[[], Result], what: str) -> Result:
         raise A3Error(f"{where}: no token. {token}.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = (error.server_message or str(error)).strip().splitlines()[0]
+        lines = (error.server_message or str(error)).strip().splitlines()
+        said = lines[0] if lines else "no message"
         if status in (401, 403):
             raise A3Error(f"{where}: may not be {what} ({status}: {said}). {token}.") from error
         if status in (409, 412):
@@ -316,9 +349,15 @@ def call(repo: str, do: Callable[[], Result], what: str) -> Result:
     except ValueError as error:
         said = str(error).strip().replace("\n", " ")
         raise A3Error(f"{where}: not {what}: {said}") from error
-    except (HTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, *UNREACHED, RuntimeError) as error:
         cause = error.__cause__ or error
         raise A3Error(
             f"{where}: {constants.ENDPOINT} cannot be reached "
             f"({type(cause).__name__}: {cause}). Run it again; what has arrived is kept."
+        ) from error
+    except OSError as error:
+        here = error.filename or "a file of this machine"
+        raise A3Error(
+            f"{here}: {error.strerror or error}, so {repo} was not {what}. Look at it, and run it "
+            "again."
         ) from error
