@@ -177,7 +177,9 @@ def sign(text: str) -> str:
 
 
 def own_text(card: Path) -> str | None:
-    """A card's text without its last line, if a3 wrote it and nobody has changed it since."""
+    """A card's text without its last line, if there is one that a3 wrote and nobody has changed."""
+    if not card.is_file():
+        return None
     text, mark, _ = card.read_text(errors="replace").rpartition(sign("").split("SHA")[0])
     return text if mark and card.read_bytes() == (text + sign(text)).encode() else None
 
@@ -196,7 +198,7 @@ def show_graph(folder: Path, graph: str) -> None:
 
     `graph` is the graph's path in the folder.
     """
-    text = own_text(folder / CARD) if (folder / CARD).exists() else None
+    text = own_text(folder / CARD)
     if text is not None:
         before, title, after = text.partition("\n## Use\n")
         example = USE_GRAPH.format(graph=graph)

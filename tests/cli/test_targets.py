@@ -31,6 +31,7 @@ COMMANDS = {
     "collect": ([M, "--text", D], M, "v_blocks.safetensors"),
     "merge": (["rx/v_blocks.safetensors"], "rx/v_blocks.safetensors", "v_blocks.safetensors"),
     "losses": ([M, "--rxx", RX, "--preset", "a3-plus"], M, ".safetensors"),
+    "frontier": ([M, "--rxx", RX, "--text", D], M, ".json"),
     "allocate": ([M, "--rxx", RX, "--mlp", "obs~", "--ratio", "0.2"], M, ".json"),
     "approx": ([M, "--rxx", RX, "--ratio", "0.2"], M, ""),
     "approx --shard": ([M, "--rxx", RX, "--ratio", "0.2", "--shard", "0of1"], M, ".safetensors"),
