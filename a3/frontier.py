@@ -60,7 +60,6 @@ def frontier(
             f"marked {SHARED}, or {DENSE}."
         )
     scratch = out.absolute().parent
-    scratch.mkdir(parents=True, exist_ok=True)
     with known_losses(model_folder, rxx_folder, plan, losses, device, scratch) as known:
         allocator = Allocator(model_folder, rxx_folder, plan, losses=known, device=device)
         trials = Trials(model_folder, rxx_folder, text, allocator, known, device, scratch)

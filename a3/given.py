@@ -224,7 +224,7 @@ def size_of(
     if ratio is not None:
         raise A3Error("ratio: a target takes the place of a ratio. Give one of them.")
     target = Target.of(words)
-    return str(target), "a3-stock" if target.type else "a3-plus"
+    return str(target), target.preset
 
 
 def kinds_of(preset: str, modes: Mapping[str, str | None]) -> list[str]:

@@ -171,9 +171,10 @@ def known_losses(
     scratch: Path,
 ) -> Iterator[list[Path]]:
     """Files of the losses by rank, so that no trial computes them again: those given, or new ones
-    in a temporary folder in `scratch`.
+    in a temporary folder in `scratch`, which is made if it is missing.
     """
     modes = eliminating({component: choice.name for component, choice in plan.choices.items()})
+    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial.", dir=scratch) as name:
         if not losses and modes:
             losses = [Path(name, "losses.safetensors")]
@@ -209,7 +210,6 @@ def allocate_within(
             "--text, or take a3 compress."
         )
     scratch = out.absolute().parent
-    scratch.mkdir(parents=True, exist_ok=True)
     with known_losses(model_folder, rxx_folder, plan, losses, device, scratch) as known:
 
         def within_loss(allocator: Allocator) -> Found:

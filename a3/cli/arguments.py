@@ -246,7 +246,7 @@ def with_target(options: dict[str, Any]) -> dict[str, Any]:
         named = ", ".join(f"--{NAMES[name]}" for name, word in said.items() if word is not None)
         raise A3Error(f"--ratio beside {named}: a target takes the place of a ratio. Give one.")
     target = Target.of(said)
-    preset = PRESETS["a3-stock" if target.type else "a3-plus"]
+    preset = PRESETS[target.preset]
     modes = {
         one: preset[one] if isinstance(options[one], Default) else options[one]
         for one in COMPONENTS

@@ -54,6 +54,11 @@ class Target:
     flops: Decimal | None = None
     max_loss: Decimal | None = None
 
+    @property
+    def preset(self) -> str:
+        """The preset whose modes fit, where none is named: llama.cpp wants one size of heads."""
+        return "a3-stock" if self.type else "a3-plus"
+
     @classmethod
     def of(cls, said: Mapping[str, str | None]) -> Self:
         """The target of option values as a user spells them, by field; A3Error for a wrong one."""

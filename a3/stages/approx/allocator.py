@@ -1,8 +1,9 @@
 """The losses of a model's components by rank, and the ranks that lose least within limits."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.solutions.modes import EXPERTS, ONE_SIZE, eliminating, find_mode
-from a3.solutions.plan import Plan, least_rank
+from a3.solutions.plan import Plan
 from a3.stages.approx.budget import (
     Amounts,
     Curve,
@@ -42,6 +43,10 @@ from a3.stages.approx.statistics import read_statistics
 
 # How finely the ratio is found at which a loss is predicted: so many halvings.
 HALVINGS = 10
+
+
+# Ranks, the full one first, and what one unit of a component has at each, by quantity.
+Sizes: TypeAlias = tuple[Tensor, dict[str, Tensor]]
 
 
 class Allocator:
@@ -80,10 +85,10 @@ class Allocator:
         solver = LayerSolver(
             arch, dense, self.statistics, eliminating(modes), self.even, device=device
         )
-        found = eliminations_of(solver, losses)
-        curves = [one for layer in found for one in curves_of(arch, layer, found[layer], plan)]
+        found, sizes = eliminations_of(solver, losses), sizes_of(arch, plan)
+        curves = [one for layer in found for one in curves_of(layer, found[layer], sizes)]
         if modes.get("qk") in ONE_SIZE:
-            curves.append(curve_of_model(arch, solver.of_model(modes["qk"]), plan))
+            curves.append(curve_of_model(arch, solver.of_model(modes["qk"]), sizes))
         self.curves, self.joined = curves, together(curves, uniform, plan.one_size)
         self.full = cost(curves, [arch.full_rank(curve.components[0]) for curve in curves])
         if file_bytes is None:
@@ -100,15 +105,17 @@ class Allocator:
         limited = (PARAMETERS,) if self.plan.one_size else (PARAMETERS, CACHED)
         if ratio is None:
             # Ranks of a ratio need not be among those that a curve may have.
-            left = [self.of_even(curve) for curve in self.curves]
+            places = Counter(curve.components[0] for curve in self.curves for _ in curve.places)
+            left = [
+                {key: count * cost for key, cost in self.of_even(component).items()}
+                for component, count in places.items()
+            ]
             return {key: round(sum(one[key].item() for one in left)) for key in limited}
         return {key: (1 - ratio) * self.full[key] for key in limited}
 
-    def of_even(self, curve: Curve) -> dict[str, Tensor]:
-        """What a curve's component has at the rank that the ratio leaves everywhere."""
-        (component,) = curve.components
-        even = torch.tensor([self.even[component]])
-        return costs_of(self.arch, component, len(curve.places), even)
+    def of_even(self, component: str) -> dict[str, Tensor]:
+        """What one unit of a component has at the rank that the ratio leaves everywhere."""
+        return costs_of(self.arch, component, torch.tensor([self.even[component]]))
 
     def asked(self) -> Amounts:
         """The limits of the plan's target, to what its curves' components have."""
@@ -189,18 +196,18 @@ class Allocator:
 
     def record(self, chosen: list[int], limits: Amounts) -> dict[str, Any]:
         """What a file of allocated ranks says of ranks of `joined`."""
-        spent, even = cost(self.joined, chosen), self.evenly(chosen)
+        spent, even, ranks = cost(self.joined, chosen), self.evenly(chosen), self.ranks(chosen)
         return {
             "modes": {component: str(choice) for component, choice in self.plan.shared.items()},
             "uniform_ranks": self.even,
             "multiple": self.plan.multiple,
             "uniform": list(self.uniform),
-            "ranks": self.ranks(chosen),
+            "ranks": ranks,
             "budget": limits,
             "spent": {key: spent[key] for key in {PARAMETERS: 0, CACHED: 0} | limits},
             "predicted_nll": self.predicted(chosen),
             "predicted_nll_uniform": sum(map(at, self.curves, even)),
-            "explained": explained(self.curves, self.ranks(chosen), even),
+            "explained": explained(self.curves, ranks, even),
             "weights_sha256": self.arch.weights_sha256,
         }
 
@@ -243,31 +250,36 @@ def by_layer(component: str, ranks: dict[Place, int], arch: Arch) -> list[int] |
     return [ranks.get((layer, None), full) for layer in layers]
 
 
+def sizes_of(arch: Arch, plan: Plan) -> dict[str, Sizes]:
+    """Of each shared component the ranks that it may have, and what one unit has at each."""
+    type_ = plan.target.type if plan.target else None
+    ranks = {one: torch.tensor(plan.allowed(arch, one)) for one in plan.shared}
+    return {one: (own, costs_of(arch, one, own, type_)) for one, own in ranks.items()}
+
+
 def curves_of(
-    arch: Arch, layer: int, found: dict[Unit, Elimination], plan: Plan
+    layer: int, found: dict[Unit, Elimination], sizes: dict[str, Sizes]
 ) -> Iterator[Curve]:
     """The loss of each shared unit of a layer by rank, from what its elimination found."""
     for unit, (_, losses, _) in found.items():
-        component, place = unit.partition(".")[0], (layer, expert_of(unit))
-        yield curve_of(arch, component, (place,), losses, plan)
+        component = unit.partition(".")[0]
+        yield curve_of(component, ((layer, expert_of(unit)),), losses, sizes)
 
 
-def curve_of_model(arch: Arch, found: Elimination, plan: Plan) -> Curve:
+def curve_of_model(arch: Arch, found: Elimination, sizes: dict[str, Sizes]) -> Curve:
     """The loss of QK by the one rank of all layers."""
     places = tuple((layer, None) for layer in range(arch.layers) if arch.drops_pairs(layer))
-    return curve_of(arch, "qk", places, found.losses, plan)
+    return curve_of("qk", places, found.losses, sizes)
 
 
 def curve_of(
-    arch: Arch, component: str, places: tuple[Place, ...], losses: Tensor, plan: Plan
+    component: str, places: tuple[Place, ...], losses: Tensor, sizes: dict[str, Sizes]
 ) -> Curve:
     """The loss of a component in some places by rank; `losses` as of an Elimination."""
-    full, least, step = arch.full_rank(component), least_rank(arch, component), plan.step(component)
-    ranks = full - (2 if component == "qk" else 1) * torch.arange(len(losses))
-    kept = ((ranks % step == 0) | (ranks == full)) & (ranks >= least)
-    type_ = plan.target.type if plan.target else None
-    costs = costs_of(arch, component, len(places), ranks[kept], type_)
-    return Curve((component,), places, ranks[kept], losses.cpu()[kept].double(), costs)
+    ranks, costs = sizes[component]
+    dropped = (ranks[0] - ranks) // (2 if component == "qk" else 1)
+    own = {key: len(places) * cost for key, cost in costs.items()}
+    return Curve((component,), places, ranks, losses.cpu()[dropped].double(), own)
 
 
 def require_shared(uniform: tuple[str, ...], plan: Plan, arch: Arch) -> None:

@@ -28,9 +28,9 @@ BESIDE_EXPERT = 512
 
 
 def costs_of(
-    arch: Arch, component: str, places: int, ranks: Tensor, type_: str | None = None
+    arch: Arch, component: str, ranks: Tensor, type_: str | None = None
 ) -> dict[str, Tensor]:
-    """What a component has at each of some ranks, in as many places: by quantity.
+    """What one unit of a component has at each of some ranks, by quantity: the same everywhere.
 
     Bytes are those of a GGUF file of `type_`, or of a folder.
     """
@@ -43,7 +43,7 @@ def costs_of(
         costs[BYTES] = torch.tensor(
             [gguf_bytes(arch, component, int(rank), type_) for rank in ranks], dtype=torch.float64
         )
-    return {key: places * cost for key, cost in costs.items()}
+    return costs
 
 
 def of_one_rank(arch: Arch, component: str) -> Amounts:
@@ -166,9 +166,8 @@ def require_within_reach(arch: Arch, plan: Plan, target: Target, file_bytes: int
     for component in plan.shared:
         ranks = torch.tensor(plan.allowed(arch, component))
         layers = sum(arch.solves(component, layer) for layer in range(arch.layers))
-        costs = costs_of(arch, component, layers * units(arch, component), ranks, target.type)
-        for key, cost in costs.items():
-            least[key] -= (cost[0] - cost.min()).item()
+        for key, cost in costs_of(arch, component, ranks, target.type).items():
+            least[key] -= layers * units(arch, component) * (cost[0] - cost.min()).item()
     wrong = [
         f"{words(key, limit, dense)} asked, {words(key, least[key], dense)} is the least"
         for key, limit in asked(target, dense).items()
