@@ -13,6 +13,13 @@ import time
 START = 'exec "$@" 3<&"$COMMANDS" 4>&"$ANSWERS"'
 OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 WAIT = 60
+# How readers see a page: width, height, scheme, and whether it is a phone.
+LOOKS = {
+    "light": (1280, 900, "light"),
+    "dark": (1280, 900, "dark"),
+    "phone": (390, 844, "light", True),
+    "phone-dark": (390, 844, "dark", True),
+}
 
 
 class Browser:
@@ -103,6 +110,15 @@ class Browser:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
+
+    def shown(self, page, look):
+        """Itself with a page as the reader of a look in LOOKS sees it, whose picture lies beside
+        the page.
+        """
+        self.look(*LOOKS[look])
+        self.open(page)
+        self.screenshot(page.with_name(f"{look}.png"))
+        return self
 
     def screenshot(self, path):
         """The whole page as PNG."""

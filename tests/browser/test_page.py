@@ -1,10 +1,9 @@
 """The report in a real browser: light, dark and on a phone; `make test-report` starts these."""
 
 import math
-import shutil
 
 import pytest
-from browser import Browser
+from browser import LOOKS
 from frontiers import frontier_record
 from test_tables import TASKS, TEXTS, change, digest, experiment, write, write_results
 from test_where import allocated
@@ -19,12 +18,6 @@ METHODS = ("rxx-w-rxx+xkv+rxx-w", "rxx-w-rxx-uniform+axkv+rxx", "svd-llm+svd-llm
 RATIOS = ("0.1", "0.2", "0.4")
 SEEDS = (0, 1)
 LAYERS = 12
-LOOKS = {
-    "light": (1280, 900, "light"),
-    "dark": (1280, 900, "dark"),
-    "phone": (390, 844, "light", True),
-    "phone-dark": (390, 844, "dark", True),
-}
 # Least contrast of text that WCAG 2 (AA) allows.
 CONTRAST = 4.5
 # Every element with text of its own: its contrast to the first background under it.
@@ -104,20 +97,10 @@ def report(tmp_path_factory):
     return out / "report.html"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    found = Browser(shutil.which("chromium"))
-    yield found
-    found.close()
-
-
 @pytest.fixture(params=LOOKS)
 def page(request, browser, report):
     """The report as one reader sees it; a picture of it lies beside it."""
-    browser.look(*LOOKS[request.param])
-    browser.open(report)
-    browser.screenshot(report.with_name(f"{request.param}.png"))
-    return browser
+    return browser.shown(report, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +114,7 @@ def card(tmp_path_factory):
 @pytest.fixture(params=LOOKS)
 def card_page(request, browser, card):
     """The page of a model as one reader sees it; a picture of it lies beside it."""
-    browser.look(*LOOKS[request.param])
-    browser.open(card)
-    browser.screenshot(card.with_name(f"{request.param}.png"))
-    return browser
+    return browser.shown(card, request.param)
 
 
 def require_quiet(page, path):

@@ -1,11 +1,9 @@
 """The panel of a frontier in a real browser: the slider moves what is read and the bars."""
 
-import shutil
-
 import pytest
-from browser import Browser
+from browser import LOOKS
 from frontiers import FULL, LAYERS, RATIOS, frontier_record
-from test_page import CONTRAST, CONTRASTS, LOOKS
+from test_page import CONTRAST, CONTRASTS
 
 from a3.core.files import write_record
 from a3.report.frontiers import frontier_page
@@ -31,13 +29,6 @@ KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35}
 
 
 @pytest.fixture(scope="module")
-def browser():
-    found = Browser(shutil.which("chromium"))
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slider")
     write_record(folder / "frontier.json", frontier_record("w"))
@@ -48,10 +39,7 @@ def written(tmp_path_factory):
 @pytest.fixture(params=LOOKS)
 def page(request, browser, written):
     """The page as one reader sees it; a picture of it lies beside it."""
-    browser.look(*LOOKS[request.param])
-    browser.open(written)
-    browser.screenshot(written.with_name(f"{request.param}.png"))
-    return browser
+    return browser.shown(written, request.param)
 
 
 @pytest.fixture

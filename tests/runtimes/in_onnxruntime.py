@@ -5,9 +5,10 @@ import glob
 import numpy as np
 import onnxruntime
 from answering import main
+from graphs import Cached
 
 
-class Graph:
+class Graph(Cached):
     """A folder of a3 export onnx in onnxruntime; empty caches are made by the graph's inputs."""
 
     version = f"onnxruntime {onnxruntime.__version__}"
@@ -28,23 +29,9 @@ class Graph:
                 dtype = np.float16 if "float16" in one.type else np.float32
                 self.past[name] = np.zeros((1, one.shape[1], 0, one.shape[3]), dtype)
 
-    def read(self, ids):
-        """Logits of tokens that follow."""
-        end = self.length + len(ids)
-        feed = {
-            "input_ids": np.array([ids]),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(self.length, end)[None],
-        }
-        feed = {name: value for name, value in feed.items() if name in self.inputs}
-        logits, *past = self.session.run(None, feed | self.past)
-        self.past = dict(zip(self.past, past, strict=True))
-        self.length = end
-        return logits[0]
-
-    def held(self):
-        """Bytes of the cache."""
-        return sum(value.nbytes for value in self.past.values())
+    def results(self, feed):
+        """The graph's results in their order."""
+        return self.session.run(None, feed)
 
 
 if __name__ == "__main__":

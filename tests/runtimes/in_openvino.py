@@ -5,9 +5,10 @@ import glob
 import numpy as np
 import openvino
 from answering import main
+from graphs import Cached
 
 
-class Graph:
+class Graph(Cached):
     """A folder of a3 export onnx in OpenVINO, in float32."""
 
     version = f"OpenVINO {openvino.__version__.split('-')[0]}"
@@ -17,36 +18,20 @@ class Graph:
         path = glob.glob(f"{folder}/onnx/*.onnx")[0]  # noqa: PTH207
         # Its own choice would be bfloat16 where the CPU has it.
         self.model = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        self.shapes = {one.any_name: one.partial_shape for one in self.model.inputs}
-        self.names = [one.any_name for one in self.model.outputs]
+        self.inputs = {one.any_name: one.partial_shape for one in self.model.inputs}
 
     def start(self):
         """Empty the cache."""
         self.length, self.past = 0, {}
-        for name, shape in self.shapes.items():
+        for name, shape in self.inputs.items():
             if name.startswith("past_key_values."):
                 sizes = (1, shape[1].get_length(), 0, shape[3].get_length())
                 self.past[name] = np.zeros(sizes, np.float32)
 
-    def read(self, ids):
-        """Logits of tokens that follow."""
-        end = self.length + len(ids)
-        feed = {
-            "input_ids": np.array([ids]),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(self.length, end)[None],
-        }
-        feed = {name: value for name, value in feed.items() if name in self.shapes}
-        # The results lie in memory that the next call writes to.
-        found = [value.copy() for value in self.model(feed | self.past).values()]
-        logits, *past = found
-        self.past = dict(zip(self.past, past, strict=True))
-        self.length = end
-        return logits[0]
-
-    def held(self):
-        """Bytes of the cache."""
-        return sum(value.nbytes for value in self.past.values())
+    def results(self, feed):
+        """The graph's results in their order."""
+        # They lie in memory that the next call writes to.
+        return [value.copy() for value in self.model(feed).values()]
 
 
 if __name__ == "__main__":
