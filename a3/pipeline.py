@@ -200,7 +200,7 @@ def finish(plan: Plan, work: Path, dev: dict[str, Few], settings: dict[str, Any]
     if result.is_dir():
         shutil.rmtree(result)  # of a killed call, which may have recorded half
     join(work / "model", layer_paths(work / "model", work / "layers"), result)
-    for line in check_kept(plan, work / "model", result):
+    for line in check_kept(work / "model", result):
         LOG.info(f"compress: {line}")
     # Modes that read no statistics are not fitted to the text.
     texts = (

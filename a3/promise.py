@@ -16,15 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
+from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.extras import require_installed
 from a3.core.files import read_record, write_record
 from a3.core.progress import LOG
 from a3.models.arch import load_arch
 from a3.models.load import load_tokenizer
+from a3.models.shape import Arch
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
-from a3.solutions.target import TRIAL_BLOCKS, TRIALS
+from a3.solutions.target import TRIAL_BLOCKS, TRIALS, Target, is_target
 from a3.stages.approx.allocate import Found, allocate
 from a3.stages.approx.allocator import Allocator
 from a3.stages.approx.approximate import approximate
@@ -61,7 +63,7 @@ AIM = 0.975
 def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
     """Bytes of the dense model's GGUF file where the target is one; A3Error as export refuses."""
     target = plan.target
-    if target is None or target.type is None:
+    if target is None or target.gguf is None:
         return None
     if not plan.one_size and {"qk", "ov"} & set(plan.shared):
         raise A3Error(
@@ -71,15 +73,16 @@ def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
     require_installed("gguf", "export")
     from a3.stages.export.gguf import gguf_bytes
 
-    return gguf_bytes(model_folder, target.type)
+    return gguf_bytes(model_folder, target.gguf)
 
 
 def check_target(plan: Plan, model_folder: Path) -> None:
     """Raise A3Error now, before anything long, for a target that cannot be met."""
     if plan.target is not None:
-        arch, file_bytes = load_arch(model_folder), file_bytes_of(plan, model_folder)
+        arch = plan.written(load_arch(model_folder))
+        file_bytes = file_bytes_of(plan, model_folder)
         if file_bytes is None:
-            file_bytes = folder_bytes(model_folder, arch)
+            file_bytes = folder_bytes(model_folder, arch, plan.stored)
         require_within_reach(arch, plan, plan.target, file_bytes)
 
 
@@ -280,35 +283,44 @@ def next_bound(tries: list[dict[str, Any]], most: float) -> float:
     return last["predicted"] * (AIM * most / upper(last)) ** (1 / power)
 
 
-def measured_amounts(plan: Plan, model_folder: Path, small: Path) -> dict[str, float]:
-    """What a compressed folder has of each quantity, counted in what was written."""
-    target, size = plan.target, read_record(small / "approx.json")["size"]
-    arch = load_arch(model_folder)
-    amounts = dense_amounts(arch, None)
-    share = size["compressed"]["kv_bytes_per_token"] / max(1, size["dense"]["kv_bytes_per_token"])
+def target_of(small: Path) -> Target | None:
+    """What was asked of a compressed folder, by its record."""
+    modes = read_record(small / "approx.json")["modes"].values()
+    sizes = [mode.partition("@")[2] for mode in modes]
+    return next((Target.parse(size) for size in sizes if is_target(size)), None)
+
+
+def measured_amounts(target: Target, arch: Arch, small: Path) -> dict[str, float]:
+    """What a compressed folder has of each quantity, counted in what was written.
+
+    `arch` is the dense model's.
+    """
+    size = read_record(small / "approx.json")["size"]
+    width = WIDTHS[target.stored or arch.dtype]
     found = {
         PARAMETERS: size["compressed"]["parameters"],
-        CACHED: share * amounts[CACHED],
+        CACHED: size["compressed"]["kv_bytes_per_token"] // width,
         FLOPS: size["compressed"]["flops_per_token"],
         BYTES: sum(path.stat().st_size for path in small.glob("*.safetensors")),
     }
-    if target is not None and target.type is not None:
+    if target.gguf is not None:
         require_installed("gguf", "export")
         from a3.stages.export.gguf import export_gguf
 
         with tempfile.TemporaryDirectory(prefix="trial.", dir=small.parent) as name:
-            export_gguf(small, Path(name, "small.gguf"), target.type)
+            export_gguf(small, Path(name, "small.gguf"), target.gguf)
             found[BYTES] = Path(name, "small.gguf").stat().st_size
     return found
 
 
-def check_kept(plan: Plan, model_folder: Path, small: Path) -> list[str]:
-    """What was asked of a model and what it has, in words; A3Error if it has more than that."""
-    target = plan.target
+def check_kept(model_folder: Path, small: Path) -> list[str]:
+    """What was asked of a compressed folder and what it has, in words; A3Error if it is more."""
+    target = target_of(small)
     if target is None:
         return []
-    dense = dense_amounts(load_arch(model_folder), None)
-    found, said = measured_amounts(plan, model_folder, small), []
+    arch = load_arch(model_folder)
+    dense = dense_amounts(arch, None)
+    found, said = measured_amounts(target, arch, small), []
     for key, limit in asked(target, dense).items():
         if found[key] > limit:
             raise A3Error(

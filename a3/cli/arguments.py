@@ -220,8 +220,9 @@ def add_target(one: argparse.ArgumentParser) -> None:
     said = {
         "fit": (
             "SIZE",
-            "bytes of its weights at most: 300MB, or 300MB:q8_0 of a GGUF file; with a target, "
-            "modes that are not named are those of a3-plus, or of a3-stock for a GGUF file",
+            "bytes of its weights at most: 300MB, 300MB:bfloat16 to write the folder in that "
+            "dtype, or 300MB:q8_0 of a GGUF file; with a target, modes that are not named are "
+            "those of a3-plus, or of a3-stock for a GGUF file",
         ),
         "params": ("N", "parameters at most: 100M"),
         "kv_cache": ("SHARE", "share of the dense model's KV cache at most: 0.5"),

@@ -141,11 +141,7 @@ def approx(
     solving: dict[str, Any] = {"losses": losses, "device": device}
     if shard is None:
         approximate(folder(model), rxx, plan, out, allocation, **solving)
-        if plan.target is not None:
-            from a3.promise import check_kept
-
-            for line in check_kept(plan, model, out):
-                LOG.info(f"approx: {line}")
+        say_kept("approx", model, out)
     else:
         approximate_shard(folder(model), rxx, plan, shard, out, allocation, **solving)
 
@@ -180,6 +176,15 @@ def gather(model: Path, shards: list[Path], out: Path) -> None:
     from a3.stages.approx.assemble import gather
 
     gather(folder(model), shards, out)
+    say_kept("gather", model, out)
+
+
+def say_kept(command: str, model: Path, out: Path) -> None:
+    """Say what a target asked of a folder, and what it has."""
+    from a3.promise import check_kept
+
+    for line in check_kept(model, out):
+        LOG.info(f"{command}: {line}")
 
 
 def add_gather(commands: Any) -> None:

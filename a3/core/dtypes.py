@@ -22,5 +22,8 @@ GGUF_BLOCKS = {
 
 GGUF_TYPES = tuple(GGUF_BLOCKS)
 
+# What the weights of a compressed folder may be stored in.
+STORED_DTYPES = ("float32", "bfloat16", "float16")
+
 # Types of ONNX graphs, and the dtypes that they are.
 GRAPH_TYPES = {"f32": "float32", "f16": "float16"}

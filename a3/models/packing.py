@@ -15,6 +15,8 @@ from a3.models.shape import Arch
 from a3.models.sizes import Ranks
 from a3.numerics.finite import require_finite
 
+HELD = "numbers that it can hold. Ask for another dtype."
+
 
 def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[str, Tensor]:
     """Tensors that are in no layer: embeddings, the last norm, the head."""
@@ -157,6 +159,16 @@ def bring_code(folder: Path) -> None:
     for module in (attention_a3, modeling_a3, own_attention_a3):
         code = Path(str(module.__file__))
         shutil.copyfile(code, folder / code.name)
+
+
+def in_dtype(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Tensors with all numbers in one dtype, but for whole ones; A3Error if it cannot hold them."""
+    found = dict(tensors)
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            found[name] = value.to(getattr(torch, dtype))
+            require_finite(found[name], f"tensor {name!r} in {dtype}", HELD)
+    return found
 
 
 def pairs_name(arch: Arch, layer: int) -> str:

@@ -1,11 +1,12 @@
 """`Arch`, what a3 knows about a model, dense or compressed."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
+from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import family_of
@@ -74,6 +75,11 @@ class Arch:
                 "it and build it again."
             )
         return cls(**{name: content[name] for name in names})
+
+    def in_dtype(self, dtype: str) -> Self:
+        """The same model, stored in another dtype."""
+        cached = self.size["kv_bytes_per_token"] // WIDTHS[self.dtype] * WIDTHS[dtype]
+        return replace(self, dtype=dtype, size=self.size | {"kv_bytes_per_token": cached})
 
     def has_rope(self, layer: int) -> bool:
         """Whether q and k of this layer are rotated."""

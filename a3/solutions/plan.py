@@ -129,6 +129,15 @@ class Plan:
         sizes = [choice.size for choice in self.choices.values()]
         return next((size for size in sizes if isinstance(size, Target)), None)
 
+    def written(self, arch: Arch) -> Arch:
+        """A dense model in the dtype that the compressed one is written in."""
+        return arch.in_dtype(self.stored) if self.stored else arch
+
+    @property
+    def stored(self) -> str | None:
+        """The dtype that the compressed model is written in, None for the dense model's dtypes."""
+        return self.target.stored if self.target else None
+
     def allowed(self, arch: Arch, component: str) -> list[int]:
         """The ranks that a layer may get of a component with an allocated ratio, descending."""
         alike = self.one_size if component in self.one_size else (component,)

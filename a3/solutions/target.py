@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Self
 
-from a3.core.dtypes import GGUF_TYPES
+from a3.core.dtypes import GGUF_TYPES, STORED_DTYPES
 from a3.core.errors import A3Error
 
 # Bytes of a unit, and numbers of a suffix.
@@ -41,10 +41,11 @@ NAMES = {
 class Target:
     """What a compressed model may have at most; None where nothing is asked.
 
-    `fit`: bytes of its weights as a file, of the GGUF type `type` or, for None, as a3 writes them
-    to a folder. `params`: parameters. `kv_cache` and `flops`: shares of the dense model's KV cache,
-    and FLOPs, per token. `max_loss`: nats a token that it loses over the dense model, measured on
-    text that was held out of the calibration.
+    `fit`: bytes of its weights as a file: of the GGUF type `type`, or in a folder, which is written
+    in the dtype `type` or, for None, in the dense model's. `params`: parameters. `kv_cache` and
+    `flops`: shares of the dense model's KV cache, and FLOPs, per token; a cache is counted in
+    numbers, whatever their dtype. `max_loss`: nats a token that it loses over the dense model,
+    measured on text that was held out of the calibration.
     """
 
     fit: int | None = None
@@ -55,9 +56,19 @@ class Target:
     max_loss: Decimal | None = None
 
     @property
+    def gguf(self) -> str | None:
+        """The type of the GGUF file that is to fit."""
+        return self.type if self.type in GGUF_TYPES else None
+
+    @property
+    def stored(self) -> str | None:
+        """The dtype that the folder is written in, where it is not the dense model's."""
+        return self.type if self.type in STORED_DTYPES else None
+
+    @property
     def preset(self) -> str:
         """The preset whose modes fit, where none is named: llama.cpp wants one size of heads."""
-        return "a3-stock" if self.type else "a3-plus"
+        return "a3-stock" if self.gguf else "a3-plus"
 
     @classmethod
     def of(cls, said: Mapping[str, str | None]) -> Self:
@@ -121,9 +132,12 @@ def bytes_of(amount: str, word: str) -> int:
 
 
 def type_of(word: object) -> str | None:
-    """The GGUF type after the colon, if there is one."""
-    if word and word not in GGUF_TYPES:
-        raise A3Error(f"fit: type is {word!r}; expected one of {', '.join(GGUF_TYPES)}, or none.")
+    """The type after the colon, of a GGUF file or a folder, if there is one."""
+    if word and word not in (*STORED_DTYPES, *GGUF_TYPES):
+        raise A3Error(
+            f"fit: type is {word!r}; expected {', '.join(STORED_DTYPES)} (of the folder), "
+            f"{', '.join(GGUF_TYPES)} (of a GGUF file), or none."
+        )
     return str(word) if word else None
 
 

@@ -9,15 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from a3 import promise
 from a3.core.errors import A3Error
-from a3.core.files import read_record
+from a3.core.files import SEAL, read_json, read_record, write_record
 from a3.models.arch import describe, load_arch
-from a3.models.load import load_tokenizer
+from a3.models.load import load_tokenizer, load_whole
+from a3.models.packing import in_dtype
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import Plan
 from a3.solutions.target import Target
 from a3.stages.approx import limits
 from a3.stages.approx.allocator import Allocator
-from a3.stages.approx.approximate import approximate
+from a3.stages.approx.approximate import approximate, approximate_shard
 from a3.stages.evaluate.perplexity import block_losses
 from a3.stages.export.gguf import gguf_bytes
 from a3.texts.blocks import token_blocks
@@ -65,7 +66,7 @@ def spelled(folder, **shares):
 def check_counted(folder, ratio, tmp_path):
     """That a written model has what was counted, and keeps to what was asked; what it has."""
     plan, record = made(folder, ratio, tmp_path / "small")
-    found = promise.measured_amounts(plan, folder / "dense", tmp_path / "small")
+    found = promise.measured_amounts(plan.target, load_arch(folder / "dense"), tmp_path / "small")
     allocator = Allocator(folder / "dense", folder / "rxx", plan)
     counted = allocator.amounts(allocator.least_loss(allocator.asked()))
     for key in (limits.PARAMETERS, limits.CACHED):
@@ -73,7 +74,7 @@ def check_counted(folder, ratio, tmp_path):
     assert counted[limits.FLOPS] == pytest.approx(found[limits.FLOPS], rel=1e-6, abs=2)
     # Room for names and shapes is counted with a file.
     assert found[limits.BYTES] <= counted[limits.BYTES]
-    assert len(promise.check_kept(plan, folder / "dense", tmp_path / "small")) == len(
+    assert len(promise.check_kept(folder / "dense", tmp_path / "small")) == len(
         limits.asked(plan.target, allocator.dense)
     )
     assert record["predicted_nll"] > 0
@@ -107,14 +108,52 @@ def test_a_files_bytes_are_those_of_its_own_tensors(tmp_path):
     assert limits.folder_bytes(dense, arch) == whole
 
 
+@pytest.mark.parametrize("calibrated", ["llama-biased", "gemma3", "mixtral"], indirect=True)
+def test_a_folder_in_another_dtype_is_no_larger_than_asked(calibrated, tmp_path):
+    """The same ranks as in its own dtype at twice the size, every number rounded once."""
+    dense, same = calibrated / "dense", plan_of("0.3")
+    whole = limits.dense_amounts(load_arch(dense), limits.folder_bytes(dense, load_arch(dense)))
+    fit = int(0.4 * whole[limits.BYTES])
+    plan, record = made(calibrated, f"fit@{fit / 1e6}MB:bfloat16,kv-cache@0.9", tmp_path / "small")
+    tensors = load_file(tmp_path / "small/model.safetensors")
+    assert {one.dtype for one in tensors.values()} <= {torch.bfloat16, torch.int64}
+    said = read_json(tmp_path / "small/config.json")
+    assert said["dtype"] == "bfloat16"
+    assert "torch_dtype" not in said
+    found = promise.measured_amounts(plan.target, load_arch(dense), tmp_path / "small")
+    assert 0.8 * fit <= found[limits.BYTES] <= fit
+    assert found[limits.CACHED] <= 0.9 * whole[limits.CACHED]
+    assert len(promise.check_kept(dense, tmp_path / "small")) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16
+    modes = {component: str(choice) for component, choice in same.shared.items()}
+    content = {key: value for key, value in record.items() if key != SEAL}
+    write_record(tmp_path / "own.json", content | {"modes": modes})
+    approximate(dense, calibrated / "rxx", same, tmp_path / "own", tmp_path / "own.json")
+    shards = [tmp_path / f"{i}of2.safetensors" for i in range(2)]
+    for path in shards:
+        rxx, ranks = calibrated / "rxx", tmp_path / "small.json"
+        approximate_shard(dense, rxx, plan, path.stem, path, ranks)
+    run("gather", dense, *shards, "-o", tmp_path / "joined")
+    joined = load_whole(tmp_path / "joined").state_dict()
+    for name, own in load_whole(tmp_path / "small").state_dict().items():
+        assert torch.equal(joined[name], own), name
+    for name, own in load_file(tmp_path / "own/model.safetensors").items():
+        assert torch.equal(tensors[name], own.to(tensors[name].dtype)), name
+
+
+def test_a_dtype_that_cannot_hold_a_weight_is_refused():
+    with pytest.raises(A3Error, match=r"'w' in float16 holds .*expected numbers that it can hold"):
+        in_dtype({"w": torch.tensor([7e4])}, "float16")
+
+
 @pytest.mark.parametrize("calibrated", ["llama-biased"], indirect=True)
 def test_a_gguf_file_is_no_larger_than_asked(calibrated, tmp_path):
     collected(calibrated, "rxx", plan_of("0.3", STOCK).kinds())
     whole = gguf_bytes(calibrated / "dense", "q8_0")
-    plan, record = made(
+    _, record = made(
         calibrated, str(Target(fit=int(0.9 * whole), type="q8_0")), tmp_path / "small", STOCK
     )
-    (said,) = promise.check_kept(plan, calibrated / "dense", tmp_path / "small")
+    (said,) = promise.check_kept(calibrated / "dense", tmp_path / "small")
     assert "asked" in said
     assert any(rank < 96 for rank in record["ranks"]["mlp"])
     with pytest.raises(A3Error, match=r"llama.cpp wants one. Take --preset a3-stock"):

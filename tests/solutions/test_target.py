@@ -23,6 +23,11 @@ def test_blocks_are_those_of_the_gguf_package():
         ({"fit": "300MB"}, "fit@300MB", Target(fit=300_000_000)),
         ({"fit": "1.5 GiB"}, "fit@1.610612736GB", Target(fit=3 * 2**29)),
         ({"fit": "80000kB:q8_0"}, "fit@80MB:q8_0", Target(fit=80_000_000, type="q8_0")),
+        (
+            {"fit": "0.3GB:bfloat16"},
+            "fit@300MB:bfloat16",
+            Target(fit=300_000_000, type="bfloat16"),
+        ),
         ({"params": "100M"}, "params@100M", Target(params=100_000_000)),
         ({"params": "250000"}, "params@0.25M", Target(params=250_000)),
         ({"params": "1.50B"}, "params@1.5B", Target(params=1_500_000_000)),
@@ -46,7 +51,10 @@ def test_targets_have_one_spelling(said, text, target):
         ("fit@300", "expected a size with its unit"),
         ("fit@300mb", "expected a number above 0 such as 300MB"),
         ("fit@0MB", "expected a number above 0"),
-        ("fit@300MB:q9", "type is 'q9'; expected one of f32"),
+        (
+            "fit@300MB:q9",
+            r"type is 'q9'; expected float32, bfloat16, float16 \(of the folder\), f32",
+        ),
         ("fit@300000kB", "spell it 'fit@300MB'"),
         ("params@0.4", "expected a number above 0 such as 100M"),
         ("kv-cache@1", "a share of the dense model's, between 0 and 1"),

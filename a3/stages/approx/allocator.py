@@ -72,7 +72,7 @@ class Allocator:
         """
         if not plan.shared:
             raise A3Error("allocate: no mode is marked ~. Write e.g. --mlp obs~ --ratio 0.2.")
-        self.arch = arch = load_arch(model_folder)
+        self.arch = arch = plan.written(load_arch(model_folder))
         self.plan, self.uniform = plan, uniform
         modes = {component: choice.mode for component, choice in plan.shared.items()}
         self.even = Plan(plan.shared).ranks(arch)
@@ -92,7 +92,7 @@ class Allocator:
         self.curves, self.joined = curves, together(curves, uniform, plan.one_size)
         self.full = cost(curves, [arch.full_rank(curve.components[0]) for curve in curves])
         if file_bytes is None:
-            file_bytes = folder_bytes(model_folder, arch)
+            file_bytes = folder_bytes(model_folder, arch, plan.stored)
         self.dense = dense_amounts(arch, file_bytes)
 
     def at_ratio(self, ratio: float | None = None) -> Amounts:
@@ -252,7 +252,7 @@ def by_layer(component: str, ranks: dict[Place, int], arch: Arch) -> list[int] |
 
 def sizes_of(arch: Arch, plan: Plan) -> dict[str, Sizes]:
     """Of each shared component the ranks that it may have, and what one unit has at each."""
-    type_ = plan.target.type if plan.target else None
+    type_ = plan.target.gguf if plan.target else None
     ranks = {one: torch.tensor(plan.allowed(arch, one)) for one in plan.shared}
     return {one: (own, costs_of(arch, one, own, type_)) for one, own in ranks.items()}
 

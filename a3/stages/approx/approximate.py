@@ -68,7 +68,7 @@ def write_checkpoint(solver: "LayerSolver", plan: Plan, out: Path) -> None:
         shards = [folder / f".{number}.safetensors" for number in numbers]
         for number, path in zip(numbers, shards, strict=True):
             solve_shard(solver, plan, number, path)
-        assemble_written(dense, arch, shards, folder)
+        assemble_written(dense, shards, folder)
 
 
 def approximate_shard(
@@ -103,7 +103,7 @@ def solver_for(
     `losses` are files of a3.stages.approx.losses, so that what they have is not computed again.
     Solutions are computed on `device`.
     """
-    arch = load_arch(model_folder)
+    arch = plan.written(load_arch(model_folder))
     ranks: dict[str, AnyRanks] = dict(plan.ranks(arch))
     if plan.shared:
         ranks |= read_allocation(allocation, arch, plan)
@@ -140,4 +140,12 @@ def solve_shard(solver: "LayerSolver", plan: Plan, number: str, out: Path) -> No
         "ranks": solver.ranks,
         "provenance": provenance(__name__, **made_from(dense.folder, arch, solver.statistics)),
     }
-    write_shard(out, tensors, number=number, said=said, layers=reports, seconds=seconds)
+    write_shard(
+        out,
+        tensors,
+        number=number,
+        dtype=plan.stored,
+        said=said,
+        layers=reports,
+        seconds=seconds,
+    )

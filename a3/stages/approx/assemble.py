@@ -26,7 +26,7 @@ from a3.models.checkpoint import (
 )
 from a3.models.folders import write_index
 from a3.models.load import count_parameters, tensors_of_model
-from a3.models.packing import bring_code, compressed_config, outside
+from a3.models.packing import bring_code, compressed_config, in_dtype, outside
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
 from a3.models.travel import bring
@@ -39,15 +39,15 @@ def gather(model_folder: Path, paths: list[Path], out: Path) -> None:
 
     Raises A3Error as `read_shards` does, and for the shards of another model.
     """
-    arch, shards = load_arch(model_folder), read_shards(paths)
-    require_base(arch, paths[0], shards[0])
+    shards = read_shards(paths)
+    require_base(load_arch(model_folder), paths[0], shards[0])
     with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
         near = paths[0].stat().st_dev == folder.stat().st_dev
         bring = os.link if near else shutil.copyfile
         copies = [folder / f".{i}of{len(paths)}.safetensors" for i in range(len(paths))]
         for path, copy in zip(paths, copies, strict=True):
             bring(path, copy)
-        assemble(model_folder, arch, shards, copies, folder)
+        assemble(model_folder, shards, copies, folder)
 
 
 def require_base(arch: Arch, path: Path, shard: Shard) -> None:
@@ -67,23 +67,22 @@ def file_numbers(arch: Arch) -> list[str]:
     return [f"{i}of{count}" for i in range(count)]
 
 
-def assemble_written(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
+def assemble_written(model_folder: Path, paths: list[Path], folder: Path) -> None:
     """Like `assemble`, for shards that were written to the folder, with their descriptions."""
     shards = read_shards(paths)
     for path in paths:
         path.with_suffix(".json").unlink()
-    assemble(model_folder, arch, shards, paths, folder)
+    assemble(model_folder, shards, paths, folder)
 
 
-def assemble(
-    model_folder: Path, arch: Arch, shards: list[Shard], paths: list[Path], folder: Path
-) -> None:
+def assemble(model_folder: Path, shards: list[Shard], paths: list[Path], folder: Path) -> None:
     """Make a Hugging Face folder of the shards whose files lie in it already."""
+    arch, stored = load_arch(model_folder), shards[0].dtype
     reports = [report for shard in shards for report in shard.layers]
     seconds = [took for shard in shards for took in shard.seconds]
     ranks = [layer_ranks(arch, report) for report in reports]
-    write_weights(model_folder, arch, paths, folder)
-    write_config(model_folder, folder, arch, ranks, reports)
+    write_weights(model_folder, arch, paths, folder, stored)
+    write_config(model_folder, folder, arch, ranks, reports, stored)
     names = weight_files(len(paths))
     total = sum(sum(took.values()) for took in seconds)
     write_record(folder / "timing.json", {"seconds": total, "layers": seconds})
@@ -97,7 +96,7 @@ def assemble(
                 arch.to_json(),
                 ranks,
                 count_parameters(folder),
-                arch.dtype,
+                stored or arch.dtype,
                 [layer_factors(report) for report in reports],
             ),
         },
@@ -110,7 +109,9 @@ def assemble(
     write_record(folder / "approx.json", record | {"files": hash_files(folder, hashes)})
 
 
-def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Path) -> None:
+def write_weights(
+    model_folder: Path, arch: Arch, paths: list[Path], folder: Path, stored: str | None
+) -> None:
     """Put the shards in place; for several, also write the tensors outside layers, and an index."""
     names = weight_files(len(paths))
     for path, name in zip(paths, names, strict=False):
@@ -118,6 +119,7 @@ def write_weights(model_folder: Path, arch: Arch, paths: list[Path], folder: Pat
     if len(paths) > 1:
         checkpoint = Checkpoint(model_folder, arch.adapter.prefix)
         rest = outside(checkpoint, arch, tensors_of_model(model_folder))
+        rest = in_dtype(rest, stored) if stored else rest
         save_file(dict(sorted(rest.items())), folder / names[-1], {"format": "pt"})
         write_index(folder, names)
 
@@ -168,7 +170,12 @@ def in_products(
 
 
 def write_config(
-    dense: Path, folder: Path, arch: Arch, ranks: list[Ranks], reports: list[dict[str, Any]]
+    dense: Path,
+    folder: Path,
+    arch: Arch,
+    ranks: list[Ranks],
+    reports: list[dict[str, Any]],
+    stored: str | None,
 ) -> None:
     """Write the config, the code that loads it, and copied files: tokenizer, chat template …"""
     every = [list(range(arch.rope_dims // 2))] * arch.kv_heads
@@ -189,6 +196,9 @@ def write_config(
         down_bias=biased,
         same_pairs=all(pairs == rotated[0] for pairs in rotated) and not others,
     )
+    if stored:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        config["dtype"] = stored
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     bring_code(folder)
     bring(dense, folder, "config.json", CARD, *RECORDS)

@@ -60,13 +60,14 @@ def join(model_folder: Path, paths: list[Path], out: Path) -> None:
     """
     arch, shards = load_arch(model_folder), read_shards(paths)
     require_base(arch, paths[0], shards[0])
+    arch = arch.in_dtype(shards[0].dtype or arch.dtype)
     with whole_folder(out, APPROXIMATED.seal, [model_folder, *paths]) as folder:
         written = []
         for number in file_numbers(arch):
             own = share(arch.layers, number, "layers")
             written.append(folder / f".{number}.safetensors")
             join_layers(model_folder, arch, [paths[i] for i in own], shards, number, written[-1])
-        assemble_written(model_folder, arch, written, folder)
+        assemble_written(model_folder, written, folder)
 
 
 def join_layers(
@@ -89,6 +90,7 @@ def join_layers(
         out,
         tensors,
         number=number,
+        dtype=found[0].dtype,
         said=found[0].said,
         layers=[report for shard in found for report in shard.layers],
         seconds=[took for shard in found for took in shard.seconds],

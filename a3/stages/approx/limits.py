@@ -32,7 +32,7 @@ def costs_of(
 ) -> dict[str, Tensor]:
     """What one unit of a component has at each of some ranks, by quantity: the same everywhere.
 
-    Bytes are those of a GGUF file of `type_`, or of a folder.
+    Bytes are those of a GGUF file of `type_`, or of a folder in the model's dtype.
     """
     ranks = ranks.double()
     of_one = of_one_rank(arch, component)
@@ -129,18 +129,22 @@ def dense_amounts(arch: Arch, file_bytes: int | None) -> Amounts:
     }
 
 
-def folder_bytes(model_folder: Path, arch: Arch) -> int:
+def folder_bytes(model_folder: Path, arch: Arch, dtype: str | None = None) -> int:
     """Bytes of the tensors that a compressed folder gets of the dense model at full size.
 
-    Those outside the layers keep their dtypes, and a stored copy of a tied head stays.
+    All are in `dtype` if there is one. Otherwise those outside the layers keep their dtypes. A
+    stored copy of a tied head stays.
     """
     dense, known = Checkpoint(model_folder, arch.adapter.prefix), tensors_of_model(model_folder)
 
     def stored(layer: int | None, least: int) -> int:
         return sum(
-            prod(dense.shape(name)) * max(least, WIDTHS.get(dense.dtype(name), 0))
+            prod(dense.shape(name)) * WIDTHS.get(dtype or "", max(least, own(name)))
             for name in names_to_keep(dense, arch, known, layer)
         )
+
+    def own(name: str) -> int:
+        return WIDTHS.get(dense.dtype(name), 0)
 
     width = WIDTHS[arch.dtype]
     return stored(None, 1) + sum(stored(layer, width) for layer in range(arch.layers))
@@ -166,7 +170,7 @@ def require_within_reach(arch: Arch, plan: Plan, target: Target, file_bytes: int
     for component in plan.shared:
         ranks = torch.tensor(plan.allowed(arch, component))
         layers = sum(arch.solves(component, layer) for layer in range(arch.layers))
-        for key, cost in costs_of(arch, component, ranks, target.type).items():
+        for key, cost in costs_of(arch, component, ranks, target.gguf).items():
             least[key] -= layers * units(arch, component) * (cost[0] - cost.min()).item()
     wrong = [
         f"{words(key, limit, dense)} asked, {words(key, least[key], dense)} is the least"

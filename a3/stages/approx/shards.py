@@ -11,16 +11,19 @@ from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_record, sha256, whole_file, write_record
 from a3.core.shards import require_all
 from a3.models.checkpoint import Checkpoint
+from a3.models.packing import in_dtype
 
 
 @dataclass(frozen=True)
 class Shard:
     """The description of a shard: its plan, provenance, and each layer's report and seconds.
 
+    `dtype` is the one that the whole model is written in, None for the dense model's dtypes.
     `content_sha256` is the hash of the tensors' file.
     """
 
     number: str
+    dtype: str | None
     said: dict[str, Any]
     layers: list[dict[str, Any]]
     seconds: list[dict[str, float]]
@@ -28,7 +31,11 @@ class Shard:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], **said: Any) -> None:
-    """Write the tensors of some layers to `path`, and their description beside it in JSON."""
+    """Write the tensors of some layers to `path`, in the dtype of their description, which is
+    written beside it in JSON.
+    """
+    if said["dtype"]:
+        tensors = in_dtype(tensors, said["dtype"])
     with whole_file(path) as temporary:
         save_file(dict(sorted(tensors.items())), temporary, {"format": "pt"})
     write_record(path.with_suffix(".json"), asdict(Shard(**said, content_sha256=sha256(path))))
