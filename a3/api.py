@@ -25,6 +25,7 @@ Arguments that several functions have:
 - `seed`: determines the order of documents and the choice of a task's few-shot examples.
 - `multiple`: ranks are rounded to a multiple of this number.
 - `servable`: head sizes are rounded to those that serving runtimes support.
+- `runtime`: sizes that it takes, and modes that it runs if none is named: `"llama.cpp"`, `"hf"` …
 - `dtype`, `device`: for the forward pass. By default the device is that of a loaded model, else the
   CPU.
 - `progress`: whether to show progress bars. Nothing else is printed: messages go to the logger
@@ -62,6 +63,7 @@ from a3.given import (
     number_of,
     path_of,
     plan_of,
+    preset_of,
     require_one_of,
     silent,
     size_of,
@@ -119,6 +121,7 @@ def compress(
     seed: int = 0,
     multiple: int = 1,
     servable: bool = False,
+    runtime: str | None = None,
     dev_texts: Texts | None = None,
     dtype: str = "float32",
     device: str | None = None,
@@ -136,7 +139,7 @@ def compress(
     said = {"fit": fit, "params": params, "kv_cache": kv_cache, "flops": flops}
     size, fitting = size_of(ratio, said | {"max_loss": max_loss})
     modes = {"qk": qk, "ov": ov, "mlp": mlp}
-    plan = plan_of(size, preset or fitting, modes, multiple, servable)
+    plan = plan_of(size, preset_of(preset, runtime, fitting), modes, multiple, servable, runtime)
     sizes = sizes_of(tokens, block_length, bos, seed)
     settings = {**sizes, **run_of(dtype, device, model)}
     with workplace(progress) as work:
@@ -193,11 +196,12 @@ def allocate(
     rxx: str | Path,
     out: str | Path,
     ratio: float | str,
-    preset: str = "a3-plus",
+    preset: str | None = None,
     qk: str | None = None,
     ov: str | None = None,
     mlp: str | None = None,
     multiple: int = 1,
+    runtime: str | None = None,
     uniform: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, list[int] | list[list[int]]]:
@@ -209,7 +213,8 @@ def allocate(
     """
     from a3.promise import allocate_within
 
-    plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple)
+    preset, modes = preset_of(preset, runtime, "a3-plus"), {"qk": qk, "ov": ov, "mlp": mlp}
+    plan = plan_of(ratio, preset, modes, multiple, runtime=runtime)
     rxx, out = path_of("rxx", rxx), path_of("out", out)
     for one in uniform:
         require_one_of("uniform", one, (*COMPONENTS, EXPERTS))
@@ -227,13 +232,14 @@ def approximate(
     *,
     rxx: str | Path,
     ratio: float | str | None = None,
-    preset: str = "a3",
+    preset: str | None = None,
     qk: str | None = None,
     ov: str | None = None,
     mlp: str | None = None,
     allocation: str | Path | None = None,
     multiple: int = 1,
     servable: bool = False,
+    runtime: str | None = None,
     progress: bool = True,
 ) -> PreTrainedModel:
     """Return the model compressed with the statistics in the folder `rxx`.
@@ -242,7 +248,8 @@ def approximate(
     """
     from a3.stages.approx.approximate import approximate
 
-    plan = plan_of(ratio, preset, {"qk": qk, "ov": ov, "mlp": mlp}, multiple, servable)
+    preset, modes = preset_of(preset, runtime, "a3"), {"qk": qk, "ov": ov, "mlp": mlp}
+    plan = plan_of(ratio, preset, modes, multiple, servable, runtime)
     rxx = path_of("rxx", rxx)
     ranks = None if allocation is None else path_of("allocation", allocation)
     with workplace(progress) as work:

@@ -23,6 +23,7 @@ from a3.models.readable import require_readable
 from a3.models.tokenizer import tokenizer_files
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_amount
 from a3.solutions.plan import Plan
+from a3.solutions.runtime import runtime_named
 from a3.solutions.target import Target
 from a3.stages.inputs.catalogued import find_source, make_text
 from a3.stages.inputs.model import is_gguf, resolve_model
@@ -198,13 +199,19 @@ def plan_of(
     modes: Mapping[str, str | None],
     multiple: int = 1,
     servable: bool = False,
+    runtime: str | None = None,
 ) -> Plan:
     """The plan of a preset and a ratio, with other `modes` for some components.
 
-    Raises A3Error for unknown modes and presets, like the command line.
+    Raises A3Error for unknown modes, presets and runtimes, like the command line.
     """
     row = cells(preset, modes) | {"ratio": NO_RATIO if ratio is None else spelled(ratio)}
-    return Plan(choose(row), servable, count_of("multiple", multiple))
+    return Plan(choose(row), servable, count_of("multiple", multiple), runtime)
+
+
+def preset_of(preset: str | None, runtime: str | None, otherwise: str) -> str:
+    """The preset that is named, or that of a runtime, or another; A3Error for a wrong runtime."""
+    return preset or (otherwise if runtime is None else runtime_named(runtime).preset)
 
 
 def size_of(

@@ -125,6 +125,7 @@ def purpose(
         **{component: str(choice) for component, choice in plan.choices.items()},
         "servable": plan.servable,
         "multiple": plan.multiple,
+        "runtime": plan.runtime,
         **settings,
         **{f"the content of {path}": mark for path, mark in files.items()},
         "the code of a3": made["code"],

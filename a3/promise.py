@@ -26,7 +26,7 @@ from a3.models.load import load_tokenizer
 from a3.models.shape import Arch
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
-from a3.solutions.target import TRIAL_BLOCKS, TRIALS, Target, is_target
+from a3.solutions.target import TRIAL_BLOCKS, TRIALS, Target, target_of
 from a3.stages.approx.allocate import Found, allocate
 from a3.stages.approx.allocator import Allocator
 from a3.stages.approx.approximate import approximate
@@ -283,13 +283,6 @@ def next_bound(tries: list[dict[str, Any]], most: float) -> float:
     return last["predicted"] * (AIM * most / upper(last)) ** (1 / power)
 
 
-def target_of(small: Path) -> Target | None:
-    """What was asked of a compressed folder, by its record."""
-    modes = read_record(small / "approx.json")["modes"].values()
-    sizes = [mode.partition("@")[2] for mode in modes]
-    return next((Target.parse(size) for size in sizes if is_target(size)), None)
-
-
 def measured_amounts(target: Target, arch: Arch, small: Path) -> dict[str, float]:
     """What a compressed folder has of each quantity, counted in what was written.
 
@@ -315,7 +308,7 @@ def measured_amounts(target: Target, arch: Arch, small: Path) -> dict[str, float
 
 def check_kept(model_folder: Path, small: Path) -> list[str]:
     """What was asked of a compressed folder and what it has, in words; A3Error if it is more."""
-    target = target_of(small)
+    target = target_of(read_record(small / "approx.json")["modes"].values())
     if target is None:
         return []
     arch = load_arch(model_folder)

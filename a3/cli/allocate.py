@@ -14,6 +14,7 @@ from a3.cli.arguments import (
     add_modes,
     add_multiple,
     add_out,
+    add_runtime,
     add_rxx,
     add_shard,
     add_target,
@@ -66,6 +67,7 @@ def allocate(
     rxx: Path,
     out: Path,
     multiple: int,
+    runtime: str | None,
     uniform: list[str],
     losses: list[Path],
     device: str,
@@ -75,7 +77,7 @@ def allocate(
     """Allocate ranks across layers and components."""
     from a3.solutions.plan import Plan
 
-    plan = Plan(choose(row), multiple=multiple)
+    plan = Plan(choose(row), multiple=multiple, runtime=runtime)
     options: dict[str, Any] = {"losses": losses, "device": device, "uniform": tuple(uniform)}
     if plan.target is None:
         from a3.stages.approx.allocate import allocate
@@ -105,6 +107,7 @@ def add_allocate(commands: Any) -> None:
     text_ = f"{TEXT}: the calibration's, on what is left of which --max-loss is measured"
     one.add_argument("--text", type=Path, metavar="TEXT", help=text_)
     add_multiple(one)
+    add_runtime(one)
     text_ = (
         "components that get the same rank in all layers; experts: all experts of a layer get the "
         "same, and layers differ"

@@ -11,6 +11,7 @@ from a3.cli.options import LARGEST_SEED, MOST_THREADS, count
 from a3.core.dtypes import RUN_DTYPES
 from a3.core.errors import A3Error
 from a3.solutions.modes import BRIEFS, COMPONENTS, NO_RATIO, PRESETS, SERVABLE, parse_amount
+from a3.solutions.runtime import RUNTIMES
 from a3.solutions.target import NAMES, Target
 
 # Cells of a table's rows, and what may stand beside them.
@@ -242,17 +243,20 @@ def with_target(options: dict[str, Any]) -> dict[str, Any]:
     """
     said = {name: options.pop(name) for name in NAMES}
     if all(word is None for word in said.values()):
-        return options
+        return with_runtime(options)
     if options["ratio"] != NO_RATIO:
         named = ", ".join(f"--{NAMES[name]}" for name, word in said.items() if word is not None)
         raise A3Error(f"--ratio beside {named}: a target takes the place of a ratio. Give one.")
     target = Target.of(said)
-    preset = PRESETS[target.preset]
-    modes = {
-        one: preset[one] if isinstance(options[one], Default) else options[one]
-        for one in COMPONENTS
-    }
-    return options | modes | {"ratio": str(target)}
+    return with_runtime(options, target.preset) | {"ratio": str(target)}
+
+
+def with_runtime(options: dict[str, Any], preset: str | None = None) -> dict[str, Any]:
+    """Put the modes of the runtime's preset, or of another one, where none is named."""
+    runtime = options["runtime"]
+    preset = RUNTIMES[runtime].preset if runtime else preset
+    free = [one for one in COMPONENTS if isinstance(options[one], Default)] if preset else []
+    return options | {one: PRESETS[preset][one] for one in free if preset}
 
 
 def add_servable(one: argparse.ArgumentParser) -> None:
@@ -261,6 +265,17 @@ def add_servable(one: argparse.ArgumentParser) -> None:
     text = f"round head sizes to those that serving runtimes support: {sizes}"
     one.add_argument("--servable", action="store_true", help=text)
     add_multiple(one)
+    add_runtime(one)
+
+
+def add_runtime(one: argparse.ArgumentParser) -> None:
+    """Sizes and modes for a runtime."""
+    text = (
+        "round sizes to those that a runtime takes, and take modes that it runs where none is named"
+    )
+    named = "; ".join(f"{name}: {runtime.words}" for name, runtime in RUNTIMES.items())
+    text = f"{text}. {named}"
+    one.add_argument("--for", dest="runtime", choices=RUNTIMES, metavar="RUNTIME", help=text)
 
 
 def add_multiple(one: argparse.ArgumentParser, **several: Any) -> None:

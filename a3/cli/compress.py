@@ -30,6 +30,7 @@ from a3.cli.arguments import (
     add_text,
     add_threads,
     folder,
+    with_runtime,
     with_settings,
     with_target,
 )
@@ -39,6 +40,7 @@ from a3.core.progress import LOG
 from a3.core.work import RECORD, WorkError, work_of
 from a3.solutions.modes import choose
 from a3.solutions.recipes import METHODS, check_method
+from a3.solutions.target import target_of
 
 
 def add_commands(commands: Any) -> None:
@@ -60,6 +62,7 @@ def compress(
     settings: dict[str, Any],
     servable: bool,
     multiple: int,
+    runtime: str | None,
     dev_text: dict[str, Any] | None,
     fresh: bool,
     **row: str,
@@ -69,7 +72,7 @@ def compress(
     from a3.pipeline import compress
     from a3.solutions.plan import Plan
 
-    plan, texts = Plan(choose(row), servable, multiple), 1 if dev_text is None else 2
+    plan, texts = Plan(choose(row), servable, multiple, runtime), 1 if dev_text is None else 2
     say = partial(announce, row, settings, texts)
     with keeping(out):
         compress(model, text, plan, out, settings, dev_text=dev_text, fresh=fresh, announce=say)
@@ -131,13 +134,14 @@ def approx(
     device: str,
     servable: bool,
     multiple: int,
+    runtime: str | None,
     **row: str,
 ) -> None:
     """Compress with collected statistics."""
     from a3.solutions.plan import Plan
     from a3.stages.approx.approximate import approximate, approximate_shard
 
-    plan = Plan(choose(row), servable, multiple)
+    plan = Plan(choose(row), servable, multiple, runtime)
     solving: dict[str, Any] = {"losses": losses, "device": device}
     if shard is None:
         approximate(folder(model), rxx, plan, out, allocation, **solving)
@@ -158,6 +162,7 @@ def add_approx(commands: Any) -> None:
         ".safetensors file of a shard of the layers.",
         "a3 approx dense --rxx rxx --ratio 0.2 -o small",
     )
+    one.set_defaults(command=lambda **options: approx(**with_runtime(options)))
     add_model(one)
     add_rxx(one)
     add_modes(one)
@@ -181,10 +186,13 @@ def gather(model: Path, shards: list[Path], out: Path) -> None:
 
 def say_kept(command: str, model: Path, out: Path) -> None:
     """Say what a target asked of a folder, and what it has."""
-    from a3.promise import check_kept
+    from a3.core.files import read_record
 
-    for line in check_kept(model, out):
-        LOG.info(f"{command}: {line}")
+    if target_of(read_record(out / "approx.json")["modes"].values()) is not None:
+        from a3.promise import check_kept
+
+        for line in check_kept(model, out):
+            LOG.info(f"{command}: {line}")
 
 
 def add_gather(commands: Any) -> None:

@@ -14,6 +14,7 @@ from a3.solutions.modes import (
     DENSE,
     EXPERTS,
     ONE_SIZE,
+    PRESETS,
     SERVABLE,
     SHARED,
     STOCK_STEPS,
@@ -25,6 +26,7 @@ from a3.solutions.modes import (
     kinds_needed,
     rank_of,
 )
+from a3.solutions.runtime import runtime_named
 from a3.solutions.target import Target
 
 # Allocation keeps at least this share of a component in each layer: a second-order loss is not
@@ -38,27 +40,31 @@ class Plan:
 
     `servable`: head sizes are rounded to the nearest that fused kernels of serving runtimes
     support. `multiple`: ranks from a ratio are rounded to the nearest multiple of it, which may run
-    faster.
+    faster. `runtime` (a3.solutions.runtime): they are rounded to sizes that it takes.
     """
 
     choices: dict[str, Choice]
     servable: bool = False
     multiple: int = 1
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise A3Error(f"multiple is {self.multiple}; expected 1 or more.")
-        shared = [
-            component
-            for component, choice in self.choices.items()
-            if choice.shared and component != "mlp"
-        ]
+        shared = [component for component in self.shared if component != "mlp"]
         if self.servable and shared:
             raise A3Error(
                 f"servable: {' and '.join(shared)} are marked {SHARED}, so the allocation chooses "
                 "sizes of heads; serving runtimes need one of a few. Give each its own ratio or "
                 "rank, or remove --servable."
             )
+        if self.runtime is not None:
+            preset = PRESETS[runtime_named(self.runtime).preset]
+            if preset["qk"][:-1] in ONE_SIZE and shared and not self.one_size:
+                raise A3Error(
+                    f"{self.said()}: allocates heads of different sizes, and {self.runtime} wants "
+                    f"one. Write --qk {preset['qk']}, or no modes."
+                )
 
     def kinds(self) -> list[str]:
         """Statistics that the modes read."""
@@ -80,14 +86,14 @@ class Plan:
                 require_whole_rope(arch)
             # The budget is the size at this ratio before rounding.
             rank = component_rank(arch, component, choice, 1)
-            require_room(arch, component, rank, self.step(component))
+            require_room(arch, component, rank, self.step(arch, component))
 
     def ranks(self, arch: Arch) -> dict[str, int]:
         """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         ranks = {
-            component: component_rank(arch, component, choice, self.multiple)
+            component: component_rank(arch, component, choice, self.rounding(arch, component))
             for component, choice in self.choices.items()
         }
         return servable_ranks(arch, ranks) if self.servable else ranks
@@ -109,7 +115,7 @@ class Plan:
         found: dict[str, int | None] = {}
         for component, rank in (self.ranks(arch) if self.choices else {}).items():
             if self.mode(component).factors:
-                found |= factor_ranks(arch, component, self.mode(component), rank, self.multiple)
+                found |= factor_ranks(arch, component, self.mode(component), rank, self.inner)
         return {name: rank for name, rank in found.items() if rank is not None}
 
     @property
@@ -141,7 +147,7 @@ class Plan:
     def allowed(self, arch: Arch, component: str) -> list[int]:
         """The ranks that a layer may get of a component with an allocated ratio, descending."""
         alike = self.one_size if component in self.one_size else (component,)
-        steps = [self.step(one) if one != "qk" else math.lcm(2, self.step(one)) for one in alike]
+        steps = [math.lcm(2 if one == "qk" else 1, self.step(arch, one)) for one in alike]
         least, full = max(least_rank(arch, one) for one in alike), arch.full_rank(component)
         step = math.lcm(*steps)
         return [full, *(rank for rank in range(full - 1, least - 1, -1) if rank % step == 0)]
@@ -150,9 +156,28 @@ class Plan:
         """The modes, as tables join them."""
         return "+".join(choice.name for choice in self.choices.values())
 
-    def step(self, component: str) -> int:
+    def step(self, arch: Arch, component: str) -> int:
         """Of what an allocated rank of a component is a multiple."""
-        return STOCK_STEPS[component] if self.one_size and self.multiple == 1 else self.multiple
+        plain = self.runtime is None and self.multiple == 1
+        return STOCK_STEPS[component] if self.one_size and plain else self.rounding(arch, component)
+
+    def rounding(self, arch: Arch, component: str) -> int:
+        """Of what a rank of a component is a multiple, by the options of the plan."""
+        if self.runtime is None:
+            return self.multiple
+        own = runtime_named(self.runtime).step(component, arch.heads, arch.kv_heads)
+        return math.lcm(self.multiple, own)
+
+    @property
+    def inner(self) -> int:
+        """Of what the rank of two factors is a multiple."""
+        return math.lcm(self.multiple, runtime_named(self.runtime).inner if self.runtime else 1)
+
+    @property
+    def uniform(self) -> tuple[str, ...]:
+        """The components that its runtime wants in one size in all layers, of those allocated."""
+        wanted = runtime_named(self.runtime).uniform if self.runtime else ()
+        return tuple(component for component in wanted if component in self.shared)
 
     def mode(self, component: str) -> Mode:
         """The mode of a component."""
@@ -189,6 +214,7 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     try:
         return rank_of(full, size, step, least)
     except A3Error as error:
+        require_smaller(component, full, step)
         raise A3Error(f"{component} mode {choice.mode!r}: {error}") from None
 
 
@@ -261,11 +287,21 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
     """Raise A3Error if the same rank for all layers is none that a layer may get."""
     least = least_multiple(arch, component, multiple)
     if rank < min(least, arch.full_rank(component)):
+        require_smaller(component, arch.full_rank(component), multiple)
         step = math.lcm(multiple, 2) if component == "qk" else multiple
         raise A3Error(
             f"allocate: this ratio leaves {component} rank {rank} of {arch.full_rank(component)}, "
             f"and no layer gets less than {least} (an eighth, and a multiple of {step}). Take a "
             "smaller ratio or multiple."
+        )
+
+
+def require_smaller(component: str, full: int, step: int) -> None:
+    """Raise A3Error if no size of a component below the full one is a multiple."""
+    if step >= full:
+        raise A3Error(
+            f"{component}: no size below {full} is a multiple of {step}, which --multiple or --for "
+            f"wants. Leave it as it is: --{component} {DENSE}."
         )
 
 

@@ -5,7 +5,7 @@ In tables, paths and `--ratio` a target stands in place of a ratio and is writte
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Self
@@ -122,6 +122,12 @@ class Target:
 def is_target(text: str) -> bool:
     """Whether a row's size is meant as targets, rather than a ratio."""
     return "@" in text
+
+
+def target_of(modes: Iterable[str]) -> Target | None:
+    """The target of a model's modes, as its record has them: `obs~@fit@300MB`; None of a ratio."""
+    sizes = [mode.partition("@")[2] for mode in modes]
+    return next((Target.parse(size) for size in sizes if is_target(size)), None)
 
 
 def bytes_of(amount: str, word: str) -> int:

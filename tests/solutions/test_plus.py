@@ -978,7 +978,7 @@ def test_a_ratio_that_drops_nothing_is_no_trouble(shared):
 def test_what_cannot_be_shared_out_is_said(shared):
     for name, row, options, says in (
         ("a", PLUS | {"qk": "dense"}, {"ratio": "0.95"}, "leaves ov rank 1 of 16"),
-        ("b", PLUS, {"multiple": 32}, "no layer gets less than 32"),
+        ("b", PLUS, {"multiple": 32}, "no size below 16 is a multiple of 32"),
         ("c", PLUS, {"multiple": 0}, "expected 1 or more"),
         ("d", PLUS | {"mlp": "dense"}, {"uniform": ("mlp",)}, "uniform mlp: has no mode marked ~"),
         ("e", PLUS | {"qk": "fisher", "ov": "joint", "mlp": "obs"}, {}, "no mode is marked ~"),

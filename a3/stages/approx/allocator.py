@@ -73,6 +73,7 @@ class Allocator:
         if not plan.shared:
             raise A3Error("allocate: no mode is marked ~. Write e.g. --mlp obs~ --ratio 0.2.")
         self.arch = arch = plan.written(load_arch(model_folder))
+        uniform = tuple(dict.fromkeys((*uniform, *plan.uniform)))
         self.plan, self.uniform = plan, uniform
         modes = {component: choice.mode for component, choice in plan.shared.items()}
         self.even = Plan(plan.shared).ranks(arch)
@@ -201,6 +202,7 @@ class Allocator:
             "modes": {component: str(choice) for component, choice in self.plan.shared.items()},
             "uniform_ranks": self.even,
             "multiple": self.plan.multiple,
+            "runtime": self.plan.runtime,
             "uniform": list(self.uniform),
             "ranks": ranks,
             "budget": limits,

@@ -113,7 +113,7 @@ def solver_for(
     require_device(device, "float64")
     known = Eliminations(losses or [], arch, statistics)
     solver = LayerSolver(
-        arch, dense, statistics, modes, ranks, plan.multiple, known=known, device=device
+        arch, dense, statistics, modes, ranks, plan.inner, known=known, device=device
     )
     for component in modes:
         if modes[component] in ALLOCATED:

@@ -1,0 +1,73 @@
+"""What `--for` promises a runtime: sizes that its kernels take, and modes that its code can run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from a3.core.errors import A3Error
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime, or a type of weights in it, asks of a compressed model's sizes.
+
+    The size of a head is a multiple of `heads`; the inputs and the outputs of each matrix whose
+    size changes are multiples of `inputs` and `outputs`. Components in `uniform` have one size in
+    all layers. `preset` has modes that the runtime can run; `words` say what it is.
+    """
+
+    words: str
+    preset: str
+    heads: int = 1
+    inputs: int = 1
+    outputs: int = 1
+    uniform: tuple[str, ...] = ()
+
+    def step(self, component: str, heads: int, kv_heads: int) -> int:
+        """Of what a rank of a component has to be a multiple, in a model of these heads."""
+        if component == "mlp":
+            return math.lcm(self.inputs, self.outputs)
+        # All heads side by side are the outputs of q, k and v, and the inputs of o.
+        steps = [self.heads, *(part(self.outputs, of) for of in (heads, kv_heads))]
+        return math.lcm(*steps, part(self.inputs, heads) if component == "ov" else 1)
+
+    @property
+    def inner(self) -> int:
+        """Of what the rank of two factors has to be a multiple: outputs of one, inputs of both."""
+        return math.lcm(self.inputs, self.outputs)
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "llama.cpp": Runtime(
+        "llama.cpp, Ollama, LM Studio (a3 export gguf), any type of weights",
+        "a3-stock",
+        heads=4,
+        inputs=32,
+    ),
+    "llama.cpp-quantised-cache": Runtime(
+        "the same, with -ctk q8_0 -ctv q8_0 and the like", "a3-stock", heads=32, inputs=32
+    ),
+    "hf": Runtime(
+        "an ordinary checkpoint (a3 export hf): one size in all layers",
+        "a3-stock",
+        heads=4,
+        uniform=("mlp",),
+    ),
+    "gpu": Runtime("transformers on a GPU", "a3-plus", heads=8, inputs=8, outputs=8),
+    "nf4": Runtime("bitsandbytes NF4", "a3-plus", inputs=64, outputs=32),
+    "int4": Runtime(
+        "4 bits in groups of 128 (GPTQ, AWQ, torchao, Marlin)", "a3-plus", inputs=128, outputs=64
+    ),
+}
+
+
+def part(multiple: int, of: int) -> int:
+    """The least n > 0 such that n · of is a multiple."""
+    return multiple // math.gcd(multiple, of)
+
+
+def runtime_named(name: str) -> Runtime:
+    """A runtime by the name that --for takes; raises A3Error for others."""
+    if name not in RUNTIMES:
+        raise A3Error(f"runtime is {name!r}; expected one of {', '.join(RUNTIMES)}.")
+    return RUNTIMES[name]
