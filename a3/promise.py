@@ -289,7 +289,7 @@ def measured_amounts(target: Target, arch: Arch, small: Path) -> dict[str, float
     `arch` is the dense model's.
     """
     size = read_record(small / "approx.json")["size"]
-    width = WIDTHS[target.stored or arch.dtype]
+    width = WIDTHS[arch.dtype]
     found = {
         PARAMETERS: size["compressed"]["parameters"],
         CACHED: size["compressed"]["kv_bytes_per_token"] // width,

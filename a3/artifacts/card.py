@@ -27,6 +27,7 @@ from a3.core.files import (
     write_record,
 )
 from a3.models.checkpoint import CARD, front_matter
+from a3.models.compressed import own_sizes
 from a3.models.stock import FAMILIES, kept_type, llama_cpp_cache
 from a3.solutions.modes import COMPONENTS, DENSE
 
@@ -139,7 +140,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         *([components_table(record)] if known else []),
         *([training(record)] if "healed" in record else []),
         *([low_precision(record)] if "matrices" in record else []),
-        sizes_table(record["size"]),
+        sizes_table(own_sizes(record)),
         calibration(record),
         *([losses(record["loss"])] if "loss" in record else []),
         "## Perplexity",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import read_record
 from a3.models import arch
@@ -25,6 +26,18 @@ def compressed_record(folder: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(folder)
     path = folder / "approx.json"
     return read_record(path) if path.exists() else described(folder, checkpoint)
+
+
+def dtype_of(record: dict[str, Any]) -> str:
+    """The dtype of a compressed folder, by its record: the dense model's, or one that was asked."""
+    return record.get("dtype", record["base"]["dtype"])
+
+
+def own_sizes(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Sizes of both models, dense and compressed, with caches in the dtype of the folder."""
+    counted, own = WIDTHS[record["base"]["dtype"]], WIDTHS[dtype_of(record)]
+    key = "kv_bytes_per_token"
+    return {of: size | {key: size[key] // counted * own} for of, size in record["size"].items()}
 
 
 def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from a3 import promise
 from a3.core.errors import A3Error
 from a3.core.files import SEAL, read_json, read_record, write_record
 from a3.models.arch import describe, load_arch
+from a3.models.compressed import own_sizes
 from a3.models.load import load_tokenizer, load_whole
 from a3.models.packing import in_dtype
 from a3.solutions.modes import PRESETS, choose
@@ -125,6 +126,10 @@ def test_a_folder_in_another_dtype_is_no_larger_than_asked(calibrated, tmp_path)
     assert found[limits.CACHED] <= 0.9 * whole[limits.CACHED]
     assert len(promise.check_kept(dense, tmp_path / "small")) == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16
+    told = read_record(tmp_path / "small/approx.json")
+    shares = [told["size"][of]["kv_bytes_per_token"] for of in ("compressed", "dense")]
+    assert shares[0] / shares[1] == pytest.approx(found[limits.CACHED] / whole[limits.CACHED])
+    assert own_sizes(told)["compressed"]["kv_bytes_per_token"] == 2 * found[limits.CACHED]
     modes = {component: str(choice) for component, choice in same.shared.items()}
     content = {key: value for key, value in record.items() if key != SEAL}
     write_record(tmp_path / "own.json", content | {"modes": modes})

@@ -90,13 +90,15 @@ def assemble(model_folder: Path, shards: list[Shard], paths: list[Path], folder:
         "base": arch.to_json(),
         "base_card": base_of(model_source(model_folder), model_folder / CARD),
         "layers": reports,
+        "dtype": stored or arch.dtype,
+        # Caches are counted in the dense model's dtype, so that shares are of numbers.
         "size": {
             "dense": arch.size,
             "compressed": sizes(
                 arch.to_json(),
                 ranks,
                 count_parameters(folder),
-                stored or arch.dtype,
+                arch.dtype,
                 [layer_factors(report) for report in reports],
             ),
         },

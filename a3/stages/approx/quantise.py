@@ -45,7 +45,7 @@ from a3.stages.approx.approximate import repack
 from a3.stages.approx.statistics import made_from, read_statistics
 
 # Keys of the compressed model's record that also hold for the quantised model.
-KEPT = ("base", "base_card", "modes", "ranks", "layers", "healed")
+KEPT = ("base", "base_card", "dtype", "modes", "ranks", "layers", "healed")
 
 
 def quantise_model(

@@ -14,7 +14,7 @@ from a3.core.extras import require_installed
 from a3.core.files import read_record
 from a3.core.progress import warnings_only
 from a3.models.arch import is_compressed, load_arch
-from a3.models.compressed import compressed_record, dense_or_compressed
+from a3.models.compressed import compressed_record, dense_or_compressed, dtype_of, own_sizes
 from a3.models.layerwise import Streamed
 from a3.models.load import require_positions
 from a3.models.tokenizer import require_rows
@@ -116,7 +116,7 @@ def size_of(folder: Path) -> dict[str, Any]:
     """Parameters, KV-cache bytes and FLOPs a token, bytes of the weights' files."""
     if is_compressed(folder):
         record = compressed_record(folder)
-        size, dtype = record["size"]["compressed"], record["base"]["dtype"]
+        size, dtype = own_sizes(record)["compressed"], dtype_of(record)
     else:
         arch = load_arch(folder)
         size, dtype = arch.size, arch.dtype

@@ -11,7 +11,7 @@ from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.arch import is_compressed, load_arch
 from a3.models.checkpoint import Checkpoint
-from a3.models.compressed import compressed_record
+from a3.models.compressed import compressed_record, dtype_of, own_sizes
 from a3.models.load import load_tokenizer
 from a3.models.stock import llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
@@ -55,8 +55,8 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
     # The record must be of these weights.
     Checkpoint(folder).verify_all()
     record = compressed_record(folder)
-    base, size = record["base"], record["size"]
-    lines = model_lines(base, "compressed by a3")
+    base, size = record["base"], own_sizes(record)
+    lines = model_lines(base | {"dtype": dtype_of(record)}, "compressed by a3")
     for component in COMPONENTS:
         full = base["intermediate_size" if component == "mlp" else "head_dim"]
         kept = f"{runs(content['a3'][f'{component}_ranks'])} of {full}"

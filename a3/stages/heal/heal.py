@@ -43,7 +43,7 @@ from a3.stages.heal.training import STATE, Budget, Training
 from a3.texts.reading import text_sha256
 
 # Keys of the compressed model's record that also hold for the trained one.
-KEPT = ("base", "base_card", "modes", "ranks", "layers", "size")
+KEPT = ("base", "base_card", "dtype", "modes", "ranks", "layers", "size")
 
 # The budget in minutes if none is given.
 MINUTES = 10.0
