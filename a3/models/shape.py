@@ -147,6 +147,11 @@ class Arch:
         """Shape of one layer's statistic of a kind."""
         return shape_of(kind, vars(self))
 
+    def norms_output(self, component: str) -> bool:
+        """Whether what OV or the MLP makes is normed before it is added to the hidden state."""
+        # Of a mixture the sum over experts is, and each is compressed by itself.
+        return self.adapter.norms_outputs and not (component == "mlp" and self.experts)
+
     @property
     def adapter(self) -> Family:
         """The family's adapter: where its weights are."""

@@ -82,11 +82,14 @@ class Accumulator:
         """The layers whose sums are complete."""
         return self.spool.layers()
 
-    def add(self, layer: int, x: Tensor) -> None:
-        """Add a block's tokens: x (tokens, width), in the model's own dtype."""
+    def add(self, layer: int, x: Tensor, number: int = 0) -> None:
+        """Add a block's tokens: x (tokens, width), in the model's own dtype.
+
+        A layer can have several sums Σ xᵀx, of which the first is that of `number` 0.
+        """
         x = x.detach()
         if self.form in TRIANGULAR_FORMS:
-            self._triangle(layer, 0, x.shape[1], x.device).add(x)
+            self._triangle(layer, number, x.shape[1], x.device).add(x)
         else:
             self.add_sum(layer, outer_sum(x.double(), self.form, self.heads))
 
@@ -149,7 +152,8 @@ class Accumulator:
         if self.form in TRIANGULAR_FORMS:
             place, packed = f"layers.{layer}", [pack(one) for one in self.triangles.pop(layer)]
             # Experts' counts are among the tensors.
-            diagonal = torch.stack([one for one, _ in packed]) if tensors else packed[0][0]
+            several = bool(tensors) or len(packed) > 1
+            diagonal = torch.stack([one for one, _ in packed]) if several else packed[0][0]
             keys = packed_keys(place, diagonal)
             tensors |= {f"{place}.diagonal": diagonal}
             tensors |= {key: one for key, (_, one) in zip(keys, packed, strict=True)}
@@ -278,16 +282,19 @@ class Rxx:
         return self.settings | {SEAL: self.record[SEAL]}
 
     def R(  # noqa: N802
-        self, layer: int, shape: tuple[int, ...], expert: int | None = None
+        self, layer: int, shape: tuple[int, ...], expert: int | None = None, *, normed: bool = False
     ) -> Tensor:
         """Autocorrelation E[xᵀx] of one layer (its blocks or diagonal), of the given shape.
 
         Of a mixture's statistics, whose shape is (E, …), only that of one `expert`, if it is given.
-        The mean is over all tokens, those included that reached other experts.
+        The mean is over all tokens, those included that reached other experts. With `normed`, that
+        of tokens as norms of outputs weigh them (a3.stages.collect.hooks).
         """
         key, form = f"layers.{layer}", KINDS[self.record["kind"]].form
         if form in TRIANGULAR_FORMS:
             n = shape[-1]
+            if normed or (expert is None and f"{key}.1" in self.names() and len(shape) == 2):
+                shape, expert = (2, *shape), int(normed)
             diagonal = self._read(f"{key}.diagonal", shape[:-1])
             if expert is not None:
                 key, diagonal = f"{key}.{expert}", diagonal[expert]

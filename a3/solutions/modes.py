@@ -103,7 +103,8 @@ class Mode:
     modes that shrink heads or the intermediate size at the same ratio. With `latent`, the cache
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
-    first kind. With `drops`, whole experts are dropped, and the rank is how many are kept.
+    first kind. With `drops`, whole experts are dropped, and the rank is how many are kept. With
+    `normed`, tokens are weighed as norms of outputs weigh them, where a model has these.
     """
 
     kinds: tuple[str, ...]
@@ -112,6 +113,7 @@ class Mode:
     latent: bool = False
     prior: int = 0
     drops: bool = False
+    normed: bool = False
 
     @property
     def keeps_sizes(self) -> bool:
@@ -200,7 +202,9 @@ MODES: dict[str, dict[str, Mode]] = {
         "identity": Mode((), NOPE + ROPE),
         "modegpt": Mode(("v_blocks",), NOPE + ROPE),
         "palu": Mode(("v_blocks",), NOPE + ROPE),
-        "joint": Mode(("o_proj_input", "attention_gradient"), NOPE + ROPE, prior=OV_PRIOR),
+        "joint": Mode(
+            ("o_proj_input", "attention_gradient"), NOPE + ROPE, prior=OV_PRIOR, normed=True
+        ),
         **FACTORED["ov"],
     },
     "mlp": {
@@ -210,8 +214,8 @@ MODES: dict[str, dict[str, Mode]] = {
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "flap": Mode(("down_diagonal", "down_mean"), (*MLPS, EXPERTS)),
         "modegpt": Mode(("down_input",), (*MLPS, EXPERTS)),
-        "ls": Mode(("down_input",), (*MLPS, EXPERTS), prior=MLP_PRIOR),
-        "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR),
+        "ls": Mode(("down_input",), (*MLPS, EXPERTS), prior=MLP_PRIOR, normed=True),
+        "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR, normed=True),
         "frequency": Mode(("expert_norm",), (EXPERTS,), drops=True),
         "reap": Mode(("expert_norm",), (EXPERTS,), drops=True),
         **FACTORED["mlp"],

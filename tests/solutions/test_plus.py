@@ -653,6 +653,18 @@ def with_norm(alpha, weight):
     return hook
 
 
+def norms_outputs(layer):
+    """Whether a layer of transformers norms what attention and MLP make, by its modules' names."""
+    return any(
+        hasattr(layer, name) for name in ("post_feedforward_layernorm", "post_mlp_layernorm")
+    )
+
+
+def rms(output):
+    """The root mean square of each token, without a gradient."""
+    return output.detach().square().mean(-1, keepdim=True).sqrt()
+
+
 def gradients_by_autograd(folder, name, blocks):
     """Σ over tokens of the gradients' outer products, by leaves of the test's own."""
     arch = load_arch(folder)
@@ -667,12 +679,17 @@ def gradients_by_autograd(folder, name, blocks):
 
         for i in range(arch.layers):
             base = f"{arch.adapter.layer_path}.{i}."
+            # Where an output is normed, an error counts by its share of it.
+            normed = norms_outputs(model.base_model.get_submodule(base[:-1]))
             for site, kind in (("o", "attention_gradient"), ("down", "mlp_gradient")):
                 module = model.base_model.get_submodule(arch.adapter.module(i, site))
                 moved = leaf((kind, i), 1, BLOCK, 64)
+                scale = rms if normed else torch.ones_like
                 handles.append(
                     module.register_forward_hook(
-                        lambda _, __, out, moved=moved: (out.view(moved.shape) + moved).view_as(out)
+                        lambda _, __, out, moved=moved, scale=scale: (
+                            out.view(moved.shape) + moved * scale(out.view(moved.shape))
+                        ).view_as(out)
                     )
                 )
             if has_pairs_in_norms(vars(arch)):

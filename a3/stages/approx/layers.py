@@ -371,7 +371,7 @@ class LayerSolver:
     ) -> list[Tensor | float]:
         """The statistics that a mode's function takes, between weights and rank."""
         mode = find_mode(component, name)
-        read: list[Tensor | float] = [self.rxx(kind, layer, expert) for kind in mode.kinds]
+        read: list[Tensor | float] = [*self.own_statistics(component, name, layer, expert)]
         if expert is not None and "down_mean" in mode.kinds:
             # A variance needs means over this expert's tokens.
             share = self.experts.share("down_mean", layer, expert)
@@ -386,16 +386,29 @@ class LayerSolver:
             read.append(self.of_model(name).order)
         return read
 
-    def rxx(self, kind: str, layer: int, expert: int | None = None) -> Tensor:
-        """One statistic of a layer, on the device; of an expert, if it is one of each."""
+    def own_statistics(
+        self, component: str, name: str, layer: int, expert: int | None = None
+    ) -> list[Tensor]:
+        """The statistics of the kinds that a mode reads."""
+        mode = find_mode(component, name)
+        normed = mode.normed and self.arch.norms_output(component)
+        return [
+            self.rxx(kind, layer, expert, normed=normed and KINDS[kind].form == "full")
+            for kind in mode.kinds
+        ]
+
+    def rxx(
+        self, kind: str, layer: int, expert: int | None = None, *, normed: bool = False
+    ) -> Tensor:
+        """One statistic of a layer, on the device; of an expert, if it is one of each.
+
+        With `normed`, tokens are weighed as norms of outputs do.
+        """
         if expert is not None and is_of_experts(KINDS[kind], self.fields):
             return self.experts.R(kind, layer, expert).to(self.device)
-        R = self.statistics[kind].R(layer, self.arch.statistic_shape(KINDS[kind]))
+        shape = self.arch.statistic_shape(KINDS[kind])
+        R = self.statistics[kind].R(layer, shape, normed=normed)
         return R.to(self.device)
-
-    def kinds(self, component: str) -> tuple[str, ...]:
-        """The statistics that a component's mode reads."""
-        return find_mode(component, self.modes[component]).kinds
 
     def of_model(self, mode: str) -> Elimination:
         """Which RoPE pairs a mode of one set of pairs drops from all layers, and the losses."""

@@ -102,12 +102,13 @@ def eliminate_layer(solver: LayerSolver, reading: Lock, layer: int) -> dict[Unit
     for component in solver.modes:
         if not is_eliminated(solver.arch, component, layer):
             continue
-        least, kinds = least_rank(solver.arch, component), solver.kinds(component)
+        least = least_rank(solver.arch, component)
+        mode = solver.modes[component]
         for unit in units_of(solver.arch, component):
             expert = expert_of(unit)
             with reading:
                 weights = solver.mlp_weights(layer, expert) if component == "mlp" else attention()
-                read = [solver.rxx(kind, layer, expert) for kind in kinds]
+                read = solver.own_statistics(component, mode, layer, expert)
             found[unit] = losses_of(component, weights, read, least)
     return found
 

@@ -18,7 +18,7 @@ from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, LOGITS_TOKENS, has_pairs_in_norms
-from a3.stages.collect.hooks import nothing, observed
+from a3.stages.collect.hooks import is_normed, nothing, observed, rms
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -78,7 +78,8 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
             q, by_q = (heads_of(y, "q", arch) for y in (x, g))
             accumulator.add_sum(layer, by_factors(q, by_q, arch))
         else:
-            accumulator.add(layer, g.flatten(0, -2))
+            rows = g.flatten(0, -2)
+            accumulator.add(layer, rows * rms(x) if is_normed(arch, site) else rows)
 
     return [trunk.get_submodule(name).register_forward_hook(on_output)]
 

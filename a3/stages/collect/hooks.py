@@ -48,9 +48,33 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         accumulator.add(layer, inputs[0].flatten(0, -2))
 
+    def on_both(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x = inputs[0].flatten(0, -2)
+        accumulator.add(layer, x)
+        accumulator.add(layer, x / rms(output), 1)
+
+    full = KINDS[accumulator.kind].form == "full"
+    if full and site != projection and is_normed(arch, projection):
+        return module.register_forward_hook(on_both)
     if site == projection:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input)
+
+
+def is_normed(arch: Arch, projection: str) -> bool:
+    """Whether a projection's output is normed: that of o or down, in families that do so.
+
+    An error there counts by its share of its token's output. So inputs are summed a second time,
+    divided by the root mean square of the output, and gradients are multiplied by it: the two are
+    nearly independent then, which a loss E[gᵀg] ⊗ E[xᵀx] takes them for.
+    """
+    return projection in ("o", "down") and arch.norms_output(component_of(projection))
+
+
+def rms(output: Tensor) -> Tensor:
+    """The root mean square of each token of an output (1, L, d): (L, 1), float32."""
+    y = output.detach().flatten(0, -2).float()
+    return y.square().mean(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
 
 
 def observed(arch: Arch, site: str, layer: int) -> bool:
