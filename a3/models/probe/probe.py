@@ -25,7 +25,7 @@ from a3.models.probe.find import (
     norm_kind,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
-from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits
+from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits, norms_outputs
 from a3.models.quiet import quiet
 
 COMPONENTS = ("qk", "ov", "mlp")
@@ -333,6 +333,9 @@ class Probe:
             "nope_layers": nope if layout else [],
             "transposed": size["transposed"],
             "fixed": {"qk": sorted(qk), "ov": fixed},
+            "norms_outputs": norms_outputs(
+                self.model, self.layers[first], names["projections"]["o"]
+            ),
             **norm,
         }
 
@@ -424,6 +427,7 @@ NOTHING: dict[str, Any] = {
     "gain_offset": 0.0,
     "norm_eps": None,
     "norm_heads_first": False,
+    "norms_outputs": False,
     "norms": {},
     "own": False,
     "interleave": False,

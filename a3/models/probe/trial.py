@@ -336,6 +336,23 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(ids, **uncached(model)).logits
 
 
+def norms_outputs(model: nn.Module, layer: nn.Module, projection: str) -> bool:
+    """Whether twice the output of a projection leaves its layer's as it is: it is normed before it
+    is added.
+    """
+    found: list[Tensor] = []
+    handles = [layer.register_forward_hook(lambda _, __, y: found.append(y))]
+    # Large, so that what a norm adds to the mean square is nothing beside it.
+    for scale in (1000, 2):
+        module = layer.get_submodule(projection)
+        handles.append(module.register_forward_hook(lambda _, __, y, scale=scale: scale * y))
+        logits(model, torch.arange(2, 13)[None])
+    for handle in handles:
+        handle.remove()
+    one, two = (y[0] if isinstance(y, tuple) else y for y in found)
+    return torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+
+
 def uncached(model: nn.Module) -> dict[str, bool]:
     """The option for a pass without a cache, of models that have one."""
     return {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
