@@ -1,13 +1,13 @@
 """Compressed models in servers. vLLM finds `register` by the entry point of its plugins."""
 
-# Of families whose layers are Llama's, RoPE, MLPs gated with SiLU and two norms (llama.py).
+# The classes' names are the family's own, after A3.
 FAMILIES = ("Llama", "Mistral", "Ministral", "Qwen2")
 
 
 def register() -> None:
-    """Tell vLLM of compressed models' classes, which it imports when it loads one.
+    """Tell vLLM which class runs which compressed models; it imports that when it loads one.
 
-    vLLM calls this in each of its processes. That a3 is imported is what lets its config be read.
+    vLLM calls this in each of its processes. The import of a3 lets transformers read the config.
     """
     from vllm import ModelRegistry
 

@@ -23,9 +23,7 @@ from vllm.v1.attention.selector import get_attn_backend
 
 from a3.core.errors import A3Error
 from a3.models.attention_a3 import rotate, widen
-
-# RoPE types whose tables vLLM computes as transformers does, for all lengths at once.
-ROPES = ("default", "linear", "llama3", "yarn")
+from a3.models.served import obstacles
 
 # Head sizes of vLLM's fastest kernels are multiples of this; no kernel takes a larger head.
 MULTIPLE, LARGEST = 8, 512
@@ -36,7 +34,7 @@ class A3ForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        if found := obstacles(config):
+        if found := obstacles(config.a3, config.rope_parameters["rope_type"]):
             raise A3Error(
                 f"{vllm_config.model_config.model}: a3's plugin for vLLM cannot run it: "
                 f"{'; '.join(found)}. transformers can, after import a3."
@@ -148,17 +146,3 @@ def attention_size(wanted: int, cache_config: CacheConfig | None) -> int:
         if get_attn_backend(size, torch.get_default_dtype(), kind).supports_head_size(size):
             return size
     raise A3Error(f"vLLM has no attention here for heads of {wanted} to {LARGEST}.")
-
-
-def obstacles(config: Any) -> list[str]:
-    """What of a compressed model these classes lack; empty if nothing."""
-    a3, rope = config.a3, config.rope_parameters["rope_type"]
-    lacking = {
-        "some of its matrices are factored": any(a3["factors"]),
-        "it simulates low precision": "quantised" in a3,
-        "queries and keys have norms": a3["qk_norm"],
-        "some layers have no RoPE": not a3["rope"] or a3["nope_layers"],
-        "its down projections have a bias": a3["down_bias"],
-        f"its RoPE is {rope}, not one of {', '.join(ROPES)}": rope not in ROPES,
-    }
-    return [reason for reason, holds in lacking.items() if holds]

@@ -28,6 +28,8 @@ class Engine:
         self.llm = LLM(
             folder,
             dtype="float32",
+            # Room for the text and new tokens; the cache must hold one text of this length.
+            max_model_len=2 * chunk + 8,
             # Nothing is compiled: that takes longer than all answers.
             enforce_eager=True,
             max_num_seqs=1,
