@@ -99,6 +99,15 @@ UNEVEN = Case(
     "its kernels take heads of multiples of 16, and fail at the first token",
 )
 
+# Head sizes that vLLM's attention for CPUs has, tried by all multiples of 16 up to 256, and 512.
+KERNELS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+OTHER_HEADS = Case(
+    f"heads of another size than {', '.join(map(str, KERNELS))}",
+    lambda facts: facts.head_dim not in KERNELS,
+    "its attention for CPUs has no kernel for them, and fails at the first token",
+)
+
 FACTORS = Case(
     "frequencies with factors (`rope_freqs.weight`)",
     lambda facts: facts.factors and not facts.by_layer,
@@ -122,7 +131,9 @@ SEEN = (
     Seen("CTranslate2 4.8", HF, RIGHT, ALL, LLAMA),
     Seen("mistral.rs 0.9", HF, REFUSES, LONGROPE),
     Seen("mistral.rs 0.9", HF, UNTESTED, ALL),
-    Seen("vLLM", HF, UNTESTED, ALL),
+    Seen("vLLM 0.32 on CPUs", HF, REFUSES, OTHER_HEADS),
+    Seen("vLLM 0.32 on CPUs", HF, RIGHT, ALL, LLAMA),
+    Seen("vLLM on GPUs", HF, UNTESTED, ALL),
     Seen("TGI", HF, UNTESTED, ALL),
     Seen("llama.cpp (xllamacpp 2026.10)", GGUF, RIGHT, ALL),
     Seen("OpenVINO GenAI 2026.4", GGUF, WRONG, FACTORS),

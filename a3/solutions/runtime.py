@@ -53,6 +53,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         heads=4,
         uniform=("mlp",),
     ),
+    "vllm": Runtime("vLLM with a3's plugin", "a3-plus", heads=16, inputs=8, outputs=8),
     "gpu": Runtime("transformers on a GPU", "a3-plus", heads=8, inputs=8, outputs=8),
     "nf4": Runtime("bitsandbytes NF4", "a3-plus", inputs=64, outputs=32),
     "int4": Runtime(

@@ -264,6 +264,9 @@ def test_what_no_family_has_is_refused_with_the_reason(llama, tmp_path, modes, r
     shown = inspect(tmp_path / "small")
     assert "vLLM, TGI: no: " in shown
     assert reason in shown
+    # Its plugin takes other sizes and pairs, and no other kinds of layers.
+    other = re.search(r"vLLM with a3's plugin: no: (.*)\n", shown)
+    assert (reason == other[1]) if "mlp" in modes else other is None
     assert main(["export", "hf", str(tmp_path / "small"), "-o", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
 
@@ -374,7 +377,8 @@ def test_inspect_says_what_a_folder_is(made):
         assert "llama.cpp: after a3 export gguf" in text
     assert "transformers without a3: after a3 export hf" in small
     assert "exported by a3 export hf" in exported
-    assert re.search(r"after a3 export hf, untested: .*vLLM, TGI\n", small)
+    assert re.search(r"after a3 export hf, untested: .*vLLM on GPUs, TGI\n", small)
+    assert "vLLM with a3's plugin: yes" in small
     assert re.search(r"after a3 export hf, right: transformers 5.23, .*OpenVINO", small)
 
 

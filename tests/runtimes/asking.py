@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / ".venv-runtimes"
+ROOT = HERE.parents[1]
+ENVIRONMENTS = ROOT / ".venv-runtimes"
 
 # Scripts of the environments.
 NAMES = {"onnx": "onnxruntime"}
@@ -58,8 +60,27 @@ def run_in(runtime, *words):
     alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # Where llama.cpp aborts it would print what every thread does.
     alone["GGML_NO_BACKTRACE"] = "1"
-    command = [str(word) for word in (home_of(runtime) / "bin/python", *words)]
+    python = home_of(runtime) / "bin/python"
+    if runtime == "vllm":
+        # It needs torch, and a3's plugin needs a3.
+        python = sys.executable
+        alone["PYTHONPATH"] = os.pathsep.join(map(str, (libraries(runtime), plugin(), ROOT)))
+    command = [str(word) for word in (python, *words)]
     return subprocess.run(command, env=alone, capture_output=True, text=True)
+
+
+def plugin():
+    """A folder that says a3's entry points for vLLM, as an installation of a3 does."""
+    group = "vllm.general_plugins"
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        found = tomllib.load(stream)["project"]["entry-points"][group]
+    said = ENVIRONMENTS / "vllm-plugin"
+    info = said / "a3-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a3\nVersion: 0\n")
+    lines = [f"[{group}]", *(f"{name} = {where}" for name, where in found.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    return said
 
 
 def ask(path, asked):

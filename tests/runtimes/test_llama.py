@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from asking import answers_of, ask, converted, texts_of
+from asking import CONVERTERS, answers_of, ask, converted, texts_of
 from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,13 +154,19 @@ NAMES = {
 
 @pytest.mark.parametrize(
     ("runtime", "name"),
-    [("mlx", "stock"), ("ctranslate2", "whole"), ("genai", "whole")],
+    [
+        ("mlx", "stock"),
+        ("vllm", "stock"),
+        ("vllm", "whole"),
+        ("ctranslate2", "whole"),
+        ("genai", "whole"),
+    ],
 )
 def test_other_runtimes_have_the_logits_of_transformers(
     folder, logits, block, tmp_path, record_property, runtime, name
 ):
     source = folder / name
-    if runtime != "mlx":
+    if runtime in CONVERTERS:
         source = tmp_path / "converted"
         done = converted(runtime, folder / name, source)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,8 @@ from a3.models.arch import is_compressed, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dtype_of, own_sizes
 from a3.models.load import load_tokenizer
-from a3.models.stock import llama_cpp_cache, obstacles, stock
+from a3.models.served import obstacles as served_obstacles
+from a3.models.stock import dense_config, llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
 from a3.stages.export.llama import content_of, require_llama, rules_of
 
@@ -135,6 +136,8 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     lines = ["transformers after `import a3`"] if compressed else ["transformers"]
     if "auto_map" in read_json(folder / "config.json"):
         lines.append("transformers without a3, with trust_remote_code=True")
+    if compressed:
+        lines.append(f"vLLM with a3's plugin: {by_plugin(folder)}")
     graphs = [f"after a3 export onnx, {text}" for text in said_of_graphs()]
     if gguf_obstacles:
         lines.append(f"transformers without a3, llama.cpp, {UNTESTED}: no: {'; '.join(found)}")
@@ -159,6 +162,14 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
     if not reason:
         lines += [f"after a3 export gguf, {text}" for text in said_of_runtimes(facts, GGUF)]
     return lines + graphs
+
+
+def by_plugin(folder: Path) -> str:
+    """Whether vLLM serves a compressed folder itself where a3 is installed, and if not, why."""
+    rope = getattr(dense_config(folder), "rope_parameters", None) or {}
+    a3 = read_json(folder / "config.json")["a3"]
+    found = served_obstacles(a3, rope.get("rope_type", "none"))
+    return f"no: {'; '.join(found)}" if found else "yes (tried on CPUs, with vLLM 0.32)"
 
 
 def no_llama(folder: Path) -> str | None:
