@@ -154,7 +154,7 @@ NAMES = {
 
 @pytest.mark.parametrize(
     ("runtime", "name"),
-    [("mlx", "stock"), ("ctranslate2", "whole"), ("genai", "whole")],
+    [("mlx", "stock"), ("openvino", "stock"), ("ctranslate2", "whole"), ("genai", "whole")],
 )
 def test_other_runtimes_have_the_logits_of_transformers(
     folder, logits, block, tmp_path, record_property, runtime, name
