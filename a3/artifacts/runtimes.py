@@ -109,7 +109,7 @@ SEEN = (
     Seen("transformers 5.23", HF, RIGHT, ALL),
     Seen("transformers 4.57", HF, WRONG, NEWER_KEYS),
     Seen("transformers 4.57", HF, RIGHT, ALL),
-    Seen("OpenVINO 2026.4 (optimum-intel 2.2)", HF, RIGHT, ALL, LLAMA),
+    Seen("OpenVINO 2026.4 (optimum-intel 2.2)", HF, RIGHT, ALL),
     Seen("ExecuTorch 1.5 (torch.export)", HF, RIGHT, ALL, LLAMA),
     Seen("MLX 0.32", HF, WRONG, NEWER_KEYS),
     Seen("MLX 0.32", HF, RIGHT, ALL, LLAMA),
