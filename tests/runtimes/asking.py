@@ -24,6 +24,10 @@ CONVERTERS = {
     "genai": "import runpy, sys; source, out = sys.argv[1:];"
     "sys.argv = [''] + f'-i {source} -o {out} -p fp32 -e cpu -c {out}.cache'.split();"
     "runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')",
+    # .venv's datasets want a newer huggingface_hub than optimum-intel does.
+    "openvino": "import sys; sys.modules['datasets'] = None;"
+    "from optimum.intel import OVModelForCausalLM as M; of = {'load_in_8bit': False};"
+    "M.from_pretrained(sys.argv[1], export=True, compile=False, **of).save_pretrained(sys.argv[2])",
 }
 
 
@@ -48,11 +52,16 @@ def libraries(runtime):
     return found
 
 
+def beside_torch(runtime, *words):
+    """Run Python with a3, its libraries and those of a runtime, which go before; how it ended."""
+    env = os.environ | {"PYTHONPATH": f"{libraries(runtime)}:{HERE.parents[1]}"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 def converted(runtime, folder, out):
     """How the converter of a runtime ended, which also needs torch; it writes to `out`."""
-    env = os.environ | {"PYTHONPATH": str(libraries(runtime))}
-    command = [sys.executable, "-c", CONVERTERS[runtime], str(folder), str(out)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    return beside_torch(runtime, "-c", CONVERTERS[runtime], folder, out)
 
 
 def run_in(runtime, *words):
@@ -100,7 +109,8 @@ def answers_of(runtime, folder, asked, place):
     question.write_text(json.dumps(asked))
     if runtime == "transformers-js":
         return from_node(folder, question, place)
-    done = run_in(runtime, HERE / f"in_{NAMES.get(runtime, runtime)}.py", folder, question, out)
+    run = beside_torch if runtime == "executorch" else run_in
+    done = run(runtime, HERE / f"in_{NAMES.get(runtime, runtime)}.py", folder, question, out)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(out))
 

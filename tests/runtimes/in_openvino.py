@@ -1,23 +1,26 @@
-"""Run where OpenVINO is: reads the graph of a3 export onnx."""
+"""Run where OpenVINO is: reads a graph of a3 export onnx, or a folder of optimum-intel."""
 
 import glob
+import os
 
 import numpy as np
 import openvino
 from answering import main
 from graphs import Cached
 
+# Their own choice is float16 for the cache, and bfloat16 for the rest where the CPU has it.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+VERSION = f"OpenVINO {openvino.__version__.split('-')[0]}"
+
 
 class Graph(Cached):
     """A folder of a3 export onnx in OpenVINO, in float32."""
 
-    version = f"OpenVINO {openvino.__version__.split('-')[0]}"
+    version = VERSION
 
     def __init__(self, folder):
-        core = openvino.Core()
         path = glob.glob(f"{folder}/onnx/*.onnx")[0]  # noqa: PTH207
-        # Its own choice would be bfloat16 where the CPU has it.
-        self.model = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self.model = openvino.Core().compile_model(path, "CPU", EXACT)
         self.inputs = {one.any_name: one.partial_shape for one in self.model.inputs}
 
     def start(self):
@@ -34,5 +37,41 @@ class Graph(Cached):
         return [value.copy() for value in self.model(feed).values()]
 
 
+class Stateful:
+    """A folder of optimum-intel, whose model keeps its cache, in float32."""
+
+    version = VERSION
+
+    def __init__(self, folder):
+        model = openvino.Core().compile_model(f"{folder}/openvino_model.xml", "CPU", EXACT)
+        self.request = model.create_infer_request()
+
+    def start(self):
+        """Empty the cache."""
+        self.length = 0
+        self.request.reset_state()
+
+    def read(self, ids):
+        """Logits of tokens that follow."""
+        end = self.length + len(ids)
+        feed = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(self.length, end)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        self.length = end
+        return self.request.infer(feed)["logits"][0].copy()
+
+    def held(self):
+        """Bytes of the cache."""
+        return sum(one.state.byte_size for one in self.request.query_state())
+
+
+def either(folder):
+    """The class for a folder."""
+    return (Stateful if os.path.exists(f"{folder}/openvino_model.xml") else Graph)(folder)  # noqa: PTH110
+
+
 if __name__ == "__main__":
-    main(Graph)
+    main(either)

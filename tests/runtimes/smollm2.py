@@ -69,7 +69,13 @@ def row(model, found, logits, block, greedy):
 
 def continued(folder, block, prompt, count):
     """The `count` likeliest tokens after the first `prompt` ones of a block, by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return greedy(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), block, prompt, count
+    )
+
+
+def greedy(model, block, prompt, count):
+    """As `continued`, of a model in memory."""
     made = model.generate(
         block[:, :prompt], max_new_tokens=count, min_new_tokens=count, do_sample=False
     )

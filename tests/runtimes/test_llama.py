@@ -156,6 +156,7 @@ NAMES = {
     ("runtime", "name"),
     [
         ("mlx", "stock"),
+        ("openvino", "stock"),
         ("vllm", "stock"),
         ("vllm", "whole"),
         ("ctranslate2", "whole"),

@@ -1,4 +1,4 @@
-"""Graphs of `a3 export onnx` in onnxruntime, OpenVINO and transformers.js.
+"""Graphs of `a3 export onnx` in onnxruntime, OpenVINO and transformers.js; models in ExecuTorch.
 
 Tiny models of several families at once; SmolLM2 as `a3-plus` makes it, whose layers have other
 ranks and whose groups keep other RoPE pairs.
@@ -6,15 +6,14 @@ ranks and whose groups keep other RoPE pairs.
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from asking import HERE, answers_of, libraries
-from smollm2 import MODEL, a3_, continued, logits_of, perplexity, row, scored
+import torch
+from asking import HERE, answers_of, beside_torch, libraries
+from smollm2 import MODEL, a3_, continued, greedy, logits_of, perplexity, row, scored
 from tiny import run, tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.core.files import read_record
 
@@ -39,6 +38,12 @@ MODELS = {
     "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, MHA),
 }
 DENSE = {"qwen3": ("qwen3", {"head_dim": 24})}
+# Of one head size, as `a3 export hf` makes it; RoPE is `longrope`.
+STOCK = ("--qk", "uniform-global@12", "--ov", "xkv@12", "--mlp", "rxx-w")
+# For ExecuTorch. XNNPACK computes what it can of Llama, which takes twice the time to lower.
+LOWERED = ("llama", "gemma3", "gpt2", "stock")
+# Layers of SmolLM2 there, from the first: all take two minutes more, and are for the table (0).
+KEPT = 0 if os.environ.get("A3_RECORD") == "1" else 6
 # Whose graph has numbers that onnxruntime lacks on CPUs (bfloat16).
 REFUSED = {"falcon-alibi": ("falcon", ALIBI)}
 
@@ -65,9 +70,7 @@ def exported(tmp_path_factory):
     asked["strict"] = [of["llama"], folder / "strict-out", "f32", {"LIMITS": {"f32": 0}}]
     question = folder / "asked.json"
     question.write_text(json.dumps([[*map(str, one[:3]), one[3]] for one in asked.values()]))
-    env = os.environ | {"PYTHONPATH": f"{libraries('onnx')}:{HERE.parents[1]}"}
-    command = [sys.executable, str(HERE / "exporting.py"), str(question)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = beside_torch("onnx", HERE / "exporting.py", question)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     outs = {name: one[1] for name, one in asked.items()}
@@ -148,7 +151,7 @@ def expected(graph):
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_smollm2_is_the_same_in_every_runtime(graph, expected, record_property, tmp_path, runtime):
-    block, logits, greedy = expected
+    block, logits, continuation = expected
     ranks = json.loads((graph / "config.json").read_text())["a3"]
     assert len(set(ranks["qk_ranks"])) > 1
     assert not ranks["same_pairs"]
@@ -158,11 +161,66 @@ def test_smollm2_is_the_same_in_every_runtime(graph, expected, record_property, 
     ours, theirs = (perplexity(one, block) for one in (found["logits"], logits))
     bytes_ = read_record(graph.parent / "graph/export.json")["kv_bytes_per_token"]
     name = "SmolLM2-135M, a3-plus at 0.2, ONNX f32"
-    record_property("measured", row(name, found, logits, block, greedy))
+    record_property("measured", row(name, found, logits, block, continuation))
     assert worst < 0.02
     assert ours == pytest.approx(theirs, rel=1e-4)
-    assert list(found["greedy"]) == greedy
+    assert list(found["greedy"]) == continuation
     assert found["in_two"] < 0.02
     assert found["held"] == bytes_ * SCORED
     if "ids" in found:
         assert found["ids"] == [AutoTokenizer.from_pretrained(MODEL)(TEXT).input_ids]
+
+
+# --- ExecuTorch -----------------------------------------------------------------------------------
+
+
+def lower(folder, asked):
+    """Lower models to programs in `folder`: by name a folder, layers, whether with XNNPACK."""
+    rows = [[str(of), *how, str(folder / f"{name}.pte")] for name, (of, *how) in asked.items()]
+    (folder / "lower.json").write_text(json.dumps(rows))
+    done = beside_torch("executorch", HERE / "lowering.py", folder / "lower.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def lowered(exported, tmp_path_factory):
+    """The folder of the programs, and that of each tiny model."""
+    folder = tmp_path_factory.mktemp("lowered")
+    run("export", "hf", small_model(folder / "x", "llama", {}, STOCK), "-o", folder / "stock")
+    of = exported[0] | {"stock": folder / "stock"}
+    lower(folder, {name: (of[name], 0, name == "llama") for name in LOWERED})
+    return folder, of
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_tiny_models_are_executorchs(lowered, tmp_path, name):
+    folder, of = lowered
+    asked = {"tokens": list(range(5, 45)), "prompt": 8, "greedy": 4}
+    found = answers_of("executorch", folder / f"{name}.pte", asked, tmp_path)
+    worst = np.abs(found["logits"] - logits_of(of[name], asked["tokens"])).max()
+    print(f"{name}: largest difference {worst:.2g}, in two calls {found['in_two']:.2g}")
+    assert worst < 2e-5
+    assert found["in_two"] < 2e-5
+
+
+def test_smollm2_is_the_same_in_executorch(graph, record_property, tmp_path):
+    lower(tmp_path, {"smollm2": (graph, KEPT, False)})
+    block = scored(SCORED)
+    model = AutoModelForCausalLM.from_pretrained(graph, dtype=torch.float32)
+    model.model.layers = model.model.layers[: KEPT or None]
+    with torch.inference_mode():
+        said = model(block, use_cache=True)
+    logits, continuation = said.logits[0].numpy(), greedy(model, block, PROMPT, NEW)
+    asked = {"tokens": block[0].tolist(), "prompt": PROMPT, "greedy": NEW}
+    found = answers_of("executorch", tmp_path / "smollm2.pte", asked, tmp_path)
+    if not KEPT:
+        name = "SmolLM2-135M, a3-plus at 0.2, ExecuTorch f32"
+        record_property("measured", row(name, found, logits, block, continuation))
+    assert np.abs(found["logits"] - logits).max() < 0.02
+    assert perplexity(found["logits"], block) == pytest.approx(perplexity(logits, block), rel=1e-4)
+    assert found["greedy"].tolist() == continuation
+    assert found["in_two"] < 0.02
+    held = [
+        x for one in said.past_key_values.layers[: KEPT or None] for x in (one.keys, one.values)
+    ]
+    assert found["held"] == sum(x.nbytes for x in held)
