@@ -129,9 +129,9 @@ def compress(
 ) -> PreTrainedModel:
     """Collect statistics on `texts` and return the compressed model, as `a3 compress` makes it.
 
-    A loaded model is not changed, and the compressed model has its dtype and device. For a folder
-    or name, the compressed model has the stored dtype and is on the CPU. `save_pretrained` of the
-    result also writes the tokenizer. transformers loads that folder after `import a3`.
+    A loaded model is not changed, and the result has its device and, unless `fit` has one, its
+    dtype. For a folder or name, it has the stored dtype and is on the CPU. `save_pretrained` of
+    the result also writes the tokenizer. transformers loads that folder after `import a3`.
 
     The logger "a3" says the loss over the dense model's on a few blocks of `texts` and of
     `dev_texts`, which the calibration should not have seen, and warns if the model is overfitted.
@@ -147,7 +147,7 @@ def compress(
         text = text_entry(texts, work)
         dev = None if dev_texts is None else text_entry(dev_texts, work, "dev")
         compress_folder(source, text, plan, work / "small", settings, dev_text=dev)
-        return loaded_as(work / "small", model)
+        return loaded_as(work / "small", model, plan.stored)
 
 
 def collect(
@@ -255,7 +255,7 @@ def approximate(
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
         approximate(folder, rxx, plan, work / "small", ranks)
-        return loaded_as(work / "small", model)
+        return loaded_as(work / "small", model, plan.stored)
 
 
 def heal(

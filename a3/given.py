@@ -296,10 +296,12 @@ def number_of(name: str, value: Any) -> float:
 
 
 # --- results --------------------------------------------------------------------------------------
-def loaded_as(folder: Path, like: Model) -> PreTrainedModel:
-    """The model in a folder, with the dtype and device of another that was given in memory."""
+def loaded_as(folder: Path, like: Model, stored: str | None = None) -> PreTrainedModel:
+    """The model in a folder, with the dtype and device of another that was given in memory, or in
+    the dtype `stored`, which was asked for.
+    """
     given = like if isinstance(like, PreTrainedModel) else None
-    dtype = "auto" if given is None else given.dtype
+    dtype = "auto" if given is None or stored else given.dtype
     model = loaded(AutoModelForCausalLM, folder, dtype=dtype, use_safetensors=True)
     # Small files that save_pretrained writes beside the weights (a3.models.modeling_a3).
     if hasattr(model, "beside"):

@@ -73,7 +73,8 @@ class Run:
             return self.weights["size.compressed.bits_per_weight"]
         weights = projection_weights(dense.weights.data)
         gone = dense.size["parameters"] - self.size["parameters"]
-        return 8 * WIDTHS[dense.weights["dtype"]] * (1 - gone / weights)
+        dtype = self.weights.data.get("dtype", dense.weights["dtype"])
+        return 8 * WIDTHS[dtype] * (1 - gone / weights)
 
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:

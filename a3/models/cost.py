@@ -23,6 +23,7 @@ from a3.rxx.kinds import (
     layer_memory,
     shape_of,
     stored_bytes,
+    sums_of,
 )
 
 # Python with torch and transformers (and lm-eval) imported, in bytes; approx needs fewer of them.
@@ -123,7 +124,7 @@ def numbers_of_token(kind: str, arch: dict[str, Any]) -> int:
     count = math.prod(shape_of(KINDS[kind], arch))
     if is_of_experts(KINDS[kind], arch):
         return count // arch["experts"] * arch["experts_per_token"]
-    return count
+    return count * sums_of(KINDS[kind], arch)
 
 
 def stream_cost(

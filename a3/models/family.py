@@ -38,8 +38,6 @@ class Family:
     # a norm's gain is its weight plus `gain_offset`.
     qk_norm: ClassVar[str | None] = None
     gain_offset: ClassVar[float] = 0.0
-    # Whether the outputs of attention and MLP are normed before they are added (sandwich norms).
-    norms_outputs: ClassVar[bool] = False
     # Whether those norms get tensors whose heads come before the tokens.
     norm_heads_first: ClassVar[bool] = False
     # Their modules in the attention module.

@@ -11,7 +11,7 @@ from a3.core.errors import A3Error
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import family_of
 from a3.models.family import Family
-from a3.rxx.kinds import Kind, heads_of, shape_of
+from a3.rxx.kinds import Kind, heads_of, norms_output, shape_of
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ class Arch:
 
     def norms_output(self, component: str) -> bool:
         """Whether what OV or the MLP makes is normed before it is added to the hidden state."""
-        # Of a mixture the sum over experts is, and each is compressed by itself.
-        return self.adapter.norms_outputs and not (component == "mlp" and self.experts)
+        return norms_output(vars(self), component == "mlp")
 
     @property
     def adapter(self) -> Family:

@@ -293,7 +293,9 @@ class Rxx:
         key, form = f"layers.{layer}", KINDS[self.record["kind"]].form
         if form in TRIANGULAR_FORMS:
             n = shape[-1]
-            if normed or (expert is None and f"{key}.1" in self.names() and len(shape) == 2):
+            if normed:
+                self.require_normed(key)
+            if expert is None and len(shape) == 2 and f"{key}.1" in self.names():
                 shape, expert = (2, *shape), int(normed)
             diagonal = self._read(f"{key}.diagonal", shape[:-1])
             if expert is not None:
@@ -302,6 +304,15 @@ class Rxx:
         value = self._read(key, shape)
         value = value if expert is None else value[expert]
         return value if form == "peak" else value / self.tokens
+
+    def require_normed(self, key: str) -> None:
+        """Raise A3Error if a layer's tokens were not weighed as norms of outputs weigh them."""
+        if f"{key}.1" not in self.names() and not self.record.get("normed"):
+            raise A3Error(
+                f"{self.path}: tokens are not weighed by the norms of this model's outputs: an "
+                "earlier version of a3 wrote it. Collect again: o_proj_input, down_input, "
+                "attention_gradient and mlp_gradient."
+            )
 
     def diagonal(self, layer: int, shape: tuple[int, ...]) -> Tensor:
         """The diagonals of `R`, of a kind that is full or diagonal: shape (…, n) or (…, n, n)."""

@@ -79,6 +79,9 @@ KINDS = {
 # What a mixture of experts has of its MLPs.
 EXPERT_KINDS = ("down_diagonal", "down_input", "down_mean", "mlp_gradient", "expert_norm")
 
+# Families whose layers norm what attention and MLP make before they add it; of others a probe says.
+NORMED_OUTPUTS = ("gemma2", "gemma3_text", "glm4", "olmo2")
+
 # Gradients by activations, which are computed for one block in this many.
 GRADIENT_BLOCKS = 4
 
@@ -114,6 +117,27 @@ def has_pairs_in_norms(arch: Mapping[str, Any]) -> bool:
     return arch["qk_norm"] == "head" and arch["rope_dims"] == arch["head_dim"]
 
 
+def norms_output(arch: Mapping[str, Any], of_mlp: bool) -> bool:
+    """Whether what attention or the MLP makes is normed before it is added to the hidden state.
+
+    Of a mixture the sum over experts is, and each expert is compressed by itself: no.
+    """
+    probed = (arch["structure"] or {}).get("norms_outputs", False)
+    normed = probed or arch["family"] in NORMED_OUTPUTS
+    return normed and not (of_mlp and arch["experts"])
+
+
+def sums_of(kind: Kind, arch: Mapping[str, Any]) -> int:
+    """How many sums of a kind a layer has: inputs whose outputs are normed have two.
+
+    An error of an output that is normed counts by its share of its token's output. So the inputs
+    are summed a second time, divided by the root mean square of the output, and gradients are
+    multiplied by it: the two are nearly independent then, as a loss E[gᵀg] ⊗ E[xᵀx] takes them.
+    """
+    inputs = kind.form == "full" and kind.site in ("o_input", "down_input")
+    return 2 if inputs and norms_output(arch, kind.site == "down_input") else 1
+
+
 def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of one layer's statistic."""
     if kind.form == "fisher":
@@ -143,7 +167,8 @@ def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:
     shape = shape_of(KINDS[kind], arch)
     if KINDS[kind].form in TRIANGULAR_FORMS:
         n = shape[-1]
-        return arch["layers"] * math.prod(shape[:-2]) * (3 * n * (n - 1) // 2 + 8 * n)
+        sums = math.prod(shape[:-2]) * sums_of(KINDS[kind], arch)
+        return arch["layers"] * sums * (3 * n * (n - 1) // 2 + 8 * n)
     return arch["layers"] * 8 * math.prod(shape)
 
 
@@ -152,7 +177,7 @@ def layer_memory(arch: Mapping[str, Any], kind: str) -> int:
     shape = shape_of(KINDS[kind], arch)
     if KINDS[kind].form in TRIANGULAR_FORMS:
         n = shape[-1]
-        return math.prod(shape[:-2]) * 4 * n * (n + min(n, PANEL))
+        return math.prod(shape[:-2]) * sums_of(KINDS[kind], arch) * 4 * n * (n + min(n, PANEL))
     return 8 * math.prod(shape)
 
 

@@ -15,6 +15,7 @@ from a3.solutions.modes import (
     EXPERTS,
     ONE_SIZE,
     PRESETS,
+    ROPE,
     SERVABLE,
     SHARED,
     STOCK_STEPS,
@@ -28,6 +29,12 @@ from a3.solutions.modes import (
 )
 from a3.solutions.runtime import runtime_named
 from a3.solutions.target import Target
+
+# QK modes that keep the same RoPE pairs everywhere, or need none.
+ONE_PAIRS = (*ONE_SIZE, "rxx-w-rxx-uniform")
+
+# Runtimes that run no model with two factors in place of a matrix.
+SERVED = ("llama.cpp", "llama.cpp-quantised-cache", "hf", "vllm")
 
 # Allocation keeps at least this share of a component in each layer: a second-order loss is not
 # reliable for larger changes.
@@ -59,11 +66,26 @@ class Plan:
                 "rank, or remove --servable."
             )
         if self.runtime is not None:
-            preset = PRESETS[runtime_named(self.runtime).preset]
-            if preset["qk"][:-1] in ONE_SIZE and shared and not self.one_size:
+            self.require_modes_of(self.runtime, bool(shared))
+
+    def require_modes_of(self, runtime: str, shared: bool) -> None:
+        """Raise A3Error for modes whose models a runtime cannot run; `shared`: heads' sizes are."""
+        preset = PRESETS[runtime_named(runtime).preset]
+        wants = f"{runtime} runs {'+'.join(preset.values())}"
+        for component, choice in self.choices.items():
+            if self.mode(component).factors and runtime in SERVED:
+                raise A3Error(f"{choice.name}: makes two factors of a matrix, and {wants}.")
+        if preset["qk"][:-1] in ONE_SIZE:
+            if shared and not self.one_size:
                 raise A3Error(
-                    f"{self.said()}: allocates heads of different sizes, and {self.runtime} wants "
-                    f"one. Write --qk {preset['qk']}, or no modes."
+                    f"{self.said()}: allocates heads of different sizes, and {runtime} wants one. "
+                    f"Write --qk {preset['qk']}, or no modes."
+                )
+            qk = self.choices.get("qk")
+            if qk and qk.mode not in ONE_PAIRS and {*ROPE} & {*self.mode("qk").fits}:
+                raise A3Error(
+                    f"{qk.name}: keeps other RoPE pairs in each group, and {wants}. Take one of "
+                    f"{', '.join(ONE_PAIRS)}."
                 )
 
     def kinds(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_compressed import MODELS, redraw
 from tiny import document, tiny_model
 from transformers import AutoModelForCausalLM
@@ -9,8 +10,14 @@ from transformers import AutoModelForCausalLM
 from a3.core.errors import A3Error
 from a3.models.arch import load_arch
 from a3.models.load import load_tokenizer
+from a3.rxx import kinds
 from a3.rxx.container import Rxx, merge
+from a3.rxx.kinds import KINDS, stored_bytes
+from a3.solutions.modes import PRESETS, choose
+from a3.solutions.plan import Plan
+from a3.stages.approx.allocate import allocate
 from a3.stages.collect.collect import collect
+from a3.stages.collect.hooks import NORM_EPS
 from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
 
@@ -34,7 +41,8 @@ def sums_by_hooks(dense, text):
 
     def add(key, x, y):
         x = x.detach().double().reshape(-1, x.shape[-1])
-        share = x / y.detach().double().reshape(len(x), -1).square().mean(-1, keepdim=True).sqrt()
+        power = y.detach().double().reshape(len(x), -1).square().mean(-1, keepdim=True)
+        share = x / (power + NORM_EPS).sqrt()
         known = sums.setdefault(key, [0, 0])
         sums[key] = [known[0] + x.T @ x, known[1] + share.T @ share]
 
@@ -80,3 +88,33 @@ def test_shards_join_to_both_sums(tmp_path):
     for normed in (False, True):
         found, expected = (one.R(1, (n, n), normed=normed) for one in (joined, whole))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+
+
+def test_what_is_stored_is_what_was_announced(tmp_path):
+    dense, text = prepared(tmp_path, "gemma3")
+    for kind in ("down_input", "mlp_gradient", "o_proj_input", "mlp_input"):
+        collect(dense, text, {kind: tmp_path / f"{kind}.safetensors"}, **RUN)
+        file = tmp_path / f"{kind}.safetensors"
+        tensors = load_file(file).values()
+        assert sum(x.nbytes for x in tensors) == stored_bytes(vars(load_arch(dense)), kind)
+
+
+def test_layers_that_make_nothing_and_gradients_of_earlier_versions(tmp_path, monkeypatch):
+    dense, text = prepared(tmp_path, "gemma3")
+    tensors = load_file(dense / "model.safetensors")
+    for name, value in tensors.items():
+        if "layers.0" in name and ("o_proj" in name or "down_proj" in name):
+            value.zero_()
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    plan = Plan(choose(PRESETS["a3-plus"] | {"ratio": "0.3"}))
+    (tmp_path / "rxx").mkdir()
+    outputs = {kind: tmp_path / f"rxx/{kind}.safetensors" for kind in plan.kinds()}
+    collect(dense, text, outputs, **RUN)
+    allocate(dense, tmp_path / "rxx", plan, tmp_path / "ranks.json")
+    # As an earlier version collected: gradients that no norm weighed, and inputs with one sum.
+    monkeypatch.setattr(kinds, "NORMED_OUTPUTS", ())
+    old = {kind: path for kind, path in outputs.items() if KINDS[kind].form == "gradient"}
+    collect(dense, text, old, **RUN)
+    monkeypatch.undo()
+    with pytest.raises(A3Error, match=r"gradient.safetensors: tokens are not weighed .* Collect"):
+        allocate(dense, tmp_path / "rxx", plan, tmp_path / "ranks.json")

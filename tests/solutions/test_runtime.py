@@ -1,9 +1,12 @@
 """`--for RUNTIME`: every matrix has sizes that the runtime takes, and its export goes through."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from safetensors import safe_open
 from tiny import document, run, tiny_llama
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import a3
 from a3.cli.main import main
@@ -59,7 +62,7 @@ def test_ranks_have_sizes_that_the_runtime_takes(arch, name):
         assert component in plan.one_size or set(others) == {
             rank for rank in taken if rank >= full * LEAST and (component != "qk" or rank % 2 == 0)
         }
-    modes = {"qk": "rxx-w-rxx", "ov": "xkv", "mlp": "rxx-w"}
+    modes = {"qk": "uniform-global", "ov": "joint", "mlp": "obs"}
     ratio = Plan(choose(modes | {"ratio": "0.5"}), multiple=1, runtime=name)
     if name == "int4" and arch.heads == 9:
         with pytest.raises(
@@ -120,5 +123,19 @@ def test_modes_that_the_runtime_cannot_run_are_refused_at_once(folder, capsys):
     assert main([*words, "--text", "text.jsonl", "-o", "small"]) == 1
     said = capsys.readouterr().err
     assert "heads of different sizes, and hf wants one. Write --qk uniform-global~" in said
+    for preset, says in (("a3", "keeps other RoPE pairs in each group"), ("svd", "two factors")):
+        with pytest.raises(A3Error, match=says):
+            Plan(choose(PRESETS[preset] | {"ratio": "0.3"}), runtime="hf")
     with pytest.raises(A3Error, match=r"runtime is 'cpu'; expected one of llama\.cpp, "):
         runtime_named("cpu")
+
+
+def test_a_model_in_memory_gets_the_dtype_that_was_asked(folder):
+    model = AutoModelForCausalLM.from_pretrained("dense")
+    sizes = {"tokens": 512, "block_length": 64, "progress": False}
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    asked = {"fit": "0.29MB:bfloat16", "texts": "text.jsonl"}
+    small = a3.compress(model, tokenizer, **asked, **sizes)
+    assert small.dtype == torch.bfloat16
+    small.save_pretrained("saved")
+    assert Path("saved/model.safetensors").stat().st_size <= 290_000

@@ -93,7 +93,6 @@ class Olmo2(AttentionBiased):
     """RMS norm of q and k before RoPE, over all heads together."""
 
     qk_norm = "layer"
-    norms_outputs = True
 
 
 class Olmo(AttentionBiased):
@@ -111,8 +110,6 @@ class Olmo(AttentionBiased):
 
 class Gemma2(AttentionBiased):
     """A softmax scale of its own, and scores that are capped after scaling."""
-
-    norms_outputs = True
 
     def scaling(self, config: PreTrainedConfig, head_dim: int) -> float:
         """The key query_pre_attn_scalar to the power -½."""
@@ -201,9 +198,3 @@ class Glm(Family):
     def biases(self, config: PreTrainedConfig) -> dict[str, bool]:
         """The key attention_bias holds for q, k and v."""
         return {"qkv_bias": config.attention_bias, "o_bias": False, "mlp_bias": False}
-
-
-class Glm4(Glm):
-    """Like GLM, with norms of outputs."""
-
-    norms_outputs = True

@@ -250,8 +250,6 @@ def _family(content: str) -> Family:
     order = [p for p in ("q", "k", "v", "o", "gate", "up", "down") if p in said["projections"]]
     said |= {"projections": {p: said["projections"][p] for p in order}}
     own = {name: said[name] for name in ATTRIBUTES}
-    # Folders of earlier versions do not say it.
-    own["norms_outputs"] = said.get("norms_outputs", False)
     return type("Probed", (Probed,), own | {"structure": said, "__doc__": Probed.__doc__})()
 
 

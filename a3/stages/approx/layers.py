@@ -392,10 +392,7 @@ class LayerSolver:
         """The statistics of the kinds that a mode reads."""
         mode = find_mode(component, name)
         normed = mode.normed and self.arch.norms_output(component)
-        return [
-            self.rxx(kind, layer, expert, normed=normed and KINDS[kind].form == "full")
-            for kind in mode.kinds
-        ]
+        return [self.rxx(kind, layer, expert, normed=normed) for kind in mode.kinds]
 
     def rxx(
         self, kind: str, layer: int, expert: int | None = None, *, normed: bool = False

@@ -185,9 +185,10 @@ def require_within_reach(arch: Arch, plan: Plan, target: Target, file_bytes: int
     above = {key: limit for key, limit in asked(target, dense).items() if limit >= dense[key]}
     if len(above) == len(asked(target, dense)) and above and target.max_loss is None:
         key = next(iter(above))
+        in_ = f" in {target.stored}" if target.stored else ""
         raise A3Error(
-            f"{target}: the dense model keeps to it ({words(key, dense[key], dense)}): there is "
-            "nothing to do. Ask for less."
+            f"{target}: the dense model{in_} keeps to it ({words(key, dense[key], dense)}): there "
+            "is nothing to compress. Ask for less."
         )
 
 

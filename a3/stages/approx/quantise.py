@@ -22,7 +22,12 @@ from a3.core.progress import Bar
 from a3.core.provenance import provenance
 from a3.models.arch import is_compressed, made_already
 from a3.models.checkpoint import CARD, Checkpoint, combined, hash_files
-from a3.models.compressed import compressed_arch, compressed_record, dense_or_compressed
+from a3.models.compressed import (
+    compressed_arch,
+    compressed_record,
+    dense_or_compressed,
+    dtype_of,
+)
 from a3.models.folders import write_index
 from a3.models.load import load_config
 from a3.models.shape import Arch
@@ -227,7 +232,7 @@ class Quantiser:
 
     def bits(self, entry: dict[str, Any], W: Tensor, bias: Tensor | None, rank: int) -> int:
         """Bits of a matrix W (m, n), its bias, A and B, each in its format."""
-        plain = 8 * WIDTHS[self.arch.dtype]
+        plain = 8 * WIDTHS[dtype_of(self.source)]
         m, n = W.shape
         count = parse_format(entry["W"]).bits(n, m, plain)
         count += parse_format(entry["A"]).bits(rank, m, plain)
@@ -257,7 +262,7 @@ class Quantiser:
         removed = before - after
         quantised = sum(said["weights"] for said in self.report.values())
         bits = sum(said["bits"] for said in self.report.values())
-        rest = 8 * WIDTHS[self.arch.dtype] * (dense - removed - quantised)
+        rest = 8 * WIDTHS[dtype_of(self.source)] * (dense - removed - quantised)
         return (bits + rest) / dense
 
     def write_config(self, folder: Path) -> None:

@@ -100,7 +100,9 @@ def collect(
         timing = {"seconds": kept.seconds, "tokens_per_second": blocks.numel() / kept.seconds}
         save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
         drawn = len(sampled) * block_length
-        save(outputs, passes.gradients, record | {"tokens": drawn}, timing)
+        # Gradients look alike whether outputs' norms weighed them or not.
+        normed = {"normed": True} if arch.norms_output("ov") else {}
+        save(outputs, passes.gradients, record | normed | {"tokens": drawn}, timing)
 
 
 def passes_of(arch: Arch, kinds: Iterable[str], sums: Path | None) -> Passes:

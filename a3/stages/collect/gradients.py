@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from a3.models.layerwise import Layerwise
 from a3.models.shape import Arch
+from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, LOGITS_TOKENS, has_pairs_in_norms
-from a3.stages.collect.hooks import is_normed, nothing, observed, rms
+from a3.stages.collect.hooks import nothing, observed, rms
 
 
 def backward(model: Layerwise, hidden: Tensor, block: Tensor) -> None:
@@ -79,7 +80,8 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
             accumulator.add_sum(layer, by_factors(q, by_q, arch))
         else:
             rows = g.flatten(0, -2)
-            accumulator.add(layer, rows * rms(x) if is_normed(arch, site) else rows)
+            normed = arch.norms_output(component_of(site))
+            accumulator.add(layer, rows * rms(x) if normed else rows)
 
     return [trunk.get_submodule(name).register_forward_hook(on_output)]
 

@@ -10,7 +10,10 @@ from torch.utils.hooks import RemovableHandle
 from a3.models.shape import Arch
 from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
-from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS, is_of_experts
+from a3.rxx.kinds import KINDS, TRIANGULAR_FORMS, is_of_experts, sums_of
+
+# What norms of outputs add to a mean square, about; a token of no output would have all weight.
+NORM_EPS = 1e-6
 
 # Sites that are inputs of a projection; other sites are outputs of the named projection.
 SITES = {"attention_input": "q", "o_input": "o", "mlp_input": "up", "down_input": "down"}
@@ -53,28 +56,17 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         accumulator.add(layer, x)
         accumulator.add(layer, x / rms(output), 1)
 
-    full = KINDS[accumulator.kind].form == "full"
-    if full and site != projection and is_normed(arch, projection):
+    if sums_of(KINDS[accumulator.kind], vars(arch)) == 2:
         return module.register_forward_hook(on_both)
     if site == projection:
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input)
 
 
-def is_normed(arch: Arch, projection: str) -> bool:
-    """Whether a projection's output is normed: that of o or down, in families that do so.
-
-    An error there counts by its share of its token's output. So inputs are summed a second time,
-    divided by the root mean square of the output, and gradients are multiplied by it: the two are
-    nearly independent then, which a loss E[gᵀg] ⊗ E[xᵀx] takes them for.
-    """
-    return projection in ("o", "down") and arch.norms_output(component_of(projection))
-
-
 def rms(output: Tensor) -> Tensor:
     """The root mean square of each token of an output (1, L, d): (L, 1), float32."""
     y = output.detach().flatten(0, -2).float()
-    return y.square().mean(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+    return (y.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
 
 
 def observed(arch: Arch, site: str, layer: int) -> bool:
