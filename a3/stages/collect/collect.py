@@ -99,10 +99,13 @@ def collect(
         run_passes(model, arch, passes, blocks.to(device), sampled, kept)
         timing = {"seconds": kept.seconds, "tokens_per_second": blocks.numel() / kept.seconds}
         save(outputs, passes.forward | passes.fisher, record | {"tokens": blocks.numel()}, timing)
-        drawn = len(sampled) * block_length
-        # Gradients look alike whether outputs' norms weighed them or not.
-        normed = {"normed": True} if arch.norms_output("ov") else {}
-        save(outputs, passes.gradients, record | normed | {"tokens": drawn}, timing)
+        drawn = {"tokens": len(sampled) * block_length} | weighed(arch)
+        save(outputs, passes.gradients, record | drawn, timing)
+
+
+def weighed(arch: Arch) -> dict[str, bool]:
+    """What the record of gradients says where norms of outputs weigh them; their sums look alike."""
+    return {"normed": True} if arch.norms_output("ov") else {}
 
 
 def passes_of(arch: Arch, kinds: Iterable[str], sums: Path | None) -> Passes:
