@@ -104,7 +104,7 @@ def collect(
 
 
 def weighed(arch: Arch) -> dict[str, bool]:
-    """What the record of gradients says where norms of outputs weigh them; their sums look alike."""
+    """What the record of gradients says where norms weigh them, whose sums look alike."""
     return {"normed": True} if arch.norms_output("ov") else {}
 
 
