@@ -6,8 +6,8 @@
 #        That the sizes are equal is only a check at run time. torch._check(one.shape[0] == first.shape[0]) in forward
 #        makes them one symbol.
 # Versions: torch 2.13.0.
-# Who is hit: exports of decoders with a cache: shapes of layers are not known to be equal, so whatever lowers the
-#        program, or plans its memory, sees as many free sizes as there are keys and values.
+# Who is hit: exports of decoders with a cache: the program does not know that its layers' caches are of one
+#        length, and states as many free sizes as there are keys and values.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
