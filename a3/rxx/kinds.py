@@ -122,8 +122,8 @@ def norms_output(arch: Mapping[str, Any], of_mlp: bool) -> bool:
 
     Of a mixture the sum over experts is, and each expert is compressed by itself: no.
     """
-    probed = (arch["structure"] or {}).get("norms_outputs", False)
-    normed = probed or arch["family"] in NORMED_OUTPUTS
+    probed = (arch.get("structure") or {}).get("norms_outputs", False)
+    normed = probed or arch.get("family") in NORMED_OUTPUTS
     return normed and not (of_mlp and arch["experts"])
 
 

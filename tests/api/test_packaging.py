@@ -84,9 +84,11 @@ def add(found: Imports, name: str) -> None:
         found.libraries.add(first)
 
 
+# Plugins (a3/serve) are loaded by the programs that they are for, which have their own libraries.
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "a3").rglob("*.py"))
+    if "serve" not in path.parts
 }
 
 

@@ -82,6 +82,10 @@ def with_few_tokens(words):
     return [*words, *(word for pair in extra.items() for word in pair)]
 
 
+# Others that pages show.
+PROGRAMS = ("snakemake", "source", "export", "pip", "vllm")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_shows_exists(page):
     """Lines that need a network or minutes: the command, the make target and the keys exist."""
@@ -96,7 +100,7 @@ def test_what_a_page_shows_exists(page):
                 elif words[:1] == ["make"]:
                     assert words[1] in targets, line
                 else:
-                    assert not words or words[0] in ("snakemake", "source", "export", "pip"), line
+                    assert not words or words[0] in PROGRAMS, line
         elif kind == "yaml":
             config = {"experiments": "x.tsv"} | yaml.safe_load(text)
             assert complete(config, SCHEMA)
