@@ -187,7 +187,7 @@ def test_a_run_prints_a_line_a_job(project):
     """Snakemake says itself which profile it uses; all else is in the log that the end names."""
     profile, *lines, end = project.said.splitlines()
     assert profile.startswith("Using profile ")
-    took = r"(?:\d+ min )?\d+ s"
+    took = r"(?:\d+ min )?[\d.]+ s"
     count = re.match(rf"(\d+) jobs done in {took}\. Full log: (\.snakemake/log/\S+)$", end)
     assert int(count[1]) == len(lines) > 10
     assert len(rules_of((project.folder / count[2]).read_text())) == len(lines) + 1  # and all
