@@ -188,6 +188,7 @@ def say_kept(command: str, model: Path, out: Path) -> None:
     """Say what a target asked of a folder, and what it has."""
     from a3.core.files import read_record
 
+    # Without one, the modules that measure are not imported: most runs need none of them.
     if target_of(read_record(out / "approx.json")["modes"].values()) is not None:
         from a3.promise import check_kept
 

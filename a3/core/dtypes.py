@@ -2,7 +2,7 @@
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-# Of a forward pass.
+# Of a forward pass, and of what the weights of a compressed folder may be stored in.
 RUN_DTYPES = ("float32", "bfloat16", "float16")
 
 # Of a training; float16 would need losses to be scaled.
@@ -21,9 +21,6 @@ GGUF_BLOCKS = {
 }
 
 GGUF_TYPES = tuple(GGUF_BLOCKS)
-
-# What the weights of a compressed folder may be stored in.
-STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 # Types of ONNX graphs, and the dtypes that they are.
 GRAPH_TYPES = {"f32": "float32", "f16": "float16"}

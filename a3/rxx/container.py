@@ -295,7 +295,7 @@ class Rxx:
             n = shape[-1]
             if normed:
                 self.require_normed(key)
-            if expert is None and len(shape) == 2 and f"{key}.1" in self.names():
+            if expert is None and len(shape) == 2 and f"{key}.1" in self._types:
                 shape, expert = (2, *shape), int(normed)
             diagonal = self._read(f"{key}.diagonal", shape[:-1])
             if expert is not None:
@@ -307,7 +307,7 @@ class Rxx:
 
     def require_normed(self, key: str) -> None:
         """Raise A3Error if a layer's tokens were not weighed as norms of outputs weigh them."""
-        if f"{key}.1" not in self.names() and not self.record.get("normed"):
+        if f"{key}.1" not in self._types and not self.record.get("normed"):
             raise A3Error(
                 f"{self.path}: tokens are not weighed by the norms of this model's outputs: an "
                 "earlier version of a3 wrote it. Collect again: o_proj_input, down_input, "

@@ -1,7 +1,6 @@
 """Compressed models in servers. vLLM finds `register` by the entry point of its plugins."""
 
-# The classes' names are the family's own, after A3.
-FAMILIES = ("Llama", "Mistral", "Ministral", "Qwen2")
+from a3.models.served import FAMILIES
 
 
 def register() -> None:
@@ -12,4 +11,6 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for family in FAMILIES:
-        ModelRegistry.register_model(f"A3{family}ForCausalLM", "a3.serve.llama:A3ForCausalLM")
+        # Compressed models' classes have the family's name after A3.
+        name = f"A3{family.capitalize()}ForCausalLM"
+        ModelRegistry.register_model(name, "a3.serve.llama:A3ForCausalLM")

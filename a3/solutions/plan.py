@@ -33,9 +33,6 @@ from a3.solutions.target import Target
 # QK modes that keep the same RoPE pairs everywhere, or need none.
 ONE_PAIRS = (*ONE_SIZE, "rxx-w-rxx-uniform")
 
-# Runtimes that run no model with two factors in place of a matrix.
-SERVED = ("llama.cpp", "llama.cpp-quantised-cache", "hf", "vllm")
-
 # Allocation keeps at least this share of a component in each layer: a second-order loss is not
 # reliable for larger changes.
 LEAST = 0.125
@@ -58,25 +55,25 @@ class Plan:
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise A3Error(f"multiple is {self.multiple}; expected 1 or more.")
-        shared = [component for component in self.shared if component != "mlp"]
-        if self.servable and shared:
+        if self.servable and self.shared_heads:
             raise A3Error(
-                f"servable: {' and '.join(shared)} are marked {SHARED}, so the allocation chooses "
-                "sizes of heads; serving runtimes need one of a few. Give each its own ratio or "
-                "rank, or remove --servable."
+                f"servable: {' and '.join(self.shared_heads)} are marked {SHARED}, so the "
+                "allocation chooses sizes of heads; serving runtimes need one of a few. Give each "
+                "its own ratio or rank, or remove --servable."
             )
         if self.runtime is not None:
-            self.require_modes_of(self.runtime, bool(shared))
+            self.require_modes_of(self.runtime)
 
-    def require_modes_of(self, runtime: str, shared: bool) -> None:
-        """Raise A3Error for modes whose models a runtime cannot run; `shared`: heads' sizes are."""
-        preset = PRESETS[runtime_named(runtime).preset]
+    def require_modes_of(self, runtime: str) -> None:
+        """Raise A3Error for modes whose models a runtime cannot run."""
+        wanted = runtime_named(runtime)
+        preset = PRESETS[wanted.preset]
         wants = f"{runtime} runs {'+'.join(preset.values())}"
         for component, choice in self.choices.items():
-            if self.mode(component).factors and runtime in SERVED:
+            if self.mode(component).factors and not wanted.factors:
                 raise A3Error(f"{choice.name}: makes two factors of a matrix, and {wants}.")
         if preset["qk"][:-1] in ONE_SIZE:
-            if shared and not self.one_size:
+            if self.shared_heads and not self.one_size:
                 raise A3Error(
                     f"{self.said()}: allocates heads of different sizes, and {runtime} wants one. "
                     f"Write --qk {preset['qk']}, or no modes."
@@ -146,9 +143,14 @@ class Plan:
         return {component: choice for component, choice in self.choices.items() if choice.shared}
 
     @property
+    def shared_heads(self) -> tuple[str, ...]:
+        """The components of heads with an allocated ratio."""
+        return tuple(component for component in self.shared if component != "mlp")
+
+    @property
     def one_size(self) -> tuple[str, ...]:
         """The components of heads whose allocated rank is the same in all layers, and for both."""
-        heads = tuple(component for component in self.shared if component != "mlp")
+        heads = self.shared_heads
         return heads if any(self.choices[one].mode in ONE_SIZE for one in heads) else ()
 
     @property

@@ -13,7 +13,8 @@ class Runtime:
 
     The size of a head is a multiple of `heads`; the inputs and the outputs of each matrix whose
     size changes are multiples of `inputs` and `outputs`. Components in `uniform` have one size in
-    all layers. `preset` has modes that the runtime can run; `words` say what it is.
+    all layers. `preset` has modes that the runtime can run, and `factors` says whether it runs two
+    factors in place of a matrix; `words` say what it is.
     """
 
     words: str
@@ -22,6 +23,7 @@ class Runtime:
     inputs: int = 1
     outputs: int = 1
     uniform: tuple[str, ...] = ()
+    factors: bool = False
 
     def step(self, component: str, heads: int, kv_heads: int) -> int:
         """Of what a rank of a component has to be a multiple, in a model of these heads."""
@@ -54,10 +56,14 @@ RUNTIMES: Mapping[str, Runtime] = {
         uniform=("mlp",),
     ),
     "vllm": Runtime("vLLM with a3's plugin", "a3-plus", heads=16, inputs=8, outputs=8),
-    "gpu": Runtime("transformers on a GPU", "a3-plus", heads=8, inputs=8, outputs=8),
-    "nf4": Runtime("bitsandbytes NF4", "a3-plus", inputs=64, outputs=32),
+    "gpu": Runtime("transformers on a GPU", "a3-plus", heads=8, inputs=8, outputs=8, factors=True),
+    "nf4": Runtime("bitsandbytes NF4", "a3-plus", inputs=64, outputs=32, factors=True),
     "int4": Runtime(
-        "4 bits in groups of 128 (GPTQ, AWQ, torchao, Marlin)", "a3-plus", inputs=128, outputs=64
+        "4 bits in groups of 128 (GPTQ, AWQ, torchao, Marlin)",
+        "a3-plus",
+        inputs=128,
+        outputs=64,
+        factors=True,
     ),
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Self
 
-from a3.core.dtypes import GGUF_TYPES, STORED_DTYPES
+from a3.core.dtypes import GGUF_TYPES, RUN_DTYPES
 from a3.core.errors import A3Error
 
 # Bytes of a unit, and numbers of a suffix.
@@ -63,7 +63,7 @@ class Target:
     @property
     def stored(self) -> str | None:
         """The dtype that the folder is written in, where it is not the dense model's."""
-        return self.type if self.type in STORED_DTYPES else None
+        return self.type if self.type in RUN_DTYPES else None
 
     @property
     def preset(self) -> str:
@@ -139,9 +139,9 @@ def bytes_of(amount: str, word: str) -> int:
 
 def type_of(word: object) -> str | None:
     """The type after the colon, of a GGUF file or a folder, if there is one."""
-    if word and word not in (*STORED_DTYPES, *GGUF_TYPES):
+    if word and word not in (*RUN_DTYPES, *GGUF_TYPES):
         raise A3Error(
-            f"fit: type is {word!r}; expected {', '.join(STORED_DTYPES)} (of the folder), "
+            f"fit: type is {word!r}; expected {', '.join(RUN_DTYPES)} (of the folder), "
             f"{', '.join(GGUF_TYPES)} (of a GGUF file), or none."
         )
     return str(word) if word else None

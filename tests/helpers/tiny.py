@@ -86,6 +86,15 @@ def run(*words) -> None:
     assert main([str(word) for word in words]) == 0
 
 
+def small_model(folder, family, config, modes):
+    """A tiny model, compressed, with ranks by layer if its modes have them."""
+    tiny_model(folder / "dense", family, **config)
+    (folder / "text.txt").write_text("A river moves towards an ocean. In 1969 a fox jumps. " * 60)
+    cut = ["--text", folder / "text.txt", "--tokens", 512, "--block-length", 64, "--ratio", 0.3]
+    run("compress", folder / "dense", *modes, *cut, "-o", folder / "small")
+    return folder / "small"
+
+
 def document(number: int) -> str:
     """One line of a .jsonl text."""
     words = [WORDS[(number * 7 + j * (number % 5 + 1)) % len(WORDS)] for j in range(40)]

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import openvino
 from answering import main
-from graphs import Cached
+from graphs import Cached, feed_of
 
 # Their own choice is float16 for the cache, and bfloat16 for the rest where the CPU has it.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -53,14 +53,8 @@ class Stateful:
 
     def read(self, ids):
         """Logits of tokens that follow."""
-        end = self.length + len(ids)
-        feed = {
-            "input_ids": np.array([ids]),
-            "attention_mask": np.ones((1, end), np.int64),
-            "position_ids": np.arange(self.length, end)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
-        self.length = end
+        feed = feed_of(ids, self.length) | {"beam_idx": np.zeros(1, np.int32)}
+        self.length += len(ids)
         return self.request.infer(feed)["logits"][0].copy()
 
     def held(self):

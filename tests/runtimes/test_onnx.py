@@ -12,7 +12,7 @@ import pytest
 import torch
 from asking import HERE, answers_of, beside_torch, libraries
 from smollm2 import MODEL, a3_, continued, greedy, logits_of, perplexity, row, scored
-from tiny import run, tiny_model
+from tiny import run, small_model, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a3.core.files import read_record
@@ -46,15 +46,6 @@ LOWERED = ("llama", "gemma3", "gpt2", "stock")
 KEPT = 0 if os.environ.get("A3_RECORD") == "1" else 6
 # Whose graph has numbers that onnxruntime lacks on CPUs (bfloat16).
 REFUSED = {"falcon-alibi": ("falcon", ALIBI)}
-
-
-def small_model(folder, family, config, modes):
-    """A tiny model, compressed, with ranks by layer if its modes have them."""
-    tiny_model(folder / "dense", family, **config)
-    (folder / "text.txt").write_text("A river moves towards an ocean. In 1969 a fox jumps. " * 60)
-    cut = ["--text", folder / "text.txt", "--tokens", 512, "--block-length", 64, "--ratio", 0.3]
-    run("compress", folder / "dense", *modes, *cut, "-o", folder / "small")
-    return folder / "small"
 
 
 @pytest.fixture(scope="module")

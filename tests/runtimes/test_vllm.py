@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from asking import answers_of
 from smollm2 import continued, logits_of, perplexity, row, scored
-from tiny import run, tiny_llama, tiny_model
+from tiny import small_model, tiny_llama
 
 SCORED, PROMPT, NEW = 512, 48, 40
 TOKENS = list(range(5, 65))
@@ -28,17 +28,9 @@ REFUSED = {
     "factored": (("--mlp", "svd"), "some of its matrices are factored"),
     "biased": (("--mlp", "flap"), "its down projections have a bias"),
 }
+HEAD = {"head_dim": 40}
 # Dense models; vLLM has no kernel for such heads on CPUs.
 HEADS = {48: True, 40: False}
-
-
-def small_model(folder, family, config, modes):
-    """A tiny model, compressed."""
-    tiny_model(folder / "dense", family, head_dim=40, **config)
-    (folder / "text.txt").write_text("A river moves towards an ocean. In 1969 a fox jumps. " * 60)
-    cut = ["--text", folder / "text.txt", "--tokens", 512, "--block-length", 64, "--ratio", 0.3]
-    run("compress", folder / "dense", *modes, *cut, "-o", folder / "small")
-    return folder / "small"
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +38,12 @@ def folders(tmp_path_factory):
     """Folder of each tiny model."""
     place = tmp_path_factory.mktemp("vllm")
     plus = ("--preset", "a3-plus")
-    found = {name: small_model(place / name, *said, plus) for name, said in MODELS.items()}
+    found = {
+        name: small_model(place / name, family, HEAD | config, plus)
+        for name, (family, config) in MODELS.items()
+    }
     for name, (modes, _) in REFUSED.items():
-        found[f"refused {name}"] = small_model(place / f"refused-{name}", "llama", {}, modes)
+        found[f"refused {name}"] = small_model(place / f"refused-{name}", "llama", HEAD, modes)
     for size in HEADS:
         found[size] = tiny_llama(place / str(size), head_dim=size)
     return found
