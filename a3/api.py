@@ -19,15 +19,13 @@ Arguments that several functions have:
   the default with a target) or `"a3-stock"` (for stock llama.cpp).
 - `qk`, `ov`, `mlp`: another mode for one component, with its own ratio or rank if wanted: `"xkv"`,
   `"xkv@0.3"`, `"xkv@48"`, or `"dense"` to skip the component.
-- `tokens`, `block_length`: total number of tokens, and number of tokens that the model sees at
-  once.
+- `tokens`, `block_length`: number of tokens in all, and of those that the model sees at once.
 - `bos`: whether each block starts with BOS.
 - `seed`: determines the order of documents and the choice of a task's few-shot examples.
 - `multiple`: ranks are rounded to a multiple of this number.
 - `servable`: head sizes are rounded to those that serving runtimes support.
-- `runtime`: sizes that it takes, and modes that it runs if none is named: `"llama.cpp"`, `"hf"` …
-- `dtype`, `device`: for the forward pass. By default the device is that of a loaded model, else the
-  CPU.
+- `runtime`: `"llama.cpp"`, `"hf"` …: sizes and modes that it takes; all else is refused.
+- `dtype`, `device`: of the forward pass; by default on the device of a loaded model, else the CPU.
 - `progress`: whether to show progress bars. Nothing else is printed: messages go to the logger
   "a3".
 
@@ -246,6 +244,7 @@ def approximate(
 
     `allocation` is the file that `allocate` wrote, which modes with ~ need.
     """
+    from a3.runnable import check_runtime
     from a3.stages.approx.approximate import approximate
 
     preset, modes = preset_of(preset, runtime, "a3"), {"qk": qk, "ov": ov, "mlp": mlp}
@@ -254,6 +253,7 @@ def approximate(
     ranks = None if allocation is None else path_of("allocation", allocation)
     with workplace(progress) as work:
         folder = model_folder(model, tokenizer, work)
+        check_runtime(plan, folder, ranks)
         approximate(folder, rxx, plan, work / "small", ranks)
         return loaded_as(work / "small", model, plan.stored)
 

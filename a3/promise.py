@@ -24,6 +24,7 @@ from a3.core.progress import LOG
 from a3.models.arch import load_arch
 from a3.models.load import load_tokenizer
 from a3.models.shape import Arch
+from a3.runnable import check_runtime
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
 from a3.solutions.target import TRIAL_BLOCKS, TRIALS, Target, target_of
@@ -77,7 +78,10 @@ def file_bytes_of(plan: Plan, model_folder: Path) -> int | None:
 
 
 def check_target(plan: Plan, model_folder: Path) -> None:
-    """Raise A3Error now, before anything long, for a target that cannot be met."""
+    """Raise A3Error now, before anything long, for a model that the plan's runtime cannot run, and
+    a target that cannot be met.
+    """
+    check_runtime(plan, model_folder)
     if plan.target is not None:
         arch = plan.written(load_arch(model_folder))
         file_bytes = file_bytes_of(plan, model_folder)

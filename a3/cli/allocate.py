@@ -82,6 +82,10 @@ def allocate(
     if plan.target is None:
         from a3.stages.approx.allocate import allocate
 
+        if runtime is not None:
+            from a3.runnable import check_runtime
+
+            check_runtime(plan, folder(model))
         allocate(folder(model), rxx, plan, out, **options)
     else:
         from a3.promise import allocate_within

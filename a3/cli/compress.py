@@ -143,6 +143,10 @@ def approx(
 
     plan = Plan(choose(row), servable, multiple, runtime)
     solving: dict[str, Any] = {"losses": losses, "device": device}
+    if runtime is not None:
+        from a3.runnable import check_runtime
+
+        check_runtime(plan, folder(model), allocation)
     if shard is None:
         approximate(folder(model), rxx, plan, out, allocation, **solving)
         say_kept("approx", model, out)

@@ -104,7 +104,8 @@ class Mode:
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
     first kind. With `drops`, whole experts are dropped, and the rank is how many are kept. With
-    `normed`, tokens are weighed as norms of outputs weigh them, where a model has these.
+    `normed`, tokens are weighed as norms of outputs weigh them, where a model has these. With
+    `biased`, the output gets a bias, which a family may lack.
     """
 
     kinds: tuple[str, ...]
@@ -114,6 +115,7 @@ class Mode:
     prior: int = 0
     drops: bool = False
     normed: bool = False
+    biased: bool = False
 
     @property
     def keeps_sizes(self) -> bool:
@@ -212,7 +214,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "rxx": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "abs-w": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
         "wanda": Mode(("down_diagonal",), (*MLPS, EXPERTS)),
-        "flap": Mode(("down_diagonal", "down_mean"), (*MLPS, EXPERTS)),
+        "flap": Mode(("down_diagonal", "down_mean"), (*MLPS, EXPERTS), biased=True),
         "modegpt": Mode(("down_input",), (*MLPS, EXPERTS)),
         "ls": Mode(("down_input",), (*MLPS, EXPERTS), prior=MLP_PRIOR, normed=True),
         "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR, normed=True),

@@ -14,8 +14,6 @@ from a3.solutions.modes import (
     DENSE,
     EXPERTS,
     ONE_SIZE,
-    PRESETS,
-    ROPE,
     SERVABLE,
     SHARED,
     STOCK_STEPS,
@@ -27,11 +25,8 @@ from a3.solutions.modes import (
     kinds_needed,
     rank_of,
 )
-from a3.solutions.runtime import runtime_named
+from a3.solutions.taken import HEADS, Taken, require_smaller
 from a3.solutions.target import Target
-
-# QK modes that keep the same RoPE pairs everywhere, or need none.
-ONE_PAIRS = (*ONE_SIZE, "rxx-w-rxx-uniform")
 
 # Allocation keeps at least this share of a component in each layer: a second-order loss is not
 # reliable for larger changes.
@@ -62,28 +57,12 @@ class Plan:
                 "its own ratio or rank, or remove --servable."
             )
         if self.runtime is not None:
-            self.require_modes_of(self.runtime)
+            self.taken.require_modes()
 
-    def require_modes_of(self, runtime: str) -> None:
-        """Raise A3Error for modes whose models a runtime cannot run."""
-        wanted = runtime_named(runtime)
-        preset = PRESETS[wanted.preset]
-        wants = f"{runtime} runs {'+'.join(preset.values())}"
-        for component, choice in self.choices.items():
-            if self.mode(component).factors and not wanted.factors:
-                raise A3Error(f"{choice.name}: makes two factors of a matrix, and {wants}.")
-        if preset["qk"][:-1] in ONE_SIZE:
-            if self.shared_heads and not self.one_size:
-                raise A3Error(
-                    f"{self.said()}: allocates heads of different sizes, and {runtime} wants one. "
-                    f"Write --qk {preset['qk']}, or no modes."
-                )
-            qk = self.choices.get("qk")
-            if qk and qk.mode not in ONE_PAIRS and {*ROPE} & {*self.mode("qk").fits}:
-                raise A3Error(
-                    f"{qk.name}: keeps other RoPE pairs in each group, and {wants}. Take one of "
-                    f"{', '.join(ONE_PAIRS)}."
-                )
+    @property
+    def taken(self) -> Taken:
+        """What its runtime takes."""
+        return Taken(self.runtime, self.choices)
 
     def kinds(self) -> list[str]:
         """Statistics that the modes read."""
@@ -111,11 +90,18 @@ class Plan:
         """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
         if not self.choices:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
+        if self.runtime is not None:
+            self.taken.require_multiples(arch, HEADS if self.servable else ())
         ranks = {
             component: component_rank(arch, component, choice, self.rounding(arch, component))
             for component, choice in self.choices.items()
         }
-        return servable_ranks(arch, ranks) if self.servable else ranks
+        if self.servable:
+            ranks = servable_ranks(arch, ranks, self.taken.head_step(arch))
+        if self.runtime is not None:
+            self.taken.require_ratios(arch, ranks, self.factors_of(arch, ranks))
+            self.taken.require_one_head(arch, ranks)
+        return ranks
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
         """Sizes of heads and MLP that the model gets: full where matrices are only factored, or
@@ -131,8 +117,12 @@ class Plan:
 
     def factors(self, arch: Arch) -> dict[str, int]:
         """Rank of each matrix that becomes two factors, where all layers have the same."""
+        return self.factors_of(arch, self.ranks(arch) if self.choices else {})
+
+    def factors_of(self, arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
+        """`factors` of the components' ranks."""
         found: dict[str, int | None] = {}
-        for component, rank in (self.ranks(arch) if self.choices else {}).items():
+        for component, rank in ranks.items():
             if self.mode(component).factors:
                 found |= factor_ranks(arch, component, self.mode(component), rank, self.inner)
         return {name: rank for name, rank in found.items() if rank is not None}
@@ -186,21 +176,19 @@ class Plan:
         return STOCK_STEPS[component] if self.one_size and plain else self.rounding(arch, component)
 
     def rounding(self, arch: Arch, component: str) -> int:
-        """Of what a rank of a component is a multiple, by the options of the plan."""
-        if self.runtime is None:
-            return self.multiple
-        own = runtime_named(self.runtime).step(component, arch.heads, arch.kv_heads)
-        return math.lcm(self.multiple, own)
+        """Of what a rank from a ratio is a multiple, by the options of the plan."""
+        latent = component in self.choices and self.mode(component).latent
+        return math.lcm(1 if latent else self.multiple, self.taken.step(arch, component))
 
     @property
     def inner(self) -> int:
         """Of what the rank of two factors is a multiple."""
-        return math.lcm(self.multiple, runtime_named(self.runtime).inner if self.runtime else 1)
+        return math.lcm(self.multiple, self.taken.asked.inner)
 
     @property
     def uniform(self) -> tuple[str, ...]:
         """The components that its runtime wants in one size in all layers, of those allocated."""
-        wanted = runtime_named(self.runtime).uniform if self.runtime else ()
+        wanted = self.taken.asked.uniform
         return tuple(component for component in wanted if component in self.shared)
 
     def mode(self, component: str) -> Mode:
@@ -228,11 +216,12 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     full, size = arch.full_rank(component), choice.size
     if isinstance(size, Target):
         return full  # how much is removed is known when ranks are allocated
-    if find_mode(component, choice.mode).drops:
+    mode = find_mode(component, choice.mode)
+    if mode.drops:
         return experts_kept(arch, choice.mode, size)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
-    if isinstance(size, Decimal) and not find_mode(component, choice.mode).factors:
+    if isinstance(size, Decimal) and (mode.latent or not mode.factors):
         step = math.lcm(step, multiple)
     least = 2 if component == "qk" and arch.rope_layout else 1
     try:
@@ -320,30 +309,22 @@ def require_room(arch: Arch, component: str, rank: int, multiple: int) -> None:
         )
 
 
-def require_smaller(component: str, full: int, step: int) -> None:
-    """Raise A3Error if no size of a component below the full one is a multiple."""
-    if step >= full:
-        raise A3Error(
-            f"{component}: no size below {full} is a multiple of {step}, which --multiple or --for "
-            f"wants. Leave it as it is: --{component} {DENSE}."
-        )
-
-
 def least_multiple(arch: Arch, component: str, multiple: int) -> int:
     """The least multiple that is a rank which a layer may get."""
     step = math.lcm(multiple, 2) if component == "qk" else multiple
     return -(-least_rank(arch, component) // step) * step
 
 
-def servable_ranks(arch: Arch, ranks: dict[str, int]) -> dict[str, int]:
+def servable_ranks(arch: Arch, ranks: dict[str, int], step: int) -> dict[str, int]:
     """Ranks whose heads have the servable size nearest to the larger of them; QK and OV share it.
 
-    A component at full size is unchanged. Raises A3Error if no size is smaller than the dense one.
+    It is a multiple of `step`. A component at full size is unchanged. Raises A3Error if no size is
+    smaller than the dense one.
     """
     heads = {p: ranks[p] for p in ("qk", "ov") if ranks.get(p, arch.head_dim) < arch.head_dim}
     if not heads:
         return ranks
-    smaller = [size for size in SERVABLE if size < arch.head_dim]
+    smaller = [size for size in SERVABLE if size < arch.head_dim and size % step == 0]
     if not smaller:
         sizes = ", ".join(map(str, SERVABLE))
         raise A3Error(

@@ -16,6 +16,8 @@ from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import LEAST, Plan
 from a3.solutions.runtime import RUNTIMES, Runtime, runtime_named
 
+DENSE_ROW = dict.fromkeys(("qk", "ov", "mlp"), "dense")
+
 # Of SmolLM2-135M, of LLaMA-3.1-8B, and of a model whose query heads are no power of two.
 SHAPES = {
     "smollm2": {"d": 576, "heads": (9, 3), "mlp": 1536},
@@ -64,14 +66,92 @@ def test_ranks_have_sizes_that_the_runtime_takes(arch, name):
         }
     modes = {"qk": "uniform-global", "ov": "joint", "mlp": "obs"}
     ratio = Plan(choose(modes | {"ratio": "0.5"}), multiple=1, runtime=name)
-    if name == "int4" and arch.heads == 9:
-        with pytest.raises(
-            A3Error, match=r"ov: no size below 64 is a multiple of 128, .* --ov dense"
-        ):
+    none = [
+        one
+        for one in modes
+        if all(wrong_sizes(runtime, arch, one, rank) for rank in range(1, arch.full_rank(one)))
+    ]
+    if none:
+        with pytest.raises(A3Error, match=rf"({'|'.join(none)}): no size below 64 is a .* dense"):
             ratio.ranks(arch)
         return
     for component, rank in ratio.ranks(arch).items():
-        assert rank == arch.full_rank(component) or not wrong_sizes(runtime, arch, component, rank)
+        assert rank < arch.full_rank(component)
+        assert not wrong_sizes(runtime, arch, component, rank)
+
+
+MODES = {"qk": "uniform-global", "ov": "joint", "mlp": "obs"}
+
+
+def smollm2(folder):
+    """What is known of SmolLM2."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
+    LlamaConfig(
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        architectures=["LlamaForCausalLM"],
+        **sizes,
+    ).save_pretrained(folder)
+    return sketch(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "modes", "ratio", "says"),
+    [
+        ("hf", {"qk": "uniform-global@50"}, "-", r"qk .*@50: hf takes multiples of 4 here. Take "
+         r"uniform-global@48 or uniform-global@52\."),
+        ("gpu", {"qk": "fisher@3"}, "-", r"multiples of 8 here. Take fisher@8\."),
+        ("gpu", {"mlp": "obs@1535"}, "-", r"mlp obs@1535: .* Take obs@1528 or obs@1536\."),
+        ("nf4", {"ov": "joint@48"}, "-", r"multiples of 64 here. Take joint@64\."),
+        ("gpu", {"qk": "palu-rope@50"}, "-", r"Take palu-rope@48 or palu-rope@56\."),
+        # 64 · 0.9 is nearer to 64 than to 32.
+        ("llama.cpp-quantised-cache", MODES, "0.1", r"all 64 are the nearest, which removes "
+         r"nothing\. Take uniform-global@32, or leave it as it is: --qk dense\."),
+        ("int4", {"mlp": "obs"}, "0.01", r"mlp obs@0\.01: .* Take obs@1408, or .* --mlp dense"),
+        ("llama.cpp", {"qk": "uniform-global@32"}, "-", r"qk keeps 32 dimensions .* ov 64, .* "
+         r"--qk uniform-global@32 --ov joint@32\."),
+        ("vllm", {"mlp": "flap"}, "0.2", "flap: gives the MLP's output a bias, and vllm runs"),
+        ("hf", {"qk": "rxx-w-rxx-uniform@48"}, "-", "keeps other RoPE pairs in each layer"),
+        ("hf", {"qk": "uniform-global~", "ov": "joint@48"}, "0.2", "--qk uniform-global~ --ov j"),
+        ("hf", {"qk": "dense", "ov": "joint~"}, "0.2", "heads of different sizes, and hf wants"),
+    ],
+)  # fmt: skip
+def test_sizes_that_the_runtime_does_not_take_are_refused(tmp_path, name, modes, ratio, says):
+    arch = smollm2(tmp_path)
+    with pytest.raises(A3Error, match=says):
+        Plan(choose(DENSE_ROW | modes | {"ratio": ratio}), runtime=name).ranks(arch)
+
+
+def test_sizes_that_the_runtime_takes_are_kept(tmp_path):
+    arch = smollm2(tmp_path)
+    taken = {"qk": "uniform-global@32", "ov": "joint@32", "mlp": "obs@1536"}
+    plan = Plan(choose(taken | {"ratio": "-"}), runtime="llama.cpp")
+    assert plan.ranks(arch) == {"qk": 32, "ov": 32, "mlp": 1536}
+    # One size for both, also where their own multiples differ.
+    assert Plan(choose(MODES | {"ratio": "0.3"}), runtime="llama.cpp-quantised-cache").ranks(
+        arch
+    ) == {"qk": 32, "ov": 32, "mlp": 1088}
+    # Ratio 0 keeps all, and is taken for what it says.
+    assert Plan(choose(MODES | {"ratio": "0"}), runtime="gpu").ranks(arch)["qk"] == 64
+    rounded = Plan(choose(MODES | {"ratio": "0.1"}), servable=True, runtime="hf")
+    with pytest.raises(A3Error, match="none is smaller"):
+        rounded.ranks(arch)
+
+
+def test_factors_that_multiples_make_no_smaller_than_the_matrix_are_refused(tmp_path):
+    tiny_llama(tmp_path)
+    plan = Plan(choose(DENSE_ROW | {"qk": "svd", "ratio": "0.2"}), runtime="nf4")
+    with pytest.raises(A3Error, match=r"q of 64 × 64 is no larger than two factors of rank 64"):
+        plan.ranks(sketch(tmp_path))
+
+
+def test_whole_heads_that_a_quantised_cache_cannot_have_are_refused(tmp_path):
+    tiny_llama(tmp_path, head_dim=48)
+    modes = {"qk": "uniform-global~", "ov": "joint~", "mlp": "obs~"}
+    for row in (modes | {"ratio": "0.2"}, DENSE_ROW | {"mlp": "obs", "ratio": "0.3"}):
+        plan = Plan(choose(row), runtime="llama.cpp-quantised-cache")
+        with pytest.raises(A3Error, match=r"heads of 48 would stay whole, .* --qk uniform-g.*@32"):
+            plan.ranks(sketch(tmp_path))
 
 
 def test_the_rank_of_two_factors_is_a_size_that_the_runtime_takes(tmp_path):

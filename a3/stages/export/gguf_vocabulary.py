@@ -1,16 +1,13 @@
 """A byte-level BPE tokenizer of Hugging Face as the metadata of a GGUF file."""
 
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFWriter, Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
 from a3.models.gguf_keys import template_name
-from a3.models.load import load_tokenizer
-from a3.stages.export.llama import content_of, rules_of
+from a3.stages.export.llama import merges_of, require_tokenizer, surrounding
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -20,9 +17,8 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     that it has beyond are left out. Raises A3Error for a tokenizer that is no byte-level BPE, or
     whose rules llama.cpp has no name for.
     """
-    tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
-    content = content_of(tokenizer, path)
-    name = rules_of(content, path)
+    tokenizer, content, name = require_tokenizer(folder)
+    path = folder / "tokenizer.json"
     tokens, types = entries(tokenizer, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
@@ -39,32 +35,6 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_add_eos_token(eos)
     writer.add_add_space_prefix(False)
     add_templates(writer, tokenizer.chat_template, folder)
-
-
-def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
-    """Whether BOS goes before, and EOS after each text; A3Error if other tokens do."""
-    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    for bos, eos in product((False, True), repeat=2):
-        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
-            return bos, eos
-    raise A3Error(
-        f"{path}: it puts other tokens than BOS and EOS around a text ({whole} around {inner}), "
-        "which llama.cpp would not do. Use a runtime that reads tokenizer.json."
-    )
-
-
-def merges_of(content: dict[str, Any], path: Path) -> list[str]:
-    """The merges of a tokenizer.json as llama.cpp reads them; A3Error for one with a space."""
-    pairs = [
-        merge.split(" ") if isinstance(merge, str) else merge
-        for merge in content["model"]["merges"]
-    ]
-    if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
-        raise A3Error(
-            f"{path}: {bad} is not a merge of two byte-level tokens. "
-            "Convert the folder with llama.cpp's own script."
-        )
-    return [" ".join(pair) for pair in pairs]
 
 
 def add_templates(writer: GGUFWriter, templates: str | dict[str, str] | None, folder: Path) -> None:

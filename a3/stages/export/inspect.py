@@ -12,11 +12,10 @@ from a3.core.files import read_json
 from a3.models.arch import is_compressed, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dtype_of, own_sizes
-from a3.models.load import load_tokenizer
 from a3.models.served import obstacles as served_obstacles
 from a3.models.stock import dense_config, llama_cpp_cache, obstacles, stock
 from a3.solutions.modes import COMPONENTS, SERVABLE
-from a3.stages.export.llama import content_of, require_llama, rules_of
+from a3.stages.export.llama import require_llama, require_tokenizer
 
 UNTESTED = "vLLM, TGI"
 
@@ -174,10 +173,9 @@ def by_plugin(folder: Path) -> str:
 
 def no_llama(folder: Path) -> str | None:
     """Why llama.cpp cannot have a folder that other runtimes can; None if it can."""
-    path = folder / "tokenizer.json"
     try:
         require_llama(stock(folder, by_layer=True))
-        rules_of(content_of(load_tokenizer(folder), path), path)
+        require_tokenizer(folder)
     except A3Error as error:
         return str(error)
     return None

@@ -6,6 +6,7 @@ tokenizer.json, and rules without a name are refused.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from a3.core.errors import A3Error
 from a3.models.gguf_rules import RULES, Rules, steps_in
+from a3.models.load import load_tokenizer
 from a3.models.stock import Stock
 
 NFC = {"type": "NFC"}
@@ -45,6 +47,19 @@ def content_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]
             "one (tokenizer.json)."
         )
     return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def require_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase, dict[str, Any], str]:
+    """A folder's tokenizer, its content and llama.cpp's name for its rules.
+
+    Raises A3Error, without writing anything, for a tokenizer that llama.cpp would read otherwise.
+    """
+    tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
+    content = content_of(tokenizer, path)
+    name = rules_of(content, path)
+    merges_of(content, path)
+    surrounding(tokenizer, path)
+    return tokenizer, content, name
 
 
 def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
@@ -83,3 +98,29 @@ def rules_of(tokenizer: dict[str, Any], path: Path) -> str:
 def as_found(rules: Rules) -> tuple[tuple[Any, ...], bool, bool]:
     """Rules as a tokenizer.json has them."""
     return rules.steps, rules.whole, rules.composed
+
+
+def surrounding(tokenizer: PreTrainedTokenizerBase, path: Path) -> tuple[bool, bool]:
+    """Whether BOS goes before, and EOS after each text; A3Error if other tokens do."""
+    inner, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    for bos, eos in product((False, True), repeat=2):
+        if whole == [tokenizer.bos_token_id] * bos + inner + [tokenizer.eos_token_id] * eos:
+            return bos, eos
+    raise A3Error(
+        f"{path}: it puts other tokens than BOS and EOS around a text ({whole} around {inner}), "
+        "which llama.cpp would not do. Use a runtime that reads tokenizer.json."
+    )
+
+
+def merges_of(content: dict[str, Any], path: Path) -> list[str]:
+    """The merges of a tokenizer.json as llama.cpp reads them; A3Error for one with a space."""
+    pairs = [
+        merge.split(" ") if isinstance(merge, str) else merge
+        for merge in content["model"]["merges"]
+    ]
+    if bad := next((pair for pair in pairs if len(pair) != 2 or " " in "".join(pair)), None):
+        raise A3Error(
+            f"{path}: {bad} is not a merge of two byte-level tokens. "
+            "Convert the folder with llama.cpp's own script."
+        )
+    return [" ".join(pair) for pair in pairs]
