@@ -263,6 +263,8 @@ def add_speed(commands: Any) -> None:
     attention = ["eager", "sdpa"]
     text_ = "implementations of attention in transformers to time"
     one.add_argument("--attention", nargs="+", choices=attention, default=attention, help=text_)
+    text_ = "time decoding also compiled (torch.compile, static cache; on a GPU: CUDA graphs)"
+    one.add_argument("--compile", action="store_true", help=text_)
     add_out(one, targets.SPEED, "FILE", "JSON file to write")
     add_run(one)
 

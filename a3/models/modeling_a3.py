@@ -287,6 +287,11 @@ class Compressed(PreTrainedModel):
             compress(body, config)
         self.post_init()
 
+    def _get_static_cache_init_shape(self) -> None:
+        """No size: for a prompt in chunks, `generate` would make a static cache with the same size
+        of all keys and values. Without one, each layer gets that of its first keys and values.
+        """
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As transformers does, and the files `beside`, first: it may upload the folder."""
         for name, content in self.beside.items():

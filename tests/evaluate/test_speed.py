@@ -126,9 +126,9 @@ def test_models_and_implementations_take_turns(results, tmp_path, monkeypatch):
     order = []
     real = stage.Subject.run
 
-    def noted(self, ids, new_tokens):
+    def noted(self, ids, new_tokens, way):
         order.append((self.model.config._attn_implementation, "checkpoints" in self.candidate.name))
-        return real(self, ids, new_tokens)
+        return real(self, ids, new_tokens, way)
 
     monkeypatch.setattr(stage.Subject, "run", noted)
     folders = [results / "models/tiny", results / "checkpoints" / TAIL]
@@ -274,6 +274,7 @@ def test_a_family_without_sdpa_is_refused(tmp_path, capsys):
         (["--layers", "1"], "layers without a ratio"),
         (["--ratio", "0.25", "--layers", "3"], "layers is 3; expected 1 to 2"),
         (["--ratio", "1.5"], "ratio is 1.5"),
+        (["--ratio", "0.25", "--layers", "1", "--compile"], "layers with compile"),
         (["--ratio", "0.25", "--qk", "qk"], "does not fit gqa-rope"),
         (["{folder}", "--ratio", "0.25"], "2 folders and a ratio"),
         (["--ratio", "0.25", "--batch", "1000000000"], "available. Time fewer models"),

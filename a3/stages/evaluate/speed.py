@@ -9,8 +9,9 @@ never part of results.csv.
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from a3.models.cost import speed_cost
 from a3.models.families import family_of
 from a3.models.load import require_positions
 from a3.models.sizes import kv_bytes
+from a3.stages.evaluate.speed_compiled import COMPILED, Compiled
 from a3.stages.evaluate.speed_models import Candidate, candidates_of
 from a3.stages.evaluate.speed_summary import PHASES, summary
 
@@ -48,6 +50,7 @@ def speed(
     attention: Sequence[str],
     dtype: str,
     device: str,
+    compile: bool = False,
 ) -> None:
     """Time models, write the record `out` (JSON) and print a summary; ratios are to the first one.
 
@@ -63,23 +66,25 @@ def speed(
             like `generate` it makes the last token's logits only.
         new_tokens: greedy steps after it, one token a sequence each.
         attention: transformers' implementations, "eager" and "sdpa".
+        compile: time decoding also with a static cache and compiled, with each of them.
 
     Raises:
         A3Error: numbers below one, a family without one of the implementations or with too few
-        positions, models that do not fit the memory, and as `load_model` and `Plan.ranks` do.
+        positions, models that do not fit the memory; as load_model, Plan.ranks and Compiled do.
     """
     settings = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats}
-    check(folders, rows, layers, settings)
+    check(folders, rows, layers, compile, settings)
     attention = list(dict.fromkeys(attention))
+    ways = [*attention, *(f"{name}{COMPILED}" for name in attention if compile)]
     candidates = candidates_of(folders, rows, multiples, layers, dtype, device)
-    announce(candidates, attention, dtype, device, settings)
-    clock = Clock(device)
-    subjects = [Subject(candidate, clock, attention) for candidate in candidates]
+    announce(candidates, ways, dtype, device, settings)
+    subjects = [Subject(candidate, Clock(device), ways) for candidate in candidates]
     ids = some_ids(candidates, batch, prompt).to(device)
-    measure(subjects, ids, new_tokens, repeats, attention)
+    measure(subjects, ids, new_tokens, repeats, ways)
     record = {
         **settings,
         "attention": attention,
+        "compiled": ways[len(attention) :],
         "dtype": dtype,
         "device": device,
         "device_name": device_name(device),
@@ -97,6 +102,7 @@ def check(
     folders: Sequence[Path],
     rows: Sequence[dict[str, str]],
     layers: int | None,
+    compile: bool,
     settings: dict[str, int],
 ) -> None:
     """Raise A3Error for numbers below one, too few positions, and what random weights alone can."""
@@ -113,6 +119,11 @@ def check(
             "speed: layers without a ratio: only models with random weights can be run in part. "
             "Name a ratio, or remove layers."
         )
+    if layers is not None and compile:
+        raise A3Error(
+            "speed: layers with compile: inside of a compiled model no layer can be timed. Remove "
+            "one of them."
+        )
     for folder in folders:
         length = settings["prompt"] + settings["new_tokens"]
         require_positions(folder, length, "prompt + new_tokens")
@@ -120,21 +131,23 @@ def check(
 
 def announce(
     candidates: list[Candidate],
-    attention: list[str],
+    ways: list[str],
     dtype: str,
     device: str,
     settings: dict[str, int],
 ) -> None:
     """Print what the timing takes; raises A3Error if the models do not fit the memory."""
     shapes = [candidate.timed for candidate in candidates]
-    cost = speed_cost(shapes, len(attention), dtype=dtype, **settings)
+    cost = speed_cost(shapes, len(ways), dtype=dtype, **settings)
     LOG.info(
         f"speed: {len(shapes)} models in {dtype}, about {cost.memory / GIB:.1f} GiB of memory and "
         f"{cost.flops / 1e12:.3g} TFLOPs",
     )
     tokens = settings["batch"] * (settings["prompt"] + settings["new_tokens"])
     needed = sum(WIDTHS[dtype] * shape["size"]["parameters"] for shape in shapes)
-    needed += max(tokens * kv_bytes(shape["size"], shape["dtype"], dtype) for shape in shapes)
+    caches = [tokens * kv_bytes(shape["size"], shape["dtype"], dtype) for shape in shapes]
+    # Static caches stay.
+    needed += sum(caches) if any(way.endswith(COMPILED) for way in ways) else max(caches)
     what = f"speed: {len(shapes)} models and a KV cache of {tokens} tokens in {dtype}"
     if torch.device(device).type != "cuda":
         require_memory(needed, what, "Time fewer models or layers, or take a dtype of fewer bytes")
@@ -181,23 +194,26 @@ class Seconds:
 
 @dataclass
 class Subject:
-    """A model in memory, and what was measured of it: by attention implementation, in order."""
+    """A model in memory, and what was measured of it: by attention implementation, in order, and
+    with compiled decoding.
+    """
 
     candidate: Candidate
     clock: Clock
-    attention: list[str]
+    ways: list[str]
     model: PreTrainedModel = field(init=False)
     samples: dict[str, list[dict[str, Seconds]]] = field(init=False)
     peaks: dict[str, list[int]] = field(init=False)
+    compiled: Compiled | None = None
     cache_bytes: int = 0
     # Inside of layers; counted only where some are left out.
     layer_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.model = self.candidate.build()
-        self.samples = {name: [] for name in self.attention}
-        self.peaks = {name: [] for name in self.attention}
-        for name in self.attention:
+        self.samples = {way: [] for way in self.ways}
+        self.peaks = {way: [] for way in self.ways}
+        for name in dict.fromkeys(way.removesuffix(COMPILED) for way in self.ways):
             set_attention(self.model, name, self.candidate.name)
         if self.candidate.timed["layers"] < self.candidate.shapes["layers"]:
             self.time_layers()
@@ -217,34 +233,50 @@ class Subject:
         layers[0].register_forward_pre_hook(start)
         layers[-1].register_forward_hook(stop)
 
-    def run(self, ids: Tensor, new_tokens: int) -> dict[str, Seconds]:
+    def compile(self, ids: Tensor, new_tokens: int) -> None:
+        """Compile what is to be, for prompts ids (B, L); raises A3Error as Compiled does."""
+        length = ids.shape[1] + new_tokens
+        mode = "reduce-overhead" if self.clock.on_gpu else None
+        for way in self.ways:
+            if way.endswith(COMPILED):
+                if self.compiled is None:
+                    self.compiled = Compiled(self.model, self.candidate.name, length, mode)
+                set_attention(self.model, way.removesuffix(COMPILED), self.candidate.name)
+                self.compiled.check(way, ids)
+
+    def run(self, ids: Tensor, new_tokens: int, way: str = "") -> dict[str, Seconds]:
         """Prefill ids (B, L) and generate: seconds of each phase; the cache is counted."""
         seconds = {}
         options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+        step: Callable[..., Any] = self.model
+        if self.compiled is not None and way.endswith(COMPILED):
+            step = partial(self.compiled.step, way)
+            options["past_key_values"] = self.compiled.emptied()
         for phase, steps in zip(PHASES, (1, new_tokens), strict=True):
             self.layer_seconds, start = 0.0, self.clock.read()
             for _ in range(steps):
-                output = self.model(ids, **options)
+                output = (self.model if phase == PHASES[0] else step)(ids, **options)
                 options["past_key_values"] = output.past_key_values
                 ids = output.logits[:, -1:].argmax(-1)
             seconds[phase] = Seconds(self.clock.read() - start, self.layer_seconds)
         self.cache_bytes = held_bytes(output.past_key_values)
         return seconds
 
-    def run_and_keep(self, name: str, ids: Tensor, new_tokens: int) -> None:
-        """One sample with one attention implementation."""
-        set_attention(self.model, name, self.candidate.name)
-        if not self.clock.on_gpu:
-            self.samples[name].append(self.run(ids, new_tokens))
+    def run_and_keep(self, way: str, ids: Tensor, new_tokens: int) -> None:
+        """One sample with one attention implementation, compiled or not."""
+        set_attention(self.model, way.removesuffix(COMPILED), self.candidate.name)
+        if not self.clock.on_gpu or way.endswith(COMPILED):
+            # What CUDA graphs and static caches hold, they held before.
+            self.samples[way].append(self.run(ids, new_tokens, way))
             return
         # All models are in memory: of the peak, what was there before is taken off, and this
         # model's weights are put back.
         device = self.clock.device
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        self.samples[name].append(self.run(ids, new_tokens))
+        self.samples[way].append(self.run(ids, new_tokens, way))
         peak = torch.cuda.max_memory_allocated(device) - before
-        self.peaks[name].append(peak + self.weights_bytes)
+        self.peaks[way].append(peak + self.weights_bytes)
 
     @property
     def weights_bytes(self) -> int:
@@ -266,24 +298,28 @@ class Subject:
             "weights_bytes": self.weights_bytes,
             "cache_bytes": self.cache_bytes,
             "attention": {
-                name: rates(samples, tokens)
+                way: rates(samples, tokens)
                 | ({"extrapolated": rates(samples, tokens, times)} if times != 1 else {})
-                | {"peak_memory_bytes": max(self.peaks[name], default=None)}
-                for name, samples in self.samples.items()
+                | {"peak_memory_bytes": max(self.peaks[way], default=None)}
+                for way, samples in self.samples.items()
             },
         }
 
 
 def measure(
-    subjects: Sequence[Subject], ids: Tensor, new_tokens: int, repeats: int, attention: list[str]
+    subjects: Sequence[Subject], ids: Tensor, new_tokens: int, repeats: int, ways: list[str]
 ) -> None:
-    """Every model with every attention implementation in turn, `repeats` times after a warm-up."""
-    total = (repeats + 1) * len(attention) * len(subjects)
+    """Every model with every attention implementation, and compiled, in turn, `repeats` times after
+    a warm-up.
+    """
+    total = (repeats + 1) * len(ways) * len(subjects)
     with torch.inference_mode(), Bar(total=total, unit="run", desc="speed") as bar:
+        for subject in subjects:
+            subject.compile(ids, new_tokens)
         for repeat in range(repeats + 1):
-            for name in attention:
+            for way in ways:
                 for subject in subjects:
-                    subject.run_and_keep(name, ids, new_tokens)
+                    subject.run_and_keep(way, ids, new_tokens)
                     bar.update()
             if repeat == 0:
                 forget(subjects)

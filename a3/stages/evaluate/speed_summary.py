@@ -17,7 +17,7 @@ def compared(record: dict[str, Any]) -> list[dict[str, Any]]:
     first = record["models"][0]
     rows = []
     for model in record["models"]:
-        for name in record["attention"]:
+        for name in [*record["attention"], *record.get("compiled", [])]:
             row = {"name": model["name"], "attention": name}
             own, base = (
                 m["attention"][name].get("extrapolated", m["attention"][name])
