@@ -58,8 +58,9 @@ def test_a_model_that_the_runtime_cannot_run_is_refused_at_once(folder, capsys, 
         assert says in capsys.readouterr().err
     with pytest.raises(A3Error, match=says.split(" ")[-1]):
         a3.compress("dense", texts="text.jsonl", runtime=name, ratio=0.3, progress=False)
-    with pytest.raises(A3Error, match=says.split(" ")[-1]):
-        a3.approximate("dense", rxx="none", runtime=name, ratio=0.3, progress=False)
+    for stage, more in ((a3.approximate, {}), (a3.allocate, {"out": "ranks.json"})):
+        with pytest.raises(A3Error, match=says.split(" ")[-1]):
+            stage("dense", rxx="none", runtime=name, ratio=0.3, progress=False, **more)
     assert not (folder / "small").exists()
     assert not (folder / "small.a3-work").exists()
 
