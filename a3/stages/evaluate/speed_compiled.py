@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
@@ -66,7 +65,7 @@ class Compiled:
             torch.compiler.cudagraph_mark_step_begin()
         try:
             return self.steps[attention](ids, **options)
-        except (TorchDynamoException, InductorError) as error:
+        except TorchDynamoException as error:
             raise A3Error(
                 f"{self.name}: torch.compile cannot compile it ({type(error).__name__}: "
                 f"{str(error).strip().splitlines()[0]}). It needs a C++ compiler (g++). Leave out "
