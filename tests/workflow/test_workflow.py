@@ -315,7 +315,7 @@ def test_a_change_of_the_calibration(settled):
     settled.edit("config/config.yaml", "tokens: 1024", "tokens: 512")
 
 
-@pytest.mark.parametrize("name", ["rxx/tiny/short/v_blocks.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("name", ["rxx/tiny/short/v_blocks.safetensors", "approx.json"])
 def test_a_removed_file_is_built_alone(settled, name):
     path = next(path for path in settled.files() if str(path).endswith(name))
     if "rxx" not in name:
@@ -497,14 +497,26 @@ def test_shards_are_merged_and_a_lost_one_is_redone_alone(settled):
     settled.edit("config/config.yaml", ", shards: 3", "")
 
 
+def test_a_large_model_has_several_files_of_weights(settled):
+    """As one of more than 1 GiB has: the files of each layer, and one of what is in no layer."""
+    run = "tiny/short/uniform-global+xkv+dense/0.25"
+    made, export = f"results/checkpoints/{run}", f"results/exports/{run}/hf"
+    settled.edit("a3/core/shards.py", "2**30", "2**14")
+    settled.snakemake(f"{export}/config.json")
+    settled.edit("a3/core/shards.py", "2**14", "2**30")
+    for folder in (made, export):
+        found = sorted(path.name for path in (settled.folder / folder).glob("*.safetensors"))
+        assert found == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    AutoModelForCausalLM.from_pretrained(settled.folder / made)
+
+
 def test_shards_by_several_jobs_make_the_same_model(settled):
     """Each job solves one of the two layers; the checkpoint has three files of weights."""
     made = settled.folder / "results/checkpoints/tiny/short/rxx-w-rxx+xkv+rxx-w/0.25"
     whole = load_file(made / "model.safetensors")
     with (settled.folder / "config/config.yaml").open("a") as config:
         config.write("approx_jobs: 2\n")
-    last = made / "model-00003-of-00003.safetensors"
-    rules, _ = settled.snakemake(str(last.relative_to(settled.folder)))
+    rules, _ = settled.snakemake(str((made / "approx.json").relative_to(settled.folder)))
     assert rules == ["approx_shard", "approx_shard", "gather"]
     files = sorted(made.glob("*.safetensors"))
     assert [path.name[6:11] for path in files] == ["00001", "00002", "00003"]

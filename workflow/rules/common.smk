@@ -11,11 +11,10 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from a3.artifacts.places import HEALED_BY, PLACE, Place, SurgeryPlace
+from a3.artifacts.places import HEALED_BY, PLACE, Place
 from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.core.provenance import fingerprint
-from a3.core.shards import weight_files
 from a3.experiments.config import calibrates, check_models_made, complete, prefer_own_scripts
 from a3.experiments.needed import kinds_by_calibration, option_words
 from a3.experiments.paper import Paper
@@ -63,8 +62,6 @@ TRAINED = [
     f"{RESULTS}/trained/{{model}}/{name}"
     for name in ("config.json", "model.safetensors", "tokenizer.json", "train.json")
 ]
-# Files of weights of a checkpoint: one for each job that makes it, and one for what is in no layer.
-WEIGHTS = weight_files(C["approx_jobs"])
 # What one pass over each calibration collects. The paper's tables have calibrations of their own, so
 # that they make no other statistics larger; theirs are what the paper's own modes read, which is small
 # and part of every table.
@@ -200,12 +197,9 @@ def folder_files(place):
     folder = place.weights(Path(RESULTS)).parent
     if place.is_dense:
         return [f"{folder}/{name}" for name in ("arch.json", "config.json")]
-    # A surgery keeps the dense model's files of weights, whatever they are.
-    if place.is_quantised or place.is_healed or isinstance(place, SurgeryPlace):
-        return [f"{folder}/{name}" for name in ("config.json", "approx.json")]
     return checkpoint_files(folder)
 
 
 def checkpoint_files(folder):
-    """The files that say a compressed model's folder is there."""
-    return [f"{folder}/{name}" for name in (*WEIGHTS, "config.json", "approx.json")]
+    """The files that say a compressed model's folder is there, whose weights may be in many files."""
+    return [f"{folder}/{name}" for name in ("config.json", "approx.json")]

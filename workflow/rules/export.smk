@@ -14,7 +14,7 @@ rule export_hf:
     input:
         model_files,
     output:
-        weights=[f"{EXPORT}/hf/{name}" for name in WEIGHTS],
+        # Weights are in as many files as the checkpoint's.
         config=f"{EXPORT}/hf/config.json",
         record=f"{EXPORT}/hf/export.json",
     log:

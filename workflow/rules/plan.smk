@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 
+from a3.artifacts.places import SurgeryPlace
 from a3.jobs.settings import settings_of
 from a3.solutions.modes import SHARED, eliminating
 

@@ -4,6 +4,7 @@ Checkpoints lie beside those of approx and are evaluated by the same rules: cali
 place of calibration/modes/ratio.
 """
 
+from a3.artifacts.places import SurgeryPlace
 from a3.experiments.needed import evaluations
 from a3.solutions.surgeries import SURGERIES, find_surgery
 
