@@ -11,16 +11,16 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, named
 from a3.core.progress import bars
 from a3.experiments.entries import find_entry
-from a3.models.load import loaded
+from a3.models.load import auto_in, loaded
 from a3.models.quiet import quiet
 from a3.models.readable import require_readable
-from a3.models.tokenizer import tokenizer_files
+from a3.models.tokenizer import PROCESSORS, tokenizer_files
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_amount
 from a3.solutions.plan import Plan
 from a3.solutions.runtime import runtime_named
@@ -30,7 +30,7 @@ from a3.stages.inputs.model import is_gguf, resolve_model
 from a3.texts.reading import Document, as_document, write_documents
 
 Model: TypeAlias = PreTrainedModel | str | Path
-Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
+Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin | None
 Texts: TypeAlias = Iterable[Any] | str | Path
 
 # One call at a time: libraries keep settings for all threads, such as the dtype of new tensors
@@ -83,7 +83,7 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
     Raises A3Error if the argument is neither a PreTrainedModel nor a model's name, if it has no
     head that predicts tokens, or if there is no tokenizer.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
         raise A3Error(
             f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers."
         )
@@ -124,9 +124,13 @@ def named_folder(name: str, work: Path) -> Path:
     return work / "named"
 
 
-def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+def with_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | ProcessorMixin, out: Path
+) -> Path:
     """The folder `out`: links to the files of `folder`, another tokenizer, and no records."""
     left_out = {*tokenizer_files(folder), *RECORDS, HIDDEN_SEAL}
+    if isinstance(tokenizer, ProcessorMixin):
+        left_out |= set(PROCESSORS)
     out.mkdir()
     for path in folder.iterdir():
         if path.name not in left_out:
@@ -302,8 +306,9 @@ def loaded_as(folder: Path, like: Model, stored: str | None = None) -> PreTraine
     """
     given = like if isinstance(like, PreTrainedModel) else None
     dtype = "auto" if given is None or stored else given.dtype
-    model = loaded(AutoModelForCausalLM, folder, dtype=dtype, use_safetensors=True)
+    model = loaded(auto_in(folder), folder, dtype=dtype, use_safetensors=True)
     # Small files that save_pretrained writes beside the weights (a3.models.modeling_a3).
     if hasattr(model, "beside"):
-        model.beside = {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+        names = [*tokenizer_files(folder), *(n for n in PROCESSORS if (folder / n).is_file())]
+        model.beside = {name: (folder / name).read_bytes() for name in names}
     return model if given is None else model.to(given.device)

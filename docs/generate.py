@@ -148,6 +148,7 @@ HOW = {
     "a3": "a3's, found by a probe",
     "own": "the family's own code, found by a probe",
     "mlp": "as it was",
+    "held": "as its language model's type",
 }
 
 
@@ -171,7 +172,23 @@ def families() -> str:
     ]  # fmt: skip
     text += table(["`model_type`", "compressed", "attention", "what stays, and why"], rows)
     rows = [[f"`{name}`", said_why(row)] for name, row in types.items() if name not in some]
-    return text + "## Unsupported\n\n" + table(["`model_type`", "reason"], rows)
+    text += "## Unsupported\n\n" + table(["`model_type`", "reason"], rows)
+    return text + wrappers(table_["wrappers"])
+
+
+def wrappers(types: dict[str, dict[str, str]]) -> str:
+    """Every type that makes text of images and text, or why its language model is left."""
+    held = {name: row for name, row in types.items() if not row["why"]}
+    text = (
+        f"## Models of several modalities\n\nOf the {len(types)} types that make text of images "
+        f"and text, a3 compresses the language model in {len(held)}, and keeps all else. The "
+        "config names the type of the language model (here that of the default config), and the "
+        "components are those of that type.\n\n"
+    )
+    rows = [[f"`{name}`", f"`{row['text']}`"] for name, row in held.items()]
+    text += table(["`model_type`", "language model"], rows)
+    rows = [[f"`{name}`", row["why"]] for name, row in types.items() if row["why"]]
+    return text + table(["`model_type`", "why it is unsupported"], rows)
 
 
 def protocols() -> str:

@@ -48,6 +48,11 @@ SMALLER = (
     ": the same layers with smaller heads, a smaller intermediate size and a smaller KV cache."
 )
 
+CARRIED_ALONG = (
+    "Only the language model is compressed. {carried:,} of the parameters are in other parts, such "
+    "as the vision tower, which are as they were."
+)
+
 # Tags of every card.
 TAGS = ("a3", "compressed", "low-rank")
 
@@ -75,6 +80,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({ADDRESS})
 tokenizer = AutoTokenizer.from_pretrained({ADDRESS})
+```"""
+
+USE_HELD = f"""```python
+import a3{{without}}
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained({ADDRESS})
+processor = AutoProcessor.from_pretrained({ADDRESS})
 ```"""
 
 USE_GRAPH = """```python
@@ -122,12 +135,12 @@ def base_name(source: dict[str, Any]) -> str | None:
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
     """Write README.md from a record of `compressed_record`, atomically."""
-    base = base_card(record)
+    base, wrapper = base_card(record), record["base"].get("wrapper")
     data = ModelCardData(
         base_model=base["name"],
         library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[*TAGS, record["base"]["family"]],
+        pipeline_tag="image-text-to-text" if wrapper else "text-generation",
+        tags=[*TAGS, wrapper or record["base"]["family"]],
         **{key: base[key] for key in CARRIED if key in base},
     )
     name = base["name"] or f"a {record['base']['family']} model"
@@ -141,14 +154,15 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         *([training(record)] if "healed" in record else []),
         *([low_precision(record)] if "matrices" in record else []),
         sizes_table(own_sizes(record)),
+        *([CARRIED_ALONG.format(**record["base"]["size"])] if wrapper else []),
         calibration(record),
         *([losses(record["loss"])] if "loss" in record else []),
         "## Perplexity",
         perplexities(record.get("perplexity", [])),
         "## Use",
         # The code in the folder does not simulate low precision, so it needs a3.
-        USE.format(without="" if "matrices" in record else WITHOUT),
-        *runtimes(record, dense_rope_type(folder)),
+        (USE_HELD if wrapper else USE).format(without="" if "matrices" in record else WITHOUT),
+        *([] if wrapper else runtimes(record, dense_rope_type(folder))),
         "## Licence and provenance",
         licence(base, name),
         provenance(record),

@@ -161,10 +161,14 @@ def add_inspect(commands: Any) -> None:
 
 def families(probe: Path | None) -> None:
     """Say which model types a3 compresses."""
-    from a3.models.probe.table import lines, read_table, row_of_config
+    from a3.models.probe.table import lines, read_table, row_of_config, wrapper_lines
 
-    rows = read_table()["types"] if probe is None else row_of_config(probe)
-    print(*lines(rows), sep="\n")
+    if probe is not None:
+        print(*lines(row_of_config(probe)), sep="\n")
+        return
+    table = read_table()
+    held = "of several modalities, whose language model is compressed in place:"
+    print(*lines(table["types"]), "", held, *wrapper_lines(table["wrappers"]), sep="\n")
 
 
 def add_families(commands: Any) -> None:

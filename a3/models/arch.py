@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json, read_record, sha256
 from a3.models.built import build, require_agreement
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import FAMILIES, REFUSED
+from a3.models.families import BACKBONES, FAMILIES, REFUSED, family_of, held
 from a3.models.families.probed import probed
 from a3.models.family import Family
 from a3.models.load import load_config, load_whole, number_of_parameters, parameters_of
@@ -22,6 +23,7 @@ from a3.models.probe.tiny import require_causal, require_few_layers
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import sizes
+from a3.models.wrappers import REFUSED_WRAPPERS, WRAPPERS, carried, text_of, wrapper_of
 
 
 def is_compressed(folder: Path) -> bool:
@@ -56,7 +58,8 @@ def describe(folder: Path) -> Arch:
         **fields,
         dtype=dtype,
         weights_sha256=checkpoint.sha256(),
-        size=sizes(fields, ranks * fields["layers"], parameters_of(checkpoint, model), dtype),
+        size=sizes(fields, ranks * fields["layers"], parameters_of(checkpoint, model), dtype)
+        | carried(model),
     )
 
 
@@ -71,7 +74,7 @@ def sketch(folder: Path) -> Arch:
     dtype = str(config.dtype or torch.float32).removeprefix("torch.")
     ranks = [(fields["head_dim"], fields["head_dim"], fields["intermediate_size"])]
     size = sizes(fields, ranks * fields["layers"], parameters, dtype)
-    return Arch(**fields, dtype=dtype, weights_sha256="", size=size)
+    return Arch(**fields, dtype=dtype, weights_sha256="", size=size | carried(model))
 
 
 def model_hashes(folder: Path, arch: Arch) -> dict[str, str]:
@@ -92,8 +95,24 @@ def known_family(folder: Path) -> Family:
         raise made_already(folder)
     path = folder / "config.json"
     require_few_layers(path, read_json(path))
-    if found in FAMILIES:
-        return FAMILIES[found]
+    if found in REFUSED_WRAPPERS:
+        raise A3Error(
+            f"{path}: model_type is {found!r}, a model of several modalities: "
+            f"{REFUSED_WRAPPERS[found]}. Save its language model alone, or take another model; "
+            "a3 families lists those that a3 knows."
+        )
+    if found in WRAPPERS:
+        text = load_config(folder).get_text_config().model_type
+        alone = text in FAMILIES | BACKBONES | MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        family = text_family(path, text) if alone else probed_family(path, found)
+        return held(family, WRAPPERS[found])
+    return text_family(path, found)
+
+
+def text_family(path: Path, found: str) -> Family:
+    """The adapter of a type of language models, that of a config.json or one that it holds."""
+    if found in FAMILIES | BACKBONES:
+        return family_of(found, None)
     if found in REFUSED or found not in CONFIG_MAPPING:
         reason = REFUSED.get(found, "which a3 does not know, and transformers neither")
         raise A3Error(
@@ -122,6 +141,9 @@ def probed_family(path: Path, found: str) -> Family:
 def remembered(folder: Path, content: str) -> Outcome:
     """A probe of a folder's config, once in a process for a content."""
     config = load_config(folder)
+    text = text_of(config)
+    # A language model that exists in this type alone is probed there.
+    config = text if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else config
     return probe(config.model_type, config.to_dict())
 
 
@@ -161,9 +183,10 @@ def read_config(
     path = folder / "config.json"
     config = read_json(path)
     key = CONFIG_MAPPING[config["model_type"]].attribute_map.get("num_hidden_layers")
-    check_count(path, "layers", config.get(key or "num_hidden_layers"), tensors)
+    said = config.get("text_config", config)
+    check_count(path, "layers", said.get(key or "num_hidden_layers"), tensors)
     config = load_config(folder)
-    check_count(path, "experts", family.mixture(config)["experts"], tensors)
+    check_count(path, "experts", family.mixture(text_of(config))["experts"], tensors)
     return described(folder, family, config)
 
 
@@ -175,7 +198,7 @@ def described(
     Raises A3Error if transformers or the adapter cannot read it, or they differ.
     """
     model = build(folder, config)
-    fields = family.describe(config, model)
+    fields = family.describe(text_of(config), model) | {"wrapper": wrapper_of(config)}
     require_agreement(folder, family, fields, model)
     return fields, model
 

@@ -62,13 +62,15 @@ class A3Attention(nn.Module):
 
     Pair indices are kept as integers and the family's own float32 cos/sin are gathered: inverse
     frequencies in bfloat16 would be off by radians at position 2048. `dense` is the family's module
-    that this one replaces; sliding windows and score caps are copied from it. Subclasses have the
-    `forward` that the family's layers call.
+    that this one replaces; sliding windows and score caps are copied from it. `config` is that of
+    the layers, `a3` the entry of the model's config. Subclasses have the `forward` that the
+    family's layers call.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, a3: dict[str, Any], layer_idx: int, dense: nn.Module
+    ) -> None:
         super().__init__()
-        a3 = config.a3
         self.config = config
         self.layer_idx = layer_idx
         self.groups = a3["kv_heads"]
@@ -173,8 +175,10 @@ class UsualAttention(A3Attention):
 class BloomAttention(A3Attention):
     """BLOOM passes ALiBi separately from the mask and expects the residual to be added."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
-        super().__init__(config, layer_idx, dense)
+    def __init__(
+        self, config: PreTrainedConfig, a3: dict[str, Any], layer_idx: int, dense: nn.Module
+    ) -> None:
+        super().__init__(config, a3, layer_idx, dense)
         self.resid_dropout = nn.Dropout(dense.hidden_dropout)
 
     def forward(
@@ -223,8 +227,10 @@ def scores_in_float32(
 class GPTNeoAttention(A3Attention):
     """GPT-Neo's local layers hide all but the last `window_size` keys; the mask is causal only."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
-        super().__init__(config, layer_idx, dense)
+    def __init__(
+        self, config: PreTrainedConfig, a3: dict[str, Any], layer_idx: int, dense: nn.Module
+    ) -> None:
+        super().__init__(config, a3, layer_idx, dense)
         self.eager = scores_in_float32
         self.local = dense.attention_type == "local"
 
@@ -244,8 +250,10 @@ class GPTNeoAttention(A3Attention):
 class GPTJAttention(A3Attention):
     """GPT-J passes positions; each of its layers has its own table of sines and cosines."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
-        super().__init__(config, layer_idx, dense)
+    def __init__(
+        self, config: PreTrainedConfig, a3: dict[str, Any], layer_idx: int, dense: nn.Module
+    ) -> None:
+        super().__init__(config, a3, layer_idx, dense)
         self.eager = scores_in_float32
 
     def forward(
@@ -271,8 +279,10 @@ class CohereAttention(UsualAttention):
 class Gemma2Attention(UsualAttention):
     """Gemma 2 caps its scores. Gemma 3 has the key, too, and ignores it."""
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, dense: nn.Module) -> None:
-        super().__init__(config, layer_idx, dense)
+    def __init__(
+        self, config: PreTrainedConfig, a3: dict[str, Any], layer_idx: int, dense: nn.Module
+    ) -> None:
+        super().__init__(config, a3, layer_idx, dense)
         self.options["softcap"] = dense.attn_logit_softcapping
 
 

@@ -5,8 +5,10 @@ A config may have keys that its family's code ignores, or uses only in some case
 the code builds.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import lru_cache
 from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from a3.core.errors import A3Error
 from a3.models.sizes import component_of
+from a3.models.wrappers import auto_class, text_of, wrapper_of
 
 if TYPE_CHECKING:
     from a3.models.family import Family
@@ -61,7 +67,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     with Uninitialised(), torch.device("meta"):
         # The attention that a config names may not be installed, and its masks may need real
         # values.
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(wrapper_of(config)).from_config(
             plain, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
     return model.eval()
@@ -77,6 +83,30 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
             f"{folder / 'config.json'}: transformers cannot build this model "
             f"({type(error).__name__}: {str(error).strip()}). Correct it, or fetch it again."
         ) from error
+
+
+@lru_cache(maxsize=16)
+def names_in_memory(
+    path: Path, content: str, keys: tuple[str, ...], backbone: str
+) -> dict[str, str]:
+    """The names that tensors of a model of several modalities have in memory, by those in files.
+
+    `content` is that of its config.json, at `path`. transformers renames such tensors when it loads
+    them, since hub folders are older than its classes; here by the same rules, but for those of the
+    language model, at `backbone`. Raises A3Error as
+    `build` does.
+    """
+    said = json.loads(content)
+    model = build(path.parent, CONFIG_MAPPING[said["model_type"]].from_dict(said))
+    rules = [
+        rule
+        for rule in get_model_conversion_mapping(model)
+        # Adapters know the names that language models have in files.
+        if isinstance(rule, WeightRenaming) and rule.scope_prefix != backbone
+    ]
+    inside = model.state_dict()
+    prefix = model.base_model_prefix
+    return {key: rename_source_key(key, rules, [], prefix, inside)[0] for key in keys}
 
 
 def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
@@ -136,7 +166,7 @@ def require_agreement(
     if (
         fields["structure"] is None
         and fields["rope_layout"] is not None
-        and rotated_in_part(fields, model.config)
+        and rotated_in_part(fields, text_of(model.config))
     ):
         require_runs(path, model)
 

@@ -1,7 +1,9 @@
 """Lazy reading of a Hugging Face folder's safetensors, whole or sharded."""
 
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, read_json, read_record, sha256
+from a3.models.built import names_in_memory
 from a3.models.inputs import files_of
 from a3.models.readable import DTYPES, INDEX, require_readable, shards
+from a3.models.wrappers import WRAPPERS, wrapper_in
 
 # The model card.
 CARD = "README.md"
@@ -43,10 +47,10 @@ class Checkpoint:
     """Tensors of one folder by name; a tensor is read from disk only when it is requested.
 
     Tensor names of checkpoints that were saved from a bare trunk lack the trunk's name; `prefix`
-    ("transformer") adds it. If a stage wrote the folder, its small files are checked against the
-    record at once, and a file of weights when its first tensor is read. Raises A3Error like
-    `require_readable`, if the folder has no safetensors, and if a file is missing, damaged or
-    changed.
+    ("transformer") adds it. Those of a model of several modalities are its names in memory. If a
+    stage wrote the folder, its small files are checked against the record at once, and a file of
+    weights when its first tensor is read. Raises A3Error like `require_readable`, if the folder has
+    no safetensors, and if a file is missing, damaged or changed.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
@@ -58,12 +62,31 @@ class Checkpoint:
             raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
         self._files = {name: self.open(folder / name) for name in names}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
-        bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
+        renamed = self._renamed(stored)
+        bare = (
+            not renamed
+            and prefix is not None
+            and not any(key.startswith(f"{prefix}.") for key in stored)
+        )
         # Name to (file, key in the file).
         self._where = {
-            f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key: (file, key)
+            renamed.get(
+                key, f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key
+            ): (
+                file,
+                key,
+            )
             for key, file in stored.items()
         }
+
+    def _renamed(self, stored: Iterable[str]) -> dict[str, str]:
+        """Names in memory, for a dense model of several modalities; its files may have others."""
+        path = self.folder / "config.json"
+        content = path.read_text() if path.is_file() else "{}"
+        said = json.loads(content)
+        if "a3" in said or (wrapper := wrapper_in(said)) is None:
+            return {}
+        return names_in_memory(path, content, tuple(stored), WRAPPERS[wrapper])
 
     def _names(self) -> list[str]:
         if (self.folder / "model.safetensors").exists():

@@ -14,6 +14,7 @@ from a3.models.load import load_config, load_whole, number_of_parameters
 from a3.models.shape import Arch, CompressedArch
 from a3.models.sizes import sizes
 from a3.models.stock import dense_config
+from a3.models.wrappers import carried, text_of
 
 
 def compressed_record(folder: Path) -> dict[str, Any]:
@@ -43,12 +44,13 @@ def own_sizes(record: dict[str, Any]) -> dict[str, dict[str, int]]:
 def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """`compressed_record` of a folder that has no approx.json."""
     config = load_config(folder)
-    check_count(folder / "config.json", "layers", config.num_hidden_layers, len(checkpoint.names()))
+    layers = text_of(config).num_hidden_layers
+    check_count(folder / "config.json", "layers", layers, len(checkpoint.names()))
     # A load without weights refuses sizes that the tensors do not have.
     model = load_whole(folder, device_map="meta")
     a3, dense = config.a3, dense_config(folder)
-    require_lengths(folder, a3, config.num_hidden_layers)
-    family = family_of(a3["family"], a3["structure"])
+    require_lengths(folder, a3, layers)
+    family = family_of(a3["family"], a3["structure"], a3.get("wrapper"))
     fields, dense_model = arch.described(folder, family, dense)
     # Any matrix of a layer; the modes have decided which of them are factored.
     matrices = (n for n in family.names_in(checkpoint, 0) if len(checkpoint.shape(n)) > 1)
@@ -60,6 +62,7 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     # A and B of a quantised model.
     products = (w.numel() for name, w in model.named_parameters() if name.endswith((".A", ".B")))
     size["flops_per_token"] += 2 * sum(products)
+    dense_size |= carried(dense_model)
     base = Arch(**fields, dtype=dtype, weights_sha256="", size=dense_size)
     return {
         "base": base.to_json() | {"weights_sha256": None},

@@ -44,6 +44,8 @@ class Family:
     norms: ClassVar[dict[str, str]] = {"q": "q_norm", "k": "k_norm"}
     prefix: ClassVar[str] = "model"
     layer_path: ClassVar[str] = "layers"
+    # The language model in the trunk of a model of several modalities.
+    backbone: ClassVar[str] = ""
     attention_name: ClassVar[str] = "self_attn"
     # The config's key for the number of positions, if the model fails beyond them.
     positions: ClassVar[str | None] = None
@@ -140,13 +142,17 @@ class Family:
             "norm_eps": config.rms_norm_eps if self.qk_norm else None,
             "rope_layout": layout,
             # The first dimensions of a head; the family's code, not the config, decides how many.
-            "rope_dims": rotated_width(model.base_model) if layout else 0,
+            "rope_dims": rotated_width(self.body(model)) if layout else 0,
             "nope_layers": [layer for layer in layers if not self.rotates(attentions[layer])],
             "scaling": self.scaling(config, head_dim),
             "fixed": {"qk": [], "ov": [], "mlp": []},
             "structure": None,
             "rest": None,
         }
+
+    def body(self, model: PreTrainedModel) -> nn.Module:
+        """The language model without its head."""
+        return model.base_model.get_submodule(self.backbone)
 
     def own(self, fields: dict[str, Any]) -> dict[str, Any] | None:
         """What a compressed model has to know if its attention is the family's own code.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from a3.core.dtypes import WIDTHS
@@ -22,6 +22,7 @@ from a3.core.memory import memory_at_hand, return_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
 from a3.models.shape import Arch
+from a3.models.wrappers import auto_class, wrapper_of
 
 # Share of the available memory for weights; activations need the rest.
 RESIDENT_SHARE = 0.6
@@ -145,13 +146,17 @@ class Streamed(Layerwise):
         self.device = torch.device(device)
         model = empty_on(load_config(folder, **PLAIN), dtype, self.device)
         layers = f"{arch.adapter.prefix}.{arch.adapter.layer_path}."
+        backbone = arch.adapter.backbone
+        # Text needs no weights of other modalities.
+        ends = (model.base_model.get_submodule(backbone), model.get_output_embeddings())
+        used = {id(weight) for part in ends for weight in part.parameters()}
         self.checkpoint = Checkpoint(folder, arch.adapter.prefix)
         known = set(self.checkpoint.names())
         # Parameters that are in no layer: their names in memory, and those of their tensors.
         self.outer = {
             name: {name, *revert_weight_conversion(model, {name: weight})} & known
             for name, weight in model.named_parameters(remove_duplicate=False)
-            if not name.startswith(layers)
+            if not name.startswith(layers) and (id(weight) in used or not backbone)
         }
         super().__init__(model, arch)
 
@@ -230,7 +235,7 @@ def layerwise(folder: Path, arch: Arch, dtype: str, device: str, stream: bool) -
 def empty_on(config: PreTrainedConfig, dtype: str, device: torch.device) -> PreTrainedModel:
     """A model without weights; what it computes itself (RoPE's frequencies) is on the device."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(wrapper_of(config)).from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=False
         )
     for module in model.modules():

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -21,11 +20,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
+from a3.core.files import read_json
 from a3.core.memory import require_memory
 from a3.models.built import empty_model, position_key
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import FAMILIES
+from a3.models.families import BACKBONES, FAMILIES, family_of
 from a3.models.readable import end_tokens, refuse_adapter
+from a3.models.wrappers import auto_class, text_of, wrapper_in
 
 # Keys of config.json about how a model runs; a3 decides these itself.
 PLAIN = {
@@ -75,7 +76,7 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
     meta = options.get("device_map") == "meta"
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": meta}
     try:
-        model, info = loaded(AutoModelForCausalLM, folder, **options | PLAIN | wanted)
+        model, info = loaded(auto_in(folder), folder, **options | PLAIN | wanted)
     except A3Error:
         if not meta:
             load_whole(folder, device_map="meta")
@@ -90,6 +91,11 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
             f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"
         )
     return model
+
+
+def auto_in(folder: Path) -> Any:
+    """The auto class that loads the model of a folder, dense or compressed."""
+    return auto_class(wrapper_in(read_json(folder / "config.json")))
 
 
 def number_of_parameters(model: nn.Module) -> int:
@@ -145,18 +151,19 @@ def require_positions(folder: Path, tokens: int, said: str = "block_length") -> 
     `said` is the user's name for this number.
     """
     config = load_config(folder)
-    name = config.a3["family"] if hasattr(config, "a3") else config.model_type
+    text = text_of(config)
+    name = config.a3["family"] if hasattr(config, "a3") else text.model_type
     if hasattr(config, "a3") and config.a3["structure"]:
         key = config.a3["structure"]["positions"]
-    elif name in FAMILIES:
-        key = FAMILIES[name].positions
+    elif name in FAMILIES | BACKBONES:
+        key = family_of(name, None).positions
     else:
         key = position_key(empty_model(config), config.get_text_config())
-    if key is not None and tokens > getattr(config, key):
+    if key is not None and tokens > getattr(text, key):
         raise A3Error(
-            f"{folder / 'config.json'}: {key} is {getattr(config, key)}, and {said} is {tokens}: "
+            f"{folder / 'config.json'}: {key} is {getattr(text, key)}, and {said} is {tokens}: "
             f"the model has too few positions. Lower {said} to "
-            f"{getattr(config, key)}."
+            f"{getattr(text, key)}."
         )
 
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -37,6 +39,8 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -168,22 +172,24 @@ class Experts(nn.ModuleList):
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give every layer of a family's model without a head its own sizes."""
     a3 = config.a3
+    # In a model of several modalities, the language model.
+    trunk = body.get_submodule(a3.get("backbone", ""))
     for layer in range(len(a3["mlp_ranks"])):
         places = {
             projection: inside(name).format(layer) for projection, name in a3["modules"].items()
         }
         where = places.pop("attention", "")
         if any(layer not in a3["fixed"][component] for component in ("qk", "ov")):
-            replace_attention(body, config, layer, where)
+            replace_attention(body, trunk.config, a3, layer, where)
         if layer not in a3["fixed"]["mlp"]:
-            replace_mlp(body, config, layer, places)
+            replace_mlp(body, trunk.config.hidden_size, a3, layer, places)
         # A factored layer has the name of the first of its fused projections.
         places |= {projection: f"{where}.{projection}_proj" for projection in "qkvo"}
         if a3["own"]:
             places |= {p: inside(n).format(layer) for p, n in a3["own"]["projections"].items()}
         factorise(body, {places[projection]: of for projection, of in a3["factors"][layer].items()})
     if a3["same_pairs"]:
-        gather_once(body)
+        gather_once(trunk)
     record_attentions(body)
     if "quantised" in a3:
         # Only a3 simulates low precision; such a folder does not load without a3.
@@ -191,31 +197,31 @@ def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def replace_attention(
-    body: PreTrainedModel, config: PreTrainedConfig, layer: int, where: str
+    body: PreTrainedModel, config: PreTrainedConfig, a3: dict[str, Any], layer: int, where: str
 ) -> None:
-    """Give a layer's attention its own head sizes."""
+    """Give a layer's attention its own head sizes; `config` is the layers'."""
     dense = body.get_submodule(where)
-    if config.a3["own"]:
+    if a3["own"]:
         # The family's own code, with smaller projections in place.
-        own = config.a3["own"]
+        own = a3["own"]
         names = {
             key: {p: inside(n) for p, n in own[key].items()} for key in ("projections", "norms")
         }
-        Own(body, dense, config.a3 | {"own": own | names}, layer)
+        Own(body, dense, a3 | {"own": own | names}, layer)
         return
-    attention = ATTENTION.get(config.a3["family"], UsualAttention)
-    body.set_submodule(where, attention(config, layer, dense))
+    attention = ATTENTION.get(a3["family"], UsualAttention)
+    body.set_submodule(where, attention(config, a3, layer, dense))
 
 
 def replace_mlp(
-    body: PreTrainedModel, config: PreTrainedConfig, layer: int, places: dict[str, str]
+    body: PreTrainedModel, hidden_size: int, a3: dict[str, Any], layer: int, places: dict[str, str]
 ) -> None:
     """Give a layer's MLP or experts, whose modules are at `places`, their own sizes."""
-    rank, places = config.a3["mlp_ranks"][layer], dict(places)
+    rank, places = a3["mlp_ranks"][layer], dict(places)
     router = places.pop("router", None)
     if name := places.pop("experts", None):
-        dense, down_bias = body.get_submodule(name), config.a3["down_bias"]
-        body.set_submodule(name, Experts(dense, rank, config.hidden_size, down_bias))
+        dense = body.get_submodule(name)
+        body.set_submodule(name, Experts(dense, rank, hidden_size, a3["down_bias"]))
         if router and len(rank) < body.get_submodule(router).weight.shape[0]:
             # Tokens are not routed to experts that have been dropped.
             weight = body.get_submodule(router).weight
@@ -223,7 +229,8 @@ def replace_mlp(
     for name in dict.fromkeys(places.values()):
         # More than one if gate and up are fused.
         projections = [projection for projection in places if places[projection] == name]
-        body.set_submodule(name, resized(body.get_submodule(name), projections, rank, config))
+        dense, biased = body.get_submodule(name), a3["down_bias"]
+        body.set_submodule(name, resized(dense, projections, rank, hidden_size, biased))
 
 
 def inside(name: str) -> str:
@@ -232,14 +239,14 @@ def inside(name: str) -> str:
 
 
 def resized(
-    dense: nn.Module, projections: list[str], rank: int, config: PreTrainedConfig
+    dense: nn.Module, projections: list[str], rank: int, d: int, down_bias: bool
 ) -> nn.Linear | Conv1D:
     """The module of the MLP that is `projections` of it, gate, up or down, for `rank` channels."""
-    d, down = config.hidden_size, projections == ["down"]
+    down = projections == ["down"]
     inputs, outputs = (rank, d) if down else (d, rank * len(projections))
     if isinstance(dense, Conv1D):
         return Conv1D(outputs, inputs)
-    bias = dense.bias is not None or (down and config.a3["down_bias"])
+    bias = dense.bias is not None or (down and down_bias)
     return nn.Linear(inputs, outputs, bias)
 
 
@@ -298,12 +305,17 @@ class Compressed(PreTrainedModel):
             path = Path(save_directory, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        if "backbone" in self.config.a3:
+            # The names in memory: parts of the model would change theirs, as the dense one does.
+            kwargs = {"save_original_format": False} | kwargs
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
 # The auto classes that load a family's models, without a head and with each type of head.
 AUTO = (
     (AutoModel, MODEL_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
@@ -315,9 +327,11 @@ AUTO = (
 def classes(family: str) -> dict[str, type]:
     """Classes of a family's compressed models by the auto class that loads each, registered there.
 
-    The configuration's `a3` holds: family, and the `structure` that a probe found of it; heads,
-    kv_heads; `modules`, where attention, the MLP's projections or the experts and their router are,
-    {} for the layer; `scaling`, the dense model's softmax scale; `fixed`, by component the layers
+    `family` may be the type of a model of several modalities. The configuration's `a3` holds:
+    family, and the `structure` that a probe found of it; `wrapper`, the type of the model of
+    several modalities that holds it, and `backbone`, where; heads, kv_heads; `modules`, where
+    attention, the MLP's projections or the experts and their router are, {} for the layer;
+    `scaling`, the dense model's softmax scale; `fixed`, by component the layers
     in which it is left as it was; `own` (own_attention_a3.Own), if attention is the family's own
     code, else None; qkv_bias, o_bias, `down_bias` that the family may not have; qk_norm, and
     `norm_eps` of these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the
@@ -328,6 +342,7 @@ def classes(family: str) -> dict[str, type]:
     because RoPE's frequencies derive from it.
     """
     dense_config = CONFIG_MAPPING[family]
+    made: dict[type, type[PreTrainedModel]] = {}
     config = type(
         f"A3{dense_config.__name__}",
         (dense_config,),
@@ -344,9 +359,13 @@ def classes(family: str) -> dict[str, type]:
     found: dict[str, type] = {"AutoConfig": config}
     for auto, mapping in AUTO:
         if dense_config in mapping:
-            model = model_class(mapping[dense_config], config, auto.__name__)
+            dense = mapping[dense_config]
+            # Several auto classes may load the same one.
+            model = made.get(dense) or model_class(dense, config, auto.__name__)
+            made[dense] = model
             # Llama's model for question answering has another name for what its files call "model".
-            model.base_model_prefix = MODEL_MAPPING[dense_config].base_model_prefix
+            body = MODEL_MAPPING[dense_config].base_model_prefix
+            model.base_model_prefix = body or model.base_model_prefix
             auto.register(config, model)
             found[auto.__name__] = model
     return found
@@ -360,7 +379,7 @@ def model_class(
     model = type(f"A3{dense.__name__}", (Compressed, dense), own)
     # Compressed files use the modules' names, even if the family's files use others.
     renaming = get_checkpoint_conversion_mapping(dense.__name__)
-    if renaming is not None:
+    if renaming is not None and "text_config" not in config.sub_configs:
         register_checkpoint_conversion_mapping(model.__name__, renaming, overwrite=True)
     return model
 

@@ -13,6 +13,7 @@ from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks
+from a3.models.wrappers import auto_class
 from a3.numerics.finite import require_finite
 
 HELD = "numbers that it can hold. Ask for another dtype."
@@ -122,12 +123,12 @@ def compressed_config(
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
-    classes = modeling_a3.classes(arch.family)
+    classes = modeling_a3.classes(arch.wrapper or arch.family)
     # Replaces references to code of the dense model, which is not copied.
     config["auto_map"] = {
         auto: f"{Path(modeling_a3.__file__).stem}.{own.__name__}" for auto, own in classes.items()
     }
-    config["architectures"] = [classes["AutoModelForCausalLM"].__name__]
+    config["architectures"] = [classes[auto_class(arch.wrapper).__name__].__name__]
     config["a3"] = {
         "family": arch.family,
         "structure": arch.structure,
@@ -151,6 +152,8 @@ def compressed_config(
         "factors": factors,
         "down_bias": down_bias,
     }
+    if arch.wrapper is not None:
+        config["a3"] |= {"wrapper": arch.wrapper, "backbone": arch.adapter.backbone}
     return config
 
 

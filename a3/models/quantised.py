@@ -90,8 +90,8 @@ def simulate(model: nn.Module, said: dict[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, A3Attention):
             module.eager = QuantisedProducts(said["products"])
-    # Fused kernels do not expose the probabilities.
-    model.config._attn_implementation = "eager"
+            # Fused kernels do not expose the probabilities.
+            module.config._attn_implementation = "eager"
 
 
 def sizes_of(linear: nn.Module) -> tuple[int, int]:

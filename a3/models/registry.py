@@ -20,8 +20,9 @@ class LazyConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """`PreTrainedConfig.from_dict` of the class for the family that the dictionary names."""
-        family = config_dict["a3"]["family"]
-        config = import_module("a3.models.modeling_a3").classes(family)["AutoConfig"]
+        said = config_dict["a3"]
+        of = said.get("wrapper") or said["family"]
+        config = import_module("a3.models.modeling_a3").classes(of)["AutoConfig"]
         return config.from_dict(config_dict, **kwargs)
 
 

@@ -14,6 +14,8 @@ def obstacles(a3: dict[str, Any], rope: str) -> list[str]:
 
     `rope` is the type of its RoPE. The list is empty if it can.
     """
+    if a3.get("wrapper"):
+        return [f"it is in a {a3['wrapper']}"]
     if a3["family"] not in FAMILIES:
         return [f"it is a {a3['family']}, not one of {', '.join(FAMILIES)}"]
     lacking = {

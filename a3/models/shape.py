@@ -1,6 +1,6 @@
 """`Arch`, what a3 knows about a model, dense or compressed."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +29,9 @@ class Arch:
     is left as it is. `structure` is what a probe found (a3.models.families.probed), None for a
     family with an adapter of its own; `rest` is what its layers have besides the components: the
     weights of other matrices (of experts those in use), and numbers cached per token by attention
-    that stays.
+    that stays. `wrapper` is the type of the model of several modalities whose language model this
+    is (a3.models.wrappers), or None. Then all else is of the language model, but for
+    `size["parameters"]`, of which `size["carried"]` are others.
     """
 
     family: str
@@ -60,6 +62,7 @@ class Arch:
     dtype: str
     weights_sha256: str
     size: dict[str, int]
+    wrapper: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of arch.json."""
@@ -68,7 +71,7 @@ class Arch:
     @classmethod
     def from_json(cls, content: dict[str, Any], path: Path) -> Self:
         """The inverse of `to_json`; raises A3Error if a field is missing."""
-        names = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls) if field.name in content or required(field)]
         if missing := [name for name in names if name not in content]:
             raise A3Error(
                 f"{path}: no {', '.join(missing)} in it: written by another version of a3. Delete "
@@ -154,7 +157,7 @@ class Arch:
     @property
     def adapter(self) -> Family:
         """The family's adapter: where its weights are."""
-        return family_of(self.family, self.structure)
+        return family_of(self.family, self.structure, self.wrapper)
 
     def module(self, layer: int, projection: str) -> str:
         """Module of one projection, relative to the trunk."""
@@ -163,6 +166,11 @@ class Arch:
     def layer_tensors(self, checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
         """All tensors of one layer by their names in the trunk, laid out as in memory."""
         return self.adapter.layer_tensors(checkpoint, layer, vars(self))
+
+
+def required(field: Field) -> bool:
+    """Whether a field of a dataclass has no default."""
+    return field.default is MISSING
 
 
 class CompressedArch(Arch):

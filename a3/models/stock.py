@@ -29,6 +29,7 @@ from a3.core.files import read_json
 from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
+from a3.models.wrappers import held_by, wrapper_in
 
 # Families whose own code takes `head_dim` and RoPE factors from the config.
 FAMILIES = ("llama", "mistral", "ministral", "qwen2")
@@ -181,6 +182,8 @@ def stock(folder: Path, by_layer: bool = False) -> Stock:
     `by_layer`: the runtime takes MLPs of other sizes in each layer. Raises A3Error, with all
     reasons and how to make one that is, where it is none.
     """
+    if wrapper := wrapper_in(read_json(folder / "config.json")):
+        raise A3Error(f"{folder}: {held_by(wrapper)}. Run it in transformers, after import a3.")
     if found := obstacles(folder, by_layer):
         how = HOW_GGUF if by_layer else HOW
         how = HOW_PLAIN if found == precision_obstacles(quantised(folder)) else how
@@ -259,6 +262,8 @@ def obstacles(folder: Path, by_layer: bool = False) -> list[str]:
     `by_layer`: sizes of MLPs may differ between layers.
     """
     load_config(folder)  # refuses an invalid config
+    if wrapper := wrapper_in(read_json(folder / "config.json")):
+        return [held_by(wrapper)]
     config = dense_config(folder)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -364,7 +369,8 @@ def dense_config(folder: Path) -> PreTrainedConfig:
     content = read_json(folder / "config.json")
     if "a3" not in content:
         return load_config(folder)
-    family = content.pop("a3")["family"]
+    said = content.pop("a3")
+    family = said.get("wrapper") or said["family"]
     try:
         return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
     # transformers raises exceptions of any type for values that contradict each other.

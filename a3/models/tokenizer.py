@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.load import load_config, load_tokenizer
 from a3.models.registry import LazyConfig
+from a3.models.wrappers import text_of
 
 # A tokenizer needs one of these files, which define its tokens.
 VOCABULARIES = (
@@ -31,6 +33,9 @@ FILES = (
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+
+# Files of processors, which make inputs of images, beside those of their tokenizer.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 # Keys of CONFIG that a compressed folder replaces; under KEPT it stores the dense folder's values.
 REPLACED = ("tokenizer_class", "auto_map")
@@ -89,6 +94,8 @@ def keep_reading(source: Path, folder: Path) -> None:
     path = folder / CONFIG
     given = read_json(path) if path.exists() else {}
     config = naming(given, type(tokenizer).__name__) if compressed else restored(given)
+    if compressed:
+        config |= processor_of(source, of)
     if config != given:
         path.write_text(json.dumps(config, indent=2) + "\n")
     found = differences(tokenizer, load_tokenizer(folder))
@@ -116,6 +123,20 @@ def naming(given: dict[str, Any], wanted: str) -> dict[str, Any]:
     return rest | {"tokenizer_class": wanted, KEPT: kept}
 
 
+def processor_of(source: Path, model_type: str) -> dict[str, str]:
+    """The key that names the processor's class, where no file of `source` has it.
+
+    AutoProcessor would then look for one of `model_type`, and find only a tokenizer of the
+    compressed folder's.
+    """
+    files = [source / name for name in (*PROCESSORS, CONFIG) if (source / name).is_file()]
+    named = any("processor_class" in read_json(path) for path in files)
+    found = PROCESSOR_MAPPING_NAMES.get(model_type)
+    return (
+        {} if named or found is None or files == [source / CONFIG] else {"processor_class": found}
+    )
+
+
 def restored(given: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json with the dense folder's values, which `naming` had replaced."""
     if KEPT not in given:
@@ -140,7 +161,7 @@ def reading(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def require_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> None:
     """Raise A3Error, which names them, if token ids (any shape) have no embedding row."""
-    rows = load_config(folder).vocab_size
+    rows = text_of(load_config(folder)).vocab_size
     if ids.numel() and ids.max() >= rows:
         beyond = ids[ids >= rows].unique().tolist()
         raise A3Error(
@@ -157,7 +178,7 @@ def hold_to_rows(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     If the padding token has no row, EOS replaces it; padding is masked, so the token does not
     matter.
     """
-    rows = load_config(folder).vocab_size
+    rows = text_of(load_config(folder)).vocab_size
     if len(tokenizer) <= rows:
         return
     if (tokenizer.pad_token_id or 0) >= rows:

@@ -4,6 +4,7 @@ A new family is one subclass in llama.py or gpt.py and one row in FAMILIES; it i
 adapter test suite.
 """
 
+from functools import cache
 from typing import Any
 
 from a3.models.families.gpt import (
@@ -38,8 +39,9 @@ from a3.models.families.llama import (
 from a3.models.families.probed import probed
 from a3.models.families.refused import REFUSED
 from a3.models.family import Family
+from a3.models.wrappers import WRAPPERS
 
-__all__ = ["FAMILIES", "REFUSED", "family_of"]
+__all__ = ["BACKBONES", "FAMILIES", "REFUSED", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     "bloom": Bloom(),
@@ -73,6 +75,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model_type: str, structure: dict[str, Any] | None) -> Family:
-    """The adapter of a family, or of what a probe found of it (`Arch.structure`)."""
-    return FAMILIES[model_type] if structure is None else probed(structure)
+# Language models that exist in models of several modalities only.
+BACKBONES: dict[str, Family] = {
+    "qwen2_5_vl_text": Qwen2(),
+    "qwen2_vl_text": Qwen2(),
+    "qwen3_vl_text": Qwen3(),
+}
+
+
+def family_of(
+    model_type: str, structure: dict[str, Any] | None, wrapper: str | None = None
+) -> Family:
+    """The adapter of a family, or of what a probe found of it (`Arch.structure`).
+
+    `wrapper` is the type of the model of several modalities that holds it, if one does.
+    """
+    found = (FAMILIES | BACKBONES)[model_type] if structure is None else probed(structure)
+    return found if wrapper is None else held(found, WRAPPERS[wrapper])
+
+
+@cache
+def held(family: Family, backbone: str) -> Family:
+    """The adapter of a family whose models are at `backbone` in another model."""
+    own = {"layer_path": f"{backbone}.{family.layer_path}", "backbone": backbone}
+    return type(type(family).__name__, (type(family),), own | {"__doc__": type(family).__doc__})()

@@ -39,9 +39,9 @@ class Probed(Family):
         assert isinstance(layers, nn.ModuleList), "a probe finds lists of layers only"
         sizes, layout = measured(layers, said, text), said["rope_layout"]
         rotated = round(said["rope_share"] * sizes["head_dim"]) if layout else 0
-        if rotated and rotated not in rope_widths(model.base_model):
+        if rotated and rotated not in rope_widths(self.body(model)):
             raise A3Error(
-                f"config.json: RoPE tables have the widths {sorted(rope_widths(model.base_model))},"
+                f"config.json: RoPE tables have the widths {sorted(rope_widths(self.body(model)))},"
                 f" and a probe's heads of {sizes['head_dim']} rotate {rotated} dimensions. This "
                 "model is not supported."
             )
@@ -69,7 +69,9 @@ class Probed(Family):
         fixed = self.structure["fixed"]
         active = sizes["experts_per_token"] / sizes["experts"] if sizes["experts"] else 1.0
         stay = [n for n in fixed["qk"] if n in fixed["ov"]]
-        cached = cached_numbers(model, sizes["layers"]) if stay else [0] * sizes["layers"]
+        cached = (
+            cached_numbers(self.body(model), sizes["layers"]) if stay else [0] * sizes["layers"]
+        )
         found = []
         for number in range(sizes["layers"]):
             solved = {c for c, layers in fixed.items() if number not in layers}
@@ -227,15 +229,15 @@ class Probed(Family):
         return not stacked and self.name(layer, "down", "weight", 0) in checkpoint.names()
 
 
-def cached_numbers(model: PreTrainedModel, layers: int) -> list[int]:
+def cached_numbers(body: nn.Module, layers: int) -> list[int]:
     """Numbers that each layer caches per token, as its own code does; 0 where it has no keys.
 
-    `model` may be without weights.
+    `body` is the model without a head, and may be without weights.
     """
-    device, tokens = next(model.parameters()).device, 4
+    device, tokens = next(body.parameters()).device, 4
     ids = torch.ones((1, tokens), dtype=torch.long, device=device)
     with torch.device(device), torch.no_grad():
-        cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+        cache = getattr(body(ids, use_cache=True), "past_key_values", None)
     found = [0] * layers
     for number, one in enumerate(getattr(cache, "layers", [])[:layers]):
         kept = [getattr(one, name, None) for name in ("keys", "values")]

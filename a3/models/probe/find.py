@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from a3.core.errors import A3Error
 from a3.models.families.measure import Attention, columns_first, is_matrix
@@ -30,10 +30,34 @@ NORMS = {
 # What is no part of a decoder's own attention or MLP, by parts of names.
 OTHERS = ("cross", "encoder_attn", "shared", "router", "indexer", "adapter")
 
+# A structure in which nothing is compressed.
+NOTHING: dict[str, Any] = {
+    "attention_name": "",
+    "projections": {},
+    "experts": {},
+    "experts_module": "",
+    "stacked": False,
+    "turned": False,
+    "alternating": False,
+    "transposed": False,
+    "rope_layout": None,
+    "rope_share": 0.0,
+    "qk_norm": None,
+    "gains": True,
+    "gain_offset": 0.0,
+    "norm_eps": None,
+    "norm_heads_first": False,
+    "norms_outputs": False,
+    "norms": {},
+    "own": False,
+    "interleave": False,
+    "nope_layers": [],
+}
 
-def layer_list(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
+
+def layer_list(trunk: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.ModuleList]:
     """The list of layers, by its name in the trunk; A3Error unless there is one."""
-    trunk, count = model.base_model, config.num_hidden_layers
+    count = config.num_hidden_layers
     found = [
         (name, module)
         for name, module in trunk.named_modules()
@@ -165,3 +189,17 @@ def norm_kind(norm: nn.Module, heads: int, head_dim: int) -> dict[str, Any] | No
             gains = offset is not None
             return {"qk_norm": over, "gains": gains, "gain_offset": offset or 0.0, "norm_eps": eps}
     return None
+
+
+def merged(
+    base: dict[str, Any], mlp: dict[str, Any] | None, attention: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One structure of its parts."""
+    found = dict(base)
+    for part in (attention, mlp):
+        for key, value in (part or {}).items():
+            if isinstance(value, dict):
+                found[key] = found[key] | value
+            else:
+                found[key] = value or found[key] if key == "transposed" else value
+    return found

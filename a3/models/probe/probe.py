@@ -17,16 +17,19 @@ from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
 from a3.models.families.measure import Attention, attention_sizes
 from a3.models.probe.find import (
+    NOTHING,
     attention_in,
     experts_in,
     layer_list,
     majority,
+    merged,
     mlp_in,
     norm_kind,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
 from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits, norms_outputs
 from a3.models.quiet import quiet
+from a3.models.wrappers import WRAPPERS, text_of, wrapper_of
 
 COMPONENTS = ("qk", "ov", "mlp")
 
@@ -73,7 +76,7 @@ def build(model_type: str, content: dict[str, Any]) -> tuple[PreTrainedConfig, P
     """A tiny random model; raises A3Error if it cannot be built, or not run."""
     try:
         config = tiny_config(model_type, content)
-        if config.get_text_config() is not config:
+        if config.get_text_config() is not text_of(config):
             raise ValueError("its language model is a part of it: save that alone")
         model = tiny_model(config)
         ids = torch.arange(2, 26).view(2, 12)
@@ -101,12 +104,15 @@ class Probe:
     ) -> None:
         self.model, self.config, self.trial = model, config.get_text_config(), trial
         self.positions = positions
+        # In a model of several modalities, the language model is a part of the trunk.
+        self.backbone = WRAPPERS.get(wrapper_of(config) or "", "")
+        self.body = model.base_model.get_submodule(self.backbone)
         self.reasons: dict[str, str] = {}
 
     def run(self) -> Outcome:
         """The structure that the trial confirms for as many components as possible."""
         try:
-            path, self.layers = layer_list(self.model, self.config)
+            path, self.layers = layer_list(self.body, self.config)
         except A3Error as error:
             return Outcome(None, dict.fromkeys(COMPONENTS, str(error)))
         everywhere = list(range(len(self.layers)))
@@ -119,7 +125,8 @@ class Probe:
             "layer_path": path,
             "fixed": {component: everywhere for component in COMPONENTS},
             "positions": self.positions,
-            "renamed": self.renamed(prefix, path),
+            # Files of models of several modalities are read by names in memory.
+            "renamed": {} if self.backbone else self.renamed(prefix, path),
             **NOTHING,
         }
         if differs := self.trial.layers_differ(base):
@@ -216,9 +223,14 @@ class Probe:
             "fixed": {"mlp": [n for n, other in enumerate(where) if other is None]},
         }
 
+    def layer_name(self, base: dict[str, Any], number: int) -> str:
+        """How names in a layer begin."""
+        parts = (base["prefix"], self.backbone, base["layer_path"], str(number), "")
+        return ".".join(part for part in parts if part) + "."
+
     def stored(self, base: dict[str, Any], number: int, name: str) -> str:
         """The name in files of a layer's tensor, if they have the same one."""
-        layer = f"{base['prefix']}.{base['layer_path']}.{number}."
+        layer = self.layer_name(base, number)
         value = self.model.get_parameter(layer + name)
         for other, same in revert_weight_conversion(self.model, {layer + name: value}).items():
             if same.shape == value.shape and other.startswith(layer):
@@ -227,7 +239,7 @@ class Probe:
 
     def stored_experts(self, base: dict[str, Any], number: int, name: str) -> dict[str, str]:
         """Where files have each expert's matrices, {} for its number; empty if all are in one."""
-        layer = f"{base['prefix']}.{base['layer_path']}.{number}."
+        layer = self.layer_name(base, number)
         state = {k: v for k, v in self.model.state_dict().items() if k.startswith(layer)}
         names = [k.removeprefix(layer) for k in revert_weight_conversion(self.model, state)]
         found = [
@@ -378,7 +390,7 @@ class Probe:
         Layers without RoPE give the same with other tables. Raises A3Error for tables of several
         widths, none of which the layers get.
         """
-        widths = rope_widths(self.model.base_model)
+        widths = rope_widths(self.body)
         if not widths:
             return None, [], 0
         tables = {n: self.tables(self.layers[n].get_submodule(module)) for n in layers}
@@ -408,42 +420,3 @@ class Probe:
             one = attention(*args, **kwargs)[0]
             two = attention(*args, **kwargs | {"position_embeddings": other})[0]
         return tables[0].shape[-1], not torch.allclose(one, two)
-
-
-# A structure in which nothing is compressed.
-NOTHING: dict[str, Any] = {
-    "attention_name": "",
-    "projections": {},
-    "experts": {},
-    "experts_module": "",
-    "stacked": False,
-    "turned": False,
-    "alternating": False,
-    "transposed": False,
-    "rope_layout": None,
-    "rope_share": 0.0,
-    "qk_norm": None,
-    "gains": True,
-    "gain_offset": 0.0,
-    "norm_eps": None,
-    "norm_heads_first": False,
-    "norms_outputs": False,
-    "norms": {},
-    "own": False,
-    "interleave": False,
-    "nope_layers": [],
-}
-
-
-def merged(
-    base: dict[str, Any], mlp: dict[str, Any] | None, attention: dict[str, Any] | None
-) -> dict[str, Any]:
-    """One structure of its parts."""
-    found = dict(base)
-    for part in (attention, mlp):
-        for key, value in (part or {}).items():
-            if isinstance(value, dict):
-                found[key] = found[key] | value
-            else:
-                found[key] = value or found[key] if key == "transposed" else value
-    return found

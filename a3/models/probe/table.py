@@ -8,33 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
 from a3.core.files import read_json
-from a3.models.families import FAMILIES, REFUSED
+from a3.models.families import BACKBONES, FAMILIES, REFUSED
 from a3.models.probe.probe import COMPONENTS, Outcome, probe
 from a3.models.probe.tiny import require_causal, require_few_layers
+from a3.models.wrappers import REFUSED_WRAPPERS, WRAPPERS
 
 TABLE = Path(__file__).with_name("table.json")
 
 ADAPTER = "adapter"
 
+HELD = "held"
+
 
 def read_table() -> dict[str, Any]:
-    """transformers' version, and by type a row: `by`, the parts by component, and `why`."""
+    """transformers' version, and by type a row: in `types`, of causal types, `by`, the parts by
+    component, and `why`; in `wrappers`, of models of several modalities, `text` and `why`.
+    """
     return read_json(TABLE)
 
 
 def row_of(model_type: str) -> dict[str, Any]:
     """The row of a type.
 
-    `by` is "adapter" for families with one; "a3" or "own" where a probe confirmed a3's attention or
+    `by` is "adapter" for families with one; "held" for the language model in a model of several
+    modalities; "a3" or "own" where a probe confirmed a3's attention or
     the family's own; "mlp" where attention stays; "" if nothing is compressed, and `why` says it.
     """
     if model_type in FAMILIES:
         return {"by": ADAPTER, "parts": dict.fromkeys(COMPONENTS, "all"), "why": {}}
-    if model_type in REFUSED:
-        return nothing(REFUSED[model_type])
+    if model_type in REFUSED | REFUSED_WRAPPERS:
+        return nothing((REFUSED | REFUSED_WRAPPERS)[model_type])
+    if model_type in WRAPPERS:
+        text = CONFIG_MAPPING[model_type]().get_text_config().model_type
+        return row_of(text) | {"by": HELD}
     try:
         outcome = probe(model_type)
     except A3Error as error:
@@ -51,9 +61,19 @@ def row_of_config(path: Path) -> dict[str, dict[str, Any]]:
     found = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(found, str) or found not in CONFIG_MAPPING:
         raise A3Error(f"{path}: model_type is {found!r}, which transformers does not know.")
-    require_causal(path, found)
     require_few_layers(path, content)
-    outcome = probe(found, CONFIG_MAPPING[found].from_dict(content).to_dict())
+    if found in REFUSED_WRAPPERS:
+        return {found: nothing(REFUSED_WRAPPERS[found])}
+    config, text = CONFIG_MAPPING[found].from_dict(content), found
+    if found in WRAPPERS:
+        text = config.get_text_config().model_type
+        if text in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            config = config.get_text_config()
+        if text in BACKBONES:
+            return {found: {"by": HELD, "parts": dict.fromkeys(COMPONENTS, "all"), "why": {}}}
+    else:
+        require_causal(path, text)
+    outcome = probe(config.model_type, config.to_dict())
     return {found: {"by": how(outcome), "parts": outcome.parts, "why": outcome.why}}
 
 
@@ -78,6 +98,17 @@ def lines(rows: dict[str, dict[str, Any]]) -> list[str]:
         f"{name:{width}}  {said_parts(row)}" + (f"  ({why})" if (why := said_why(row)) else "")
         for name, row in rows.items()
     ]
+
+
+def wrapper_lines(rows: dict[str, dict[str, str]]) -> list[str]:
+    """Rows of models of several modalities as text: a type, its language model's, and why not."""
+    width = max(map(len, rows))
+    return [f"{name:{width}}  {said_held(row)}" for name, row in rows.items()]
+
+
+def said_held(row: dict[str, str]) -> str:
+    """Whether the language model in a type is compressed, in words."""
+    return f"unsupported  ({row['why']})" if row["why"] else f"as {row['text']}"
 
 
 def said_parts(row: dict[str, Any]) -> str:

@@ -1,17 +1,19 @@
 """A tiny random model of a config: all its features, small sizes, no value that it starts with."""
 
 import inspect
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
 from a3.models.built import empty_model
+from a3.models.wrappers import WRAPPERS, auto_class, text_of, wrapper_of
 
 # Sizes by the keys that configs have for them. No two that could be taken for another are equal.
 SMALL: dict[str, Any] = {
@@ -92,6 +94,21 @@ CAPS = ("softcap", "soft_cap", "logit_cap", "clip")
 
 SMALL_CAP = 0.5
 
+# Sizes of what is no language model, which is built and kept but not run.
+LITTLE = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "layers"), 2),
+    **dict.fromkeys(("intermediate_size", "mlp_dim"), 48),
+    **dict.fromkeys(("hidden_size", "embed_dim", "out_hidden_size"), 64),
+    # Of models that make images, too.
+    "base_channels": 32,
+    **dict.fromkeys(("num_embeddings", "projection_dim", "image_token_embed_dim"), 64),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 4),
+    "head_dim": 16,
+}
+
+# Lists of layers, which would have to be among those few.
+AMONG = {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1], "global_attn_indexes": [1]}
+
 LAYERS = 4
 
 # More layers than any model has: configs and models have lists of that length.
@@ -99,6 +116,9 @@ MOST_LAYERS = 1000
 
 # Parameters of a model that is tiny enough.
 LARGEST = 2e7
+
+# Sections of RoPE's pairs that turn by time, height and width.
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 
 # Of a type without a content: what it needs beside sizes, to be a decoder with all its layers.
 OWN: dict[str, dict[str, Any]] = {
@@ -113,6 +133,14 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "glm4v_moe_text": MROPE,
+    "glm4v_text": MROPE,
+    "glm_ocr_text": MROPE,
+    "paddleocr_vl_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_vl_text": MROPE,
+    "qwen3_vl_moe_text": MROPE,
+    "qwen3_vl_text": MROPE,
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
     "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1},
@@ -160,6 +188,8 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
 
     The number of layers stays; of a type without a content it is LAYERS.
     """
+    if model_type in WRAPPERS:
+        return wrapper_content(model_type, content)
     known, given = CONFIG_MAPPING[model_type], dict(content or {})
     heads = heads_of(model_type, given)
     small = SMALL | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
@@ -174,9 +204,28 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
         small["head_dim"] = SMALL["qk_rope_head_dim"]
     aliases = {known.attribute_map.get(key) for key in small}
     given = {key: value for key, value in given.items() if key not in aliases}
-    own = {} if content else OWN.get(model_type, {})
+    # Configs change what they are given.
+    own = {} if content else deepcopy(OWN.get(model_type, {}))
     given.pop("auto_map", None)
     return given | small | own | {"dtype": None}
+
+
+def wrapper_content(model_type: str, content: dict[str, Any] | None) -> dict[str, Any]:
+    """`tiny_content` of a model of several modalities: beside text, few small layers."""
+    given = content or CONFIG_MAPPING[model_type]().to_dict()
+    found = dict(given)
+    for key, part in given.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            found[key] = part | {name: LITTLE[name] for name in part.keys() & LITTLE.keys()}
+            found[key] |= {name: AMONG[name] for name in part.keys() & AMONG.keys()}
+            if isinstance(types := part.get("layer_types"), list):
+                found[key]["layer_types"] = types[: LITTLE["num_hidden_layers"]]
+    text = given["text_config"]["model_type"]
+    of = tiny_content(text, given["text_config"] if content else None)
+    found["text_config"] = of | {"model_type": text}
+    if "hidden_size" in found:
+        found["hidden_size"] = of["hidden_size"]
+    return found
 
 
 def heads_of(model_type: str, content: dict[str, Any]) -> tuple[int, int]:
@@ -198,28 +247,37 @@ def tiny_config(model_type: str, content: dict[str, Any]) -> PreTrainedConfig:
     """The config of `tiny_content`; transformers' own exceptions are passed on."""
     known = CONFIG_MAPPING[model_type]
     config = known.from_dict({key: value for key, value in content.items() if key != "model_type"})
-    shorten(getattr(config, "rope_parameters", None), config)
-    for key, value in list(vars(config).items()):
+    text = text_of(config)
+    shorten(getattr(text, "rope_parameters", None), text)
+    for key, value in list(vars(text).items()):
         cap = any(word in key for word in CAPS) and "final" not in key
         if cap and isinstance(value, int | float) and value > SMALL_CAP:
-            setattr(config, key, SMALL_CAP)
+            setattr(text, key, SMALL_CAP)
     return config
 
 
 def shorten(rope: Any, config: PreTrainedConfig) -> None:
     """Let what begins at long positions begin in a short text, in RoPE's parameters.
 
-    Factors of each RoPE pair become as many as the tiny model has pairs.
+    Factors and sections of RoPE pairs become as many as the tiny model has pairs.
     """
     if isinstance(rope, dict):
         if "original_max_position_embeddings" in rope:
             rope["original_max_position_embeddings"] = SMALL["original_max_position_embeddings"]
         for key in ("short_factor", "long_factor"):
             if isinstance(rope.get(key), list):
-                rotated = head_size(config) * rope.get("partial_rotary_factor", 1.0)
-                rope[key] = rope[key][: int(rotated) // 2]
+                rope[key] = rope[key][: rotated_pairs(rope, config)]
+        if isinstance(rope.get("mrope_section"), list):
+            pairs = rotated_pairs(rope, config)
+            first, second = pairs // 4, 3 * pairs // 8
+            rope["mrope_section"] = [first, second, pairs - first - second]
         for each in rope.values():
             shorten(each, config)
+
+
+def rotated_pairs(rope: dict[str, Any], config: PreTrainedConfig) -> int:
+    """How many pairs of a head RoPE rotates."""
+    return int(head_size(config) * rope.get("partial_rotary_factor", 1.0)) // 2
 
 
 def head_size(config: PreTrainedConfig) -> int:
@@ -240,7 +298,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(
+    model = auto_class(wrapper_of(config)).from_config(
         config, attn_implementation="eager", trust_remote_code=False
     )
     model = model.float().eval()

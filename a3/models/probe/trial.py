@@ -17,17 +17,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from a3.core.files import read_json
 from a3.models.checkpoint import Checkpoint
+from a3.models.families import held
 from a3.models.families.probed import probed
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.layerwise import Layerwise
+from a3.models.load import auto_in
 from a3.models.packing import compressed_config, outside, pairs_name, staying
 from a3.models.shape import Arch
+from a3.models.wrappers import WRAPPERS, text_of, wrapper_of
 
 # Largest difference of logits, as a share of their spread; in float32.
 SAME = 1e-4
@@ -135,7 +138,9 @@ class Trial:
 
     def arch(self, structure: dict[str, Any]) -> Arch:
         """The description of the tiny model by a structure."""
-        fields = probed(structure).describe(self.config, self.model)
+        family, wrapper = probed(structure), wrapper_of(self.config)
+        family = family if wrapper is None else held(family, WRAPPERS[wrapper])
+        fields = family.describe(text_of(self.config), self.model) | {"wrapper": wrapper}
         return Arch(**fields, dtype="float32", weights_sha256="", size={})
 
     def small(self, checkpoint: Checkpoint, arch: Arch, cuts: list[Cut]) -> PreTrainedModel:
@@ -305,7 +310,7 @@ def sliced(weights: MLPWeights, channels: Tensor) -> dict[str, Tensor]:
 
 def load(folder: Path) -> PreTrainedModel:
     """The model of a folder, float32; every tensor has to be there, and none too many."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_in(folder).from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",

@@ -221,7 +221,7 @@ class Subject:
     def time_layers(self) -> None:
         """Add up the time from the first layer's start to the last one's end."""
         shapes = self.candidate.shapes
-        family = family_of(shapes["family"], shapes["structure"])
+        family = family_of(shapes["family"], shapes["structure"], shapes.get("wrapper"))
         layers = self.model.get_submodule(f"{family.prefix}.{family.layer_path}")
 
         def start(*_: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from a3.artifacts.places import Place
 from a3.core.errors import A3Error
@@ -21,6 +21,7 @@ from a3.models.packing import compressed_config
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
+from a3.models.wrappers import auto_class, text_of, wrapper_of
 from a3.solutions.modes import DENSE, choose
 from a3.solutions.plan import Plan
 from a3.stages.evaluate.evaluated import hashes, load
@@ -124,7 +125,7 @@ def config_of(
         every = [ranks] * n, [pairs] * n, [factors] * n
         said = compressed_config(config.to_dict(), arch, *every, down_bias=False, same_pairs=False)
         config = LazyConfig.from_dict(said)
-    config.num_hidden_layers = arch.layers
+    text_of(config).num_hidden_layers = arch.layers
     return config
 
 
@@ -140,7 +141,7 @@ def shapes_of(
 def random_model(config: PreTrainedConfig, dtype: str, device: str) -> PreTrainedModel:
     """A model with the weights that training starts from."""
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(wrapper_of(config)).from_config(
             config, dtype=getattr(torch, dtype), trust_remote_code=False
         )
     return model.eval()

@@ -91,7 +91,7 @@ def code(folder: Path, upload: bool) -> str:
     if "quantised" in said["a3"]:
         return "needs `import a3`, which simulates its low precision"
     stem = Path(str(modeling_a3.__file__)).stem
-    classes = modeling_a3.classes(said["a3"]["family"])
+    classes = modeling_a3.classes(said["a3"].get("wrapper") or said["a3"]["family"])
     expected = {auto: f"{stem}.{own.__name__}" for auto, own in classes.items()}
     named = said.get("auto_map") or {}
     if named != expected:

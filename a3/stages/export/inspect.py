@@ -14,6 +14,7 @@ from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dtype_of, own_sizes
 from a3.models.served import obstacles as served_obstacles
 from a3.models.stock import dense_config, llama_cpp_cache, obstacles, stock
+from a3.models.wrappers import auto_class, held_by, wrapper_in
 from a3.solutions.modes import COMPONENTS, SERVABLE
 from a3.stages.export.llama import require_llama, require_tokenizer
 
@@ -47,6 +48,7 @@ def dense_lines(folder: Path) -> list[tuple[str, str]]:
         *model_lines(arch.to_json(), what),
         *((component.upper(), f"{rank}") for component, rank in ranks.items()),
         *((name, text) for name, text, _ in size_lines(arch.size, arch.size)),
+        *carried_lines(arch.size),
     ]
 
 
@@ -76,7 +78,8 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         if warning := warning_of(loss):
             lines.append(("", f"warning: {warning}"))
     both = size_lines(size["compressed"], size["dense"])
-    return lines + [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
+    lines += [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
+    return lines + carried_lines(base["size"])
 
 
 def training(said: dict[str, Any]) -> str:
@@ -100,11 +103,18 @@ def low_precision(size: dict[str, Any], said: dict[str, Any]) -> str:
 def model_lines(arch: dict[str, Any], what: str) -> list[tuple[str, str]]:
     """Family and shapes; `arch` has the fields of `Arch`."""
     heads = f"{arch['heads']} heads of {arch['kv_heads']} key/value groups"
+    where = f" in a {arch['wrapper']}" if arch.get("wrapper") else ""
     return [
-        ("family", f"{arch['family']} ({arch['attention']}, {arch['mlp']} MLP), {what}"),
+        ("family", f"{arch['family']}{where} ({arch['attention']}, {arch['mlp']} MLP), {what}"),
         ("shape", f"{arch['layers']} layers, hidden size {arch['hidden_size']}, {heads}"),
         ("dtype", arch["dtype"]),
     ]
+
+
+def carried_lines(dense: dict[str, int]) -> list[tuple[str, str]]:
+    """How many of the parameters are in no language model, by the size of the dense model."""
+    said = "of the parameters, in none of the language model's parts: unchanged"
+    return [("carried along", f"{dense['carried']:,} {said}")] if "carried" in dense else []
 
 
 def size_lines(size: dict[str, int], dense: dict[str, int]) -> list[tuple[str, str, float]]:
@@ -132,9 +142,13 @@ def runs(ranks: list[Any]) -> str:
 def runtimes(folder: Path, compressed: bool) -> list[str]:
     """Which runtimes load a folder, as it is or exported, and why others do not."""
     found, gguf_obstacles = obstacles(folder), obstacles(folder, by_layer=True)
-    lines = ["transformers after `import a3`"] if compressed else ["transformers"]
+    wrapper = wrapper_in(read_json(folder / "config.json"))
+    by = f" ({auto_class(wrapper).__name__})" if wrapper else ""
+    lines = [f"transformers after `import a3`{by}" if compressed else f"transformers{by}"]
     if "auto_map" in read_json(folder / "config.json"):
         lines.append("transformers without a3, with trust_remote_code=True")
+    if wrapper:
+        return [*lines, f"others: no export: {held_by(wrapper)}"]
     if compressed:
         lines.append(f"vLLM with a3's plugin: {by_plugin(folder)}")
     graphs = [f"after a3 export onnx, {text}" for text in said_of_graphs()]

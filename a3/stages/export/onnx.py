@@ -14,13 +14,14 @@ from a3.artifacts.card import show_graph
 from a3.artifacts.targets import ONNX
 from a3.core.dtypes import GRAPH_TYPES
 from a3.core.errors import A3Error
-from a3.core.files import RECORDS, sha256, whole_folder, write_record
+from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.models.arch import is_compressed
 from a3.models.checkpoint import Checkpoint, hash_files, model_source
 from a3.models.load import load_model
 from a3.models.travel import bring
+from a3.models.wrappers import held_by, wrapper_in
 from a3.stages.export.decoder import Slot, slots_of
 from a3.stages.export.onnx_check import furthest
 from a3.stages.export.onnx_config import config_of
@@ -45,6 +46,8 @@ def export_onnx(folder: Path, out: Path, type_: str) -> None:
     follow it through the cache. Raises A3Error where they differ, and for a model that torch.export
     cannot trace or whose cache is not one of keys and values.
     """
+    if wrapper := wrapper_in(read_json(folder / "config.json")):
+        raise A3Error(f"{folder}: {held_by(wrapper)}. Run it in transformers, after import a3.")
     model = load_model(folder, GRAPH_TYPES[type_])
     slots = slots_of(model, folder)
     name, said = NAMES[type_]
