@@ -23,11 +23,12 @@ from gguf import GGUFReader
 
 ROOT = Path(__file__).parents[1]
 LLAMA = ROOT / ".venv-runtimes/llama/bin/python"
-# By name, the settings of a3 compress. deci has heads of three quarters of SmolLM2's, so that the
-# cache shrinks, too.
+# By name, the settings of a3 compress: sizes that llama.cpp is fast with, any sizes, and heads of
+# three quarters of SmolLM2's, so that the cache shrinks, too.
 MODELS = {
+    "for llama.cpp": ["--for", "llama.cpp"],
     "a3-stock": ["--preset", "a3-stock"],
-    "deci": ["--preset", "a3-stock", "--qk", "uniform-global@48", "--ov", "joint@48"],
+    "heads of 48": ["--preset", "a3-stock", "--qk", "uniform-global@48", "--ov", "joint@48"],
 }
 
 

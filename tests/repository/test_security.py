@@ -543,7 +543,7 @@ def test_paths_reach_commands_as_they_are(project):
     results = "re'sults; touch pwned $(touch pwned)"
     config = project.folder / "config" / "config.yaml"
     config.write_text(f"results: {json.dumps(results)}\n{config.read_text()}")
-    small = f"{results}/checkpoints/tiny/short/dense+xkv+dense/0.25/model.safetensors"
+    small = f"{results}/checkpoints/tiny/short/dense+xkv+dense/0.25/approx.json"
     rules, _ = project.snakemake(small)
     assert rules == ["approx", "collect_together", "model", "text"]
     assert (project.folder / small).is_file()

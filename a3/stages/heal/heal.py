@@ -170,7 +170,9 @@ def require_teacher(student: Path, teacher: Path) -> None:
             f"{teacher}: another vocabulary than {student}: {token!r} is token {other.get(token)}, "
             f"and {own.get(token)} there. Name the dense model that {student} was made from."
         )
-    rows, expected = (load_config(folder).get_text_config().vocab_size for folder in (teacher, student))
+    rows, expected = (
+        load_config(folder).get_text_config().vocab_size for folder in (teacher, student)
+    )
     if rows != expected:
         raise A3Error(
             f"{teacher}: predicts {rows} tokens, {student} {expected}. Name the dense model that "
