@@ -40,13 +40,12 @@ def check_runtime(plan: Plan, model_folder: Path, allocation: Path | None = None
     plan.check(model_folder)
     if plan.shared and allocation is not None:
         require_allocated(plan, arch, allocation)
-    for component in plan.shared:
-        if len(plan.allowed(arch, component)) == 1:
-            full, step = arch.full_rank(component), plan.step(arch, component)
-            LOG.warning(
-                f"--for {plan.runtime}: {component} stays whole: no size below {full} is a "
-                f"multiple of {step}"
-            )
+    for component in plan.whole(arch):
+        full, step = arch.full_rank(component), plan.step(arch, component)
+        LOG.warning(
+            f"--for {plan.runtime}: {component} stays whole: no size below {full} is a multiple of "
+            f"{step}"
+        )
 
 
 def obstacles(plan: Plan, arch: Arch, folder: Path) -> list[str]:

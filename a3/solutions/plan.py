@@ -79,12 +79,22 @@ class Plan:
 
     def check_sharing(self, arch: Arch) -> None:
         """Raise A3Error if a component with an allocated ratio cannot do so in this model."""
+        whole = self.whole(arch)
         for component, choice in self.shared.items():
             if component == "qk":
                 require_whole_rope(arch)
-            # The budget is the size at this ratio before rounding.
+            # The budget is the size at this ratio before rounding; others give what this one keeps.
             rank = component_rank(arch, component, choice, 1)
-            require_room(arch, component, rank, self.step(arch, component))
+            if component not in whole:
+                require_room(arch, component, rank, self.step(arch, component))
+
+    def whole(self, arch: Arch) -> list[str]:
+        """The components with an allocated ratio that keep their size, since the runtime takes no
+        smaller one of them, and does of others.
+        """
+        runtime = self.runtime is not None
+        found = [one for one in self.shared if runtime and len(self.allowed(arch, one)) == 1]
+        return found if len(found) < len(self.shared) else []
 
     def ranks(self, arch: Arch) -> dict[str, int]:
         """Rank of each compressed component; raises A3Error if its mode or size does not fit."""
@@ -92,10 +102,13 @@ class Plan:
             raise A3Error(f"qk, ov and mlp are all {DENSE!r}: nothing to do. Name a mode for one.")
         if self.runtime is not None:
             self.taken.require_multiples(arch, HEADS if self.servable else ())
+        whole = self.whole(arch)
+        multiples = {one: 1 if one in whole else self.rounding(arch, one) for one in self.choices}
         ranks = {
-            component: component_rank(arch, component, choice, self.rounding(arch, component))
+            component: component_rank(arch, component, choice, multiples[component])
             for component, choice in self.choices.items()
         }
+        ranks |= {component: arch.full_rank(component) for component in whole}
         if self.servable:
             ranks = servable_ranks(arch, ranks, self.taken.head_step(arch))
         if self.runtime is not None:

@@ -70,7 +70,7 @@ def test_what_is_wrong_of_a_size_or_a_tokenizer_is_said_at_once(folder, capsys):
     words = ["compress", "dense", "--text", "text.jsonl", "-o", "small", "--for", "llama.cpp"]
     sizes = ["--qk", "uniform-global@50", "--ov", "joint@50", "--mlp", "dense"]
     assert main([*words, *sizes]) == 1
-    assert "Take uniform-global@48 or uniform-global@56" in capsys.readouterr().err
+    assert "Take uniform-global@32 or uniform-global@64" in capsys.readouterr().err
     words_at_spaces(folder / "dense")
     assert main([*words, "--ratio", "0.3"]) == 1
     said = capsys.readouterr().err
@@ -91,10 +91,10 @@ def test_ranks_that_were_allocated_for_another_runtime_are_refused(folder, capsy
     assert "ranks.json: ov has rank 11, which gpu does not take. Allocate again with --for" in said
 
 
-def test_what_stays_whole_is_said(folder, caplog, capsys):
+@pytest.mark.parametrize("size", [["--params", "0.09M"], ["--ratio", "0.1"]])
+def test_what_stays_whole_is_said(folder, caplog, capsys, size):
     tiny_llama(folder / "dense")
     with pytest.raises(AssertionError, match="the text was read"):
-        run("compress", "dense", "--for", "nf4", "--params", "0.09M", "-o", "small", "--text",
-            "text.jsonl")  # fmt: skip
+        run("compress", "dense", "--for", "llama.cpp", *size, "-o", "small", "--text", "text.jsonl")
     said = capsys.readouterr().err + caplog.text
-    assert "--for nf4: qk stays whole: no size below 16 is a multiple of 16" in said
+    assert "--for llama.cpp: qk stays whole: no size below 16 is a multiple of 32" in said

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import a3
 from a3.cli.main import main
 from a3.core.errors import A3Error
+from a3.core.files import read_json
 from a3.models.arch import sketch
 from a3.solutions.modes import PRESETS, choose
 from a3.solutions.plan import LEAST, Plan
@@ -219,3 +220,12 @@ def test_a_model_in_memory_gets_the_dtype_that_was_asked(folder):
     assert small.dtype == torch.bfloat16
     small.save_pretrained("saved")
     assert Path("saved/model.safetensors").stat().st_size <= 290_000
+
+
+def test_heads_that_a_runtime_has_in_no_smaller_size_stay_whole(folder):
+    """The MLP gives what they keep: at a ratio, too, which all components share."""
+    tiny_llama(folder / "dense")
+    made("llama.cpp", "--ratio", "0.2")
+    said = read_json(folder / "small/config.json")["a3"]
+    assert set(said["qk_ranks"]) == set(said["ov_ranks"]) == {16}
+    assert min(said["mlp_ranks"]) < 64

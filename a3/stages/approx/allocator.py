@@ -189,11 +189,13 @@ class Allocator:
         the one that has as many parameters as ranks of `joined`.
         """
         if self.plan.target is None:
-            return [self.even[curve.components[0]] for curve in self.curves]
-        kept = cost(self.joined, chosen)[PARAMETERS] / self.full[PARAMETERS]
-        return [
-            max(int(curve.ranks[-1]), round(kept * int(curve.ranks[0]))) for curve in self.curves
-        ]
+            even = [self.even[curve.components[0]] for curve in self.curves]
+        else:
+            kept = cost(self.joined, chosen)[PARAMETERS] / self.full[PARAMETERS]
+            even = [round(kept * int(curve.ranks[0])) for curve in self.curves]
+        # No smaller rank may be allowed.
+        least = [int(curve.ranks[-1]) for curve in self.curves]
+        return list(map(max, least, even))
 
     def record(self, chosen: list[int], limits: Amounts) -> dict[str, Any]:
         """What a file of allocated ranks says of ranks of `joined`."""
