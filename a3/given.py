@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from a3.core.errors import A3Error
 from a3.core.files import HIDDEN_SEAL, RECORDS, named
-from a3.core.progress import bars
+from a3.core.progress import LOG, bars
 from a3.experiments.entries import find_entry
 from a3.models.load import auto_in, loaded
 from a3.models.quiet import quiet
 from a3.models.readable import require_readable
 from a3.models.tokenizer import PROCESSORS, tokenizer_files
+from a3.models.wrappers import auto_class, wrapper_of
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_amount
 from a3.solutions.plan import Plan
 from a3.solutions.runtime import runtime_named
@@ -85,7 +86,8 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
         raise A3Error(
-            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer of transformers."
+            f"tokenizer: found {type(tokenizer).__name__}, expected a tokenizer or a "
+            "processor of transformers."
         )
     if isinstance(model, str | Path):
         folder = named_folder(str(model), work)
@@ -98,12 +100,17 @@ def model_folder(model: Model, tokenizer: Tokenizer, work: Path) -> Path:
     if model.get_output_embeddings() is None:
         raise A3Error(
             f"model: found {type(model).__name__}, which does not predict tokens. Load the model "
-            "with AutoModelForCausalLM."
+            f"with {auto_class(wrapper_of(model.config)).__name__}."
         )
     beside = getattr(model, "beside", {})
     if tokenizer is None and not beside:
         raise A3Error(
             "tokenizer: found none, and a loaded model has none in it. Pass the tokenizer as well."
+        )
+    if wrapper_of(model.config) and tokenizer and not isinstance(tokenizer, ProcessorMixin):
+        LOG.warning(
+            "tokenizer: a tokenizer alone; what is saved will have no processor of images. Pass "
+            "that of AutoProcessor in its place."
         )
     model.save_pretrained(work / "model")
     if tokenizer is not None:

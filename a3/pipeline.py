@@ -30,6 +30,7 @@ from a3.experiments.entries import CATALOGUE
 from a3.models.checkpoint import recorded_files
 from a3.models.inputs import local_inputs, mark, marks
 from a3.promise import allocate_within, check_kept, check_target, held_out
+from a3.runnable import say_whole
 from a3.solutions.modes import eliminating
 from a3.solutions.plan import Plan
 from a3.stages.approx.kept import is_whole, join, layer_paths, solve_missing
@@ -157,8 +158,9 @@ def prepare(
     if not (work / "model").is_dir():
         find_source(model, work)
         resolve_model(model["source"], work / "model", work, model.get("licence"))
-    plan.check(work / "model")
     check_target(plan, work / "model")
+    plan.check(work / "model")
+    say_whole(plan, work / "model")
     for name, text in texts.items():
         if not (work / f"{name}.json").is_file():
             make_text(text, work, work / f"{name}.jsonl", SPLITS[name])

@@ -14,6 +14,7 @@ from a3.models.served import obstacles as served_obstacles
 from a3.models.shape import Arch
 from a3.models.stock import dense_config, stock
 from a3.models.stock import obstacles as stock_obstacles
+from a3.models.wrappers import text_of
 from a3.solutions.plan import Plan
 from a3.solutions.runtime import ANY, LLAMA_CPP, PLUGIN
 from a3.stages.export.llama import require_llama, require_tokenizer
@@ -23,8 +24,7 @@ def check_runtime(plan: Plan, model_folder: Path, allocation: Path | None = None
     """Raise A3Error now for what the plan's runtime, if it has one, cannot run.
 
     That is: the dense model's family, RoPE or tokenizer; modes and sizes (`Plan.check`); and ranks
-    that were allocated for another runtime, in the file `allocation`. Heads that stay whole,
-    because the runtime has no smaller ones, are said.
+    that were allocated for another runtime, in the file `allocation`.
     """
     if plan.runtime is None:
         return
@@ -40,6 +40,11 @@ def check_runtime(plan: Plan, model_folder: Path, allocation: Path | None = None
     plan.check(model_folder)
     if plan.shared and allocation is not None:
         require_allocated(plan, arch, allocation)
+
+
+def say_whole(plan: Plan, model_folder: Path) -> None:
+    """Warn of heads and MLPs that stay whole, because the plan's runtime has no smaller ones."""
+    arch = load_arch(model_folder)
     for component in plan.whole(arch):
         full, step = arch.full_rank(component), plan.step(arch, component)
         LOG.warning(
@@ -65,6 +70,7 @@ def obstacles(plan: Plan, arch: Arch, folder: Path) -> list[str]:
 def without_ranks(arch: Arch) -> dict[str, Any]:
     """What decides in a compressed model's config whether vLLM runs it, except modes."""
     return {
+        "wrapper": arch.wrapper,
         "family": arch.family,
         "factors": [],
         "qk_norm": arch.qk_norm,
@@ -76,7 +82,7 @@ def without_ranks(arch: Arch) -> dict[str, Any]:
 
 def rope_type(folder: Path) -> str:
     """The type of RoPE of a folder, dense or compressed."""
-    rope = getattr(dense_config(folder), "rope_parameters", None) or {}
+    rope = getattr(text_of(dense_config(folder)), "rope_parameters", None) or {}
     return rope.get("rope_type", "none")
 
 

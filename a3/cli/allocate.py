@@ -79,13 +79,14 @@ def allocate(
 
     plan = Plan(choose(row), multiple=multiple, runtime=runtime)
     options: dict[str, Any] = {"losses": losses, "device": device, "uniform": tuple(uniform)}
+    if runtime is not None:
+        from a3.runnable import check_runtime, say_whole
+
+        check_runtime(plan, folder(model))
+        say_whole(plan, folder(model))
     if plan.target is None:
         from a3.stages.approx.allocate import allocate
 
-        if runtime is not None:
-            from a3.runnable import check_runtime
-
-            check_runtime(plan, folder(model))
         allocate(folder(model), rxx, plan, out, **options)
     else:
         from a3.promise import allocate_within

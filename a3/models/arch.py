@@ -183,7 +183,7 @@ def read_config(
     path = folder / "config.json"
     config = read_json(path)
     key = CONFIG_MAPPING[config["model_type"]].attribute_map.get("num_hidden_layers")
-    said = config.get("text_config", config)
+    said = config.get("text_config") or config
     check_count(path, "layers", said.get(key or "num_hidden_layers"), tensors)
     config = load_config(folder)
     check_count(path, "experts", family.mixture(text_of(config))["experts"], tensors)

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from a3.core.errors import A3Error
+
 # model_type of wrappers, by where the language model is.
 _WRAPPERS = {
     "language_model": (
@@ -74,7 +76,13 @@ def wrapper_in(content: dict[str, Any]) -> str | None:
     """The same of the content of a config.json."""
     compressed = content.get("a3")
     if isinstance(compressed, dict):
-        return compressed.get("wrapper")
+        wrapper = compressed.get("wrapper")
+        if wrapper is not None and wrapper not in WRAPPERS:
+            raise A3Error(
+                f"config.json: a3.wrapper is {wrapper!r}, which is no model of several modalities "
+                "that a3 knows. Compress the dense model again."
+            )
+        return wrapper
     return content["model_type"] if content.get("model_type") in WRAPPERS else None
 
 

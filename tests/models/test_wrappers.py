@@ -198,6 +198,14 @@ def test_runtimes_for_language_models_are_refused_in_a_line(folder, tmp_path, ca
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_vllm_is_refused_before_anything_is_read(folder, capsys):
+    words = ["compress", str(folder / "dense"), "--for", "vllm", "--ratio", "0.2"]
+    assert main([*words, "--text", "none.txt", "-o", str(folder / "served")]) == 1
+    family = json.loads((folder / "dense/config.json").read_text())["model_type"]
+    said = capsys.readouterr().err
+    assert f"vllm cannot run it: it is in a {family}" in said
+
+
 def test_speed_from_a_config_builds_its_language_model_in_place(folder, tmp_path):
     few = ["--prompt", 8, "--new-tokens", 2, "--repeats", 1, "--layers", 2, "--ratio", 0.3]
     run("eval", "speed", folder / "dense", *few, "-o", tmp_path / "speed.json")
@@ -244,12 +252,13 @@ def test_files_of_both_kinds_of_names_are_read(folder, tmp_path):
     assert one | {"weights_sha256": ""} == two | {"weights_sha256": ""}
 
 
-def test_from_python_it_stays_a_model_of_images(folder, tmp_path):
+def test_from_python_it_stays_a_model_of_images(folder, tmp_path, caplog):
     dense = load(folder / "dense")
     tokenizer = load_tokenizer(folder / "dense")
     options = {"ratio": 0.3, "tokens": 256, "block_length": 64, "progress": False}
     text = ["A river moves towards an ocean. " * 200]
     small = a3.compress(dense, tokenizer, text, **options)
+    assert "will have no processor of images" in caplog.text
     inputs = image_inputs(dense)
     small.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")

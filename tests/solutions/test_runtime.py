@@ -222,10 +222,12 @@ def test_a_model_in_memory_gets_the_dtype_that_was_asked(folder):
     assert Path("saved/model.safetensors").stat().st_size <= 290_000
 
 
-def test_heads_that_a_runtime_has_in_no_smaller_size_stay_whole(folder):
+@pytest.mark.parametrize("name", ["llama.cpp", "vllm"])
+def test_heads_that_a_runtime_has_in_no_smaller_size_stay_whole(folder, capsys, name):
     """The MLP gives what they keep: at a ratio, too, which all components share."""
     tiny_llama(folder / "dense")
-    made("llama.cpp", "--ratio", "0.2")
+    made(name, "--ratio", "0.2")
+    assert capsys.readouterr().err.count("qk stays whole") == 1
     said = read_json(folder / "small/config.json")["a3"]
     assert set(said["qk_ranks"]) == set(said["ov_ranks"]) == {16}
     assert min(said["mlp_ranks"]) < 64

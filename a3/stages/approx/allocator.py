@@ -17,6 +17,7 @@ from a3.models.shape import Arch
 from a3.numerics.elimination import Elimination
 from a3.solutions.modes import EXPERTS, ONE_SIZE, eliminating, find_mode
 from a3.solutions.plan import Plan
+from a3.solutions.taken import HEADS
 from a3.stages.approx.budget import (
     Amounts,
     Curve,
@@ -101,9 +102,10 @@ class Allocator:
 
         Without one, those of the plan's, whose ranks are rounded. Where all heads get one size
         (`plan.one_size`), parameters alone are limited, because heads that small would lose more
-        than MLPs do.
+        than MLPs do, and where heads have to stay whole, because no other component has a cache.
         """
-        limited = (PARAMETERS,) if self.plan.one_size else (PARAMETERS, CACHED)
+        free = self.plan.one_size or {*self.plan.whole(self.arch)} & {*HEADS}
+        limited = (PARAMETERS,) if free else (PARAMETERS, CACHED)
         if ratio is None:
             # Ranks of a ratio need not be among those that a curve may have.
             places = Counter(curve.components[0] for curve in self.curves for _ in curve.places)
