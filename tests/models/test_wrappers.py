@@ -200,7 +200,7 @@ def test_runtimes_for_language_models_are_refused_in_a_line(folder, tmp_path, ca
 
 def test_vllm_is_refused_before_anything_is_read(folder, capsys):
     words = ["compress", str(folder / "dense"), "--for", "vllm", "--ratio", "0.2"]
-    assert main([*words, "--text", "none.txt", "-o", str(folder / "served")]) == 1
+    assert main([*words, "--text", str(folder / "text.txt"), "-o", str(folder / "served")]) == 1
     family = json.loads((folder / "dense/config.json").read_text())["model_type"]
     said = capsys.readouterr().err
     assert f"vllm cannot run it: it is in a {family}" in said
