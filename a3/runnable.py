@@ -12,9 +12,8 @@ from a3.core.progress import LOG
 from a3.models.arch import load_arch
 from a3.models.served import obstacles as served_obstacles
 from a3.models.shape import Arch
-from a3.models.stock import dense_config, stock
 from a3.models.stock import obstacles as stock_obstacles
-from a3.models.wrappers import text_of
+from a3.models.stock import rope_type, stock
 from a3.solutions.plan import Plan
 from a3.solutions.runtime import ANY, LLAMA_CPP, PLUGIN
 from a3.stages.export.llama import require_llama, require_tokenizer
@@ -78,12 +77,6 @@ def without_ranks(arch: Arch) -> dict[str, Any]:
         "nope_layers": arch.nope_layers,
         "down_bias": False,
     }
-
-
-def rope_type(folder: Path) -> str:
-    """The type of RoPE of a folder, dense or compressed."""
-    rope = getattr(text_of(dense_config(folder)), "rope_parameters", None) or {}
-    return rope.get("rope_type", "none")
 
 
 def require_allocated(plan: Plan, arch: Arch, allocation: Path) -> None:

@@ -93,8 +93,7 @@ def names_in_memory(
 
     `content` is that of its config.json, at `path`. transformers renames such tensors when it loads
     them, since hub folders are older than its classes; here by the same rules, but for those of the
-    language model, at `backbone`. Raises A3Error as
-    `build` does.
+    language model, at `backbone`. Raises A3Error as `build` does.
     """
     said = json.loads(content)
     model = build(path.parent, CONFIG_MAPPING[said["model_type"]].from_dict(said))

@@ -62,22 +62,13 @@ class Checkpoint:
             raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
         self._files = {name: self.open(folder / name) for name in names}
         stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
-        renamed = self._renamed(stored)
-        bare = (
-            not renamed
-            and prefix is not None
-            and not any(key.startswith(f"{prefix}.") for key in stored)
-        )
-        # Name to (file, key in the file).
-        self._where = {
-            renamed.get(
-                key, f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key
-            ): (
-                file,
-                key,
-            )
-            for key, file in stored.items()
+        bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
+        in_memory = self._renamed(stored) or {
+            key: f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key
+            for key in stored
         }
+        # Name to (file, key in the file).
+        self._where = {in_memory[key]: (file, key) for key, file in stored.items()}
 
     def _renamed(self, stored: Iterable[str]) -> dict[str, str]:
         """Names in memory, for a dense model of several modalities; its files may have others."""

@@ -22,7 +22,7 @@ from a3.core.memory import memory_at_hand, return_memory
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
 from a3.models.shape import Arch
-from a3.models.wrappers import auto_class, wrapper_of
+from a3.models.wrappers import auto_class, of_language, wrapper_of
 
 # Share of the available memory for weights; activations need the rest.
 RESIDENT_SHARE = 0.6
@@ -148,8 +148,7 @@ class Streamed(Layerwise):
         layers = f"{arch.adapter.prefix}.{arch.adapter.layer_path}."
         backbone = arch.adapter.backbone
         # Text needs no weights of other modalities.
-        ends = (model.base_model.get_submodule(backbone), model.get_output_embeddings())
-        used = {id(weight) for part in ends for weight in part.parameters()}
+        used = of_language(model, backbone)
         self.checkpoint = Checkpoint(folder, arch.adapter.prefix)
         known = set(self.checkpoint.names())
         # Parameters that are in no layer: their names in memory, and those of their tensors.

@@ -20,10 +20,14 @@ class LazyConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """`PreTrainedConfig.from_dict` of the class for the family that the dictionary names."""
-        said = config_dict["a3"]
-        of = said.get("wrapper") or said["family"]
-        config = import_module("a3.models.modeling_a3").classes(of)["AutoConfig"]
+        dense = dense_type(config_dict["a3"])
+        config = import_module("a3.models.modeling_a3").classes(dense)["AutoConfig"]
         return config.from_dict(config_dict, **kwargs)
+
+
+def dense_type(a3: dict[str, Any]) -> str:
+    """model_type of the dense model, of the entry of a compressed model's config."""
+    return a3.get("wrapper") or a3["family"]
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")

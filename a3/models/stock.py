@@ -29,7 +29,8 @@ from a3.core.files import read_json
 from a3.models.built import empty_model
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_config
-from a3.models.wrappers import held_by, wrapper_in
+from a3.models.registry import dense_type
+from a3.models.wrappers import held_by, text_of, wrapper_in
 
 # Families whose own code takes `head_dim` and RoPE factors from the config.
 FAMILIES = ("llama", "mistral", "ministral", "qwen2")
@@ -364,13 +365,18 @@ def own_content(folder: Path) -> dict[str, Any]:
     }
 
 
+def rope_type(folder: Path) -> str:
+    """The type of RoPE of a folder, dense or compressed."""
+    rope = getattr(text_of(dense_config(folder)), "rope_parameters", None) or {}
+    return rope.get("rope_type", "none")
+
+
 def dense_config(folder: Path) -> PreTrainedConfig:
     """The config of a dense folder, or of the model that a compressed one was made of."""
     content = read_json(folder / "config.json")
     if "a3" not in content:
         return load_config(folder)
-    said = content.pop("a3")
-    family = said.get("wrapper") or said["family"]
+    family = dense_type(content.pop("a3"))
     try:
         return CONFIG_MAPPING[family].from_dict(content | {"model_type": family})
     # transformers raises exceptions of any type for values that contradict each other.

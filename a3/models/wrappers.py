@@ -101,14 +101,18 @@ def held_by(wrapper: str) -> str:
     return f"a {wrapper}, of several modalities, and a3 exports language models alone"
 
 
+def of_language(model: PreTrainedModel, backbone: str) -> set[int]:
+    """Identities of the parameters of the language model, at `backbone`, and of its head."""
+    parts = (model.base_model.get_submodule(backbone), model.get_output_embeddings())
+    return {id(value) for part in parts for value in part.parameters()}
+
+
 def carried(model: PreTrainedModel) -> dict[str, int]:
     """`carried`, the parameters that are neither the language model's nor the head's; of a dense
     language model that no other model holds, nothing."""
     wrapper = wrapper_of(model.config)
     if wrapper is None:
         return {}
-    inside = model.base_model.get_submodule(WRAPPERS[wrapper])
-    language = {id(value) for value in inside.parameters()}
-    language |= {id(value) for value in model.get_output_embeddings().parameters()}
+    language = of_language(model, WRAPPERS[wrapper])
     others = (value.numel() for value in model.parameters() if id(value) not in language)
     return {"carried": sum(others)}

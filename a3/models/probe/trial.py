@@ -23,14 +23,13 @@ from transformers.pytorch_utils import Conv1D
 
 from a3.core.files import read_json
 from a3.models.checkpoint import Checkpoint
-from a3.models.families import held
-from a3.models.families.probed import probed
+from a3.models.families import family_of
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.layerwise import Layerwise
 from a3.models.load import auto_in
 from a3.models.packing import compressed_config, outside, pairs_name, staying
 from a3.models.shape import Arch
-from a3.models.wrappers import WRAPPERS, text_of, wrapper_of
+from a3.models.wrappers import text_of, wrapper_of
 
 # Largest difference of logits, as a share of their spread; in float32.
 SAME = 1e-4
@@ -138,8 +137,8 @@ class Trial:
 
     def arch(self, structure: dict[str, Any]) -> Arch:
         """The description of the tiny model by a structure."""
-        family, wrapper = probed(structure), wrapper_of(self.config)
-        family = family if wrapper is None else held(family, WRAPPERS[wrapper])
+        wrapper = wrapper_of(self.config)
+        family = family_of(self.config.model_type, structure, wrapper)
         fields = family.describe(text_of(self.config), self.model) | {"wrapper": wrapper}
         return Arch(**fields, dtype="float32", weights_sha256="", size={})
 

@@ -16,6 +16,7 @@ from a3.core.files import RECORDS, read_json, sha256
 from a3.models import attention_a3, modeling_a3, own_attention_a3
 from a3.models.checkpoint import CARD, Checkpoint, front_matter, recorded_files
 from a3.models.load import load_model, load_tokenizer, number_of_parameters
+from a3.models.registry import dense_type
 from a3.models.tokenizer import has_tokenizer, require_rows
 
 # Texts that a tokenizer has to read and write back: numbers, accents, other scripts, code, spaces.
@@ -91,7 +92,7 @@ def code(folder: Path, upload: bool) -> str:
     if "quantised" in said["a3"]:
         return "needs `import a3`, which simulates its low precision"
     stem = Path(str(modeling_a3.__file__)).stem
-    classes = modeling_a3.classes(said["a3"].get("wrapper") or said["a3"]["family"])
+    classes = modeling_a3.classes(dense_type(said["a3"]))
     expected = {auto: f"{stem}.{own.__name__}" for auto, own in classes.items()}
     named = said.get("auto_map") or {}
     if named != expected:

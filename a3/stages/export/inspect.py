@@ -13,7 +13,7 @@ from a3.models.arch import is_compressed, load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record, dtype_of, own_sizes
 from a3.models.served import obstacles as served_obstacles
-from a3.models.stock import dense_config, llama_cpp_cache, obstacles, stock
+from a3.models.stock import llama_cpp_cache, obstacles, rope_type, stock
 from a3.models.wrappers import auto_class, held_by, wrapper_in
 from a3.solutions.modes import COMPONENTS, SERVABLE
 from a3.stages.export.llama import require_llama, require_tokenizer
@@ -179,9 +179,8 @@ def runtimes(folder: Path, compressed: bool) -> list[str]:
 
 def by_plugin(folder: Path) -> str:
     """Whether vLLM serves a compressed folder itself where a3 is installed, and if not, why."""
-    rope = getattr(dense_config(folder), "rope_parameters", None) or {}
     a3 = read_json(folder / "config.json")["a3"]
-    found = served_obstacles(a3, rope.get("rope_type", "none"))
+    found = served_obstacles(a3, rope_type(folder))
     return f"no: {'; '.join(found)}" if found else "yes (tried on CPUs, with vLLM 0.32)"
 
 
