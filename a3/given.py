@@ -19,8 +19,8 @@ from a3.core.progress import LOG, bars
 from a3.experiments.entries import find_entry
 from a3.models.load import auto_in, loaded
 from a3.models.quiet import quiet
-from a3.models.readable import require_readable
-from a3.models.tokenizer import PROCESSORS, tokenizer_files
+from a3.models.readable import PROCESSORS, require_readable
+from a3.models.tokenizer import tokenizer_files
 from a3.models.wrappers import auto_class, wrapper_of
 from a3.solutions.modes import COMPONENTS, NO_RATIO, PRESETS, choose, parse_amount
 from a3.solutions.plan import Plan

@@ -15,10 +15,14 @@ from a3.core.files import read_json
 
 PICKLED = "pytorch_model*.bin*"
 
+# Files of processors, which make inputs of images, beside those of their tokenizer.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 # Files that transformers reads as JSON objects, if they exist.
 OBJECTS = (
     *("config.json", "generation_config.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *PROCESSORS,
 )
 
 INDEX = "model.safetensors.index.json"

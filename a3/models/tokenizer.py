@@ -11,6 +11,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.models.load import load_config, load_tokenizer
+from a3.models.readable import PROCESSORS
 from a3.models.registry import LazyConfig
 from a3.models.wrappers import text_of
 
@@ -33,9 +34,6 @@ FILES = (
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-
-# Files of processors, which make inputs of images, beside those of their tokenizer.
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 # Keys of CONFIG that a compressed folder replaces; under KEPT it stores the dense folder's values.
 REPLACED = ("tokenizer_class", "auto_map")
