@@ -37,6 +37,7 @@ def main():
     parser.add_argument("model", type=Path, help="dense folder")
     parser.add_argument("--text", type=Path, required=True, help="calibration, .txt or .jsonl")
     parser.add_argument("--tokens", default="4096", help="of the calibration; speed needs few")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--ratios", nargs="+", default=["0.2", "0.4"])
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0"])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
@@ -55,12 +56,12 @@ def main():
 def made(options):
     """{(model, type): GGUF file}, the dense model's first, each made where it is missing."""
     folders = {"dense": options.model}
-    for name, modes in MODELS.items():
+    for name in options.models:
         for ratio in options.ratios:
             folder = folders[f"{name} {ratio}"] = options.out / f"{name}-{ratio}"
             words = ["--ratio", ratio, "--text", options.text, "--tokens", options.tokens]
             if not folder.exists():
-                a3("compress", options.model, *modes, *words, "-o", folder)
+                a3("compress", options.model, *MODELS[name], *words, "-o", folder)
     files = {}
     for name, folder in folders.items():
         for kind in options.types:
