@@ -162,7 +162,7 @@ class Pieces:
     def statistic(self, kind: str, block_length: int, dtype: str) -> float:
         """Seconds to add one token to one layer's sums, which grow with the sums' numbers."""
         kind = ALIKE.get(KINDS[kind].form, kind)
-        if KINDS[kind].form in ("fisher", "norm"):
+        if KINDS[kind].form in ("fisher", "norm", "output"):
             return 0.0  # of the backward pass by weights; of the experts' outputs computed again
         whole = self.narrow(self.arch.heads)
         known = whole.statistic_shape(KINDS[kind])
@@ -186,8 +186,8 @@ class Pieces:
         """Seconds to solve a component; of modes that eliminate, after that."""
         if find_mode(component, mode).factors:
             return self.factor(component, mode)
-        if find_mode(component, mode).drops:
-            return 0.0
+        if find_mode(component, mode).of_experts:
+            return 0.0  # weights are copied or added up
         return self.of_component(component, mode, rank, partial(solving, component, mode))
 
     def losses(self, component: str, mode: str, rank: int) -> float:

@@ -26,8 +26,9 @@ class Kind:
 
     Of a mixture, the inputs of down are summed for each expert, over the tokens that reach it, each
     times its routing weight: the mixture's output is the sum of what down makes of these. The
-    gradient by the output of down is that by the mixture's output. norm (only of `experts`) is
-    Σ ‖y‖ over the tokens of each expert, y its output times the routing weight.
+    gradient by the output of down is that by the mixture's output. Two forms are only of `experts`:
+    norm is Σ ‖y‖ over the tokens of each expert, y its output times the routing weight; output is
+    Σ y over all tokens, those included that do not reach the expert, y what it makes of them.
     """
 
     site: str
@@ -72,12 +73,16 @@ KINDS = {
     "attention_gradient": Kind("o", "gradient"),
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
-    # For modes that drop whole experts.
+    # For modes that drop or merge whole experts.
     "expert_norm": Kind("experts", "norm"),
+    "expert_output": Kind("experts", "output"),
 }
 
 # What a mixture of experts has of its MLPs.
-EXPERT_KINDS = ("down_diagonal", "down_input", "down_mean", "mlp_gradient", "expert_norm")
+EXPERT_KINDS = (
+    *("down_diagonal", "down_input", "down_mean", "mlp_gradient"),
+    *("expert_norm", "expert_output"),
+)
 
 # Families whose layers norm what attention and MLP make before they add it; of others a probe says.
 NORMED_OUTPUTS = ("gemma2", "gemma3_text", "glm4", "olmo2")
@@ -160,6 +165,11 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
 def is_of_experts(kind: Kind, arch: Mapping[str, Any]) -> bool:
     """Whether a kind is summed for each of a mixture's experts."""
     return bool(arch["experts"]) and kind.site in ("down_input", "experts")
+
+
+def experts_of_token(kind: Kind, arch: Mapping[str, Any]) -> int:
+    """To how many experts' sums of a kind a token adds something."""
+    return arch["experts" if kind.form == "output" else "experts_per_token"]
 
 
 def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:

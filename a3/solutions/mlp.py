@@ -1,11 +1,13 @@
 """MLP: keep r of n intermediate channels (paper section 3.3)."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from a3.models.family import MLPWeights
+from a3.numerics.clusters import average_linkage
 from a3.numerics.elimination import Elimination, eliminate
 from a3.numerics.linalg import (
     keep_best,
@@ -92,6 +94,66 @@ def reap(norms: Tensor, counts: Tensor, keep: int) -> Tensor:
     `counts` tokens, at any common scale. The others are dropped as by `frequency`.
     """
     return keep_best(norms / counts.clamp(min=1), keep)
+
+
+def hc_smoe(outputs: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Merge experts whose mean outputs are near each other (average linkage), by their tokens.
+
+    HC-SMoE (Chen et al. 2024, arXiv 2410.08589), in the form of its main results, and as its
+    authors' code has it: average linkage of expert outputs, frequency-weighted merging. `outputs`
+    (E, d) are means over all T calibration tokens, wherever these are routed:
+    o_e = 1/T Σ_x E_e(x). Of the clusters, one an expert at first, the two with the least average
+    distance 1/(|A| |B|) Σ_{a ∈ A, b ∈ B} ‖o_a - o_b‖ are joined, until `keep` are left, in each
+    layer as many. Which of them each expert is in, (E,), by the order of their first experts;
+    `shares_of_merged` says how their weights are added up.
+    """
+    return average_linkage(outputs, keep)
+
+
+def shares_of_merged(merged: Tensor, counts: Tensor) -> Tensor:
+    """What an expert's weights count in those of the one that it is merged into, (E,) float64.
+
+    α_e = f_e / Σ_{i ∈ C} f_i, f being how often the router chose an expert of the cluster C, so
+    that the merged weights are Σ_{e ∈ C} α_e W_e: the frequency-weighted merging of M-SMoE (Li et
+    al. 2023, arXiv 2310.01334) and HC-SMoE. Where no token reaches any of them, they count the
+    same; the authors' code makes the merged weights 0 there. `merged` (E,) has the cluster of each.
+    """
+    count = int(merged.max()) + 1
+    own = counts.double()
+    whole = own.new_zeros(count).index_add_(0, merged, own)[merged]
+    size = own.new_zeros(count).index_add_(0, merged, torch.ones_like(own))[merged]
+    return torch.where(whole > 0, own / whole.clamp(min=1), 1 / size)
+
+
+@dataclass(frozen=True)
+class MeanExpert:
+    """Σ_e α_e W_e of some experts' weights, in float64.
+
+    `power` is Σ_e α_e ‖W_e‖² over all their matrices, and `spread` Σ_e α_e ‖W_e - mean‖².
+    """
+
+    weights: MLPWeights
+    power: float
+    spread: float
+
+
+def mean_of_experts(experts: Iterable[MLPWeights], shares: Sequence[float]) -> MeanExpert:
+    """The mean of experts, which are read one after another, by `shares` α_e that sum to 1."""
+    mean: dict[str, Tensor] = {}
+    power = 0.0
+    for weights, share in zip(experts, shares, strict=True):
+        for name, W in vars(weights).items():
+            if W is not None:
+                power += share * squares(W)
+                own = share * W.double()
+                mean[name] = mean[name].add_(own) if name in mean else own
+    left = sum(squares(W) for W in mean.values())
+    return MeanExpert(MLPWeights(**{"gate": None} | mean), power, max(0.0, power - left))
+
+
+def squares(W: Tensor) -> float:
+    """The sum of the squares of W (n, d), in float64 without a copy of W in it."""
+    return row_power(W).sum().item()
 
 
 def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:

@@ -118,7 +118,7 @@ class Plan:
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
         """Sizes of heads and MLP that the model gets: full where matrices are only factored, or
-        whole experts dropped.
+        experts only made fewer.
         """
         ranks = self.ranks(arch) if self.choices else {}
         return {
@@ -230,7 +230,7 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     if isinstance(size, Target):
         return full  # how much is removed is known when ranks are allocated
     mode = find_mode(component, choice.mode)
-    if mode.drops:
+    if mode.of_experts:
         return experts_kept(arch, choice.mode, size)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
@@ -245,17 +245,22 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
 
 
 def experts_kept(arch: Arch, mode: str, size: Decimal | int) -> int:
-    """How many experts a mode keeps that drops the others; A3Error for fewer than a token takes."""
+    """How many experts a mode leaves; A3Error for fewer than a token takes if others are dropped.
+
+    If they are merged with others, a token may take fewer than it did.
+    """
     if not isinstance(size, Decimal) and size > arch.experts:
         raise A3Error(
             f"mlp mode {mode!r}: keeps {size} experts, and a layer has {arch.experts}. Keep fewer."
         )
+    drops = find_mode("mlp", mode).drops
     try:
-        return rank_of(arch.experts, size, least=arch.experts_per_token)
+        return rank_of(arch.experts, size, least=arch.experts_per_token if drops else 1)
     except A3Error:
+        taken = f", of which a token takes {arch.experts_per_token}" if drops else ""
         raise A3Error(
-            f"mlp mode {mode!r}: {size} leaves too few of {arch.experts} experts, of "
-            f"which a token takes {arch.experts_per_token}. Take a smaller ratio or more experts."
+            f"mlp mode {mode!r}: {size} leaves too few of {arch.experts} experts{taken}. Take a "
+            "smaller ratio or more experts."
         ) from None
 
 
