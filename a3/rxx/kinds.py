@@ -28,7 +28,8 @@ class Kind:
     times its routing weight: the mixture's output is the sum of what down makes of these. The
     gradient by the output of down is that by the mixture's output. Two forms are only of `experts`:
     norm is Σ ‖y‖ over the tokens of each expert, y its output times the routing weight; output is
-    Σ y over all tokens, those included that do not reach the expert, y what it makes of them.
+    Σ y over all tokens, those included that do not reach the expert, y what it makes of them. The
+    site router is the logits by which a token chooses its experts.
     """
 
     site: str
@@ -76,12 +77,13 @@ KINDS = {
     # For modes that drop or merge whole experts.
     "expert_norm": Kind("experts", "norm"),
     "expert_output": Kind("experts", "output"),
+    "router_logits": Kind("router", "full"),
 }
 
 # What a mixture of experts has of its MLPs.
 EXPERT_KINDS = (
     *("down_diagonal", "down_input", "down_mean", "mlp_gradient"),
-    *("expert_norm", "expert_output"),
+    *("expert_norm", "expert_output", "router_logits"),
 )
 
 # Families whose layers norm what attention and MLP make before they add it; of others a probe says.
@@ -114,7 +116,8 @@ def width_of(site: str, arch: Mapping[str, Any]) -> int:
     """Width of an activation."""
     if site in ("q", "k", "v", "o", "o_input"):
         return heads_of(site, arch) * arch["head_dim"]
-    return arch["intermediate_size" if site == "down_input" else "hidden_size"]
+    names = {"down_input": "intermediate_size", "router": "experts"}
+    return arch[names.get(site, "hidden_size")]
 
 
 def has_pairs_in_norms(arch: Mapping[str, Any]) -> bool:

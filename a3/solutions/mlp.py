@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from a3.models.family import MLPWeights
+from a3.numerics.assignment import assign
 from a3.numerics.clusters import average_linkage
 from a3.numerics.elimination import Elimination, eliminate
 from a3.numerics.linalg import (
@@ -108,6 +109,41 @@ def hc_smoe(outputs: Tensor, counts: Tensor, keep: int) -> Tensor:
     `shares_of_merged` says how their weights are added up.
     """
     return average_linkage(outputs, keep)
+
+
+def m_smoe(logits: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Merge experts into those that most tokens reach, by similarity of the router's logits.
+
+    M-SMoE (Li et al. 2023, arXiv 2310.01334). The `keep` experts with the largest `counts` (E,) are
+    dominant. Each other one goes into the dominant one of the largest
+    Sim(e, f) = cosine(H_e, H_f), H (E, T) being the router's logits on all calibration tokens, of
+    which `logits` (E, E) is H Hᵀ, at any scale. Before, channels of all experts of a cluster are
+    put in the order of the layer's first expert (`aligned_to`), as the authors' code has it. The
+    authors choose dominant experts of all layers together, so that layers differ in how many they
+    have; here each layer has the same number, as with all modes of experts. Which dominant expert
+    each goes into, (E,), by the order of these; `shares_of_merged` says how weights are added up.
+    """
+    dominant = keep_best(counts, keep)
+    root = logits.diagonal().clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+    merged = (logits / (root[:, None] * root))[:, dominant].argmax(1)
+    merged[dominant] = torch.arange(keep, device=merged.device)
+    return merged
+
+
+def aligned_to(first: MLPWeights, weights: MLPWeights) -> MLPWeights:
+    """An expert with its channels in another order, which leaves it the same function.
+
+    The permutation P with the least Σ ‖W_first - W P‖² over up, gate and down, that is, with the
+    largest Σ <W_first, W P>: weight matching (Ainsworth et al. 2022, arXiv 2209.04836, section 3.2)
+    in M-SMoE's form for a single hidden layer.
+    """
+    scores = first.down.double() @ weights.down.double().T
+    scores += first.up.double().T @ weights.up.double()
+    if first.gate is not None and weights.gate is not None:
+        scores += first.gate.double().T @ weights.gate.double()
+    order = assign(scores)
+    gate = None if weights.gate is None else weights.gate[:, order]
+    return MLPWeights(up=weights.up[:, order], gate=gate, down=weights.down[order])
 
 
 def shares_of_merged(merged: Tensor, counts: Tensor) -> Tensor:

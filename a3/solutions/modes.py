@@ -104,7 +104,8 @@ class Mode:
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
     first kind. With `drops`, whole experts are dropped, and with `merges` they are merged with
-    others: then the rank is how many there are left. With `normed`, tokens are weighed as norms of
+    others: then the rank is how many there are left. With `aligned`, channels of experts are put in
+    one order before. With `normed`, tokens are weighed as norms of
     outputs weigh them, where a model has these. With `biased`, the output gets a bias, which a
     family may lack.
     """
@@ -116,6 +117,7 @@ class Mode:
     prior: int = 0
     drops: bool = False
     merges: bool = False
+    aligned: bool = False
     normed: bool = False
     biased: bool = False
 
@@ -228,6 +230,7 @@ MODES: dict[str, dict[str, Mode]] = {
         "frequency": Mode(("expert_norm",), (EXPERTS,), drops=True),
         "reap": Mode(("expert_norm",), (EXPERTS,), drops=True),
         "hc-smoe": Mode(("expert_output",), (EXPERTS,), merges=True),
+        "m-smoe": Mode(("expert_norm", "router_logits"), (EXPERTS,), merges=True, aligned=True),
         **FACTORED["mlp"],
     },
 }

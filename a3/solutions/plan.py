@@ -278,12 +278,14 @@ def require_fit(arch: Arch, component: str, mode: str) -> None:
             f"qk mode {mode!r}: {why}, and RoPE stays plain only where it turns whole heads of all "
             "layers. Take uniform-global."
         )
-    if component == "mlp" and find_mode(component, mode).drops and not arch.routes:
+    chosen = find_mode(component, mode)
+    if (chosen.drops or "router_logits" in chosen.kinds) and not arch.routes:
         raise A3Error(
             f"mlp mode {mode!r}: a3 does not know which tensor routes tokens in {arch.family}, so "
-            "that no expert can be dropped. Take a mode that makes experts smaller."
+            "that no expert can be dropped, or compared with others by its logits. Take hc-smoe, "
+            "or a mode that makes experts smaller."
         )
-    if component != "mlp" and find_mode(component, mode).factors and arch.runs_own_attention:
+    if component != "mlp" and chosen.factors and arch.runs_own_attention:
         raise A3Error(
             f"{component} mode {mode!r}: matrices of attention cannot be factored in "
             f"{arch.family}, whose own code runs with them. Take a mode that makes heads smaller, "

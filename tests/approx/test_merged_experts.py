@@ -32,7 +32,7 @@ from a3.models.weights import MLPWeights
 from a3.numerics.clusters import average_linkage
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
-from a3.solutions.mlp import hc_smoe, mean_of_experts, shares_of_merged
+from a3.solutions.mlp import aligned_to, hc_smoe, m_smoe, mean_of_experts, shares_of_merged
 from a3.stages.approx.approximate import approximate
 
 MATRICES = ("up", "gate", "down")
@@ -78,6 +78,26 @@ def test_outputs_are_of_all_tokens_and_counts_of_those_routed(mixture):  # noqa:
         assert torch.equal(rxx.counts(layer, EXPERTS), norms.counts(layer, EXPERTS))
 
 
+def logits_of(folder):
+    """The router's logits on all tokens, by layer: (tokens, E), float64."""
+    model, arch = load(folder / "dense"), load_arch(folder / "dense")
+    found = [[] for _ in range(LAYERS)]
+    for layer in range(LAYERS):
+        router = model.get_submodule(arch.adapter.modules["router"].format(layer))
+        router.register_forward_hook(lambda _, __, out, rows=found[layer]: rows.append(out[0]))
+    with torch.inference_mode():
+        for block in blocks_of(folder):
+            model(block[None])
+    return [torch.cat(rows) for rows in found]
+
+
+def test_logits_of_the_router_are_those_of_all_tokens(mixture):  # noqa: F811
+    rxx = Rxx(mixture / "rxx/router_logits.safetensors", "router_logits")
+    for layer, H in enumerate(logits_of(mixture)):
+        assert len(H) == CUT["tokens"]
+        near(rxx.R(layer, (EXPERTS, EXPERTS)) * CUT["tokens"], H.T @ H)
+
+
 # --- solutions ------------------------------------------------------------------------------------
 
 
@@ -110,6 +130,25 @@ def test_points_that_are_the_same_are_joined_first():
     found = hc_smoe(points("duplicates"), torch.ones(24), 20).tolist()
     assert len({found[e] for e in (3, 7, 11, 20)}) == len({found[e] for e in (1, 2)}) == 1
     assert found[3] != found[1]
+
+
+@pytest.mark.parametrize("case", ["random", "far", "duplicates", "all the same"])
+def test_experts_go_into_the_dominant_ones_of_the_nearest_logits(case):
+    H = points(case).T  # (tokens, E)
+    counts = torch.randint(0, 50, (24,), generator=torch.Generator().manual_seed(2)).double()
+    counts[[4, 9]] = 0  # no token reaches these
+    for keep in (1, 2, 11, 24):
+        found = m_smoe(H.T @ H / len(H), counts, keep)
+        assert found.tolist() == reference.nearest_dominant(H, counts.tolist(), keep)
+
+
+def test_channels_are_put_in_the_order_of_the_first_expert():
+    draw = torch.Generator().manual_seed(0)
+    first = MLPWeights(*(torch.randn(s, generator=draw) for s in ((7, 9), (7, 9), (9, 6))))
+    order = torch.randperm(9, generator=draw)
+    other = MLPWeights(first.up[:, order], first.gate[:, order], first.down[order])
+    found = aligned_to(first, other)
+    assert all(torch.equal(getattr(found, p), getattr(first, p)) for p in MATRICES)
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 3, 0, 0, 9], [1e9, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
@@ -161,30 +200,44 @@ def emulate(model, arch, layers):
     return model
 
 
-def expected_layers(folder, keep):
+def aligned(first, weights):
+    """Channels in the order of the first expert's, by another solver."""
+    assign = pytest.importorskip("scipy.optimize").linear_sum_assignment
+    columns = [torch.cat((W.up, W.gate, W.down.T)).double() for W in (first, weights)]
+    order = assign((columns[0].T @ columns[1]).numpy(), maximize=True)[1]
+    return MLPWeights(weights.up[:, order], weights.gate[:, order], weights.down[order])
+
+
+def expected_layers(folder, mode, keep):
     """By layer, where each expert goes and the merged weights, by the slow definitions."""
     found = []
-    for layer, sums in enumerate(outputs_of(folder)):
-        merged = reference.average_linkage(sums / CUT["tokens"], keep)
+    for layer in range(LAYERS):
         counts = counts_of(folder, layer).tolist()
+        if mode == "hc-smoe":
+            sums = outputs_of(folder)[layer]
+            merged = reference.average_linkage(sums / CUT["tokens"], keep)
+        else:
+            merged = reference.nearest_dominant(logits_of(folder)[layer], counts, keep)
         weights = []
         for number in range(keep):
             members = [e for e in range(EXPERTS) if merged[e] == number]
             own = [counts[e] for e in members]
             own = own if sum(own) else [1.0] * len(own)
             dense = [weights_of(folder, layer, e) for e in members]
+            if mode == "m-smoe" and len(members) > 1:
+                dense = [aligned(weights_of(folder, layer, 0), W) for W in dense]
             stacks = {p: torch.stack([getattr(W, p).double() for W in dense]) for p in MATRICES}
             weights.append({p: reference.weighted_mean(x, own) for p, x in stacks.items()})
         found.append((merged, weights))
     return found
 
 
-@pytest.mark.parametrize("keep", [12, 5, 1])
-def test_the_compressed_mixture_is_the_dense_one_with_merged_weights(mixture, tmp_path, keep):  # noqa: F811
-    chosen = plan("-", mlp=f"hc-smoe@{keep}")
+@pytest.mark.parametrize(("mode", "keep"), [("hc-smoe", 12), ("hc-smoe", 1), ("m-smoe", 5)])
+def test_the_model_is_the_dense_one_with_merged_weights(mixture, tmp_path, mode, keep):  # noqa: F811
+    chosen = plan("-", mlp=f"{mode}@{keep}")
     approximate(mixture / "dense", mixture / "rxx", chosen, tmp_path / "small")
     report = read_record(tmp_path / "small/approx.json")
-    layers = expected_layers(mixture, keep)
+    layers = expected_layers(mixture, mode, keep)
     for said, (merged, _) in zip(report["layers"], layers, strict=True):
         assert said["mlp"]["merged"] == merged
         assert said["mlp"]["rank"] == keep

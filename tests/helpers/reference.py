@@ -92,3 +92,17 @@ def weighted_mean(values, weights):
     for value, weight in zip(values, weights, strict=True):
         total = total + weight * value
     return total / sum(weights)
+
+
+def nearest_dominant(H, counts, keep):
+    """Into which of the experts of the largest counts each goes: by cosines of logits H (T, E)."""
+    dominant = sorted(sorted(range(len(counts)), key=lambda e: -counts[e])[:keep])
+    found = []
+    for e in range(len(counts)):
+        cosines = []
+        for d in dominant:
+            norms = H[:, e].norm() * H[:, d].norm()
+            cosines.append((H[:, e] @ H[:, d] / norms).item() if norms > 0 else 0.0)
+        best = max(range(keep), key=lambda n: round(cosines[n], 9))
+        found.append(dominant.index(e) if e in dominant else best)
+    return found

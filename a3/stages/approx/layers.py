@@ -290,11 +290,12 @@ class LayerSolver:
     def fewer_experts(self, layer: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Like `solve_experts`, for a mode that drops experts or merges them with others."""
         rank, experts = self.rank("mlp", layer), self.whole_experts(layer)
-        (kind,) = find_mode("mlp", name).kinds
-        read, counts = self.rxx(kind, layer), self.experts.counts(kind, layer).to(self.device)
+        mode = find_mode("mlp", name)
+        counts = self.experts.counts(mode.kinds[0], layer).to(self.device)
+        read = self.rxx(mode.kinds[-1], layer)
         found = solver_of("mlp", name)(read, counts, rank)
-        if find_mode("mlp", name).merges:
-            tensors, error = experts.merged(found, counts)
+        if mode.merges:
+            tensors, error = experts.merged(found, counts, aligned=mode.aligned)
             which = "merged"
         else:
             tensors = experts.kept(found.tolist())

@@ -1,6 +1,6 @@
 """Whole experts: some of a layer's are kept as they are, or merged with others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from a3.models.checkpoint import Checkpoint
 from a3.models.shape import Arch
 from a3.models.weights import MLPWeights
-from a3.solutions.mlp import mean_of_experts, shares_of_merged
+from a3.solutions.mlp import aligned_to, mean_of_experts, shares_of_merged
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,24 @@ class WholeExperts:
             tensors[name] = rows[list(kept)].contiguous()
         return tensors
 
-    def merged(self, merged: Tensor, counts: Tensor) -> tuple[dict[str, Tensor], float]:
+    def merged(
+        self, merged: Tensor, counts: Tensor, *, aligned: bool
+    ) -> tuple[dict[str, Tensor], float]:
         """The tensors of merged experts, and what their weights lose.
 
         `merged` (E,) says into which of them an expert goes, `counts` (E,) how many tokens reach
-        it. The loss is Σ_e f_e ‖W_e - W_merged(e)‖² / Σ_e f_e ‖W_e‖², f_e being the counts: of
-        weights, since how experts differ on a token is in no sum over tokens. The router stays.
+        it. With `aligned`, channels are first put in the order of the layer's first expert. The
+        loss is Σ_e f_e ‖W_e - W_merged(e)‖² / Σ_e f_e ‖W_e‖², f_e being the counts: of weights,
+        since how experts differ on a token is in no sum over tokens. The router stays.
         """
         shares = shares_of_merged(merged, counts)
         tensors: dict[str, Tensor] = {}
         lost = whole = 0.0
         for number in range(int(merged.max()) + 1):
             members = (merged == number).nonzero()[:, 0].tolist()
-            found = mean_of_experts((self.weights(e) for e in members), shares[members].tolist())
+            alone = not aligned or len(members) == 1
+            several = map(self.weights, members) if alone else self.aligned(members)
+            found = mean_of_experts(several, shares[members].tolist())
             tensors |= self.pack(found.weights, number)
             lost += found.spread * counts[members].sum().item()
             whole += found.power * counts[members].sum().item()
@@ -60,6 +65,12 @@ class WholeExperts:
             sums.index_add_(0, merged.cpu(), biases.double() * shares.cpu()[:, None])
             tensors[name] = sums.to(biases.dtype)
         return tensors, lost / whole if whole else 0.0
+
+    def aligned(self, members: Sequence[int]) -> Iterator[MLPWeights]:
+        """Some experts with their channels in the order of the layer's first expert."""
+        first = self.weights(0)
+        for expert in members:
+            yield first if expert == 0 else aligned_to(first, self.weights(expert))
 
     def tensor(self, packed: str) -> Tensor | None:
         """A dense tensor by its name in the compressed checkpoint; None if there is none."""

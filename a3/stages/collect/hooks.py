@@ -36,6 +36,8 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         return nothing(arch, layer, accumulator)
     if is_of_experts(KINDS[accumulator.kind], vars(arch)):
         return attach_experts(trunk, arch, layer, accumulator)
+    if site == "router":
+        return attach_router(trunk, arch, layer, accumulator)
     projection = SITES.get(site, site)
     if site == "attention_input" and not arch.solves("qk", layer):
         projection = "v"
@@ -122,6 +124,18 @@ def attach_experts(
 
     site = KINDS[accumulator.kind].site
     name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
+    return trunk.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def attach_router(
+    trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator
+) -> RemovableHandle:
+    """Hook the router's logits of all tokens, which are computed again."""
+    name = arch.adapter.modules["router"].format(layer).removeprefix(f"{arch.adapter.prefix}.")
+
+    def hook(router: nn.Module, inputs: tuple[Tensor]) -> None:
+        accumulator.add(layer, inputs[0].flatten(0, -2) @ router.weight.T)
+
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
 
 
