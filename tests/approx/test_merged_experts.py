@@ -19,21 +19,23 @@ from test_experts import (
     plan,
     weights_of,
 )
+from test_probe import SETTINGS, solve, tiny
 from test_probe import load as load_float32
-from test_probe import solve, tiny
 from tiny import run
 
 from a3.core.errors import A3Error
 from a3.core.files import read_record
 from a3.models.arch import load_arch
 from a3.models.compressed import compressed_record
-from a3.models.load import load_model
+from a3.models.load import load_model, load_tokenizer
 from a3.models.weights import MLPWeights
 from a3.numerics.clusters import average_linkage
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
 from a3.solutions.mlp import aligned_to, hc_smoe, m_smoe, mean_of_experts, shares_of_merged
 from a3.stages.approx.approximate import approximate
+from a3.texts.blocks import token_blocks
+from a3.texts.reading import load_documents
 
 MATRICES = ("up", "gate", "down")
 
@@ -318,6 +320,25 @@ def test_any_number_of_experts_may_be_left(mixture):  # noqa: F811
 # --- probed mixtures ------------------------------------------------------------------------------
 
 
+def hidden_of(model, arch, folder):
+    """What the experts of each layer get of all calibration tokens, (tokens, d)."""
+    found = {n: [] for n in range(arch.layers) if arch.solves("mlp", n)}
+    handles = [
+        model.get_submodule(arch.adapter.experts_module(n)).register_forward_pre_hook(
+            lambda _, inputs, rows=rows: rows.append(inputs[0])
+        )
+        for n, rows in found.items()
+    ]
+    cut = {key: SETTINGS[key] for key in ("tokens", "block_length", "seed", "bos")}
+    documents = load_documents(folder / "text.txt")
+    with torch.inference_mode():
+        for block in token_blocks(documents, load_tokenizer(folder / "dense"), **cut):
+            model(block[None])
+    for handle in handles:
+        handle.remove()
+    return {n: torch.cat(rows) for n, rows in found.items()}
+
+
 @pytest.mark.parametrize("model_type", ["dots1", "gpt_oss", "granitemoe"])
 def test_a_probed_mixture_is_merged(tmp_path, model_type):
     """Its router is not known, and need not be; with biases, transposed, stacked, a dense layer."""
@@ -327,13 +348,21 @@ def test_a_probed_mixture_is_merged(tmp_path, model_type):
     small = solve(tmp_path, tmp_path / "small", "0.5", modes)
     report = read_record(tmp_path / "small/approx.json")["layers"]
     dense = load_float32(tmp_path / "dense")
+    hidden = hidden_of(dense, arch, tmp_path)
     for layer, said in enumerate(report):
         if not arch.solves("mlp", layer):
             assert "mlp" not in said
             continue
         merged, counts = said["mlp"]["merged"], said["mlp"]["expert_tokens"]
-        assert len(set(merged)) == arch.experts // 2
         experts = dense.get_submodule(arch.adapter.experts_module(layer))
+        # The family's own code, by which one expert gets all tokens.
+        x = hidden[layer]
+        ones = torch.ones(len(x), 1)
+        outputs = [
+            experts(x, torch.full((len(x), 1), e), ones).mean(0) for e in range(arch.experts)
+        ]
+        points = torch.stack(outputs).detach().double()
+        assert merged == reference.average_linkage(points, arch.experts // 2)
         for value in experts.parameters():
             means = [value[e].detach().clone() for e in range(arch.experts)]
             for e in range(arch.experts):
