@@ -118,10 +118,11 @@ def m_smoe(logits: Tensor, counts: Tensor, keep: int) -> Tensor:
     dominant. Each other one goes into the dominant one of the largest
     Sim(e, f) = cosine(H_e, H_f), H (E, T) being the router's logits on all calibration tokens, of
     which `logits` (E, E) is H Hᵀ, at any scale. Before, channels of all experts of a cluster are
-    put in the order of the layer's first expert (`aligned_to`), as the authors' code has it. The
-    authors choose dominant experts of all layers together, so that layers differ in how many they
-    have; here each layer has the same number, as with all modes of experts. Which dominant expert
-    each goes into, (E,), by the order of these; `shares_of_merged` says how weights are added up.
+    put in the order of the layer's first expert (`aligned_to`), as the authors' code has it for
+    Switch Transformers (that for Mixtral leaves them). The authors choose dominant experts of all
+    layers together, so that layers differ in how many they have; here each layer has the same
+    number, as with all modes of experts. Which dominant expert each goes into, (E,), by the order
+    of these; `shares_of_merged` says how weights are added up.
     """
     dominant = keep_best(counts, keep)
     root = logits.diagonal().clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
