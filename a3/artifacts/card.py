@@ -243,7 +243,7 @@ def components_table(record: dict[str, Any]) -> str:
             rows.append(f"| {NAMES[component]} | {DENSE} | {full} | |")
             continue
         ranks = sorted({rank for layer in said for rank in ranks_of(layer)})
-        if "experts" in said[0]:
+        if counts_experts(said[0]):
             full = f"{base['experts']} experts"
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         errors = [layer["relative_error"] for layer in said]
@@ -256,7 +256,12 @@ def components_table(record: dict[str, Any]) -> str:
 
 def ranks_of(layer: dict[str, Any]) -> list[int]:
     """The ranks of a component of a layer: of experts each one's, or how many are kept."""
-    return [layer["rank"]] if "experts" in layer else layer.get("expert_ranks", [layer["rank"]])
+    return [layer["rank"]] if counts_experts(layer) else layer.get("expert_ranks", [layer["rank"]])
+
+
+def counts_experts(layer: dict[str, Any]) -> bool:
+    """Whether the rank of a component of a layer is how many experts are left."""
+    return "experts" in layer or "merged" in layer
 
 
 def training(record: dict[str, Any]) -> str:

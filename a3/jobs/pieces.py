@@ -19,6 +19,7 @@ from a3.jobs.counts import Key, clock, counted, modelled, scaled
 from a3.models.family import AttentionWeights, MLPWeights
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks, sizes
+from a3.numerics.assignment import assign
 from a3.rxx.container import Accumulator
 from a3.rxx.kinds import KINDS, is_of_experts
 from a3.solutions.factors import Matrix
@@ -162,8 +163,9 @@ class Pieces:
     def statistic(self, kind: str, block_length: int, dtype: str) -> float:
         """Seconds to add one token to one layer's sums, which grow with the sums' numbers."""
         kind = ALIKE.get(KINDS[kind].form, kind)
-        if KINDS[kind].form in ("fisher", "norm"):
-            return 0.0  # of the backward pass by weights; of the experts' outputs computed again
+        if KINDS[kind].form in ("fisher", "norm", "output") or KINDS[kind].site == "router":
+            # Of the backward pass by weights; of the experts' outputs computed again; too little.
+            return 0.0
         whole = self.narrow(self.arch.heads)
         known = whole.statistic_shape(KINDS[kind])
         full = KINDS[kind].form == "full"
@@ -186,9 +188,17 @@ class Pieces:
         """Seconds to solve a component; of modes that eliminate, after that."""
         if find_mode(component, mode).factors:
             return self.factor(component, mode)
-        if find_mode(component, mode).drops:
-            return 0.0
+        if find_mode(component, mode).aligned:
+            return self.alignment()
+        if find_mode(component, mode).of_experts:
+            return 0.0  # weights are copied or added up
         return self.of_component(component, mode, rank, partial(solving, component, mode))
+
+    def alignment(self) -> float:
+        """Seconds to put the channels of all experts in one order, at most: n³ operations each."""
+        whole, n = self.arch.intermediate_size, min(self.arch.intermediate_size, self.sizes[0])
+        seconds = clock(partial(assign, torch.rand(n, n)), torch.device("cpu"))
+        return seconds * (whole / n) ** 3 * self.arch.experts
 
     def losses(self, component: str, mode: str, rank: int) -> float:
         """Seconds to eliminate down to a rank."""

@@ -29,6 +29,7 @@ from a3.rxx.kinds import (
     GRADIENT_BLOCKS,
     KINDS,
     SAMPLED_FORMS,
+    experts_of_token,
     is_of_experts,
     states_disk,
     stored_bytes,
@@ -42,7 +43,8 @@ START = 5.0
 # For the harness: tokens of a short item with one of its four answers, and items per batch.
 ITEM_TOKENS, BATCH = 20, 8
 
-# A statistic of experts computes up and gate (and down) again: this share of a forward pass.
+# A statistic of experts computes up and gate (and down) again: this share of a forward pass, where
+# tokens reach as many experts as in the model.
 EXPERTS_AGAIN = 0.6
 
 # Numbers that are copied, written and hashed to time it.
@@ -95,7 +97,11 @@ class Trial:
         if "fisher" in forms:
             each += self.layer(block_length, dtype, "weights")
             heads += 2
-        again = sum(is_of_experts(KINDS[kind], self.shapes) for kind in kinds)
+        again = sum(
+            experts_of_token(KINDS[kind], self.shapes) / self.shapes["experts_per_token"]
+            for kind in kinds
+            if is_of_experts(KINDS[kind], self.shapes)
+        )
         each += again * EXPERTS_AGAIN * forward
         each *= arch.layers
         each += heads * self.head(block_length, dtype) if heads else 0.0

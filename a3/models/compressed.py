@@ -58,7 +58,8 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     full = (fields["head_dim"], fields["head_dim"], fields["intermediate_size"])
     dense_size = sizes(fields, [full] * fields["layers"], number_of_parameters(dense_model), dtype)
     ranks = list(zip(a3["qk_ranks"], a3["ov_ranks"], a3["mlp_ranks"], strict=True))
-    size = sizes(fields, ranks, number_of_parameters(model), dtype, a3["factors"])
+    factors, merged = a3["factors"], a3.get("merged")
+    size = sizes(fields, ranks, number_of_parameters(model), dtype, factors, merged)
     # A and B of a quantised model.
     products = (w.numel() for name, w in model.named_parameters() if name.endswith((".A", ".B")))
     size["flops_per_token"] += 2 * sum(products)
@@ -73,7 +74,8 @@ def described(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def require_lengths(folder: Path, a3: dict[str, Any], layers: int) -> None:
     """Raise A3Error unless the config has the sizes of this number of layers."""
-    for key in ("qk_ranks", "ov_ranks", "mlp_ranks", "factors"):
+    merged = ["merged"] if "merged" in a3 else []
+    for key in ("qk_ranks", "ov_ranks", "mlp_ranks", "factors", *merged):
         if len(a3[key]) != layers:
             raise A3Error(
                 f"{folder / 'config.json'}: a3.{key} has {len(a3[key])} items, and "

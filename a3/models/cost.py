@@ -19,6 +19,7 @@ from a3.rxx.kinds import (
     KINDS,
     LOGITS_TOKENS,
     SAMPLED_FORMS,
+    experts_of_token,
     is_of_experts,
     layer_memory,
     shape_of,
@@ -116,6 +117,10 @@ def collect_cost(
     flops = passes * tokens * arch["size"]["flops_per_token"]
     # Of symmetric sums half is computed; a token is in the sums of the experts that it reaches.
     flops += tokens * arch["layers"] * sum(numbers_of_token(kind, arch) for kind in kinds)
+    if "output" in forms:
+        # All experts' outputs of every token.
+        mlp = (arch["mlp_inputs"] + 1) * arch["hidden_size"] * arch["intermediate_size"]
+        flops += 2 * tokens * arch["layers"] * mlp * arch["experts"]
     return Cost(memory, flops)
 
 
@@ -123,7 +128,7 @@ def numbers_of_token(kind: str, arch: dict[str, Any]) -> int:
     """To how many of a layer's sums of a kind a token adds something."""
     count = math.prod(shape_of(KINDS[kind], arch))
     if is_of_experts(KINDS[kind], arch):
-        return count // arch["experts"] * arch["experts_per_token"]
+        return count // arch["experts"] * experts_of_token(KINDS[kind], arch)
     return count * sums_of(KINDS[kind], arch)
 
 

@@ -12,7 +12,7 @@ a3's own files are used.
 """
 
 import sys
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -129,13 +129,23 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """A mixture's experts, each with its own size; some may have been dropped."""
+    """A mixture's experts, each with its own size; some may have been dropped or merged.
+
+    `routed` has the numbers that the router has for each. A token that is routed to several of one
+    expert's goes there once, and their routing weights add up.
+    """
 
     def __init__(
-        self, dense: nn.Module, ranks: list[int], hidden_size: int, down_bias: bool
+        self,
+        dense: nn.Module,
+        ranks: list[int],
+        hidden_size: int,
+        down_bias: bool,
+        routed: list[list[int]],
     ) -> None:
         biased = hasattr(dense, "gate_up_proj_bias")
         super().__init__(Expert(hidden_size, rank, biased, down_bias) for rank in ranks)
+        self.routed = routed
         if biased:
             self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
         # Whether gate's and up's outputs follow one another, or alternate.
@@ -148,16 +158,20 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden_states (T, d); index and weights (T, top k): where each token goes."""
         out = torch.zeros_like(hidden_states)
-        if torch.compiler.is_exporting():
-            # A graph cannot loop over what tokens choose: every expert reads all of them.
-            for number in range(len(self)):
-                share = (weights * (index == number)).sum(-1, keepdim=True)
+        # A graph cannot loop over what tokens choose: every expert reads all of them.
+        exporting = torch.compiler.is_exporting()
+        reached = set() if exporting else set(index.unique().tolist())
+        for number, own in enumerate(self.routed):
+            if not exporting and reached.isdisjoint(own):
+                continue
+            chosen = reduce(torch.logical_or, [index == one for one in own])
+            share = (weights * chosen).sum(-1, keepdim=True)
+            if exporting:
                 out = out + (self.expert(number, hidden_states) * share).to(out.dtype)
-            return out
-        for number in index.unique().tolist():
-            token, place = torch.where(index == number)
+                continue
+            token = torch.where(chosen.any(-1))[0]
             x = self.expert(number, hidden_states[token])
-            out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
+            out.index_add_(0, token, (x * share[token]).to(out.dtype))
         return out
 
     def expert(self, number: int, x: Tensor) -> Tensor:
@@ -167,6 +181,18 @@ class Experts(nn.ModuleList):
         x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
         x = expert.down_proj(self.family[0]._apply_gate(x))
         return x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
+
+
+def routed_to(merged: list[int] | None, count: int, dense: int, layer: int) -> list[list[int]]:
+    """The router's numbers of `count` experts, into which each of the `dense` ones was `merged`."""
+    if merged is None:
+        return [[number] for number in range(count)]
+    if len(merged) != dense or set(merged) != set(range(count)):
+        raise ValueError(
+            f"config.json: a3.merged of layer {layer} is {merged}; expected, for each of {dense} "
+            f"experts, one of 0 to {count - 1}, and each of these. Save or build the model again."
+        )
+    return [[one for one, into in enumerate(merged) if into == number] for number in range(count)]
 
 
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -221,8 +247,11 @@ def replace_mlp(
     router = places.pop("router", None)
     if name := places.pop("experts", None):
         dense = body.get_submodule(name)
-        body.set_submodule(name, Experts(dense, rank, hidden_size, a3["down_bias"]))
-        if router and len(rank) < body.get_submodule(router).weight.shape[0]:
+        # Of earlier folders, and where nothing is merged, there is no such key.
+        merged = a3["merged"][layer] if "merged" in a3 else None
+        routed = routed_to(merged, len(rank), len(dense.down_proj), layer)
+        body.set_submodule(name, Experts(dense, rank, hidden_size, a3["down_bias"], routed))
+        if router and merged is None and len(rank) < body.get_submodule(router).weight.shape[0]:
             # Tokens are not routed to experts that have been dropped.
             weight = body.get_submodule(router).weight
             body.get_submodule(router).weight = nn.Parameter(weight[: len(rank)].clone())
@@ -337,7 +366,8 @@ def classes(family: str) -> dict[str, type]:
     `norm_eps` of these norms; rope, nope_layers; `same_pairs`, whether all rotated layers kept the
     same pairs;
     `rope_pairs`, `qk_ranks`, `ov_ranks` and `mlp_ranks`, one number a layer (of experts, one list a
-    layer, of those that are kept); `factors`, a dictionary a layer, the rank of each factored
+    layer, of those that are left); `merged`, where experts were, a list a layer (or None) of the
+    expert into which each dense one was; `factors`, a dictionary a layer, the rank of each factored
     matrix; `quantised`, where the model is (a3.models.quantised). head_dim stays the dense one,
     because RoPE's frequencies derive from it.
     """

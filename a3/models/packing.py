@@ -1,7 +1,7 @@
 """How a compressed model's tensors are named and its config.json is written."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,14 @@ def compressed_config(
     *,
     down_bias: bool,
     same_pairs: bool,
+    merged: Sequence[list[int] | None] = (),
 ) -> dict[str, Any]:
     """The content of a compressed model's config.json, from the dense one's.
 
     `ranks`, `pairs` (kept RoPE pairs of a head, if a layer has RoPE) and `factors` (ranks of
     factored matrices) have one item per layer. `down_bias`: the MLP's output gets a bias, even if
-    the family has none. `same_pairs`: all layers with RoPE keep the same pairs.
+    the family has none. `same_pairs`: all layers with RoPE keep the same pairs. `merged`: into
+    which expert each dense one was merged, per layer, None where none was.
     """
     qk_ranks, ov_ranks, mlp_ranks = map(list, zip(*ranks, strict=True))
     config = dense | {"model_type": LazyConfig.model_type}
@@ -152,6 +154,8 @@ def compressed_config(
         "factors": factors,
         "down_bias": down_bias,
     }
+    if any(merged):
+        config["a3"]["merged"] = list(merged)
     if arch.wrapper is not None:
         config["a3"] |= {"wrapper": arch.wrapper, "backbone": arch.adapter.backbone}
     return config

@@ -1,6 +1,6 @@
 """Parameters, KV cache and FLOPs of a model with given ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, TypeAlias
 
@@ -22,19 +22,21 @@ def sizes(
     parameters: int,
     dtype: str,
     factors: list[dict[str, int]] | None = None,
+    merged: Sequence[list[int] | None] | None = None,
 ) -> dict[str, int]:
     """Parameters, KV-cache bytes per token, FLOPs per token of a model with the given ranks.
 
     `ranks` has (QK head size, OV head size, MLP size) per layer; for experts the MLP size is a
     list, and tokens are assumed to reach all experts equally. `factors` has the rank of each
     factored matrix, per layer. If only the keys are factored, the cache holds their latent (Palu).
+    `merged` says, per layer, into which expert each dense one was merged, or None: then the router
+    chooses as before, and a token reaches at most as many experts as are left.
     A multiply-add counts as two FLOPs; attention products are counted against FLOPS_CONTEXT keys;
     router and LM head are included. `rest` of a probed model has, per layer, the matrices that are
     in no component, and the cache of attention that stays.
     """
     width = WIDTHS[dtype]
     d, H, G = fields["hidden_size"], fields["heads"], fields["kv_heads"]
-    experts, active = fields["experts"], fields["experts_per_token"]
     linear = attention = cache = 0
     structure, fixed = fields["structure"], fields["fixed"]
     for layer, (qk, ov, channels) in enumerate(ranks):
@@ -43,6 +45,7 @@ def sizes(
             (fields["rest"] or [NONE] * len(ranks))[layer],
         )
         n = mean(channels) if isinstance(channels, list) else channels
+        reached, rows = routing(fields, channels, bool(merged and merged[layer]))
         shapes = {"q": (d, H * qk), "k": (d, G * qk), "v": (d, G * ov), "o": (H * ov, d)}
         shapes |= {"up": (d, n), "down": (n, d)}
         if fields["mlp"] == "3-layer":
@@ -55,9 +58,8 @@ def sizes(
             if component_of(name) not in solved:
                 continue
             size = own[name] * (inputs + outputs) if name in own else inputs * outputs
-            linear += size * (active or 1) if name in ("gate", "up", "down") else size
-        routed = len(channels) if isinstance(channels, list) else experts
-        linear += rest["weights"] + (d * routed if "mlp" in solved else 0)
+            linear += size * (reached or 1) if name in ("gate", "up", "down") else size
+        linear += rest["weights"] + (d * rows if "mlp" in solved else 0)
         if "qk" not in solved and "ov" not in solved:
             attention += H * rest["cached"] // G * FLOPS_CONTEXT
             cache += rest["cached"] * width
@@ -72,6 +74,16 @@ def sizes(
         "kv_bytes_per_token": cache,
         "flops_per_token": round(2 * (linear + attention + d * fields["vocab_size"])),
     }
+
+
+def routing(fields: dict[str, Any], channels: int | list[int], merged: bool) -> tuple[int, int]:
+    """How many experts a token reaches in a layer at most, and the rows of its router; 0, 0 where
+    there are none. `channels` has the sizes of its experts, which were `merged` or dropped.
+    """
+    full, taken = fields["experts"], fields["experts_per_token"]
+    if not isinstance(channels, list):
+        return taken, full
+    return min(taken, len(channels)), full if merged else len(channels)
 
 
 def component_of(projection: str) -> str:

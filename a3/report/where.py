@@ -89,7 +89,7 @@ def part_of(record: dict[str, Any], component: str) -> Part:
 
 def kept(said: dict[str, Any], full: int, experts: int) -> float:
     """The share of its size that a layer keeps of a component, by the layer's report."""
-    if "experts" in said:  # whole experts are dropped
+    if "experts" in said or "merged" in said:  # experts are fewer, and none is smaller
         return said["rank"] / experts
     if "expert_ranks" in said:
         return mean(said["expert_ranks"]) / full

@@ -42,10 +42,13 @@ def outer_sum(x: Tensor, form: str, heads: int) -> Tensor:
 def expert_sum(x: Tensor, weight: Tensor, form: str) -> Tensor:
     """The kept sum over an expert's tokens: x (tokens, width), weighted, and weights (tokens,).
 
-    The mean of x is taken by the weights: of x (= weight · h), Σ weight² h is kept.
+    The mean of x is taken by the weights: of x (= weight · h), Σ weight² h is kept. Of the form
+    output x is of all tokens, and has no weights.
     """
     if form == "norm":
         return torch.linalg.vector_norm(x, dim=1).sum()
+    if form == "output":
+        return x.sum(0)
     return outer_sum(x * weight[:, None] if form == "mean" else x, form, 1)
 
 
@@ -99,7 +102,7 @@ class Accumulator:
 
     def add_experts(self, layer: int, reached: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Add a block's tokens of each expert, in turn: x (tokens, width), and their routing
-        weights (tokens,), by which x has been multiplied already.
+        weights (tokens,), by which x has been multiplied already (not of `expert_sum`'s output).
         """
         sums, counts, squares = [], [], []
         for number, (x, weight) in enumerate(reached):

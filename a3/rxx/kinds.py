@@ -26,8 +26,10 @@ class Kind:
 
     Of a mixture, the inputs of down are summed for each expert, over the tokens that reach it, each
     times its routing weight: the mixture's output is the sum of what down makes of these. The
-    gradient by the output of down is that by the mixture's output. norm (only of `experts`) is
-    Σ ‖y‖ over the tokens of each expert, y its output times the routing weight.
+    gradient by the output of down is that by the mixture's output. Two forms are only of `experts`:
+    norm is Σ ‖y‖ over the tokens of each expert, y its output times the routing weight; output is
+    Σ y over all tokens, those included that do not reach the expert, y what it makes of them. The
+    site router is the logits by which a token chooses its experts.
     """
 
     site: str
@@ -72,12 +74,17 @@ KINDS = {
     "attention_gradient": Kind("o", "gradient"),
     "mlp_gradient": Kind("down", "gradient"),
     "pair_gradient": Kind("q", "factors"),
-    # For modes that drop whole experts.
+    # For modes that drop or merge whole experts.
     "expert_norm": Kind("experts", "norm"),
+    "expert_output": Kind("experts", "output"),
+    "router_logits": Kind("router", "full"),
 }
 
 # What a mixture of experts has of its MLPs.
-EXPERT_KINDS = ("down_diagonal", "down_input", "down_mean", "mlp_gradient", "expert_norm")
+EXPERT_KINDS = (
+    *("down_diagonal", "down_input", "down_mean", "mlp_gradient"),
+    *("expert_norm", "expert_output", "router_logits"),
+)
 
 # Families whose layers norm what attention and MLP make before they add it; of others a probe says.
 NORMED_OUTPUTS = ("gemma2", "gemma3_text", "glm4", "olmo2")
@@ -109,7 +116,8 @@ def width_of(site: str, arch: Mapping[str, Any]) -> int:
     """Width of an activation."""
     if site in ("q", "k", "v", "o", "o_input"):
         return heads_of(site, arch) * arch["head_dim"]
-    return arch["intermediate_size" if site == "down_input" else "hidden_size"]
+    names = {"down_input": "intermediate_size", "router": "experts"}
+    return arch[names.get(site, "hidden_size")]
 
 
 def has_pairs_in_norms(arch: Mapping[str, Any]) -> bool:
@@ -160,6 +168,11 @@ def shape_of(kind: Kind, arch: Mapping[str, Any]) -> tuple[int, ...]:
 def is_of_experts(kind: Kind, arch: Mapping[str, Any]) -> bool:
     """Whether a kind is summed for each of a mixture's experts."""
     return bool(arch["experts"]) and kind.site in ("down_input", "experts")
+
+
+def experts_of_token(kind: Kind, arch: Mapping[str, Any]) -> int:
+    """To how many experts' sums of a kind a token adds something."""
+    return arch["experts" if kind.form == "output" else "experts_per_token"]
 
 
 def stored_bytes(arch: Mapping[str, Any], kind: str) -> int:

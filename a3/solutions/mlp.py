@@ -1,11 +1,14 @@
 """MLP: keep r of n intermediate channels (paper section 3.3)."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from a3.models.family import MLPWeights
+from a3.numerics.assignment import assign
+from a3.numerics.clusters import average_linkage
 from a3.numerics.elimination import Elimination, eliminate
 from a3.numerics.linalg import (
     keep_best,
@@ -92,6 +95,102 @@ def reap(norms: Tensor, counts: Tensor, keep: int) -> Tensor:
     `counts` tokens, at any common scale. The others are dropped as by `frequency`.
     """
     return keep_best(norms / counts.clamp(min=1), keep)
+
+
+def hc_smoe(outputs: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Merge experts whose mean outputs are near each other (average linkage), by their tokens.
+
+    HC-SMoE (Chen et al. 2024, arXiv 2410.08589), in the form of its main results, and as its
+    authors' code has it: average linkage of expert outputs, frequency-weighted merging. `outputs`
+    (E, d) are means over all T calibration tokens, wherever these are routed:
+    o_e = 1/T Σ_x E_e(x). Of the clusters, one an expert at first, the two with the least average
+    distance 1/(|A| |B|) Σ_{a ∈ A, b ∈ B} ‖o_a - o_b‖ are joined, until `keep` are left, in each
+    layer as many. Which of them each expert is in, (E,), by the order of their first experts;
+    `shares_of_merged` says how their weights are added up.
+    """
+    return average_linkage(outputs, keep)
+
+
+def m_smoe(logits: Tensor, counts: Tensor, keep: int) -> Tensor:
+    """Merge experts into those that most tokens reach, by similarity of the router's logits.
+
+    M-SMoE (Li et al. 2023, arXiv 2310.01334). The `keep` experts with the largest `counts` (E,) are
+    dominant. Each other one goes into the dominant one of the largest
+    Sim(e, f) = cosine(H_e, H_f), H (E, T) being the router's logits on all calibration tokens, of
+    which `logits` (E, E) is H Hᵀ, at any scale. Before, channels of all experts of a cluster are
+    put in the order of the layer's first expert (`aligned_to`), as the authors' code has it for
+    Switch Transformers (that for Mixtral leaves them). The authors choose dominant experts of all
+    layers together, so that layers differ in how many they have; here each layer has the same
+    number, as with all modes of experts. Which dominant expert each goes into, (E,), by the order
+    of these; `shares_of_merged` says how weights are added up.
+    """
+    dominant = keep_best(counts, keep)
+    root = logits.diagonal().clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+    merged = (logits / (root[:, None] * root))[:, dominant].argmax(1)
+    merged[dominant] = torch.arange(keep, device=merged.device)
+    return merged
+
+
+def aligned_to(first: MLPWeights, weights: MLPWeights) -> MLPWeights:
+    """An expert with its channels in another order, which leaves it the same function.
+
+    The permutation P with the least Σ ‖W_first - W P‖² over up, gate and down, that is, with the
+    largest Σ <W_first, W P>: weight matching (Ainsworth et al. 2022, arXiv 2209.04836, section 3.2)
+    in M-SMoE's form for a single hidden layer.
+    """
+    scores = first.down.double() @ weights.down.double().T
+    scores += first.up.double().T @ weights.up.double()
+    if first.gate is not None and weights.gate is not None:
+        scores += first.gate.double().T @ weights.gate.double()
+    order = assign(scores)
+    gate = None if weights.gate is None else weights.gate[:, order]
+    return MLPWeights(up=weights.up[:, order], gate=gate, down=weights.down[order])
+
+
+def shares_of_merged(merged: Tensor, counts: Tensor) -> Tensor:
+    """What an expert's weights count in those of the one that it is merged into, (E,) float64.
+
+    α_e = f_e / Σ_{i ∈ C} f_i, f being how often the router chose an expert of the cluster C, so
+    that the merged weights are Σ_{e ∈ C} α_e W_e: the frequency-weighted merging of M-SMoE (Li et
+    al. 2023, arXiv 2310.01334) and HC-SMoE. Where no token reaches any of them, they count the
+    same; the authors' code makes the merged weights 0 there. `merged` (E,) has the cluster of each.
+    """
+    count = int(merged.max()) + 1
+    own = counts.double()
+    whole = own.new_zeros(count).index_add_(0, merged, own)[merged]
+    size = own.new_zeros(count).index_add_(0, merged, torch.ones_like(own))[merged]
+    return torch.where(whole > 0, own / whole.clamp(min=1), 1 / size)
+
+
+@dataclass(frozen=True)
+class MeanExpert:
+    """Σ_e α_e W_e of some experts' weights, in float64.
+
+    `power` is Σ_e α_e ‖W_e‖² over all their matrices, and `spread` Σ_e α_e ‖W_e - mean‖².
+    """
+
+    weights: MLPWeights
+    power: float
+    spread: float
+
+
+def mean_of_experts(experts: Iterable[MLPWeights], shares: Sequence[float]) -> MeanExpert:
+    """The mean of experts, which are read one after another, by `shares` α_e that sum to 1."""
+    mean: dict[str, Tensor] = {}
+    power = 0.0
+    for weights, share in zip(experts, shares, strict=True):
+        for name, W in vars(weights).items():
+            if W is not None:
+                power += share * squares(W)
+                own = share * W.double()
+                mean[name] = mean[name].add_(own) if name in mean else own
+    left = sum(squares(W) for W in mean.values())
+    return MeanExpert(MLPWeights(**{"gate": None} | mean), power, max(0.0, power - left))
+
+
+def squares(W: Tensor) -> float:
+    """The sum of the squares of W (n, d), in float64 without a copy of W in it."""
+    return row_power(W).sum().item()
 
 
 def rxx_w(weights: MLPWeights, R: Tensor, rank: int) -> MLPSolution:

@@ -103,9 +103,11 @@ class Mode:
     modes that shrink heads or the intermediate size at the same ratio. With `latent`, the cache
     holds the product of the input and the first factor, which has the size of a smaller head. If
     the solution is ridge-regularised, it also gets `prior` divided by the number of tokens of the
-    first kind. With `drops`, whole experts are dropped, and the rank is how many are kept. With
-    `normed`, tokens are weighed as norms of outputs weigh them, where a model has these. With
-    `biased`, the output gets a bias, which a family may lack.
+    first kind. With `drops`, whole experts are dropped, and with `merges` they are merged with
+    others: then the rank is how many there are left. With `aligned`, channels of experts are put in
+    one order before. With `normed`, tokens are weighed as norms of
+    outputs weigh them, where a model has these. With `biased`, the output gets a bias, which a
+    family may lack.
     """
 
     kinds: tuple[str, ...]
@@ -114,13 +116,20 @@ class Mode:
     latent: bool = False
     prior: int = 0
     drops: bool = False
+    merges: bool = False
+    aligned: bool = False
     normed: bool = False
     biased: bool = False
 
     @property
     def keeps_sizes(self) -> bool:
         """Whether heads or channels stay as many as they are."""
-        return bool(self.factors) or self.drops
+        return bool(self.factors) or self.of_experts
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it makes experts fewer, and none of them smaller."""
+        return self.drops or self.merges
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,8 @@ MODES: dict[str, dict[str, Mode]] = {
         "obs": Mode(("down_input", "mlp_gradient"), (*MLPS, EXPERTS), prior=MLP_PRIOR, normed=True),
         "frequency": Mode(("expert_norm",), (EXPERTS,), drops=True),
         "reap": Mode(("expert_norm",), (EXPERTS,), drops=True),
+        "hc-smoe": Mode(("expert_output",), (EXPERTS,), merges=True),
+        "m-smoe": Mode(("expert_norm", "router_logits"), (EXPERTS,), merges=True, aligned=True),
         **FACTORED["mlp"],
     },
 }

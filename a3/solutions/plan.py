@@ -118,7 +118,7 @@ class Plan:
 
     def dense_sizes(self, arch: Arch) -> dict[str, int]:
         """Sizes of heads and MLP that the model gets: full where matrices are only factored, or
-        whole experts dropped.
+        experts only made fewer.
         """
         ranks = self.ranks(arch) if self.choices else {}
         return {
@@ -230,7 +230,7 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
     if isinstance(size, Target):
         return full  # how much is removed is known when ranks are allocated
     mode = find_mode(component, choice.mode)
-    if mode.drops:
+    if mode.of_experts:
         return experts_kept(arch, choice.mode, size)
     # A head with full RoPE consists of pairs.
     step = 2 if component == "qk" and arch.rope_dims == arch.head_dim else 1
@@ -245,17 +245,22 @@ def component_rank(arch: Arch, component: str, choice: Choice, multiple: int) ->
 
 
 def experts_kept(arch: Arch, mode: str, size: Decimal | int) -> int:
-    """How many experts a mode keeps that drops the others; A3Error for fewer than a token takes."""
+    """How many experts a mode leaves; A3Error for fewer than a token takes if others are dropped.
+
+    If they are merged with others, a token may take fewer than it did.
+    """
     if not isinstance(size, Decimal) and size > arch.experts:
         raise A3Error(
             f"mlp mode {mode!r}: keeps {size} experts, and a layer has {arch.experts}. Keep fewer."
         )
+    drops = find_mode("mlp", mode).drops
     try:
-        return rank_of(arch.experts, size, least=arch.experts_per_token)
+        return rank_of(arch.experts, size, least=arch.experts_per_token if drops else 1)
     except A3Error:
+        taken = f", of which a token takes {arch.experts_per_token}" if drops else ""
         raise A3Error(
-            f"mlp mode {mode!r}: {size} leaves too few of {arch.experts} experts, of "
-            f"which a token takes {arch.experts_per_token}. Take a smaller ratio or more experts."
+            f"mlp mode {mode!r}: {size} leaves too few of {arch.experts} experts{taken}. Take a "
+            "smaller ratio or more experts."
         ) from None
 
 
@@ -273,12 +278,14 @@ def require_fit(arch: Arch, component: str, mode: str) -> None:
             f"qk mode {mode!r}: {why}, and RoPE stays plain only where it turns whole heads of all "
             "layers. Take uniform-global."
         )
-    if component == "mlp" and find_mode(component, mode).drops and not arch.routes:
+    chosen = find_mode(component, mode)
+    if (chosen.drops or "router_logits" in chosen.kinds) and not arch.routes:
         raise A3Error(
             f"mlp mode {mode!r}: a3 does not know which tensor routes tokens in {arch.family}, so "
-            "that no expert can be dropped. Take a mode that makes experts smaller."
+            "that no expert can be dropped, or compared with others by its logits. Take hc-smoe, "
+            "or a mode that makes experts smaller."
         )
-    if component != "mlp" and find_mode(component, mode).factors and arch.runs_own_attention:
+    if component != "mlp" and chosen.factors and arch.runs_own_attention:
         raise A3Error(
             f"{component} mode {mode!r}: matrices of attention cannot be factored in "
             f"{arch.family}, whose own code runs with them. Take a mode that makes heads smaller, "

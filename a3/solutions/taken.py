@@ -40,7 +40,7 @@ class Taken:
         mode = self.mode(component)
         if mode is not None and mode.latent:
             return part(self.asked.inner, arch.kv_heads)
-        if mode is not None and (mode.factors or mode.drops):
+        if mode is not None and (mode.factors or mode.of_experts):
             return 1  # the ranks of factors are rounded themselves (Runtime.inner)
         if component in HEADS and self.asked.one_size:
             return self.head_step(arch)
@@ -109,7 +109,7 @@ class Taken:
         for component, choice in self.choices.items():
             mode, full = find_mode(component, choice.mode), arch.full_rank(component)
             named = not isinstance(choice.size, Decimal) or choice.size == 0
-            if choice.shared or named or mode.drops:
+            if choice.shared or named or mode.of_experts:
                 continue
             instead = f"leave it as it is: --{component} {DENSE}"
             if mode.factors and not mode.latent:

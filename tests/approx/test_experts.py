@@ -28,7 +28,10 @@ from a3.texts.blocks import token_blocks
 from a3.texts.reading import load_documents
 
 CUT = {"tokens": 2048, "block_length": 64, "seed": 0, "bos": True}
-STATISTICS = ("down_diagonal", "down_mean", "down_input", "mlp_gradient", "expert_norm")
+STATISTICS = (
+    *("down_diagonal", "down_mean", "down_input", "mlp_gradient"),
+    *("expert_norm", "expert_output", "router_logits"),
+)
 MORE = ("q_blocks", "k_blocks", "v_blocks", "pair_gradient", "o_proj_input", "attention_gradient")
 DENSE = {"qk": "dense", "ov": "dense", "mlp": "dense"}
 PLUS = {"qk": "fisher~", "ov": "joint~", "mlp": "obs~"}
@@ -178,6 +181,7 @@ def test_kinds_that_a_mixture_lacks_are_refused(mixture, tmp_path):
         (mixture / "dense", "mlp_input", "each of which has its own MLP. Use one of down_diagonal"),
         (mixture / "dense", "down_output", "not available for a mixture"),
         (llama, "expert_norm", "of a mixture of experts, which llama is not"),
+        (llama, "router_logits", "of a mixture of experts, which llama is not"),
     ):
         with pytest.raises(A3Error, match=says):
             collect(folder, mixture / "text.txt", {kind: tmp_path / "x"}, **settings)
@@ -270,7 +274,9 @@ def test_the_compressed_mixture_is_its_emulation_in_the_dense_shapes(mixture, tm
     torch.testing.assert_close(logits(load(tmp_path / "again")), small, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ls", "obs", "modegpt", "flap", "frequency", "reap"])
+@pytest.mark.parametrize(
+    "mode", ["ls", "obs", "modegpt", "flap", "frequency", "reap", "hc-smoe", "m-smoe"]
+)
 def test_all_of_it_is_the_dense_mixture(mixture, tmp_path, mode):
     approximate(mixture / "dense", mixture / "rxx", plan("0", mlp=mode), tmp_path / "small")
     expected = logits(load(mixture / "dense"))

@@ -67,3 +67,42 @@ def more_tokens(z, others, count=1):
     n = z.shape[1]
     mean = sum(x.square().sum() for x in others) / (n * sum(len(x) for x in others))
     return torch.cat((z, (count * mean).sqrt() * torch.eye(n, dtype=z.dtype)))
+
+
+def average_linkage(points, count):
+    """Clusters of points by the definition: all distances of all pairs again in each step."""
+    clusters = [[i] for i in range(len(points))]
+    while len(clusters) > count:
+        best = None
+        for i in range(len(clusters)):
+            for j in range(i + 1, len(clusters)):
+                pairs = [(points[a] - points[b]).norm() for a in clusters[i] for b in clusters[j]]
+                distance = sum(pairs) / len(pairs)
+                # Not nearer by rounding alone.
+                if best is None or distance < best[0] * (1 - 1e-12):
+                    best = (distance, i, j)
+        _, i, j = best
+        clusters[i] = sorted(clusters[i] + clusters.pop(j))
+    return [next(n for n, one in enumerate(clusters) if i in one) for i in range(len(points))]
+
+
+def weighted_mean(values, weights):
+    """Σ w_i v_i / Σ w_i over the first dimension."""
+    total = torch.zeros_like(values[0])
+    for value, weight in zip(values, weights, strict=True):
+        total = total + weight * value
+    return total / sum(weights)
+
+
+def nearest_dominant(H, counts, keep):
+    """Into which of the experts of the largest counts each goes: by cosines of logits H (T, E)."""
+    dominant = sorted(sorted(range(len(counts)), key=lambda e: -counts[e])[:keep])
+    found = []
+    for e in range(len(counts)):
+        cosines = []
+        for d in dominant:
+            norms = H[:, e].norm() * H[:, d].norm()
+            cosines.append((H[:, e] @ H[:, d] / norms).item() if norms > 0 else 0.0)
+        best = max(range(keep), key=lambda n: round(cosines[n], 9))
+        found.append(dominant.index(e) if e in dominant else best)
+    return found

@@ -121,7 +121,7 @@ def test_pieces_of_large_models_are_small(tmp_path, monkeypatch, shape, mode):
     assert min(one.seconds for one in found) > START
 
 
-@pytest.mark.parametrize("mode", ["a3-plus", "reap"])
+@pytest.mark.parametrize("mode", ["a3-plus", "reap", "hc-smoe", "m-smoe"])
 def test_a_mixture_is_counted_by_its_experts(tmp_path, monkeypatch, mode):
     """Of the shapes of Qwen3-30B-A3B; nothing of the size of all its experts is computed."""
     config = AutoConfig.for_model(
@@ -154,7 +154,15 @@ def test_a_mixture_is_counted_by_its_experts(tmp_path, monkeypatch, mode):
         by_hand = 512 * 48 * 8 * 768**2
         assert collecting.flops < 6 * 2 * 3e9 * 512 + 4 * by_hand
     else:
-        assert collecting.disk < 2**24  # hidden states
+        # Hidden states; the router's logits or the mean outputs of experts.
+        more = {"m-smoe": 48 * 128**2 * 2, "hc-smoe": 48 * 128 * 2048 * 8}
+        assert collecting.disk < 2**24 + more.get(mode, 0)
+        # What every expert makes of every token, where that is asked for.
+        outputs = 512 * 48 * 128 * 2 * 3 * 2048 * 768
+        assert (collecting.flops > outputs) == (mode == "hc-smoe")
+        # Channels of all experts are put in order, in 3³ times the second that a piece takes.
+        own = pieces.Pieces(sketch(tmp_path), torch.device("cpu"))
+        assert own.solve("mlp", mode, 96) == (128 * 27 if mode == "m-smoe" else 0)
 
 
 def test_times_grow_by_their_law():

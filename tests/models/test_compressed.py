@@ -165,7 +165,7 @@ def prepare(folder, model_type, config):
 
 def kinds_of(arch):
     """Statistics that a model has: of experts, few; without RoPE, none of pairs."""
-    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ("experts",)
+    sites = ("mlp", "mlp_input", "down", "down_input") if arch.experts else ("experts", "router")
     lacks = {kind for kind in KINDS if KINDS[kind].site in sites}
     lacks -= set(EXPERT_KINDS) if arch.experts else set()
     lacks |= set() if arch.rope_layout else {"pair_gradient"}

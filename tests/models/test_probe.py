@@ -227,6 +227,13 @@ def test_plans_refuse_what_approx_would(tmp_path):
         Plan(choose(row | {"ov": "svd"})).check(tmp_path / "own")
     with pytest.raises(A3Error, match="which tensor routes tokens in dots1"):
         Plan(choose(row | {"mlp": "reap"})).check(tmp_path / "mixture")
+    with pytest.raises(A3Error, match=r"compared with others by its logits\. Take hc-smoe"):
+        Plan(choose(row | {"mlp": "m-smoe"})).check(tmp_path / "mixture")
+    Plan(choose(row | {"mlp": "hc-smoe"})).check(tmp_path / "mixture")
+    outputs = {"router_logits": tmp_path / "none.safetensors"}
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(A3Error, match="does not know which tensor routes tokens in dots1"):
+        collect(tmp_path / "mixture", tmp_path / "text.txt", outputs, **SETTINGS)
 
 
 def test_pairs_of_layers_that_stay_do_not_count(tmp_path):

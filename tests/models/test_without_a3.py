@@ -23,7 +23,9 @@ from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate
 from a3.stages.collect.collect import collect
 
-CASES = ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "bloom"]
+CASES = ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe", "bloom"]
+# Other modes than the paper's: experts that are merged.
+OTHERS = {"qwen3_moe": {"mlp": "hc-smoe"}}
 # What a user without a3 does, for all folders in one process; saved models load again.
 SCRIPT = """
 import importlib.util, json, sys
@@ -57,12 +59,13 @@ print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] == "a
 
 
 def small(folder: Path, case: str) -> torch.nn.Module:
-    """A tiny model of a family, compressed by the paper's modes into `small`."""
+    """A tiny model of a family, compressed by the paper's modes or OTHERS into `small`."""
     model_type, config = MODELS[case]
     tiny_model(folder / "dense", model_type, **config)
     redraw(folder / "dense")
     (folder / "text.txt").write_text(TEXT)
-    plan = Plan(choose(modes_of(load_arch(folder / "dense")) | {"ratio": "0.25"}))
+    modes = modes_of(load_arch(folder / "dense")) | OTHERS.get(case, {})
+    plan = Plan(choose(modes | {"ratio": "0.25"}))
     outputs = {kind: folder / f"{kind}.safetensors" for kind in kinds_needed(plan.choices)}
     collect(folder / "dense", folder / "text.txt", outputs, **SETTINGS)
     approximate(folder / "dense", folder, plan, folder / "small")

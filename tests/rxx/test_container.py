@@ -147,7 +147,12 @@ def test_statistics_of_experts_have_counts(tmp_path):
     assert rxx.layers() == [1]
 
 
-EXPERTS = {"down_input": (4, 60, 60), "down_diagonal": (4, 60), "expert_norm": (4,)}
+EXPERTS = {
+    "down_input": (4, 60, 60),
+    "down_diagonal": (4, 60),
+    "expert_norm": (4,),
+    "expert_output": (4, 60),
+}
 
 
 def routed(generator):
@@ -175,6 +180,7 @@ def test_shards_of_experts_add_up_and_each_is_read_alone(tmp_path, kind):
                     "down_input": lambda x=x: x.T @ x,
                     "down_diagonal": lambda x=x: x.square().sum(0),
                     "expert_norm": lambda x=x: x.norm(dim=1).sum(),
+                    "expert_output": lambda x=x: x.sum(0),
                 }[kind]()
         sums.save(path, {"tokens": 100, "shard": f"{i}of2"})
     merge([Rxx(path, kind) for path in paths], tmp_path / "merged.safetensors")
@@ -188,7 +194,7 @@ def test_shards_of_experts_add_up_and_each_is_read_alone(tmp_path, kind):
             if kind == "down_input":
                 diagonals = rxx.diagonal(0, EXPERTS[kind])[expert] * 200
                 assert torch.equal(diagonals, found.diagonal())
-    arch = ARCH | {"experts": 4, "intermediate_size": 60, "layers": 1}
+    arch = ARCH | {"experts": 4, "hidden_size": 60, "intermediate_size": 60, "layers": 1}
     size = (tmp_path / "whole.safetensors").stat().st_size - stored_bytes(arch, kind)
     assert 0 < size < 3000
 

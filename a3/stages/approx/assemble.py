@@ -100,6 +100,7 @@ def assemble(model_folder: Path, shards: list[Shard], paths: list[Path], folder:
                 count_parameters(folder),
                 arch.dtype,
                 [layer_factors(report) for report in reports],
+                [layer_merged(report) for report in reports],
             ),
         },
     }
@@ -138,6 +139,11 @@ def layer_ranks(arch: Arch, report: dict[str, Any]) -> Ranks:
         stay = [arch.intermediate_size] * arch.experts
         return qk, ov, report.get("mlp", {}).get("expert_ranks", stay)
     return qk, ov, mlp
+
+
+def layer_merged(report: dict[str, Any]) -> list[int] | None:
+    """Into which expert each of a layer's was merged; None where none was."""
+    return report.get("mlp", {}).get("merged")
 
 
 def layer_factors(report: dict[str, Any]) -> dict[str, int]:
@@ -197,6 +203,7 @@ def write_config(
         factors,
         down_bias=biased,
         same_pairs=all(pairs == rotated[0] for pairs in rotated) and not others,
+        merged=[layer_merged(report) for report in reports],
     )
     if stored:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}

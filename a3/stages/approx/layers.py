@@ -1,7 +1,7 @@
 """Solves one layer: its components' modes, ranks and statistics."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from a3.solutions.functions import losses_of, losses_of_model, solver_of
 from a3.solutions.modes import COMPONENTS, ONE_SIZE, PRIOR_CHANNELS, SHARING, find_mode
 from a3.solutions.plan import factor_ranks, least_rank
 from a3.stages.approx.experts import ExpertStatistics
+from a3.stages.approx.whole import WholeExperts
 
 Weights: TypeAlias = AttentionWeights | MLPWeights
 
@@ -259,9 +260,9 @@ class LayerSolver:
         """
         arch, name = self.arch, self.modes.get("mlp")
         if name is None:
-            return self.kept_experts(layer, range(arch.experts)), {}
-        if find_mode("mlp", name).drops:
-            return self.drop_experts(layer, name)
+            return self.whole_experts(layer).kept(range(arch.experts)), {}
+        if find_mode("mlp", name).of_experts:
+            return self.fewer_experts(layer, name)
         tensors: dict[str, Tensor] = {}
         reports = []
         for expert in range(arch.experts):
@@ -286,40 +287,37 @@ class LayerSolver:
             "expert_ranks": ranks,
         }
 
-    def drop_experts(self, layer: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Like `solve_experts`, for a mode that keeps some experts as they are."""
-        rank = self.rank("mlp", layer)
-        (kind,) = find_mode("mlp", name).kinds
-        norms, counts = self.rxx(kind, layer), self.experts.counts(kind, layer)
-        kept = solver_of("mlp", name)(norms, counts, rank).tolist()
-        return self.kept_experts(layer, kept), {
+    def fewer_experts(self, layer: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Like `solve_experts`, for a mode that drops experts or merges them with others."""
+        rank, experts = self.rank("mlp", layer), self.whole_experts(layer)
+        mode = find_mode("mlp", name)
+        counts = self.experts.counts(mode.kinds[0], layer).to(self.device)
+        read = self.rxx(mode.kinds[-1], layer)
+        found = solver_of("mlp", name)(read, counts, rank)
+        if mode.merges:
+            tensors, error = experts.merged(found, counts, aligned=mode.aligned)
+            which = "merged"
+        else:
+            tensors = experts.kept(found.tolist())
+            error = relative(read.sum() - read[found].sum(), read.sum()).item()
+            which = "experts"
+        return tensors, {
             "mode": name,
             "rank": rank,
-            "relative_error": relative(norms.sum() - norms[kept].sum(), norms.sum()).item(),
-            "experts": kept,
+            "relative_error": error,
+            which: found.tolist(),
             "expert_tokens": counts.int().tolist(),
             "expert_ranks": [self.arch.intermediate_size] * rank,
         }
 
-    def kept_experts(self, layer: int, kept: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of some dense experts, numbered anew, and the rows of the router for them."""
-        tensors: dict[str, Tensor] = {}
-        for number, expert in enumerate(kept):
-            weights = self.mlp_weights(layer, expert)
-            tensors |= self.pack(layer, weights, REPLACED["mlp"], number)
-        if len(kept) < self.arch.experts:
-            name, rows = self.router(layer)
-            tensors[name] = rows[list(kept)].contiguous()
-        return tensors
+    def whole_experts(self, layer: int) -> WholeExperts:
+        """The experts of a layer, for what leaves each of them its size."""
 
-    def router(self, layer: int) -> tuple[str, Tensor]:
-        """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
-        adapter = self.arch.adapter
-        packed = f"{adapter.modules['router'].format(layer)}.weight"
-        names = adapter.names_in(self.checkpoint, layer)
-        return packed, self.checkpoint.tensor(
-            next(name for name in names if adapter.packed_rest(name) == packed)
-        )
+        def pack(weights: MLPWeights, number: int) -> dict[str, Tensor]:
+            return self.pack(layer, weights, REPLACED["mlp"], number)
+
+        weights = partial(self.mlp_weights, layer)
+        return WholeExperts(self.arch, self.checkpoint, layer, weights, pack)
 
     def rank(self, component: str, layer: int, expert: int | None = None) -> int:
         """The rank of a component in one layer, or of one of its experts."""

@@ -203,10 +203,15 @@ def require_kinds(arch: Arch, kinds: Iterable[str]) -> None:
                 f"statistic {kind!r}: a compressed model has only statistics of inputs, with "
                 "which it is quantised, and none of experts. Collect it on the dense model."
             )
-        if site == "experts" and not arch.experts:
+        if site in ("experts", "router") and not arch.experts:
             raise A3Error(
                 f"statistic {kind!r}: of a mixture of experts, which {arch.family} is not. Remove "
                 "it."
+            )
+        if site == "router" and not arch.routes:
+            raise A3Error(
+                f"statistic {kind!r}: a3 does not know which tensor routes tokens in "
+                f"{arch.family}. Remove it."
             )
         of_mlp = site in ("mlp", "mlp_input", "down", "down_input")
         if arch.experts and of_mlp and kind not in EXPERT_KINDS:

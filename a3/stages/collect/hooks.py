@@ -36,6 +36,8 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
         return nothing(arch, layer, accumulator)
     if is_of_experts(KINDS[accumulator.kind], vars(arch)):
         return attach_experts(trunk, arch, layer, accumulator)
+    if site == "router":
+        return attach_router(trunk, arch, layer, accumulator)
     projection = SITES.get(site, site)
     if site == "attention_input" and not arch.solves("qk", layer):
         projection = "v"
@@ -94,10 +96,11 @@ def attach_experts(
 ) -> RemovableHandle:
     """Hook the input of the experts' down projections, each token with its routing weight.
 
-    No module has exactly that input, so up and gate are computed again (and down for norms).
+    No module has exactly that input, so up and gate are computed again (and down where outputs are
+    asked for; of all tokens for their sums).
     """
-
     turned = arch.structure is not None and arch.structure["turned"]
+    every = KINDS[accumulator.kind].form == "output"
 
     def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         accumulator.add_experts(layer, reached(experts, *inputs))
@@ -108,17 +111,31 @@ def attach_experts(
         for expert in range(arch.experts):
             token, place = torch.where(index == expert)
             W = experts.gate_up_proj[expert]
-            both = hidden[token] @ (W if turned else W.T)
+            both = (hidden if every else hidden[token]) @ (W if turned else W.T)
             if hasattr(experts, "gate_up_proj_bias"):
                 both = both + experts.gate_up_proj_bias[expert]
             x, own = experts._apply_gate(both), weight[token, place].double()
             if site == "experts":
                 W = experts.down_proj[expert]
                 x = x @ (W if turned else W.T)
-            yield x.double() * own[:, None], own
+                if hasattr(experts, "down_proj_bias"):
+                    x = x + experts.down_proj_bias[expert]
+            yield (x if every else x.double() * own[:, None]), own
 
     site = KINDS[accumulator.kind].site
     name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
+    return trunk.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def attach_router(
+    trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator
+) -> RemovableHandle:
+    """Hook the router's logits of all tokens, which are computed again."""
+    name = arch.adapter.modules["router"].format(layer).removeprefix(f"{arch.adapter.prefix}.")
+
+    def hook(router: nn.Module, inputs: tuple[Tensor]) -> None:
+        accumulator.add(layer, inputs[0].flatten(0, -2) @ router.weight.T)
+
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
 
 

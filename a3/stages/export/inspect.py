@@ -64,6 +64,7 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
         kept = f"{runs(content['a3'][f'{component}_ranks'])} of {full}"
         mode = f"{record['modes'][component]}: " if "modes" in record else ""
         lines.append((component.upper(), mode + kept))
+    lines += [("experts", text) for text in experts(content["a3"], base["experts"])]
     if "modes" not in record:
         lines.append(("", UNKNOWN))
     if any(content["a3"]["factors"]):
@@ -80,6 +81,17 @@ def compressed_lines(folder: Path, content: dict[str, Any]) -> list[tuple[str, s
     both = size_lines(size["compressed"], size["dense"])
     lines += [(name, f"{text} ({share:.1%} of dense)") for name, text, share in both]
     return lines + carried_lines(base["size"])
+
+
+def experts(a3: dict[str, Any], full: int) -> list[str]:
+    """How many of a mixture's `full` experts a layer has left, the same number in all layers whose
+    experts are compressed; `a3` is the entry of the config. Nothing where there are none.
+    """
+    solved = [ranks for n, ranks in enumerate(a3["mlp_ranks"]) if n not in a3["fixed"]["mlp"]]
+    if not full or not solved:
+        return []
+    merged = " after merging; the router chooses among all" if any(a3.get("merged", [])) else ""
+    return [f"{len(solved[0])} of {full}{merged}"]
 
 
 def training(said: dict[str, Any]) -> str:
