@@ -29,6 +29,7 @@ from a3.models.arch import load_arch
 from a3.models.compressed import compressed_record
 from a3.models.load import load_model, load_tokenizer
 from a3.models.weights import MLPWeights
+from a3.numerics.assignment import assign
 from a3.numerics.clusters import average_linkage
 from a3.rxx.container import Rxx
 from a3.rxx.kinds import KINDS
@@ -203,10 +204,9 @@ def emulate(model, arch, layers):
 
 
 def aligned(first, weights):
-    """Channels in the order of the first expert's, by another solver."""
-    assign = pytest.importorskip("scipy.optimize").linear_sum_assignment
+    """Channels in the order of the first expert's, all of their weights in one matrix."""
     columns = [torch.cat((W.up, W.gate, W.down.T)).double() for W in (first, weights)]
-    order = assign((columns[0].T @ columns[1]).numpy(), maximize=True)[1]
+    order = assign(columns[0].T @ columns[1])
     return MLPWeights(weights.up[:, order], weights.gate[:, order], weights.down[order])
 
 
