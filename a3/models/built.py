@@ -85,29 +85,6 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-@lru_cache(maxsize=16)
-def names_in_memory(
-    path: Path, content: str, keys: tuple[str, ...], backbone: str
-) -> dict[str, str]:
-    """The names that tensors of a model of several modalities have in memory, by those in files.
-
-    `content` is that of its config.json, at `path`. transformers renames such tensors when it loads
-    them, since hub folders are older than its classes; here by the same rules, but for those of the
-    language model, at `backbone`. Raises A3Error as `build` does.
-    """
-    said = json.loads(content)
-    model = build(path.parent, CONFIG_MAPPING[said["model_type"]].from_dict(said))
-    rules = [
-        rule
-        for rule in get_model_conversion_mapping(model)
-        # Adapters know the names that language models have in files.
-        if isinstance(rule, WeightRenaming) and rule.scope_prefix != backbone
-    ]
-    inside = model.state_dict()
-    prefix = model.base_model_prefix
-    return {key: rename_source_key(key, rules, [], prefix, inside)[0] for key in keys}
-
-
 def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """The config's key for the number of positions if the model has a table of them."""
     count = getattr(config, "max_position_embeddings", None)

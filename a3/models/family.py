@@ -216,10 +216,6 @@ class Family:
             return [name for name in checkpoint.names() if not name.startswith(layers)]
         return [name for name in checkpoint.names() if name.startswith(f"{layers}{layer}.")]
 
-    def packed_rest(self, name: str) -> str:
-        """Name in the compressed checkpoint of a tensor that belongs to no projection."""
-        return name
-
     def queries(self, layer: int) -> str:
         """Module whose output is q before RoPE, normed where it is, relative to the trunk."""
         if self.qk_norm is None:
@@ -400,7 +396,7 @@ class Family:
         }
         theirs = {name for names in experts.values() for name in names}
         tensors = {
-            self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
+            name.removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
             for name in self.names_in(checkpoint, layer)
             if name not in theirs
         }

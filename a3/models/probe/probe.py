@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
+from a3.models.checkpoint import Checkpoint
 from a3.models.families.measure import Attention, attention_sizes
 from a3.models.probe.find import (
     NOTHING,
@@ -125,8 +125,6 @@ class Probe:
             "layer_path": path,
             "fixed": {component: everywhere for component in COMPONENTS},
             "positions": self.positions,
-            # Files of models of several modalities are read by names in memory.
-            "renamed": {} if self.backbone else self.renamed(prefix, path),
             **NOTHING,
         }
         if differs := self.trial.layers_differ(base):
@@ -137,19 +135,6 @@ class Probe:
             structure = merged(structure, None, attention)
         some = any(len(fixed) < len(everywhere) for fixed in structure["fixed"].values())
         return Outcome(structure if some else None, self.reasons, len(everywhere))
-
-    def renamed(self, prefix: str, path: str) -> dict[str, str]:
-        """Names in memory by names in files, where they differ; of layers, without a number."""
-        found, layers = {}, f"{prefix}.{path}."
-        for name, value in self.model.state_dict().items():
-            if ".experts." in name:
-                continue
-            for other, same in revert_weight_conversion(self.model, {name: value}).items():
-                if other != name and same.shape == value.shape:
-                    inside = [n.removeprefix(layers).partition(".")[2] for n in (other, name)]
-                    both = inside if name.startswith(layers) else [other, name]
-                    found[both[0]] = both[1]
-        return found
 
     # --- MLP ---
 
@@ -209,13 +194,10 @@ class Probe:
         n = module.down_proj.shape[1 if turned else 2]
         if module.gate_up_proj.numel() != count * 2 * n * d:
             raise A3Error(f"gate_up_proj of its experts is {tuple(module.gate_up_proj.shape)}")
-        stored = self.stored_experts(base, number, name)
-        both, down = (
-            self.stored(base, number, f"{name}.{n}") for n in ("gate_up_proj", "down_proj")
-        )
+        stored = self.stored_experts(base, number)
+        both, down = f"{name}.gate_up_proj", f"{name}.down_proj"
         return {
             "experts": stored or {"gate": both, "up": both, "down": down},
-            "renamed": {} if stored else {both: f"{name}.gate_up_proj", down: f"{name}.down_proj"},
             "experts_module": name,
             "stacked": not stored,
             "turned": turned,
@@ -228,20 +210,11 @@ class Probe:
         parts = (base["prefix"], self.backbone, base["layer_path"], str(number), "")
         return ".".join(part for part in parts if part) + "."
 
-    def stored(self, base: dict[str, Any], number: int, name: str) -> str:
-        """The name in files of a layer's tensor, if they have the same one."""
-        layer = self.layer_name(base, number)
-        value = self.model.get_parameter(layer + name)
-        for other, same in revert_weight_conversion(self.model, {layer + name: value}).items():
-            if same.shape == value.shape and other.startswith(layer):
-                return other.removeprefix(layer)
-        return name
-
-    def stored_experts(self, base: dict[str, Any], number: int, name: str) -> dict[str, str]:
+    def stored_experts(self, base: dict[str, Any], number: int) -> dict[str, str]:
         """Where files have each expert's matrices, {} for its number; empty if all are in one."""
         layer = self.layer_name(base, number)
-        state = {k: v for k, v in self.model.state_dict().items() if k.startswith(layer)}
-        names = [k.removeprefix(layer) for k in revert_weight_conversion(self.model, state)]
+        files = Checkpoint(self.trial.folder / "dense", base["prefix"])
+        names = [name.removeprefix(layer) for name in files.names() if name.startswith(layer)]
         found = [
             match for k in names if (match := re.fullmatch(r"(.*experts)\.0\.(\w+)\.weight", k))
         ]

@@ -313,13 +313,9 @@ class LayerSolver:
         return tensors
 
     def router(self, layer: int) -> tuple[str, Tensor]:
-        """The router's tensor, a row an expert: its name in the compressed checkpoint, and it."""
-        adapter = self.arch.adapter
-        packed = f"{adapter.modules['router'].format(layer)}.weight"
-        names = adapter.names_in(self.checkpoint, layer)
-        return packed, self.checkpoint.tensor(
-            next(name for name in names if adapter.packed_rest(name) == packed)
-        )
+        """The router's tensor, a row an expert: its name, and it."""
+        name = f"{self.arch.adapter.modules['router'].format(layer)}.weight"
+        return name, self.checkpoint.tensor(name)
 
     def rank(self, component: str, layer: int, expert: int | None = None) -> int:
         """The rank of a component in one layer, or of one of its experts."""
