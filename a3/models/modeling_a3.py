@@ -119,11 +119,14 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 
 
 class Expert(nn.Module):
-    """A gated MLP of `rank` channels, without its activation function."""
+    """An MLP of `rank` channels, gated or not, without its activation function."""
 
-    def __init__(self, hidden_size: int, rank: int, bias: bool, down_bias: bool) -> None:
+    def __init__(
+        self, hidden_size: int, rank: int, gated: bool, bias: bool, down_bias: bool
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, rank, bias)
+        if gated:
+            self.gate_proj = nn.Linear(hidden_size, rank, bias)
         self.up_proj = nn.Linear(hidden_size, rank, bias)
         self.down_proj = nn.Linear(rank, hidden_size, bias=down_bias)
 
@@ -134,14 +137,15 @@ class Experts(nn.ModuleList):
     def __init__(
         self, dense: nn.Module, ranks: list[int], hidden_size: int, down_bias: bool
     ) -> None:
-        biased = hasattr(dense, "gate_up_proj_bias")
-        super().__init__(Expert(hidden_size, rank, biased, down_bias) for rank in ranks)
+        first = first_of(dense)
+        self.gated, biased = first == "gate_up_proj", hasattr(dense, f"{first}_bias")
+        super().__init__(Expert(hidden_size, rank, self.gated, biased, down_bias) for rank in ranks)
         if biased:
             self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
         # Whether gate's and up's outputs follow one another, or alternate.
         self.concatenated = getattr(dense, "is_concatenated", True)
-        # Has the family's own function by which gate and up become one, and needs no weights. In a
-        # list, so that it is no module in this one.
+        # Has the family's own activation function, and needs no weights. In a list, so that it is no
+        # module in this one.
         self.family = [dense]
         dense._parameters.clear()
 
@@ -163,10 +167,24 @@ class Experts(nn.ModuleList):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens (T, d)."""
         expert = self[number]
-        both = (expert.gate_proj(x), expert.up_proj(x))
-        x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
-        x = expert.down_proj(self.family[0]._apply_gate(x))
+        if self.gated:
+            both = (expert.gate_proj(x), expert.up_proj(x))
+            x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+        else:
+            x = expert.up_proj(x)
+        x = expert.down_proj(activated(self.family[0], x, self.gated))
         return x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
+
+
+def first_of(experts: nn.Module) -> str:
+    """The parameter of a family's experts that reads their input: gate and up, or up alone."""
+    return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+
+
+def activated(experts: nn.Module, x: Tensor, gated: bool) -> Tensor:
+    """What a family's experts make of the first matrix's outputs (T, 2n), or (T, n) if not gated:
+    the inputs of the second (T, n)."""
+    return experts._apply_gate(x) if gated else experts.act_fn(x)
 
 
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:

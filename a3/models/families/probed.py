@@ -171,7 +171,7 @@ class Probed(Family):
                 for together, rows, columns in ((["down"], d, n), (self.fused("up"), n, d)):
                     shape = (len(together) * rows, columns)
                     shape = shape[::-1] if self.structure["turned"] else shape
-                    for projection in {*together, *(("gate",) if together != ["down"] else ())}:
+                    for projection in together:
                         name = self.name(layer, projection, "weight", 0)
                         if name in found:
                             found[name] = (count, *shape)

@@ -111,7 +111,8 @@ def outside(layer: nn.Module, name: str) -> str | None:
 def experts_in(layer: nn.Module) -> str | None:
     """The experts of a layer, if a module holds all of them as transformers usually does."""
     for name, module in layer.named_modules():
-        up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        down = getattr(module, "down_proj", None)
+        up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
         if not isinstance(up, Tensor) or not isinstance(down, Tensor) or "shared" in name:
             continue
         if up.ndim == down.ndim == 3:

@@ -16,6 +16,7 @@ from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
 from a3.models.checkpoint import Checkpoint
 from a3.models.families.measure import Attention, attention_sizes
+from a3.models.modeling_a3 import first_of
 from a3.models.probe.find import (
     NOTHING,
     attention_in,
@@ -146,6 +147,8 @@ class Probe:
         except A3Error as error:
             self.reasons["mlp"] = str(error)
             return None
+        if found["fixed"]["mlp"] == everywhere:
+            return found
         if said := self.trial.refutes(merged(base, found, None)):
             self.reasons["mlp"] = said
             # Where files have each expert has to be known even so.
@@ -192,17 +195,22 @@ class Probe:
         count, d = module.down_proj.shape[0], self.config.hidden_size
         turned = module.down_proj.shape[2] == d
         n = module.down_proj.shape[1 if turned else 2]
-        if module.gate_up_proj.numel() != count * 2 * n * d:
-            raise A3Error(f"gate_up_proj of its experts is {tuple(module.gate_up_proj.shape)}")
-        stored = self.stored_experts(base, number)
-        both, down = f"{name}.gate_up_proj", f"{name}.down_proj"
+        first = first_of(module)
+        roles = ("gate", "up") if first == "gate_up_proj" else ("up",)
+        fixed = [n for n, other in enumerate(where) if other is None]
+        if getattr(module, first).numel() != count * len(roles) * n * d:
+            shape = tuple(getattr(module, first).shape)
+            self.reasons["mlp"] = f"{first} of its experts is {shape}: their inputs are not {d} wide"
+            fixed = list(range(len(where)))
+        stored = self.stored_experts(base, number, roles)
         return {
-            "experts": stored or {"gate": both, "up": both, "down": down},
+            "experts": stored
+            or dict.fromkeys(roles, f"{name}.{first}") | {"down": f"{name}.down_proj"},
             "experts_module": name,
             "stacked": not stored,
             "turned": turned,
             "alternating": not getattr(module, "is_concatenated", True),
-            "fixed": {"mlp": [n for n, other in enumerate(where) if other is None]},
+            "fixed": {"mlp": fixed},
         }
 
     def layer_name(self, base: dict[str, Any], number: int) -> str:
@@ -210,8 +218,13 @@ class Probe:
         parts = (base["prefix"], self.backbone, base["layer_path"], str(number), "")
         return ".".join(part for part in parts if part) + "."
 
-    def stored_experts(self, base: dict[str, Any], number: int) -> dict[str, str]:
-        """Where files have each expert's matrices, {} for its number; empty if all are in one."""
+    def stored_experts(
+        self, base: dict[str, Any], number: int, first: tuple[str, ...]
+    ) -> dict[str, str]:
+        """Where files have each expert's matrices, {} for its number; empty if all are in one.
+
+        `first` are the projections that read their input.
+        """
         layer = self.layer_name(base, number)
         files = Checkpoint(self.trial.folder / "dense", base["prefix"])
         names = [name.removeprefix(layer) for name in files.names() if name.startswith(layer)]
@@ -221,7 +234,8 @@ class Probe:
         roles = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
         roles |= {"w1": "gate", "w3": "up", "w2": "down"}
         stored = {roles[m[2]]: f"{m[1]}.{{}}.{m[2]}" for m in found if m[2] in roles}
-        return {p: stored[p] for p in ("gate", "up", "down")} if len(stored) == 3 else {}
+        wanted = (*first, "down")
+        return {p: stored[p] for p in wanted} if stored.keys() == set(wanted) else {}
 
     # --- attention ---
 

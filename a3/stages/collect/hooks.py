@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from a3.models.modeling_a3 import activated, first_of
 from a3.models.shape import Arch
 from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
@@ -105,13 +106,15 @@ def attach_experts(
     def reached(
         experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        first = first_of(experts)
         for expert in range(arch.experts):
             token, place = torch.where(index == expert)
-            W = experts.gate_up_proj[expert]
+            W = getattr(experts, first)[expert]
             both = hidden[token] @ (W if turned else W.T)
-            if hasattr(experts, "gate_up_proj_bias"):
-                both = both + experts.gate_up_proj_bias[expert]
-            x, own = experts._apply_gate(both), weight[token, place].double()
+            if hasattr(experts, f"{first}_bias"):
+                both = both + getattr(experts, f"{first}_bias")[expert]
+            x = activated(experts, both, first == "gate_up_proj")
+            own = weight[token, place].double()
             if site == "experts":
                 W = experts.down_proj[expert]
                 x = x @ (W if turned else W.T)
