@@ -312,6 +312,12 @@ class Compressed(PreTrainedModel):
             compress(body, config)
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of custom code, transformers would pass by modules that have no weights of their own,
+        and so by the families' code that computes buffers which no file has."""
+        return False
+
     def _get_static_cache_init_shape(self) -> None:
         """No size: for a prompt in chunks, `generate` would make a static cache with the same size
         of all keys and values. Without one, each layer gets that of its first keys and values.

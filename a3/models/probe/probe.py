@@ -16,6 +16,7 @@ from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
 from a3.models.checkpoint import Checkpoint
 from a3.models.families.measure import Attention, attention_sizes
+from a3.models.families.probed import cached_numbers
 from a3.models.modeling_a3 import first_of
 from a3.models.probe.find import (
     NOTHING,
@@ -287,19 +288,21 @@ class Probe:
 
     def proposal(self, everywhere: list[int]) -> dict[str, Any]:
         """What names and shapes say about attention; A3Error if that is nothing."""
-        if any("kv_b_proj" in name for name, _ in self.layers[0].named_modules()):
-            raise A3Error("keys and values are made from a latent, which is what is cached")
-        if not any(self.found):
-            raise A3Error("no module of its layers has matrices for queries and keys")
+        found_in = [found if keys else None for found, keys in zip(self.found, self.cached_keys())]
         sizes = [
             (vars(found), size)
             if found and (size := attention_sizes(layer, found, self.config))
             else None
-            for layer, found in zip(self.layers, self.found, strict=True)
+            for layer, found in zip(self.layers, found_in, strict=True)
         ]
         most = majority(sizes)
         if most is None:
-            named = next(found for found in self.found if found)
+            names_in_layers = [name for layer in self.layers for name, _ in layer.named_modules()]
+            if any("kv_b_proj" in name for name in names_in_layers):
+                raise A3Error("keys and values are made from a latent, which is what is cached")
+            named = next((found for found in found_in if found), None)
+            if named is None:
+                raise A3Error("no module of its layers has matrices for queries and keys")
             raise A3Error(
                 f"shapes of {', '.join(named.projections.values())} are not those of heads"
             )
@@ -337,6 +340,13 @@ class Probe:
             ),
             **norm,
         }
+
+    def cached_keys(self) -> list[bool]:
+        """Of which layers the cache has keys, if it is one of the usual kind; recurrent ones have
+        none, though their matrices have the names of attention's."""
+        if decoded not in self.trial.ways:
+            return [True] * len(self.layers)
+        return [count > 0 for count in cached_numbers(self.body, len(self.layers))]
 
     def norm(
         self, layer: nn.Module, found: Attention, size: dict[str, Any]
