@@ -72,6 +72,17 @@ def layer_list(trunk: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.Modu
     return outer[0]
 
 
+def shared_weights(layers: nn.ModuleList) -> str | None:
+    """What layers share, in words: the first two, and a matrix that both have; None if nothing."""
+    owner: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for name, value in layer.named_parameters():
+            other = owner.setdefault(id(value), number)
+            if other != number and value.ndim > 1:
+                return f"layers {other} and {number} share {name}"
+    return None
+
+
 def attention_in(layer: nn.Module) -> Attention | None:
     """The attention of a layer, if modules have the names of one."""
     for name, module in layer.named_modules():

@@ -27,6 +27,7 @@ from a3.models.probe.find import (
     merged,
     mlp_in,
     norm_kind,
+    shared_weights,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
 from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits, norms_outputs
@@ -117,6 +118,9 @@ class Probe:
             path, self.layers = layer_list(self.body, self.config)
         except A3Error as error:
             return Outcome(None, dict.fromkeys(COMPONENTS, str(error)))
+        if said := shared_weights(self.layers):
+            said += ": what is solved for one would change the other, and statistics are of one"
+            return Outcome(None, dict.fromkeys(COMPONENTS, said))
         everywhere = list(range(len(self.layers)))
         prefix = self.model.base_model_prefix
         if not hasattr(self.model, prefix):
