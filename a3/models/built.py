@@ -5,10 +5,8 @@ A config may have keys that its family's code ignores, or uses only in some case
 the code builds.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from functools import lru_cache
 from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from a3.core.errors import A3Error
 from a3.models.sizes import component_of
@@ -70,7 +66,17 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
         model = auto_class(wrapper_of(config)).from_config(
             plain, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
-    return model.eval()
+    return with_trunk(model.eval())
+
+
+def with_trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """A model, whose `base_model` is the model without a head even if its class misnames that.
+
+    As that of Llama 4's language model does.
+    """
+    if not hasattr(model, model.base_model_prefix) and type(model.config) in MODEL_MAPPING:
+        model.base_model_prefix = MODEL_MAPPING[type(model.config)].base_model_prefix
+    return model
 
 
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,9 +1,7 @@
 """Lazy reading of a Hugging Face folder's safetensors, whole or sharded."""
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,8 +46,8 @@ class Checkpoint:
     Names and values are those in memory, where files have others (a3.models.stored). Tensor names
     of checkpoints that were saved from a bare trunk lack the trunk's name; `prefix` ("transformer")
     adds it. If a stage wrote the folder, its small files are checked against the record at once,
-    and a file of weights when its first tensor is read. Raises A3Error like `require_readable`, if the folder
-    has no safetensors, and if a file is missing, damaged or changed.
+    and a file of weights when its first tensor is read. Raises A3Error like `require_readable`, if
+    the folder has no safetensors, and if a file is missing, damaged or changed.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:

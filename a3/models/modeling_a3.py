@@ -144,13 +144,22 @@ class Experts(nn.ModuleList):
             self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
         # Whether gate's and up's outputs follow one another, or alternate.
         self.concatenated = getattr(dense, "is_concatenated", True)
-        # Has the family's own activation function, and needs no weights. In a list, so that it is no
-        # module in this one.
+        # Has the family's own activation function, and needs no weights. In a list, so that it is
+        # no module in this one.
         self.family = [dense]
         dense._parameters.clear()
 
-    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """hidden_states (T, d); index and weights (T, top k): where each token goes."""
+    def forward(
+        self, hidden_states: Tensor, index: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (T, d); index and weights (T, top k): where each token goes.
+
+        In families without them, hidden_states (E T, d) are each expert's own, times the routing
+        weights and 0 where a token goes elsewhere, and so are the outputs.
+        """
+        if index is None or weights is None:
+            each = hidden_states.view(len(self), -1, hidden_states.shape[-1])
+            return torch.cat([self.routed(number, x) for number, x in enumerate(each)])
         out = torch.zeros_like(hidden_states)
         if torch.compiler.is_exporting():
             # A graph cannot loop over what tokens choose: every expert reads all of them.
@@ -163,6 +172,10 @@ class Experts(nn.ModuleList):
             x = self.expert(number, hidden_states[token])
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
+
+    def routed(self, number: int, x: Tensor) -> Tensor:
+        """What one expert makes of all tokens (T, d); of those that go elsewhere, 0, nothing."""
+        return self.expert(number, x) * x.any(-1, keepdim=True)
 
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens (T, d)."""
@@ -184,7 +197,12 @@ def first_of(experts: nn.Module) -> str:
 def activated(experts: nn.Module, x: Tensor, gated: bool) -> Tensor:
     """What a family's experts make of the first matrix's outputs (T, 2n), or (T, n) if not gated:
     the inputs of the second (T, n)."""
-    return experts._apply_gate(x) if gated else experts.act_fn(x)
+    if not gated:
+        return experts.act_fn(x)
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(x)
+    gate, up = x.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
 
 
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:

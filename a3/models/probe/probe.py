@@ -205,7 +205,9 @@ class Probe:
         fixed = [n for n, other in enumerate(where) if other is None]
         if getattr(module, first).numel() != count * len(roles) * n * d:
             shape = tuple(getattr(module, first).shape)
-            self.reasons["mlp"] = f"{first} of its experts is {shape}: their inputs are not {d} wide"
+            self.reasons["mlp"] = (
+                f"{first} of its experts is {shape}: their inputs are not {d} wide"
+            )
             fixed = list(range(len(where)))
         stored = self.stored_experts(base, number, roles)
         return {
@@ -290,34 +292,40 @@ class Probe:
             (True,) if alone else (False, True), layouts, (False, True) if fused else (False,)
         )
 
-    def proposal(self, everywhere: list[int]) -> dict[str, Any]:
-        """What names and shapes say about attention; A3Error if that is nothing."""
-        found_in = [found if keys else None for found, keys in zip(self.found, self.cached_keys())]
+    def usual(self) -> tuple[Attention, dict[str, Any], list[int], list[int]]:
+        """The attention that most layers have, its sizes, those layers, and those that also have
+        its norms; A3Error if no layer has one of heads.
+        """
+        keyed = zip(self.layers, self.found, self.cached_keys(), strict=True)
         sizes = [
-            (vars(found), size)
-            if found and (size := attention_sizes(layer, found, self.config))
+            (found.module, found.projections, size)
+            if keys and found and (size := attention_sizes(layer, found, self.config))
             else None
-            for layer, found in zip(self.layers, found_in, strict=True)
+            for layer, found, keys in keyed
         ]
         most = majority(sizes)
         if most is None:
-            names_in_layers = [name for layer in self.layers for name, _ in layer.named_modules()]
-            if any("kv_b_proj" in name for name in names_in_layers):
+            names = [name for layer in self.layers for name, _ in layer.named_modules()]
+            if any("kv_b_proj" in name for name in names):
                 raise A3Error("keys and values are made from a latent, which is what is cached")
-            named = next((found for found in found_in if found), None)
-            if named is None:
+            named = [", ".join(found.projections.values()) for found in self.found if found]
+            if not named:
                 raise A3Error("no module of its layers has matrices for queries and keys")
-            raise A3Error(
-                f"shapes of {', '.join(named.projections.values())} are not those of heads"
-            )
-        names, size = most
-        first = sizes.index(most)
-        fixed = [number for number in everywhere if sizes[number] != most]
-        layout, nope, width = self.rotation(
-            names["module"], [n for n in everywhere if sizes[n] == most]
-        )
-        norm, reason = self.norm(self.layers[first], Attention(**names), size)
-        qk = set(fixed)
+            raise A3Error(f"shapes of {named[0]} are not those of heads")
+        module, projections, size = most
+        layers = [number for number, one in enumerate(sizes) if one == most]
+        norms = {n: found.norms for n in layers if (found := self.found[n])}
+        usual = majority(list(norms.values()))
+        normed = [n for n in layers if norms[n] == usual]
+        return Attention(module, projections, usual), size, layers, normed
+
+    def proposal(self, everywhere: list[int]) -> dict[str, Any]:
+        """What names and shapes say about attention; A3Error if that is nothing."""
+        found, size, layers, normed = self.usual()
+        first = self.layers[normed[0]]
+        layout, nope, width = self.rotation(found.module, layers)
+        norm, reason = self.norm(first, found, size)
+        qk = set(everywhere) - set(normed)
         if reason:
             qk, self.reasons["qk"] = set(everywhere), reason
         elif norm["qk_norm"] and not layout:
@@ -331,17 +339,15 @@ class Probe:
                 qk = set(everywhere)
                 self.reasons["qk"] = "normed queries and keys are rotated in part"
         return {
-            "attention_name": names["module"],
-            "projections": names["projections"],
-            "norms": names["norms"] if norm["qk_norm"] else {},
+            "attention_name": found.module,
+            "projections": found.projections,
+            "norms": found.norms if norm["qk_norm"] else {},
             "rope_layout": layout,
             "rope_share": width / size["head_dim"],
             "nope_layers": nope if layout else [],
             "transposed": size["transposed"],
-            "fixed": {"qk": sorted(qk), "ov": fixed},
-            "norms_outputs": norms_outputs(
-                self.model, self.layers[first], names["projections"]["o"]
-            ),
+            "fixed": {"qk": sorted(qk), "ov": [n for n in everywhere if n not in layers]},
+            "norms_outputs": norms_outputs(self.model, first, found.projections["o"]),
             **norm,
         }
 
@@ -365,6 +371,8 @@ class Probe:
         }
         if not found.norms:
             return none, None
+        if found.norms.get("q") == found.norms.get("k"):
+            return none, "queries and keys share a norm"
         attention = layer.get_submodule(found.module)
         kinds = {
             p: norm_kind(

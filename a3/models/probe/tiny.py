@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
-from a3.models.built import empty_model
+from a3.models.built import empty_model, with_trunk
 from a3.models.wrappers import WRAPPERS, auto_class, text_of, wrapper_of
 
 # Sizes by the keys that configs have for them. No two that could be taken for another are equal.
@@ -308,7 +308,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = auto_class(wrapper_of(config)).from_config(
         config, attn_implementation="eager", trust_remote_code=False
     )
-    model = model.float().eval()
+    model = with_trunk(model.float().eval())
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
             value.copy_(redrawn(name, value))

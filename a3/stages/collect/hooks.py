@@ -100,21 +100,19 @@ def attach_experts(
 
     turned = arch.structure is not None and arch.structure["turned"]
 
-    def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        accumulator.add_experts(layer, reached(experts, *inputs))
+    def hook(experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        accumulator.add_experts(layer, reached(experts, routed(arch.experts, *inputs)))
 
     def reached(
-        experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+        experts: nn.Module, inputs: Iterator[tuple[Tensor, Tensor]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         first = first_of(experts)
-        for expert in range(arch.experts):
-            token, place = torch.where(index == expert)
+        for expert, (hidden, own) in enumerate(inputs):
             W = getattr(experts, first)[expert]
-            both = hidden[token] @ (W if turned else W.T)
+            both = hidden @ (W if turned else W.T)
             if hasattr(experts, f"{first}_bias"):
                 both = both + getattr(experts, f"{first}_bias")[expert]
             x = activated(experts, both, first == "gate_up_proj")
-            own = weight[token, place].double()
             if site == "experts":
                 W = experts.down_proj[expert]
                 x = x @ (W if turned else W.T)
@@ -123,6 +121,24 @@ def attach_experts(
     site = KINDS[accumulator.kind].site
     name = arch.adapter.experts_module(layer).removeprefix(f"{arch.adapter.prefix}.")
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def routed(
+    experts: int, hidden: Tensor, index: Tensor | None = None, weight: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each expert, the tokens that reach it (t, d), and its outputs' weights (t,), float64.
+
+    As a module of experts gets them (a3.models.modeling_a3.Experts): hidden (T, d), index and
+    weight (T, top k); or hidden (E T, d) alone, 0 where a token goes elsewhere.
+    """
+    if index is None or weight is None:
+        for rows in hidden.view(experts, -1, hidden.shape[-1]):
+            reaching = rows[rows.any(-1)]
+            yield reaching, torch.ones(len(reaching), dtype=torch.float64, device=rows.device)
+        return
+    for expert in range(experts):
+        token, place = torch.where(index == expert)
+        yield hidden[token], weight[token, place].double()
 
 
 def activation(output: Tensor, projection: str, arch: Arch) -> Tensor:
