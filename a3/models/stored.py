@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
@@ -32,10 +33,12 @@ from a3.models.wrappers import wrapper_in
 class Joined:
     """A tensor in memory that a rule of transformers makes of stored ones, by their keys.
 
-    `patterns` are those of the rule that the keys match.
+    `patterns` are those of the rule that the keys match. Some rules look at `model`, which has no
+    weights.
     """
 
     rule: WeightConverter
+    model: PreTrainedModel
     patterns: dict[str, str] = field(default_factory=dict)
 
     def join(self, name: str, stored: dict[str, Tensor]) -> Tensor:
@@ -43,7 +46,7 @@ class Joined:
         rule = deepcopy(self.rule)
         for key, value in stored.items():
             rule.add_tensor(name, key, self.patterns[key], value)
-        (value,) = rule.convert(name).values()
+        (value,) = rule.convert(name, model=self.model, config=self.model.config).values()
         return value[0] if isinstance(value, list) else value
 
 
@@ -60,7 +63,7 @@ def in_memory(folder: Path, keys: tuple[str, ...]) -> InMemory:
 
     Experts that files have one by one stay so, and so does a tensor that becomes several: a3 has
     its own way for those. Files of compressed models are as memory is. Raises A3Error as
-    `a3.models.built.build` does, for a model of several modalities.
+    `a3.models.built.build` does, for a model of several modalities, and where tensors are joined.
     """
     path = folder / "config.json"
     return _in_memory(path, path.read_text() if path.is_file() else "{}", keys)
@@ -72,10 +75,11 @@ def _in_memory(path: Path, content: str, keys: tuple[str, ...]) -> InMemory:
     said = json.loads(content)
     found = InMemory({}, {})
     options: dict[str, Any] = {}
+    model = None
     if "a3" in said:
         rules = []
     elif wrapper_in(said):
-        model = build(path.parent, CONFIG_MAPPING[said["model_type"]].from_dict(said))
+        model = built(path.parent, said)
         rules = get_model_conversion_mapping(model)
         options = {
             "base_model_prefix": model.base_model_prefix,
@@ -90,9 +94,15 @@ def _in_memory(path: Path, content: str, keys: tuple[str, ...]) -> InMemory:
         name, pattern = rename_source_key(key, renamings, converters, **options)
         found.names[key] = name
         if pattern is not None:
-            one = found.joined.setdefault(name, Joined(of_pattern[pattern]))
+            model = model or built(path.parent, said)
+            one = found.joined.setdefault(name, Joined(of_pattern[pattern], model))
             one.patterns[key] = pattern
     return found
+
+
+def built(folder: Path, said: dict[str, Any]) -> PreTrainedModel:
+    """The model without weights of a config.json's content."""
+    return build(folder, CONFIG_MAPPING[said["model_type"]].from_dict(said))
 
 
 def joins(rule: WeightConverter) -> bool:

@@ -1,4 +1,4 @@
-"""Hybrids: recurrent layers beside attention, from a config to text, and files unlike memory."""
+"""Hybrids, and other types whose files or classes are unlike memory, from a config to text."""
 
 import json
 import os
@@ -21,13 +21,14 @@ from a3.models.layerwise import layerwise
 from a3.models.probe.probe import probe
 from a3.models.probe.trial import SAME, gap, logits
 
-# By type, what does not take the preset's mode: latent attention stays, and scores without RoPE
-# have a mode of their own.
+# By type, what does not take the preset's mode: latent attention stays, and scores with a norm that
+# queries and keys share; scores without RoPE have a mode of their own.
 LATENT = ["--qk", "dense", "--ov", "dense"]
 HYBRIDS = {
     "bailing_hybrid": LATENT,
     "falcon_h1": [],
     "kimi_linear": LATENT,
+    "llama4_text": ["--qk", "dense"],
     "nemotron_h": ["--qk", "qk"],
     "olmo_hybrid": [],
 }
