@@ -121,14 +121,12 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 class Expert(nn.Module):
     """An MLP of `rank` channels, gated or not, without its activation function."""
 
-    def __init__(
-        self, hidden_size: int, rank: int, gated: bool, bias: bool, down_bias: bool
-    ) -> None:
+    def __init__(self, d: int, rank: int, gated: bool, bias: bool, down_bias: bool) -> None:
         super().__init__()
         if gated:
-            self.gate_proj = nn.Linear(hidden_size, rank, bias)
-        self.up_proj = nn.Linear(hidden_size, rank, bias)
-        self.down_proj = nn.Linear(rank, hidden_size, bias=down_bias)
+            self.gate_proj = nn.Linear(d, rank, bias)
+        self.up_proj = nn.Linear(d, rank, bias)
+        self.down_proj = nn.Linear(rank, d, bias=down_bias)
 
 
 class Experts(nn.ModuleList):
@@ -158,8 +156,8 @@ class Experts(nn.ModuleList):
         weights and 0 where a token goes elsewhere, and so are the outputs.
         """
         if index is None or weights is None:
-            each = hidden_states.view(len(self), -1, hidden_states.shape[-1])
-            return torch.cat([self.routed(number, x) for number, x in enumerate(each)])
+            each = enumerate(hidden_states.chunk(len(self)))
+            return torch.cat([self.expert(i, x) * x.any(-1, keepdim=True) for i, x in each])
         out = torch.zeros_like(hidden_states)
         if torch.compiler.is_exporting():
             # A graph cannot loop over what tokens choose: every expert reads all of them.
@@ -172,10 +170,6 @@ class Experts(nn.ModuleList):
             x = self.expert(number, hidden_states[token])
             out.index_add_(0, token, (x * weights[token, place, None]).to(out.dtype))
         return out
-
-    def routed(self, number: int, x: Tensor) -> Tensor:
-        """What one expert makes of all tokens (T, d); of those that go elsewhere, 0, nothing."""
-        return self.expert(number, x) * x.any(-1, keepdim=True)
 
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens (T, d)."""

@@ -61,8 +61,8 @@ class InMemory:
 def in_memory(folder: Path, keys: tuple[str, ...]) -> InMemory:
     """What a dense folder's tensors, which have these keys in its files, are in memory.
 
-    Experts that files have one by one stay so, and so does a tensor that becomes several: a3 has
-    its own way for those. Files of compressed models are as memory is. Raises A3Error as
+    Experts that files have one by one stay so (a3.models.family), and so does a tensor that would
+    become several. Files of compressed models are as memory is. Raises A3Error as
     `a3.models.built.build` does, for a model of several modalities, and where tensors are joined.
     """
     path = folder / "config.json"
