@@ -150,10 +150,8 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden_states: Tensor, index: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """hidden_states (T, d); index and weights (T, top k): where each token goes.
-
-        In families without them, hidden_states (E T, d) are each expert's own, times the routing
-        weights and 0 where a token goes elsewhere, and so are the outputs.
+        """hidden_states (T, d); index and weights (T, top k): where each token goes. Without them,
+        hidden_states (E T, d) are each expert's, 0 where a token goes elsewhere, and so is it all.
         """
         if index is None or weights is None:
             each = enumerate(hidden_states.chunk(len(self)))
@@ -174,12 +172,11 @@ class Experts(nn.ModuleList):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens (T, d)."""
         expert = self[number]
+        first = expert.up_proj(x)
         if self.gated:
-            both = (expert.gate_proj(x), expert.up_proj(x))
-            x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
-        else:
-            x = expert.up_proj(x)
-        x = expert.down_proj(activated(self.family[0], x, self.gated))
+            both = (expert.gate_proj(x), first)
+            first = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+        x = expert.down_proj(activated(self.family[0], first, self.gated))
         return x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
 
 
@@ -324,11 +321,13 @@ class Compressed(PreTrainedModel):
             compress(body, config)
         self.post_init()
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: of custom code, transformers would pass by modules that have no weights of their own,
-        and so by the families' code that computes buffers which no file has."""
-        return False
+    def initialize_weights(self) -> None:
+        """As transformers does. Of classes that are not its own it passes by models that have no
+        weights but in modules, and so by code that computes buffers which no file has."""
+        super().initialize_weights()
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel):
+                model._init_weights(model)
 
     def _get_static_cache_init_shape(self) -> None:
         """No size: for a prompt in chunks, `generate` would make a static cache with the same size

@@ -352,11 +352,13 @@ class Probe:
         }
 
     def cached_keys(self) -> list[bool]:
-        """Of which layers the cache has keys, if it is one of the usual kind; recurrent ones have
-        none, though their matrices have the names of attention's."""
-        if decoded not in self.trial.ways:
-            return [True] * len(self.layers)
-        return [count > 0 for count in cached_numbers(self.body, len(self.layers))]
+        """Of which layers the cache has keys; all, if it has none where most have them.
+
+        Recurrent layers have none, though their matrices may have the names of attention's.
+        """
+        layers = len(self.layers)
+        counts = cached_numbers(self.body, layers) if decoded in self.trial.ways else []
+        return [count > 0 for count in counts] if any(counts) else [True] * layers
 
     def norm(
         self, layer: nn.Module, found: Attention, size: dict[str, Any]
