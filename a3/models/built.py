@@ -5,10 +5,8 @@ A config may have keys that its family's code ignores, or uses only in some case
 the code builds.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from functools import lru_cache
 from math import isclose
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from a3.core.errors import A3Error
 from a3.models.sizes import component_of
@@ -70,7 +66,17 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -
         model = auto_class(wrapper_of(config)).from_config(
             plain, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         )
-    return model.eval()
+    return with_trunk(model.eval())
+
+
+def with_trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """A model, whose `base_model` is the model without a head even if its class misnames that.
+
+    As that of Llama 4's language model does.
+    """
+    if not hasattr(model, model.base_model_prefix) and type(model.config) in MODEL_MAPPING:
+        model.base_model_prefix = MODEL_MAPPING[type(model.config)].base_model_prefix
+    return model
 
 
 def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
@@ -83,29 +89,6 @@ def build(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
             f"{folder / 'config.json'}: transformers cannot build this model "
             f"({type(error).__name__}: {str(error).strip()}). Correct it, or fetch it again."
         ) from error
-
-
-@lru_cache(maxsize=16)
-def names_in_memory(
-    path: Path, content: str, keys: tuple[str, ...], backbone: str
-) -> dict[str, str]:
-    """The names that tensors of a model of several modalities have in memory, by those in files.
-
-    `content` is that of its config.json, at `path`. transformers renames such tensors when it loads
-    them, since hub folders are older than its classes; here by the same rules, but for those of the
-    language model, at `backbone`. Raises A3Error as `build` does.
-    """
-    said = json.loads(content)
-    model = build(path.parent, CONFIG_MAPPING[said["model_type"]].from_dict(said))
-    rules = [
-        rule
-        for rule in get_model_conversion_mapping(model)
-        # Adapters know the names that language models have in files.
-        if isinstance(rule, WeightRenaming) and rule.scope_prefix != backbone
-    ]
-    inside = model.state_dict()
-    prefix = model.base_model_prefix
-    return {key: rename_source_key(key, rules, [], prefix, inside)[0] for key in keys}
 
 
 def position_key(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:

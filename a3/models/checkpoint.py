@@ -1,9 +1,7 @@
 """Lazy reading of a Hugging Face folder's safetensors, whole or sharded."""
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from torch import Tensor
 
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, read_json, read_record, sha256
-from a3.models.built import names_in_memory
 from a3.models.inputs import files_of
 from a3.models.readable import DTYPES, INDEX, require_readable, shards
-from a3.models.wrappers import WRAPPERS, wrapper_in
+from a3.models.stored import in_memory
 
 # The model card.
 CARD = "README.md"
@@ -46,11 +43,11 @@ PREFIXES = {
 class Checkpoint:
     """Tensors of one folder by name; a tensor is read from disk only when it is requested.
 
-    Tensor names of checkpoints that were saved from a bare trunk lack the trunk's name; `prefix`
-    ("transformer") adds it. Those of a model of several modalities are its names in memory. If a
-    stage wrote the folder, its small files are checked against the record at once, and a file of
-    weights when its first tensor is read. Raises A3Error like `require_readable`, if the folder has
-    no safetensors, and if a file is missing, damaged or changed.
+    Names and values are those in memory, where files have others (a3.models.stored). Tensor names
+    of checkpoints that were saved from a bare trunk lack the trunk's name; `prefix` ("transformer")
+    adds it. If a stage wrote the folder, its small files are checked against the record at once,
+    and a file of weights when its first tensor is read. Raises A3Error like `require_readable`, if
+    the folder has no safetensors, and if a file is missing, damaged or changed.
     """
 
     def __init__(self, folder: Path, prefix: str | None = None) -> None:
@@ -61,23 +58,31 @@ class Checkpoint:
         if self._recorded and (added := sorted(set(names) - self._recorded.keys())):
             raise A3Error(f"{folder}: its record does not name {', '.join(added)}. {CHANGED}")
         self._files = {name: self.open(folder / name) for name in names}
-        stored = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
-        bare = prefix is not None and not any(key.startswith(f"{prefix}.") for key in stored)
-        in_memory = self._renamed(stored) or {
-            key: f"{prefix}.{key}" if bare and not key.startswith("lm_head.") else key
-            for key in stored
-        }
-        # Name to (file, key in the file).
-        self._where = {in_memory[key]: (file, key) for key, file in stored.items()}
+        # By key in the files.
+        self._file = {key: file for file, handle in self._files.items() for key in handle.keys()}  # noqa: SIM118
+        memory = in_memory(folder, tuple(self._file))
+        bare = prefix is not None and not any(
+            name.startswith(f"{prefix}.") for name in memory.names.values()
+        )
 
-    def _renamed(self, stored: Iterable[str]) -> dict[str, str]:
-        """Names in memory, for a dense model of several modalities; its files may have others."""
-        path = self.folder / "config.json"
-        content = path.read_text() if path.is_file() else "{}"
-        said = json.loads(content)
-        if "a3" in said or (wrapper := wrapper_in(said)) is None:
-            return {}
-        return names_in_memory(path, content, tuple(stored), WRAPPERS[wrapper])
+        def whole(name: str) -> str:
+            return f"{prefix}.{name}" if bare and not name.startswith("lm_head.") else name
+
+        # By name: the keys in the files, more than one where memory has one tensor for several.
+        self._keys: dict[str, list[str]] = {}
+        for key, name in memory.names.items():
+            self._keys.setdefault(whole(name), []).append(key)
+        self._joined = {whole(name): joined for name, joined in memory.joined.items()}
+        for name in self._keys.keys() - self._joined:
+            self.require_one(name)
+
+    def require_one(self, name: str) -> None:
+        """Raise A3Error if several stored tensors have the same name in memory."""
+        if len(self._keys[name]) > 1:
+            raise A3Error(
+                f"{self.folder}: {' and '.join(self._keys[name])} are both {name!r} in memory; "
+                "expected one of them. Fetch or build it again."
+            )
 
     def _names(self) -> list[str]:
         if (self.folder / "model.safetensors").exists():
@@ -102,25 +107,33 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._where)
+        return sorted(self._keys)
 
     def files(self) -> dict[str, dict[str, str]]:
         """For each file its tensors: their keys in the file, and their names."""
         found: dict[str, dict[str, str]] = {file: {} for file in self._files}
-        for name, (file, key) in self._where.items():
-            found[file][key] = name
+        for name, keys in self._keys.items():
+            for key in keys:
+                found[self._file[key]][key] = name
         return found
 
     def names_in(self, file: str) -> list[str]:
         """Tensor names of one file."""
-        return [name for name in self.names() if self._where[name][0] == file]
+        return [name for name in self.names() if self._file[self._keys[name][0]] == file]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
-        self.shape(name)
-        file, key = self._where[name]
-        self.verify(file)
-        return self._files[file].get_tensor(key)
+        self.require(name)
+        stored = {key: self._stored(key) for key in self._keys[name]}
+        if name in self._joined:
+            return self._joined[name].join(name, stored)
+        (value,) = stored.values()
+        return value
+
+    def _stored(self, key: str) -> Tensor:
+        """One tensor as it is in its file."""
+        self.verify(self._file[key])
+        return self._files[self._file[key]].get_tensor(key)
 
     def verify(self, name: str) -> None:
         """Raise A3Error if a file differs from the folder's record; each file is checked once."""
@@ -135,12 +148,22 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; raises A3Error if there is none."""
-        if name not in self._where:
+        self.require(name)
+        shapes = {
+            key: tuple(self._files[self._file[key]].get_slice(key).get_shape())
+            for key in self._keys[name]
+        }
+        if name not in self._joined:
+            return shapes[self._keys[name][0]]
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return tuple(self._joined[name].join(name, empty).shape)
+
+    def require(self, name: str) -> None:
+        """Raise A3Error if there is no tensor of this name."""
+        if name not in self._keys:
             raise A3Error(
                 f"{self.folder}: no tensor {name!r} in its safetensors{self.instead(name)}"
             )
-        file, key = self._where[name]
-        return tuple(self._files[file].get_slice(key).get_shape())
 
     def instead(self, name: str) -> str:
         """The end of an error message about a missing tensor: what exists, and what to do."""
@@ -189,8 +212,8 @@ class Checkpoint:
         return torch.equal(one.to(wide), two.to(wide))
 
     def _stored_dtype(self, name: str) -> str:
-        file, key = self._where[name]
-        return self._files[file].get_slice(key).get_dtype()
+        key = self._keys[name][0]
+        return self._files[self._file[key]].get_slice(key).get_dtype()
 
     def sha256(self) -> str:
         """Content hash of the weights: that of a single file, or of the shards' hashes in order."""

@@ -216,10 +216,6 @@ class Family:
             return [name for name in checkpoint.names() if not name.startswith(layers)]
         return [name for name in checkpoint.names() if name.startswith(f"{layers}{layer}.")]
 
-    def packed_rest(self, name: str) -> str:
-        """Name in the compressed checkpoint of a tensor that belongs to no projection."""
-        return name
-
     def queries(self, layer: int) -> str:
         """Module whose output is q before RoPE, normed where it is, relative to the trunk."""
         if self.qk_norm is None:
@@ -389,7 +385,8 @@ class Family:
     ) -> dict[str, Tensor]:
         """All tensors of one layer by their names in the trunk, laid out as in memory.
 
-        transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n).
+        transformers keeps all experts of a layer in two tensors, (E, 2n, d) and (E, d, n); the
+        first is (E, n, d) without gates.
         """
         experts = {
             projection: [
@@ -400,16 +397,18 @@ class Family:
         }
         theirs = {name for names in experts.values() for name in names}
         tensors = {
-            self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
+            name.removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
             for name in self.names_in(checkpoint, layer)
             if name not in theirs
         }
         if experts:
-            gate, up, down = (map(checkpoint.tensor, experts[p]) for p in ("gate", "up", "down"))
             where = self.experts_module(layer).removeprefix(f"{self.prefix}.")
-            pairs = zip(gate, up, strict=True)
-            tensors[f"{where}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
-            tensors[f"{where}.down_proj"] = torch.stack(list(down))
+            stacks = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+            if "gate" not in experts:
+                stacks = {"up_proj": ("up",), "down_proj": ("down",)}
+            for stack, together in stacks.items():
+                of_each = zip(*(map(checkpoint.tensor, experts[p]) for p in together), strict=True)
+                tensors[f"{where}.{stack}"] = torch.stack([torch.cat(rows) for rows in of_each])
         return tensors
 
     def has_stored_experts(self, checkpoint: Checkpoint, layer: int) -> bool:

@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.memory import memory_at_hand, return_memory
+from a3.models.built import with_trunk
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import PLAIN, load_config, load_model
 from a3.models.shape import Arch
@@ -240,7 +241,7 @@ def empty_on(config: PreTrainedConfig, dtype: str, device: torch.device) -> PreT
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    return model.eval()
+    return with_trunk(model.eval())
 
 
 def fits(parameters: int, dtype: str) -> bool:

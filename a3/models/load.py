@@ -22,7 +22,7 @@ from a3.core.dtypes import WIDTHS
 from a3.core.errors import A3Error
 from a3.core.files import read_json
 from a3.core.memory import require_memory
-from a3.models.built import empty_model, position_key
+from a3.models.built import empty_model, position_key, with_trunk
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import BACKBONES, FAMILIES, family_of
 from a3.models.readable import end_tokens, refuse_adapter
@@ -90,7 +90,7 @@ def load_whole(folder: Path, **options: Any) -> PreTrainedModel:
             f"{folder}: no tensor of the expected shape for "
             f"{', '.join(lost[:4])}{' …' if len(lost) > 4 else ''}{instead}"
         )
-    return model
+    return with_trunk(model)
 
 
 def auto_in(folder: Path) -> Any:

@@ -119,13 +119,14 @@ def factorise(body: nn.Module, ranks: dict[str, int]) -> None:
 
 
 class Expert(nn.Module):
-    """A gated MLP of `rank` channels, without its activation function."""
+    """An MLP of `rank` channels, gated or not, without its activation function."""
 
-    def __init__(self, hidden_size: int, rank: int, bias: bool, down_bias: bool) -> None:
+    def __init__(self, d: int, rank: int, gated: bool, bias: bool, down_bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, rank, bias)
-        self.up_proj = nn.Linear(hidden_size, rank, bias)
-        self.down_proj = nn.Linear(rank, hidden_size, bias=down_bias)
+        if gated:
+            self.gate_proj = nn.Linear(d, rank, bias)
+        self.up_proj = nn.Linear(d, rank, bias)
+        self.down_proj = nn.Linear(rank, d, bias=down_bias)
 
 
 class Experts(nn.ModuleList):
@@ -143,20 +144,28 @@ class Experts(nn.ModuleList):
         down_bias: bool,
         routed: list[list[int]],
     ) -> None:
-        biased = hasattr(dense, "gate_up_proj_bias")
-        super().__init__(Expert(hidden_size, rank, biased, down_bias) for rank in ranks)
-        self.routed = routed
+        first = first_of(dense)
+        gated, biased = first == "gate_up_proj", hasattr(dense, f"{first}_bias")
+        super().__init__(Expert(hidden_size, rank, gated, biased, down_bias) for rank in ranks)
+        self.gated, self.routed = gated, routed
         if biased:
             self.down_proj_bias = nn.Parameter(torch.zeros(len(ranks), hidden_size))
         # Whether gate's and up's outputs follow one another, or alternate.
         self.concatenated = getattr(dense, "is_concatenated", True)
-        # Has the family's own function by which gate and up become one, and needs no weights. In a
-        # list, so that it is no module in this one.
+        # Has the family's own activation function, and needs no weights. In a list, so that it is
+        # no module in this one.
         self.family = [dense]
         dense._parameters.clear()
 
-    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """hidden_states (T, d); index and weights (T, top k): where each token goes."""
+    def forward(
+        self, hidden_states: Tensor, index: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states (T, d); index and weights (T, top k): where each token goes. Without them,
+        hidden_states (E T, d) are each expert's, 0 where a token goes elsewhere, and so is it all.
+        """
+        if index is None or weights is None:
+            each = enumerate(hidden_states.chunk(len(self)))
+            return torch.cat([self.expert(i, x) * x.any(-1, keepdim=True) for i, x in each])
         out = torch.zeros_like(hidden_states)
         # A graph cannot loop over what tokens choose: every expert reads all of them.
         exporting = torch.compiler.is_exporting()
@@ -177,9 +186,11 @@ class Experts(nn.ModuleList):
     def expert(self, number: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens (T, d)."""
         expert = self[number]
-        both = (expert.gate_proj(x), expert.up_proj(x))
-        x = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
-        x = expert.down_proj(self.family[0]._apply_gate(x))
+        first = expert.up_proj(x)
+        if self.gated:
+            both = (expert.gate_proj(x), first)
+            first = torch.cat(both, -1) if self.concatenated else torch.stack(both, -1).flatten(-2)
+        x = expert.down_proj(activated(self.family[0], first, self.gated))
         return x + self.down_proj_bias[number] if hasattr(self, "down_proj_bias") else x
 
 
@@ -193,6 +204,22 @@ def routed_to(merged: list[int] | None, count: int, dense: int, layer: int) -> l
             f"experts, one of 0 to {count - 1}, and each of these. Save or build the model again."
         )
     return [[one for one, into in enumerate(merged) if into == number] for number in range(count)]
+
+
+def first_of(experts: nn.Module) -> str:
+    """The parameter of a family's experts that reads their input: gate and up, or up alone."""
+    return "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+
+
+def activated(experts: nn.Module, x: Tensor, gated: bool) -> Tensor:
+    """What a family's experts make of the first matrix's outputs (T, 2n), or (T, n) if not gated:
+    the inputs of the second (T, n)."""
+    if not gated:
+        return experts.act_fn(x)
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(x)
+    gate, up = x.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
 
 
 def compress(body: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -322,6 +349,14 @@ class Compressed(PreTrainedModel):
         if body is self or not isinstance(body, Compressed):
             compress(body, config)
         self.post_init()
+
+    def initialize_weights(self) -> None:
+        """As transformers does. Of classes that are not its own it passes by models that have no
+        weights but in modules, and so by code that computes buffers which no file has."""
+        super().initialize_weights()
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel):
+                model._init_weights(model)
 
     def _get_static_cache_init_shape(self) -> None:
         """No size: for a prompt in chunks, `generate` would make a static cache with the same size

@@ -22,7 +22,7 @@ HELD = "numbers that it can hold. Ask for another dtype."
 def outside(checkpoint: Checkpoint, arch: Arch, known: frozenset[str]) -> dict[str, Tensor]:
     """Tensors that are in no layer: embeddings, the last norm, the head."""
     names = names_to_keep(checkpoint, arch, known, None)
-    return {arch.adapter.packed_rest(name): copied(checkpoint, name) for name in names}
+    return {name: copied(checkpoint, name) for name in names}
 
 
 def names_to_keep(
@@ -32,9 +32,8 @@ def names_to_keep(
 
     Older checkpoints hold masks and RoPE's frequencies, too.
     """
-    adapter = arch.adapter
-    names = adapter.names_in(checkpoint, layer)
-    return [name for name in names if known & {name, adapter.packed_rest(name)}]
+    names = arch.adapter.names_in(checkpoint, layer)
+    return [name for name in names if name in known]
 
 
 def copied(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -54,7 +53,7 @@ def staying(
     """
     renamed = new_names(arch, layer)
     names = names_to_keep(checkpoint, arch, known, layer)
-    kept = {name: renamed.get(name, arch.adapter.packed_rest(name)) for name in names}
+    kept = {name: renamed.get(name, name) for name in names}
     tensors = {
         new: copied(checkpoint, name)
         for name, new in kept.items()

@@ -49,10 +49,8 @@ _REFUSED = {
     ),
     "its language model is no part of its own": "chameleon git mistral4 pi0",
     "its language model has its head inside": (
-        "blip-2 instructblip instructblipvideo nemotron_h_omni"
+        "blip-2 instructblip instructblipvideo llama4 nemotron_h_omni"
     ),
-    "its experts get all tokens at once, times their routing weights, and queries and keys share a "
-    "norm after RoPE: of a tiny model a probe confirms OV alone": "llama4",
     "its files have matrices that transformers converts for this type alone": (
         "kimi_k25 minimax_m3_vl qianfan_ocr shieldgemma2"
     ),

@@ -74,19 +74,15 @@ class Mixtral(Mistral):
 
     projections: ClassVar[dict[str, str]] = ATTENTION
     experts: ClassVar[dict[str, str]] = {
-        "gate": "block_sparse_moe.experts.{}.w1",
-        "up": "block_sparse_moe.experts.{}.w3",
-        "down": "block_sparse_moe.experts.{}.w2",
+        "gate": "mlp.experts.{}.w1",
+        "up": "mlp.experts.{}.w3",
+        "down": "mlp.experts.{}.w2",
     }
 
     def mixture(self, config: PreTrainedConfig) -> dict[str, int]:
         """The key num_local_experts, and num_experts_per_tok."""
         count = config.num_local_experts
         return {"experts": count, "experts_per_token": config.num_experts_per_tok}
-
-    def packed_rest(self, name: str) -> str:
-        """The name of the router's tensor in the module."""
-        return name.replace(".block_sparse_moe.", ".mlp.")
 
 
 class Olmo2(AttentionBiased):

@@ -160,7 +160,7 @@ def measured_mlp(
             "intermediate_size": shape[0 if structure["turned"] else 1],
             "experts": count,
             "experts_per_token": experts_per_token(config),
-            "mlp_bias": hasattr(experts, "gate_up_proj_bias"),
+            "mlp_bias": any(hasattr(experts, f"{n}_bias") for n in ("gate_up_proj", "up_proj")),
         }
     if not left:
         return none

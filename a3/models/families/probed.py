@@ -24,8 +24,7 @@ class Probed(Family):
     `fixed`, `nope_layers` and `norm_eps` as in `Arch`; `gains`, whether norms have any;
     `experts_module` in a layer; `stacked`, whether a file has all experts of a layer in one tensor,
     (E, out, in), or (E, in, out) where `turned`, and whether gate's and up's outputs are
-    `alternating` in it; `renamed`, names in memory by names in files; `rope_share`, how much of a
-    head RoPE rotates.
+    `alternating` in it; `rope_share`, how much of a head RoPE rotates.
     """
 
     structure: ClassVar[dict[str, Any]] = {}
@@ -152,14 +151,6 @@ class Probed(Family):
             return self.norm_name(layer, projection)
         return super().packed_norm_name(layer, projection)
 
-    def packed_rest(self, name: str) -> str:
-        """The name in memory."""
-        layers = f"{self.prefix}.{self.layer_path}."
-        if not name.startswith(layers):
-            return self.structure["renamed"].get(name, name)
-        number, _, rest = name.removeprefix(layers).partition(".")
-        return f"{layers}{number}.{self.structure['renamed'].get(rest, rest)}"
-
     # --- weights ---
 
     def shapes(self, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -180,7 +171,7 @@ class Probed(Family):
                 for together, rows, columns in ((["down"], d, n), (self.fused("up"), n, d)):
                     shape = (len(together) * rows, columns)
                     shape = shape[::-1] if self.structure["turned"] else shape
-                    for projection in {*together, *(("gate",) if together != ["down"] else ())}:
+                    for projection in together:
                         name = self.name(layer, projection, "weight", 0)
                         if name in found:
                             found[name] = (count, *shape)
@@ -219,7 +210,7 @@ class Probed(Family):
         if self.has_stored_experts(checkpoint, layer):
             return super().layer_tensors(checkpoint, layer, fields)
         return {
-            self.packed_rest(name).removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
+            name.removeprefix(f"{self.prefix}."): checkpoint.tensor(name)
             for name in self.names_in(checkpoint, layer)
         }
 

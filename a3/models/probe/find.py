@@ -72,6 +72,17 @@ def layer_list(trunk: nn.Module, config: PreTrainedConfig) -> tuple[str, nn.Modu
     return outer[0]
 
 
+def shared_weights(layers: nn.ModuleList) -> str | None:
+    """What layers share, in words: the first two, and a matrix that both have; None if nothing."""
+    owner: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for name, value in layer.named_parameters():
+            other = owner.setdefault(id(value), number)
+            if other != number and value.ndim > 1:
+                return f"layers {other} and {number} share {name}"
+    return None
+
+
 def attention_in(layer: nn.Module) -> Attention | None:
     """The attention of a layer, if modules have the names of one."""
     for name, module in layer.named_modules():
@@ -111,7 +122,8 @@ def outside(layer: nn.Module, name: str) -> str | None:
 def experts_in(layer: nn.Module) -> str | None:
     """The experts of a layer, if a module holds all of them as transformers usually does."""
     for name, module in layer.named_modules():
-        up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        down = getattr(module, "down_proj", None)
+        up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
         if not isinstance(up, Tensor) or not isinstance(down, Tensor) or "shared" in name:
             continue
         if up.ndim == down.ndim == 3:

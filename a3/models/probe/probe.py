@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
+from a3.models.checkpoint import Checkpoint
 from a3.models.families.measure import Attention, attention_sizes
+from a3.models.families.probed import cached_numbers
+from a3.models.modeling_a3 import first_of
 from a3.models.probe.find import (
     NOTHING,
     attention_in,
@@ -25,6 +27,7 @@ from a3.models.probe.find import (
     merged,
     mlp_in,
     norm_kind,
+    shared_weights,
 )
 from a3.models.probe.tiny import tiny_config, tiny_content, tiny_model
 from a3.models.probe.trial import Trial, decoded, difference, has_usual_cache, logits, norms_outputs
@@ -115,6 +118,9 @@ class Probe:
             path, self.layers = layer_list(self.body, self.config)
         except A3Error as error:
             return Outcome(None, dict.fromkeys(COMPONENTS, str(error)))
+        if said := shared_weights(self.layers):
+            said += ": what is solved for one would change the other, and statistics are of one"
+            return Outcome(None, dict.fromkeys(COMPONENTS, said))
         everywhere = list(range(len(self.layers)))
         prefix = self.model.base_model_prefix
         if not hasattr(self.model, prefix):
@@ -125,8 +131,6 @@ class Probe:
             "layer_path": path,
             "fixed": {component: everywhere for component in COMPONENTS},
             "positions": self.positions,
-            # Files of models of several modalities are read by names in memory.
-            "renamed": {} if self.backbone else self.renamed(prefix, path),
             **NOTHING,
         }
         if differs := self.trial.layers_differ(base):
@@ -138,19 +142,6 @@ class Probe:
         some = any(len(fixed) < len(everywhere) for fixed in structure["fixed"].values())
         return Outcome(structure if some else None, self.reasons, len(everywhere))
 
-    def renamed(self, prefix: str, path: str) -> dict[str, str]:
-        """Names in memory by names in files, where they differ; of layers, without a number."""
-        found, layers = {}, f"{prefix}.{path}."
-        for name, value in self.model.state_dict().items():
-            if ".experts." in name:
-                continue
-            for other, same in revert_weight_conversion(self.model, {name: value}).items():
-                if other != name and same.shape == value.shape:
-                    inside = [n.removeprefix(layers).partition(".")[2] for n in (other, name)]
-                    both = inside if name.startswith(layers) else [other, name]
-                    found[both[0]] = both[1]
-        return found
-
     # --- MLP ---
 
     def mlp(self, base: dict[str, Any], everywhere: list[int]) -> dict[str, Any] | None:
@@ -161,6 +152,8 @@ class Probe:
         except A3Error as error:
             self.reasons["mlp"] = str(error)
             return None
+        if found["fixed"]["mlp"] == everywhere:
+            return found
         if said := self.trial.refutes(merged(base, found, None)):
             self.reasons["mlp"] = said
             # Where files have each expert has to be known even so.
@@ -207,20 +200,24 @@ class Probe:
         count, d = module.down_proj.shape[0], self.config.hidden_size
         turned = module.down_proj.shape[2] == d
         n = module.down_proj.shape[1 if turned else 2]
-        if module.gate_up_proj.numel() != count * 2 * n * d:
-            raise A3Error(f"gate_up_proj of its experts is {tuple(module.gate_up_proj.shape)}")
-        stored = self.stored_experts(base, number, name)
-        both, down = (
-            self.stored(base, number, f"{name}.{n}") for n in ("gate_up_proj", "down_proj")
-        )
+        first = first_of(module)
+        roles = ("gate", "up") if first == "gate_up_proj" else ("up",)
+        fixed = [n for n, other in enumerate(where) if other is None]
+        if getattr(module, first).numel() != count * len(roles) * n * d:
+            shape = tuple(getattr(module, first).shape)
+            self.reasons["mlp"] = (
+                f"{first} of its experts is {shape}: their inputs are not {d} wide"
+            )
+            fixed = list(range(len(where)))
+        stored = self.stored_experts(base, number, roles)
         return {
-            "experts": stored or {"gate": both, "up": both, "down": down},
-            "renamed": {} if stored else {both: f"{name}.gate_up_proj", down: f"{name}.down_proj"},
+            "experts": stored
+            or dict.fromkeys(roles, f"{name}.{first}") | {"down": f"{name}.down_proj"},
             "experts_module": name,
             "stacked": not stored,
             "turned": turned,
             "alternating": not getattr(module, "is_concatenated", True),
-            "fixed": {"mlp": [n for n, other in enumerate(where) if other is None]},
+            "fixed": {"mlp": fixed},
         }
 
     def layer_name(self, base: dict[str, Any], number: int) -> str:
@@ -228,27 +225,24 @@ class Probe:
         parts = (base["prefix"], self.backbone, base["layer_path"], str(number), "")
         return ".".join(part for part in parts if part) + "."
 
-    def stored(self, base: dict[str, Any], number: int, name: str) -> str:
-        """The name in files of a layer's tensor, if they have the same one."""
-        layer = self.layer_name(base, number)
-        value = self.model.get_parameter(layer + name)
-        for other, same in revert_weight_conversion(self.model, {layer + name: value}).items():
-            if same.shape == value.shape and other.startswith(layer):
-                return other.removeprefix(layer)
-        return name
+    def stored_experts(
+        self, base: dict[str, Any], number: int, first: tuple[str, ...]
+    ) -> dict[str, str]:
+        """Where files have each expert's matrices, {} for its number; empty if all are in one.
 
-    def stored_experts(self, base: dict[str, Any], number: int, name: str) -> dict[str, str]:
-        """Where files have each expert's matrices, {} for its number; empty if all are in one."""
+        `first` are the projections that read their input.
+        """
         layer = self.layer_name(base, number)
-        state = {k: v for k, v in self.model.state_dict().items() if k.startswith(layer)}
-        names = [k.removeprefix(layer) for k in revert_weight_conversion(self.model, state)]
+        files = Checkpoint(self.trial.folder / "dense", base["prefix"])
+        names = [name.removeprefix(layer) for name in files.names() if name.startswith(layer)]
         found = [
             match for k in names if (match := re.fullmatch(r"(.*experts)\.0\.(\w+)\.weight", k))
         ]
         roles = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
         roles |= {"w1": "gate", "w3": "up", "w2": "down"}
         stored = {roles[m[2]]: f"{m[1]}.{{}}.{m[2]}" for m in found if m[2] in roles}
-        return {p: stored[p] for p in ("gate", "up", "down")} if len(stored) == 3 else {}
+        wanted = (*first, "down")
+        return {p: stored[p] for p in wanted} if stored.keys() == set(wanted) else {}
 
     # --- attention ---
 
@@ -298,32 +292,40 @@ class Probe:
             (True,) if alone else (False, True), layouts, (False, True) if fused else (False,)
         )
 
-    def proposal(self, everywhere: list[int]) -> dict[str, Any]:
-        """What names and shapes say about attention; A3Error if that is nothing."""
-        if any("kv_b_proj" in name for name, _ in self.layers[0].named_modules()):
-            raise A3Error("keys and values are made from a latent, which is what is cached")
-        if not any(self.found):
-            raise A3Error("no module of its layers has matrices for queries and keys")
+    def usual(self) -> tuple[Attention, dict[str, Any], list[int], list[int]]:
+        """The attention that most layers have, its sizes, those layers, and those that also have
+        its norms; A3Error if no layer has one of heads.
+        """
+        keyed = zip(self.layers, self.found, self.cached_keys(), strict=True)
         sizes = [
-            (vars(found), size)
-            if found and (size := attention_sizes(layer, found, self.config))
+            (found.module, found.projections, size)
+            if keys and found and (size := attention_sizes(layer, found, self.config))
             else None
-            for layer, found in zip(self.layers, self.found, strict=True)
+            for layer, found, keys in keyed
         ]
         most = majority(sizes)
         if most is None:
-            named = next(found for found in self.found if found)
-            raise A3Error(
-                f"shapes of {', '.join(named.projections.values())} are not those of heads"
-            )
-        names, size = most
-        first = sizes.index(most)
-        fixed = [number for number in everywhere if sizes[number] != most]
-        layout, nope, width = self.rotation(
-            names["module"], [n for n in everywhere if sizes[n] == most]
-        )
-        norm, reason = self.norm(self.layers[first], Attention(**names), size)
-        qk = set(fixed)
+            names = [name for layer in self.layers for name, _ in layer.named_modules()]
+            if any("kv_b_proj" in name for name in names):
+                raise A3Error("keys and values are made from a latent, which is what is cached")
+            named = [", ".join(found.projections.values()) for found in self.found if found]
+            if not named:
+                raise A3Error("no module of its layers has matrices for queries and keys")
+            raise A3Error(f"shapes of {named[0]} are not those of heads")
+        module, projections, size = most
+        layers = [number for number, one in enumerate(sizes) if one == most]
+        norms = {n: found.norms for n in layers if (found := self.found[n])}
+        usual = majority(list(norms.values()))
+        normed = [n for n in layers if norms[n] == usual]
+        return Attention(module, projections, usual), size, layers, normed
+
+    def proposal(self, everywhere: list[int]) -> dict[str, Any]:
+        """What names and shapes say about attention; A3Error if that is nothing."""
+        found, size, layers, normed = self.usual()
+        first = self.layers[normed[0]]
+        layout, nope, width = self.rotation(found.module, layers)
+        norm, reason = self.norm(first, found, size)
+        qk = set(everywhere) - set(normed)
         if reason:
             qk, self.reasons["qk"] = set(everywhere), reason
         elif norm["qk_norm"] and not layout:
@@ -337,19 +339,26 @@ class Probe:
                 qk = set(everywhere)
                 self.reasons["qk"] = "normed queries and keys are rotated in part"
         return {
-            "attention_name": names["module"],
-            "projections": names["projections"],
-            "norms": names["norms"] if norm["qk_norm"] else {},
+            "attention_name": found.module,
+            "projections": found.projections,
+            "norms": found.norms if norm["qk_norm"] else {},
             "rope_layout": layout,
             "rope_share": width / size["head_dim"],
             "nope_layers": nope if layout else [],
             "transposed": size["transposed"],
-            "fixed": {"qk": sorted(qk), "ov": fixed},
-            "norms_outputs": norms_outputs(
-                self.model, self.layers[first], names["projections"]["o"]
-            ),
+            "fixed": {"qk": sorted(qk), "ov": [n for n in everywhere if n not in layers]},
+            "norms_outputs": norms_outputs(self.model, first, found.projections["o"]),
             **norm,
         }
+
+    def cached_keys(self) -> list[bool]:
+        """Of which layers the cache has keys; all, if it has none where most have them.
+
+        Recurrent layers have none, though their matrices may have the names of attention's.
+        """
+        layers = len(self.layers)
+        counts = cached_numbers(self.body, layers) if decoded in self.trial.ways else []
+        return [count > 0 for count in counts] if any(counts) else [True] * layers
 
     def norm(
         self, layer: nn.Module, found: Attention, size: dict[str, Any]
@@ -364,6 +373,8 @@ class Probe:
         }
         if not found.norms:
             return none, None
+        if found.norms.get("q") == found.norms.get("k"):
+            return none, "queries and keys share a norm"
         attention = layer.get_submodule(found.module)
         kinds = {
             p: norm_kind(

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from a3.core.errors import A3Error
-from a3.models.built import empty_model
+from a3.models.built import empty_model, with_trunk
 from a3.models.wrappers import WRAPPERS, auto_class, text_of, wrapper_of
 
 # Sizes by the keys that configs have for them. No two that could be taken for another are equal.
@@ -65,6 +65,8 @@ SMALL: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "mamba_d_state": 8,
     "mamba_d_ssm": 128,
     "mamba_n_heads": 8,
@@ -129,6 +131,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8},
@@ -142,7 +145,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_text": MROPE,
     "qwen3_vl_text": MROPE,
     "recurrent_gemma": {"block_types": ("recurrent", "attention")},
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX"},
@@ -203,7 +207,10 @@ def tiny_content(model_type: str, content: dict[str, Any] | None = None) -> dict
     if "head_dim" in given and given["head_dim"] == given.get("qk_rope_head_dim"):
         small["head_dim"] = SMALL["qk_rope_head_dim"]
     aliases = {known.attribute_map.get(key) for key in small}
-    given = {key: value for key, value in given.items() if key not in aliases}
+    # Dictionaries of older configs, too, whose sizes the class takes over to keys of its own.
+    own_keys = keys_of(model_type)
+    old = {k for k, v in given.items() if k.endswith("_config") and isinstance(v, dict)} - own_keys
+    given = {key: value for key, value in given.items() if key not in aliases | old}
     # Configs change what they are given.
     own = {} if content else deepcopy(OWN.get(model_type, {}))
     given.pop("auto_map", None)
@@ -301,7 +308,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = auto_class(wrapper_of(config)).from_config(
         config, attn_implementation="eager", trust_remote_code=False
     )
-    model = model.float().eval()
+    model = with_trunk(model.float().eval())
     with torch.no_grad():
         for name, value in sorted(model.named_parameters()):
             value.copy_(redrawn(name, value))

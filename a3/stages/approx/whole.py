@@ -72,10 +72,6 @@ class WholeExperts:
         for expert in members:
             yield first if expert == 0 else aligned_to(first, self.weights(expert))
 
-    def tensor(self, packed: str) -> Tensor | None:
-        """A dense tensor by its name in the compressed checkpoint; None if there is none."""
-        adapter = self.arch.adapter
-        for name in adapter.names_in(self.checkpoint, self.layer):
-            if adapter.packed_rest(name) == packed:
-                return self.checkpoint.tensor(name)
-        return None
+    def tensor(self, name: str) -> Tensor | None:
+        """A dense tensor by its name, which is that in memory; None if there is none."""
+        return self.checkpoint.tensor(name) if name in self.checkpoint.names() else None

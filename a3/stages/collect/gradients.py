@@ -71,15 +71,18 @@ def attach(trunk: nn.Module, arch: Arch, layer: int, accumulator: Accumulator) -
     else:
         name = arch.adapter.queries(layer) if site == "q" else arch.adapter.module(layer, site)
 
-    def on_output(_: nn.Module, __: tuple, output: Tensor) -> None:
-        output.register_hook(partial(on_gradient, output.detach()))
+    def on_output(_: nn.Module, inputs: tuple, output: Tensor) -> None:
+        # Experts that get all tokens one after another have as many equal gradients of each.
+        copies = arch.experts if site == "down" and arch.experts and len(inputs) == 1 else 1
+        output.register_hook(partial(on_gradient, output.detach(), copies))
 
-    def on_gradient(x: Tensor, g: Tensor) -> None:
+    def on_gradient(x: Tensor, copies: int, g: Tensor) -> None:
         if site == "q":
             q, by_q = (heads_of(y, "q", arch) for y in (x, g))
             accumulator.add_sum(layer, by_factors(q, by_q, arch))
         else:
             rows = g.flatten(0, -2)
+            rows = rows[: len(rows) // copies]
             normed = arch.norms_output(component_of(site))
             accumulator.add(layer, rows * rms(x) if normed else rows)
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from a3.core.errors import A3Error
+from a3.models.modeling_a3 import activated, first_of
 from a3.models.shape import Arch
 from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
@@ -102,19 +104,19 @@ def attach_experts(
     turned = arch.structure is not None and arch.structure["turned"]
     every = KINDS[accumulator.kind].form == "output"
 
-    def hook(experts: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        accumulator.add_experts(layer, reached(experts, *inputs))
+    def hook(experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        accumulator.add_experts(layer, reached(experts, routed(arch.experts, every, *inputs)))
 
     def reached(
-        experts: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor
+        experts: nn.Module, inputs: Iterator[tuple[Tensor, Tensor]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for expert in range(arch.experts):
-            token, place = torch.where(index == expert)
-            W = experts.gate_up_proj[expert]
-            both = (hidden if every else hidden[token]) @ (W if turned else W.T)
-            if hasattr(experts, "gate_up_proj_bias"):
-                both = both + experts.gate_up_proj_bias[expert]
-            x, own = experts._apply_gate(both), weight[token, place].double()
+        first = first_of(experts)
+        for expert, (hidden, own) in enumerate(inputs):
+            W = getattr(experts, first)[expert]
+            both = hidden @ (W if turned else W.T)
+            if hasattr(experts, f"{first}_bias"):
+                both = both + getattr(experts, f"{first}_bias")[expert]
+            x = activated(experts, both, first == "gate_up_proj")
             if site == "experts":
                 W = experts.down_proj[expert]
                 x = x @ (W if turned else W.T)
@@ -137,6 +139,34 @@ def attach_router(
         accumulator.add(layer, inputs[0].flatten(0, -2) @ router.weight.T)
 
     return trunk.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def routed(
+    experts: int,
+    every: bool,
+    hidden: Tensor,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each expert, the tokens that reach it (t, d), or `every` token (T, d), and its outputs'
+    weights for those that reach it (t,), float64.
+
+    As a module of experts gets them (a3.models.modeling_a3.Experts): hidden (T, d), index and
+    weight (T, top k); or hidden (E T, d) alone, 0 where a token goes elsewhere.
+    """
+    if index is None or weight is None:
+        if every:
+            raise A3Error(
+                "statistic 'expert_output': this family's experts see only tokens that are routed "
+                "to them, and mode hc-smoe needs the outputs of all. Take another mode."
+            )
+        for rows in hidden.view(experts, -1, hidden.shape[-1]):
+            reaching = rows[rows.any(-1)]
+            yield reaching, torch.ones(len(reaching), dtype=torch.float64, device=rows.device)
+        return
+    for expert in range(experts):
+        token, place = torch.where(index == expert)
+        yield hidden if every else hidden[token], weight[token, place].double()
 
 
 def activation(output: Tensor, projection: str, arch: Arch) -> Tensor:
