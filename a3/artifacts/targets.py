@@ -218,6 +218,8 @@ OPERATED = Folder(Seal("approx.json", "surgery"))
 
 EXPORTED = Folder(Seal("export.json", "hf"))
 
+IN_SHAPE = Folder(Seal("export.json", "dense"))
+
 ONNX = Folder(Seal("export.json", "onnx"))
 
 # These have no seal, or are never written twice.

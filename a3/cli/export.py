@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
         "a3 export gguf small -o small.gguf",
     )
     add_export_hf(subcommands)
+    add_export_dense(subcommands)
     add_export_gguf(subcommands)
     add_export_onnx(subcommands)
     add_publish(commands)
@@ -56,6 +57,29 @@ def add_export_hf(commands: Any) -> None:
     )
     add_model(one, f"{SMALL_MODEL}, with one set of RoPE pairs")
     add_out(one, targets.EXPORTED, "FOLDER", "Hugging Face folder to write")
+
+
+def export_dense(model: Path, out: Path) -> None:
+    """Put a compressed model back into the dense model's shapes."""
+    from a3.stages.export.dense import export_dense
+
+    export_dense(folder(model), out)
+
+
+def add_export_dense(commands: Any) -> None:
+    """Arguments of a3 export dense."""
+    one = add(
+        commands,
+        "dense",
+        export_dense,
+        "write a compressed model in the dense model's shapes, with zeros",
+        "Reads a compressed model and writes an ordinary checkpoint with the same logits, as large "
+        "as the dense one: to run it where compressed models do not run, and to compress it "
+        "further, for ratios that are too large for one step.",
+        "a3 export dense small -o step",
+    )
+    add_model(one, SMALL_MODEL)
+    add_out(one, targets.IN_SHAPE, "FOLDER", "Hugging Face folder to write")
 
 
 def export_gguf(model: Path, out: Path, type: str) -> None:

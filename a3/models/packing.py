@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3.models import attention_a3, modeling_a3, own_attention_a3
+from a3.models import attention_a3, experts_a3, modeling_a3, own_attention_a3
 from a3.models.checkpoint import FINITE_WEIGHTS, Checkpoint
 from a3.models.registry import LazyConfig
 from a3.models.shape import Arch
 from a3.models.sizes import Ranks
 from a3.models.wrappers import auto_class
 from a3.numerics.finite import require_finite
+
+# The code that travels with a compressed model.
+CODE = (attention_a3, experts_a3, modeling_a3, own_attention_a3)
 
 HELD = "numbers that it can hold. Ask for another dtype."
 
@@ -162,7 +165,7 @@ def compressed_config(
 
 def bring_code(folder: Path) -> None:
     """Copy the code of compressed models, with which `trust_remote_code=True` runs without a3."""
-    for module in (attention_a3, modeling_a3, own_attention_a3):
+    for module in CODE:
         code = Path(str(module.__file__))
         shutil.copyfile(code, folder / code.name)
 

@@ -239,7 +239,8 @@ def test_a_fingerprint_covers_what_was_loaded(used, rule):
 def test_relative_imports_are_followed():
     """The code that travels has one, by which transformers finds its other files."""
     found = {path.name for path in sources("a3.models.modeling_a3")}
-    assert found == {"modeling_a3.py", "attention_a3.py", "own_attention_a3.py"}
+    code = {"modeling_a3.py", "attention_a3.py", "experts_a3.py", "own_attention_a3.py"}
+    assert found == code
 
 
 @pytest.mark.parametrize(

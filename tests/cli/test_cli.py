@@ -21,6 +21,7 @@ COMMANDS = [
     "collect",
     "approx",
     "export hf",
+    "export dense",
     "export gguf",
     "export onnx",
     "inspect",

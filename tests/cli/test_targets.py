@@ -40,6 +40,7 @@ COMMANDS = {
     "quantise": ([M, "--rxx", RX, "--rank", "4"], M, ""),
     "heal": ([M, "--teacher", "models/n", "--text", D], M, ""),
     "export hf": ([M], M, ""),
+    "export dense": ([M], M, ""),
     "export gguf": ([M], M, ".gguf"),
     "export onnx": ([M], M, ""),
     "eval ppl": ([M, "--text", D], M, ".json"),

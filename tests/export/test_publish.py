@@ -167,7 +167,7 @@ def test_only_files_of_a_model_are_shared(work, hub, tmp_path):
         "notes.txt, optimizer.safetensors, other_a3.py, secret.json and 1 more: not shared" in said
     )
     files = hub.repositories["models", "who/tiny"][-1].files
-    code = {"modeling_a3.py", "attention_a3.py", "own_attention_a3.py"}
+    code = {"modeling_a3.py", "attention_a3.py", "experts_a3.py", "own_attention_a3.py"}
     assert code | {"LICENSE.md", "tokenizer.json", "config.json"} <= files.keys()
     assert not files.keys() & {"notes.txt", "secret.json", "other_a3.py", "optimizer.safetensors"}
 

@@ -106,8 +106,8 @@ def test_training_lowers_the_loss_and_changes_the_layers_alone(family, tmp_path,
         # Routers of experts that all tokens reach may have no gradient; all else must move.
         if not name.endswith("gate.weight") or not trained:
             assert torch.equal(before[name], after[name]) is not bool(trained), name
-    own = ("config.json", "modeling_a3.py", "attention_a3.py", "own_attention_a3.py")
-    own += ("tokenizer.json",)
+    own = ("config.json", "tokenizer.json")
+    own += ("modeling_a3.py", "attention_a3.py", "experts_a3.py", "own_attention_a3.py")
     same = {name: (tmp_path / "small" / name).read_bytes() for name in own}
     assert {name: (tmp_path / "healed" / name).read_bytes() for name in own} == same
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")

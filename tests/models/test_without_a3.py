@@ -15,9 +15,10 @@ from test_compressed import MODELS, SETTINGS, TEXT, load, logits, modes_of, redr
 from tiny import tiny_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from a3.models import attention_a3, modeling_a3, own_attention_a3
+from a3.models import modeling_a3
 from a3.models.arch import load_arch
 from a3.models.families import FAMILIES
+from a3.models.packing import CODE
 from a3.solutions.modes import choose, kinds_needed
 from a3.solutions.plan import Plan
 from a3.stages.approx.approximate import approximate
@@ -118,7 +119,7 @@ def test_names_that_are_no_model_are_not_there():
 def test_the_code_that_travels_needs_torch_and_transformers_only():
     imported = {
         line.split()[1].split(".")[0]
-        for module in (modeling_a3, attention_a3, own_attention_a3)
+        for module in CODE
         for line in Path(module.__file__).read_text().splitlines()
         if line.startswith(("import ", "from "))
     }

@@ -25,9 +25,9 @@ from a3.core.errors import A3Error
 from a3.core.files import load_yaml
 from a3.experiments.config import complete
 from a3.experiments.rows import read_experiments
-from a3.models import attention_a3, modeling_a3, own_attention_a3
 from a3.models.checkpoint import Checkpoint
 from a3.models.load import load_model, load_tokenizer
+from a3.models.packing import CODE as TRAVELLING
 from a3.stages.inputs import wheels
 from a3.stages.inputs.convert import convert
 from a3.stages.inputs.model import resolve_model
@@ -347,7 +347,7 @@ def test_code_of_a_model_is_not_run(tmp_path, eager_user, monkeypatch, capsys):
         assert main(["eval", "ppl", str(folder), *text, "-o", str(tmp_path / "ppl.json")]) == 0
     for folder in (out, tmp_path / "model", tmp_path / "direct"):
         code = {path.name for path in folder.iterdir() if path.suffix in (".py", ".pt")}
-        ours = {Path(module.__file__) for module in (attention_a3, modeling_a3, own_attention_a3)}
+        ours = {Path(module.__file__) for module in TRAVELLING}
         ours = {path.name: path.read_bytes() for path in ours if folder.name != "model"}
         assert {name: (folder / name).read_bytes() for name in code} == ours
     named = json.loads((tmp_path / "direct" / "config.json").read_text())["auto_map"]

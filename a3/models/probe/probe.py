@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from a3.core.errors import A3Error
 from a3.models.built import position_key, rope_widths
 from a3.models.checkpoint import Checkpoint
+from a3.models.experts_a3 import first_of
 from a3.models.families.measure import Attention, attention_sizes
 from a3.models.families.probed import cached_numbers
-from a3.models.modeling_a3 import first_of
 from a3.models.probe.find import (
     NOTHING,
     attention_in,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from a3.core.errors import A3Error
-from a3.models.modeling_a3 import activated, first_of
+from a3.models.experts_a3 import activated, first_of
 from a3.models.shape import Arch
 from a3.models.sizes import component_of
 from a3.rxx.container import Accumulator
@@ -151,7 +151,7 @@ def routed(
     """Of each expert, the tokens that reach it (t, d), or `every` token (T, d), and its outputs'
     weights for those that reach it (t,), float64.
 
-    As a module of experts gets them (a3.models.modeling_a3.Experts): hidden (T, d), index and
+    As a module of experts gets them (a3.models.experts_a3.Experts): hidden (T, d), index and
     weight (T, top k); or hidden (E T, d) alone, 0 where a token goes elsewhere.
     """
     if index is None or weight is None:

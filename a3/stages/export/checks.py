@@ -13,9 +13,10 @@ import a3.models.quantised  # noqa: F401
 from a3.artifacts.card import is_own_card
 from a3.core.errors import A3Error
 from a3.core.files import RECORDS, read_json, sha256
-from a3.models import attention_a3, modeling_a3, own_attention_a3
+from a3.models import modeling_a3
 from a3.models.checkpoint import CARD, Checkpoint, front_matter, recorded_files
 from a3.models.load import load_model, load_tokenizer, number_of_parameters
+from a3.models.packing import CODE
 from a3.models.registry import dense_type
 from a3.models.tokenizer import has_tokenizer, require_rows
 
@@ -33,9 +34,6 @@ NEW_TOKENS = 12
 ROUNDING = {"float32": 1e-3, "float64": 1e-6}
 
 ROUGH = 0.05
-
-# The code that travels with a compressed model.
-CODE = (attention_a3, modeling_a3, own_attention_a3)
 
 # Licences that forbid to share what was made from the model.
 NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)|no[-_ ]?deriv")
@@ -91,9 +89,8 @@ def code(folder: Path, upload: bool) -> str:
         return "an ordinary checkpoint, which needs no a3"
     if "quantised" in said["a3"]:
         return "needs `import a3`, which simulates its low precision"
-    stem = Path(str(modeling_a3.__file__)).stem
     classes = modeling_a3.classes(dense_type(said["a3"]))
-    expected = {auto: f"{stem}.{own.__name__}" for auto, own in classes.items()}
+    expected = {auto: f"modeling_a3.{own.__name__}" for auto, own in classes.items()}
     named = said.get("auto_map") or {}
     if named != expected:
         foreign = {auto: one for auto, one in named.items() if one != expected.get(auto)}

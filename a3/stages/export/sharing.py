@@ -19,9 +19,9 @@ from a3.core.files import (
 )
 from a3.models.checkpoint import CARD, Checkpoint, recorded_files
 from a3.models.inputs import TEMPLATES, files_of
+from a3.models.packing import CODE
 from a3.models.readable import INDEX
 from a3.models.tokenizer import FILES as TOKENIZER_FILES
-from a3.stages.export.checks import CODE
 
 # Files that belong to a model, besides its weights, records and a3's code.
 SHARED = (
