@@ -180,7 +180,7 @@ def test_a_compressed_model_has_statistics_of_its_own_inputs(tmp_path, capsys):
             count += len(block)
     for kind, width in (("down_input", 72), ("o_proj_input", 32)):
         R = Rxx(rxx / f"{kind}.safetensors", kind).R(1, (width, width))
-        torch.testing.assert_close(R, sums[kind] / count, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(R, sums[kind] / count, rtol=1e-5, atol=1e-7)
     out = tmp_path / "q_blocks.safetensors"
     assert main([*map(str, ["collect", tmp_path / "small", *text, "-o", out])]) == 1
     assert "'q_blocks': a compressed model has only statistics of inputs" in capsys.readouterr().err
