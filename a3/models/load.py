@@ -26,6 +26,7 @@ from a3.models.built import empty_model, position_key, with_trunk
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import BACKBONES, FAMILIES, family_of
 from a3.models.readable import end_tokens, refuse_adapter
+from a3.models.stored import in_memory
 from a3.models.wrappers import auto_class, text_of, wrapper_in
 
 # Keys of config.json about how a model runs; a3 decides these itself.
@@ -132,7 +133,7 @@ def parameters_of(checkpoint: Checkpoint, model: PreTrainedModel) -> int:
 def tensors_of_model(folder: Path) -> frozenset[str]:
     """Names of the tensors that transformers loads for the model of a dense folder.
 
-    Names of the modules in memory, and also the names in files if the family uses others there.
+    They are those in memory, and what a `Checkpoint` calls stored ones that are only a part of one.
     """
     return _tensors_by_config(folder, (folder / "config.json").read_bytes())
 
@@ -142,7 +143,8 @@ def _tensors_by_config(folder: Path, config: bytes) -> frozenset[str]:
     """`tensors_of_model`, once in a process for a config's content: every shard asks for it."""
     model = empty_model(load_config(folder))
     inside = model.state_dict()
-    return frozenset(inside) | frozenset(revert_weight_conversion(model, inside))
+    stored = tuple(revert_weight_conversion(model, inside))
+    return frozenset(inside) | frozenset(in_memory(folder, stored).names.values())
 
 
 def require_positions(folder: Path, tokens: int, said: str = "block_length") -> None:

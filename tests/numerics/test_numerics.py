@@ -19,6 +19,7 @@ from a3.cli.main import main
 from a3.models.arch import load_arch
 from a3.models.checkpoint import Checkpoint
 from a3.models.families import FAMILIES as FAMILIES_KNOWN
+from a3.models.stored import in_memory
 from a3.numerics.linalg import keep_best
 from a3.rxx.container import Rxx
 from a3.solutions.functions import solver_of
@@ -88,7 +89,8 @@ def make(folder, family, change=None, dtype="float32"):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if change is not None:
-        change(load_arch(folder), tensors)
+        names = in_memory(folder, tuple(tensors)).names
+        change(load_arch(folder), {names[key]: W for key, W in tensors.items()})
     stored = {name: W.to(getattr(torch, dtype)) for name, W in tensors.items()}
     save_file(stored, path, {"format": "pt"})
     return folder
