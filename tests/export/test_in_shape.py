@@ -15,7 +15,6 @@ from a3.models.arch import load_arch
 
 KINDS = {
     **MODELS,
-    "gemma": ("gemma", {}),
     "opt": ("opt", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
 }
