@@ -6,7 +6,6 @@ smaller. It is also a model to compress further: statistics of it say what the n
 where those of the dense model, by which all of it would be dropped at once, no longer do.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from a3.artifacts.card import need_no_a3
 from a3.artifacts.targets import IN_SHAPE
 from a3.core.errors import A3Error
-from a3.core.files import RECORDS, read_json, sha256, whole_folder, write_record
-from a3.core.provenance import provenance
+from a3.core.files import read_json, whole_folder
 from a3.models.arch import is_compressed
-from a3.models.checkpoint import Checkpoint, combined, hash_files, model_source
+from a3.models.checkpoint import Checkpoint
 from a3.models.compressed import compressed_record
 from a3.models.folders import write_index
-from a3.models.load import load_whole
 from a3.models.older import older_rope
 from a3.models.packing import pairs_name
 from a3.models.shape import Arch
-from a3.models.travel import bring
 from a3.models.wrappers import held_by
+from a3.stages.export.hf import finish
 
 
 def export_dense(folder: Path, out: Path) -> None:
@@ -61,24 +57,8 @@ def export_dense(folder: Path, out: Path) -> None:
             save_file(dict(sorted(tensors.items())), made / file, {"format": "pt"})
         if len(checkpoint.files()) > 1:
             write_index(made, list(checkpoint.files()))
-        content = content_of(folder, arch)
-        (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        bring(folder, made, "config.json", "timing.json", *RECORDS)
-        need_no_a3(made)
-        # Of all that transformers reads, nothing may be missing.
-        load_whole(made, device_map="meta")
-        files = hash_files(made)
-        record = {
-            "files": files,
-            "weights_sha256": combined([files[name] for name in checkpoint.files()]),
-            "provenance": provenance(
-                __name__,
-                checkpoint_sha256=checkpoint.sha256(),
-                config_sha256=sha256(folder / "config.json"),
-                model=model_source(folder),
-            ),
-        }
-        write_record(made / "export.json", record)
+        files = list(checkpoint.files())
+        finish(made, folder, content_of(folder, arch), checkpoint, files, __name__)
 
 
 def obstacle(folder: Path, arch: Arch) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -13,7 +14,7 @@ from a3.core.files import RECORDS, sha256, whole_folder, write_record
 from a3.core.progress import LOG
 from a3.core.provenance import provenance
 from a3.models.arch import is_compressed
-from a3.models.checkpoint import combined, hash_files, model_source
+from a3.models.checkpoint import Checkpoint, combined, hash_files, model_source
 from a3.models.folders import write_index
 from a3.models.load import load_whole
 from a3.models.older import older_rope
@@ -36,24 +37,7 @@ def export_hf(folder: Path, out: Path) -> None:
     with whole_folder(out, EXPORTED.seal, [folder]) as made:
         names = write_weights(model, made)
         content = model.content | older_rope(model.content)
-        (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        bring(folder, made, "config.json", "timing.json", *RECORDS)
-        need_no_a3(made)
-        # Of all that transformers reads, nothing may be missing.
-        load_whole(made, device_map="meta")
-        files = hash_files(made)
-        record = {
-            "files": files,
-            "weights_sha256": combined([files[name] for name in names]),
-            "provenance": provenance(
-                __name__,
-                checkpoint_sha256=model.checkpoint.sha256(),
-                config_sha256=sha256(folder / "config.json"),
-                model=model_source(folder),
-                folded=model.folded,
-            ),
-        }
-        write_record(made / "export.json", record)
+        finish(made, folder, content, model.checkpoint, names, __name__, folded=model.folded)
     if model.folded:
         LOG.info(f"export: {model.folded}.")
     for warning in warnings_of(facts_of(model), HF):
@@ -68,3 +52,37 @@ def write_weights(model: Stock, folder: Path) -> list[str]:
     if len(names) > 1:
         write_index(folder, names)
     return names
+
+
+def finish(
+    made: Path,
+    folder: Path,
+    content: dict[str, Any],
+    checkpoint: Checkpoint,
+    names: list[str],
+    stage: str,
+    **more: Any,
+) -> None:
+    """Complete the folder `made`, which has files of weights, `names`, of the compressed `folder`.
+
+    It gets the content of config.json, the small files beside it, and export.json, by the module
+    `stage`. Raises A3Error if transformers would not find a tensor.
+    """
+    (made / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    bring(folder, made, "config.json", "timing.json", *RECORDS)
+    need_no_a3(made)
+    # Of all that transformers reads, nothing may be missing.
+    load_whole(made, device_map="meta")
+    files = hash_files(made)
+    record = {
+        "files": files,
+        "weights_sha256": combined([files[name] for name in names]),
+        "provenance": provenance(
+            stage,
+            checkpoint_sha256=checkpoint.sha256(),
+            config_sha256=sha256(folder / "config.json"),
+            model=model_source(folder),
+            **more,
+        ),
+    }
+    write_record(made / "export.json", record)
