@@ -158,8 +158,9 @@ def made_already(folder: Path) -> A3Error:
         )
     return A3Error(
         f"{folder}: compressed by a3 already ({said.get('family', 'of no family')}), expected a "
-        "dense model. Name the one that it was made from. Compressed models are read by a3 "
-        "eval, export, inspect, collect, quantise and card."
+        "dense model. Name the one that it was made from; to compress it further, a3 export dense "
+        "puts it back into the dense shapes. Compressed models are read by a3 eval, export, "
+        "inspect, collect, quantise and card."
     )
 
 

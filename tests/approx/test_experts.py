@@ -78,12 +78,22 @@ def blocks_of(folder):
     return token_blocks(load_documents(folder / "text.txt"), tokenizer, **CUT)
 
 
+def watch_experts(folder, hook_of):
+    """Run the dense model over all blocks, with a layer's hook before its experts."""
+    model, arch = load(folder / "dense"), load_arch(folder / "dense")
+    for layer in range(LAYERS):
+        where = model.get_submodule(arch.adapter.experts_module(layer))
+        where.register_forward_pre_hook(hook_of(layer))
+    with torch.inference_mode():
+        for block in blocks_of(folder):
+            model(block[None])
+
+
 def routed(folder):
     """What goes into the last product of each expert, by layer and expert.
 
     Rows of h (N_e, 96), of its output (N_e, 64), and routing weights (N_e,), token by token.
     """
-    model, arch = load(folder / "dense"), load_arch(folder / "dense")
     found = [[([], [], []) for _ in range(EXPERTS)] for _ in range(LAYERS)]
 
     def hook_of(layer):
@@ -98,12 +108,7 @@ def routed(folder):
 
         return hook
 
-    for layer in range(LAYERS):
-        where = model.get_submodule(arch.adapter.experts_module(layer))
-        where.register_forward_pre_hook(hook_of(layer))
-    with torch.inference_mode():
-        for block in blocks_of(folder):
-            model(block[None])
+    watch_experts(folder, hook_of)
     empty = (torch.zeros(0, N), torch.zeros(0, 64), torch.zeros(0))
     return [
         [

@@ -17,6 +17,7 @@ from test_experts import (
     mixture,  # noqa: F401
     near,
     plan,
+    watch_experts,
     weights_of,
 )
 from test_probe import SETTINGS, solve, tiny
@@ -43,7 +44,6 @@ MATRICES = ("up", "gate", "down")
 
 def outputs_of(folder):
     """Σ over all tokens of what each expert makes of them, by layer: (E, 64), float64."""
-    model, arch = load(folder / "dense"), load_arch(folder / "dense")
     found = [torch.zeros(EXPERTS, 64, dtype=torch.float64) for _ in range(LAYERS)]
 
     def hook_of(layer):
@@ -55,12 +55,7 @@ def outputs_of(folder):
 
         return hook
 
-    for layer in range(LAYERS):
-        where = model.get_submodule(arch.adapter.experts_module(layer))
-        where.register_forward_pre_hook(hook_of(layer))
-    with torch.inference_mode():
-        for block in blocks_of(folder):
-            model(block[None])
+    watch_experts(folder, hook_of)
     return found
 
 

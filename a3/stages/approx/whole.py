@@ -33,9 +33,7 @@ class WholeExperts:
             tensors |= self.pack(self.weights(expert), number)
         if len(kept) < self.arch.experts:
             name = f"{self.arch.adapter.modules['router'].format(self.layer)}.weight"
-            rows = self.tensor(name)
-            assert rows is not None
-            tensors[name] = rows[list(kept)].contiguous()
+            tensors[name] = self.checkpoint.tensor(name)[list(kept)].contiguous()
         return tensors
 
     def merged(
@@ -60,7 +58,8 @@ class WholeExperts:
             lost += found.spread * counts[members].sum().item()
             whole += found.power * counts[members].sum().item()
         name = f"{self.arch.adapter.experts_module(self.layer)}.down_proj_bias"
-        if (biases := self.tensor(name)) is not None:
+        if name in self.checkpoint.names():
+            biases = self.checkpoint.tensor(name)
             sums = torch.zeros(number + 1, biases.shape[1], dtype=torch.float64)
             sums.index_add_(0, merged.cpu(), biases.double() * shares.cpu()[:, None])
             tensors[name] = sums.to(biases.dtype)
@@ -71,7 +70,3 @@ class WholeExperts:
         first = self.weights(0)
         for expert in members:
             yield first if expert == 0 else aligned_to(first, self.weights(expert))
-
-    def tensor(self, name: str) -> Tensor | None:
-        """A dense tensor by its name, which is that in memory; None if there is none."""
-        return self.checkpoint.tensor(name) if name in self.checkpoint.names() else None

@@ -49,15 +49,16 @@ def export_dense(folder: Path, out: Path) -> None:
             for name in names.values():
                 if name in places:
                     layer, projection, dense = places[name]
-                    at = positions(checkpoint, arch, layer, projection)
+                    rotated = projection in "qk" and arch.has_rope(layer)
+                    at = positions(checkpoint, arch, layer) if rotated else None
                     small = checkpoint.tensor(name)
                     tensors[dense] = filled(small, shapes[dense], projection, arch, at)
                 elif not name.endswith(".rope_pairs"):
                     tensors[name] = checkpoint.tensor(name)
             save_file(dict(sorted(tensors.items())), made / file, {"format": "pt"})
-        if len(checkpoint.files()) > 1:
-            write_index(made, list(checkpoint.files()))
         files = list(checkpoint.files())
+        if len(files) > 1:
+            write_index(made, files)
         finish(made, folder, content_of(folder, arch), checkpoint, files, __name__)
 
 
@@ -97,13 +98,10 @@ def places_of(arch: Arch) -> dict[str, tuple[int, str, str]]:
     }
 
 
-def positions(checkpoint: Checkpoint, arch: Arch, layer: int, projection: str) -> Tensor | None:
-    """Where the dimensions of q's or k's heads were in a dense head, (groups, r), for a layer with
-    RoPE: those of pair j at j and j + h / 2; None where any place will do."""
-    name = pairs_name(arch, layer)
-    if projection not in "qk" or name not in checkpoint.names():
-        return None
-    pairs = checkpoint.tensor(name)
+def positions(checkpoint: Checkpoint, arch: Arch, layer: int) -> Tensor:
+    """Where the dimensions of q's and k's heads were in a dense head, (groups, r), for a layer with
+    RoPE: those of pair j at j and j + h / 2."""
+    pairs = checkpoint.tensor(pairs_name(arch, layer))
     return torch.cat((pairs, pairs + arch.head_dim // 2), dim=1)
 
 
@@ -115,14 +113,14 @@ def filled(
     `at` (groups, r) are the places of the dimensions of a head; without it they come first.
     """
     W, large = small, small.new_zeros(shape)
-    if (projection == "o" and W.ndim == 2) or (projection == "down" and W.ndim == 2):
-        # What was dropped are their inputs.
+    if projection in ("o", "down"):
+        # What was dropped are their inputs; biases are whole.
+        if W.ndim == 1:
+            return W
         heads = arch.heads if projection == "o" else 1
         inner = W.unflatten(1, (heads, -1))
         large.unflatten(1, (heads, -1))[..., : inner.shape[2]] = inner
         return large
-    if projection in ("o", "down"):
-        return W
     heads = {"q": arch.heads, "k": arch.kv_heads, "v": arch.kv_heads}.get(projection, 1)
     rows, whole = W.unflatten(0, (heads, -1)), large.unflatten(0, (heads, -1))
     for head in range(heads):
